@@ -1,0 +1,268 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <type_traits>
+
+#include "detail/query_stack.hpp"
+#include "detail/scratch.hpp"
+#include "executor.hpp"
+#include "options.hpp"
+#include "partition.hpp"
+#include "pooling.hpp"
+#include "tensor_view.hpp"
+
+namespace cca::inline CCA_TARGET {
+
+/// Far context that any compressor made: `attend` puts it before the window in one softmax.
+template <class Key, class Value>
+struct far {
+  tensor_view<Key> key;                // [batch, far heads, far length, dim]
+  tensor_view<Value> value;            // [batch, far heads, far length, value dim]
+  lse_view<const std::int64_t> seen;   // [batch, query heads, query length]: the query sees far rows [0, seen)
+};
+
+template <class Key, class Value, class Count>
+far(tensor_view<Key>, tensor_view<Value>, lse_view<Count>) -> far<Key, Value>;
+
+namespace detail {
+
+template <class Query, class Out, class Lse>
+void require_results(const tensor_view<Query>& query, std::int64_t value_dim, const tensor_view<Out>& out,
+                     const lse_view<Lse>& lse) {
+  require_output("out", out);
+  require_extents("out", out, {query.batch(), query.heads(), query.length(), value_dim});
+  static_assert(std::is_floating_point_v<Lse>, "lse is float or double");
+  const bool wanted = lse.data != nullptr || lse.extent != std::array<std::int64_t, 3>{};
+  if (!wanted) return;
+  require_output("lse", lse);
+  require_extents("lse", lse, {query.batch(), query.heads(), query.length()});
+}
+
+/// Positions are exact up to 2^62: the partition adds a group and a window to them.
+inline void require_positions(const options& options) {
+  const std::int64_t position = options.first_position.value_or(0);
+  require(-(std::int64_t{1} << 62) <= position && position <= (std::int64_t{1} << 62), "options.first_position",
+          std::to_string(position), "a position between -2^62 and 2^62");
+}
+
+inline void require_seen(const lse_view<const std::int64_t>& seen, std::int64_t length) {
+  for (std::int64_t b = 0; b < seen.batch(); ++b)
+    for (std::int64_t h = 0; h < seen.heads(); ++h)
+      for (std::int64_t i = 0; i < seen.length(); ++i) {
+        const std::int64_t count = *seen.row(b, h, i);
+        require(0 <= count && count <= length, "far.seen", std::to_string(count) + " at " + to_string<3>({b, h, i}),
+                "a count in [0, " + std::to_string(length) + "]");
+      }
+}
+
+/// The tokens that query `i` sees raw.
+template <class Query, class Key, class Value>
+auto raw_source(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, const options& options) {
+  const partition partition{options.group_size, options.window};
+  const std::int64_t first = first_position(options, query.length(), key.length()), length = key.length();
+  return source{key, value, [partition, first, length](std::int64_t, std::int64_t, std::int64_t i) {
+                  return intersection(partition.raw(first + i), {0, length});
+                }};
+}
+
+/// The raw part of the context alone: local and dense attention.
+template <class Query, class Key, class Value, class Out, class Lse, executor E>
+void attend_raw(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
+                lse_view<Lse> lse, const options& options, const E& run, std::span<std::byte> workspace) {
+  using T = compute_type<Query, Key, Value>;
+  require_options(options);
+  require_positions(options);
+  require_operand("query", query);
+  require_key_value("key", "value", query, key, value);
+  require_results(query, value.dim(), out, lse);
+  require_unused(options.pool == pooling::last_query, "options.pool", "none: nothing is pooled");
+  require_unused(options.cores == core_heads::per_query_head, "options.cores", "none: nothing is pooled");
+
+  const std::int64_t workers = concurrency(run);
+  const std::int64_t size = query_stack<T>::size(query.dim(), value.dim(), !in_place<T, Key, Value>);
+  scratch memory(workspace, worker_scratch<T>::bytes(workers, size));
+  attend_sources<T, std::remove_const_t<Query>>(query, out, lse, static_cast<T>(softmax_scale(options, key.dim())), run,
+                                                worker_scratch<T>(memory, workers, size),
+                                                raw_source(query, key, value, options));
+}
+
+/// The far part `[0, seen)` of a caller's rows or of cores.
+template <class Key, class Value, class Seen>
+auto far_source(tensor_view<Key> key, tensor_view<Value> value, Seen seen) {
+  return source{key, value, [seen](std::int64_t b, std::int64_t h, std::int64_t i) { return range{0, seen(b, h, i)}; }};
+}
+
+/// Scratch of CCA attention: the cores that some query sees, then each worker's.
+template <class T>
+struct cca_memory {
+  std::int64_t cores, core_heads, workers, worker_size;
+  std::int64_t core_key_size, core_value_size;
+
+  template <class Query, class Key, class Value, executor E>
+  cca_memory(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
+             const options& options, const E& run)
+      : cores(partition{options.group_size, options.window}.core_count(key.length() - 1)),
+        core_heads(core_head_count(options, query.heads(), key.heads())),
+        workers(concurrency(run)),
+        worker_size(std::max(
+            query_stack<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>),
+            group_pooler<T, std::remove_const_t<Query>, std::remove_const_t<Key>, std::remove_const_t<Value>>::size(
+                key.dim(), value.dim()))),
+        core_key_size(key.batch() * core_heads * cores * key.dim()),
+        core_value_size(key.batch() * core_heads * cores * value.dim()) {}
+
+  [[nodiscard]] std::size_t bytes() const {
+    return scratch_bytes<T>(core_key_size) + scratch_bytes<T>(core_value_size) +
+           worker_scratch<T>::bytes(workers, worker_size);
+  }
+};
+
+}  // namespace detail
+
+/// Bytes of workspace that any entry point with these operands, options and executor is content with.
+template <class Query, class Key, class Value, executor E = serial_executor>
+[[nodiscard]] std::size_t workspace_size(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+                                         const options& options, const E& run = {}) {
+  detail::require_options(options);
+  using T = compute_type<Query, Key, Value>;
+  return detail::cca_memory<T>(query, key, value, options, run).bytes() + detail::scratch_alignment;
+}
+
+/// Core Context Aware attention: the query at position t sees the cores of all groups before its window and the raw
+/// tokens from there to t, in one softmax.
+///
+/// @param query  `[batch, query heads, length, dim]`
+/// @param key  `[batch, heads, length, dim]`, `heads` a divisor of the query's; as attention sees them, with RoPE applied
+/// @param value  `[batch, heads, length, value dim]`
+/// @param out  `[batch, query heads, length, value dim]`, written whole; overlaps no operand
+/// @param lse  natural log-sum-exp of each query's scores, `[batch, query heads, length]`, written whole;
+///   `lse_view<>{}` when not wanted
+/// @param options  all are used, but `first_position`: there is a query for every key
+/// @param run  executor; the results are bitwise the same for any
+/// @param workspace  at least `workspace_size` bytes, or empty: then memory for the cores is allocated
+/// @throws std::invalid_argument  before anything is written, naming the argument, what it got and what it wants
+/// Source: arXiv 2412.12465, section 3.3 (fused CCA attention).
+template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
+void attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
+               lse_view<Lse> lse, const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+  using T = compute_type<Query, Key, Value>;
+  detail::require_pooling_operands(query, key, value, options);
+  detail::require_results(query, value.dim(), out, lse);
+  detail::require_unused(options.group_size == 1 || options.window != unlimited, "options.group_size",
+                         "1 where no window is set: without one nothing is pooled");
+
+  const detail::cca_memory<T> size(query, key, value, options, run);
+  detail::scratch memory(workspace, size.bytes());
+  const auto core_key = bhsd(memory.take<T>(size.core_key_size), key.batch(), size.core_heads, size.cores, key.dim());
+  const auto core_value =
+      bhsd(memory.take<T>(size.core_value_size), key.batch(), size.core_heads, size.cores, value.dim());
+  const detail::worker_scratch<T> workers(memory, size.workers, size.worker_size);
+
+  detail::pool_groups<T, std::remove_const_t<Query>, std::remove_const_t<Key>, std::remove_const_t<Value>>(
+      query, key, value, core_key, core_value, options, run, workers);
+  const partition partition{options.group_size, options.window};
+  detail::attend_sources<T, std::remove_const_t<Query>>(
+      query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, workers,
+      detail::far_source(core_key, core_value,
+                         [partition](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); }),
+      detail::raw_source(query, key, value, options));
+}
+
+/// Without log-sum-exps.
+template <class Query, class Key, class Value, class Out, executor E = serial_executor>
+void attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
+               const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+  attention(query, key, value, out, lse_view<>{}, options, run, workspace);
+}
+
+/// Sliding-window attention: the raw part of CCA attention alone (locality-preserving attention). With `group_size` 1
+/// the query at t sees the `window` tokens `[t + 1 - window, t + 1)`, otherwise the window reaches back to the start of
+/// a group, as beside cores.
+///
+/// Queries may be fewer than keys: they are the last ones, or start at `options.first_position`. Other parameters and
+/// errors as for `attention`. Source: arXiv 2412.12465, section 3.2.
+template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
+void local_attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
+                     lse_view<Lse> lse, const options& options, const E& run = {},
+                     std::span<std::byte> workspace = {}) {
+  detail::require_unused(options.group_size == 1 || options.window != unlimited, "options.group_size",
+                         "1 where no window is set: without one there is no edge to align to groups");
+  detail::attend_raw(query, key, value, out, lse, options, run, workspace);
+}
+
+/// Without log-sum-exps.
+template <class Query, class Key, class Value, class Out, executor E = serial_executor>
+void local_attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
+                     const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+  local_attention(query, key, value, out, lse_view<>{}, options, run, workspace);
+}
+
+/// Causal attention to every token at or before the query's position. Queries may be fewer than keys, as for
+/// `local_attention`; other parameters and errors as for `attention`.
+template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
+void dense_attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
+                     lse_view<Lse> lse, const options& options = {}, const E& run = {},
+                     std::span<std::byte> workspace = {}) {
+  detail::require_unused(options.group_size == 1, "options.group_size", "1: dense attention has no groups");
+  detail::require_unused(options.window == unlimited, "options.window", "none: dense attention has no window");
+  detail::attend_raw(query, key, value, out, lse, options, run, workspace);
+}
+
+/// Without log-sum-exps.
+template <class Query, class Key, class Value, class Out, executor E = serial_executor>
+void dense_attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
+                     const options& options = {}, const E& run = {}, std::span<std::byte> workspace = {}) {
+  dense_attention(query, key, value, out, lse_view<>{}, options, run, workspace);
+}
+
+/// One softmax over far context that the caller made, by any compressor, and the raw window: query i of head h sees the
+/// far rows `[0, far.seen(b, h, i))` and the tokens of `local_attention` with the same options. An empty key and value
+/// leave the far context alone.
+///
+/// `far` has heads that divide the query's; every `seen` lies in `[0, far length]`. Other parameters and errors as for
+/// `local_attention`.
+template <class Query, class Key, class Value, class FarKey, class FarValue, class Out, class Lse,
+          executor E = serial_executor>
+void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, far<FarKey, FarValue> far,
+            tensor_view<Out> out, lse_view<Lse> lse, const options& options, const E& run = {},
+            std::span<std::byte> workspace = {}) {
+  using T = compute_type<Query, Key, Value, FarKey, FarValue>;
+  detail::require_options(options);
+  detail::require_positions(options);
+  detail::require_operand("query", query);
+  detail::require_key_value("key", "value", query, key, value);
+  detail::require_key_value("far.key", "far.value", query, far.key, far.value);
+  detail::require(far.value.dim() == value.dim(), "far.value", "dim " + std::to_string(far.value.dim()),
+                  "the value's dim " + std::to_string(value.dim()));
+  detail::require_operand("far.seen", far.seen);
+  detail::require_extents("far.seen", far.seen, {query.batch(), query.heads(), query.length()});
+  detail::require_seen(far.seen, far.key.length());
+  detail::require_results(query, value.dim(), out, lse);
+  detail::require_unused(options.pool == pooling::last_query, "options.pool", "none: the caller pools");
+  detail::require_unused(options.cores == core_heads::per_query_head, "options.cores", "none: the caller pools");
+
+  const std::int64_t workers = detail::concurrency(run);
+  const std::int64_t size = detail::query_stack<T>::size(
+      query.dim(), value.dim(), !detail::in_place<T, Key, Value, FarKey, FarValue>);
+  detail::scratch memory(workspace, detail::worker_scratch<T>::bytes(workers, size));
+  detail::attend_sources<T, std::remove_const_t<Query>>(
+      query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run,
+      detail::worker_scratch<T>(memory, workers, size),
+      detail::far_source(far.key, far.value,
+                         [seen = far.seen](std::int64_t b, std::int64_t h, std::int64_t i) { return *seen.row(b, h, i); }),
+      detail::raw_source(query, key, value, options));
+}
+
+/// Without log-sum-exps.
+template <class Query, class Key, class Value, class FarKey, class FarValue, class Out, executor E = serial_executor>
+void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, far<FarKey, FarValue> far,
+            tensor_view<Out> out, const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+  attend(query, key, value, far, out, lse_view<>{}, options, run, workspace);
+}
+
+}  // namespace cca::inline CCA_TARGET

@@ -1,0 +1,105 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "rows.hpp"
+#include "simd.hpp"
+
+namespace cca::inline CCA_TARGET::detail {
+
+// One query over rows of keys: lanes run along the dim. This regime is bound by memory; its rows are read once, in
+// order, as they lie.
+
+/// Rows that one step takes in: their logits fit a small buffer, their data the first-level cache.
+inline constexpr std::int64_t row_block = 64;
+
+/// `logits[j] = query . key_j` for j in `[0, count)`. `query` is padded with zeros to a multiple of the vector width.
+template <class T>
+void dot_rows(const T* query, row_span<T> keys, std::int64_t dim, std::int64_t count, T* logits) {
+  constexpr std::int64_t W = width<T>, full_rows = 4;
+  const std::int64_t full = dim - dim % W;
+  for_row_blocks<full_rows>(count, [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
+    constexpr std::int64_t R = rows();
+    // Two sums a row: with four rows, enough to hide the latency of a multiply-add.
+    vec<T> even[R], odd[R];
+    unroll<R>([&](auto r) CCA_INLINE_LAMBDA { even[r] = odd[r] = vec<T>(T(0)); });
+    const auto add = [&](vec<T>(&sum)[R], std::int64_t d) CCA_INLINE_LAMBDA {
+      const vec<T> q = vec<T>::load_aligned(query + d);
+      unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
+        sum[r] = fma<T>(vec<T>::load_unaligned(keys.row(j + r) + d), q, sum[r]);
+      });
+    };
+    std::int64_t d = 0;
+    for (; d + 2 * W <= full; d += 2 * W) {
+      add(even, d);
+      add(odd, d + W);
+    }
+    if (d < full) add(even, d);
+    if (full < dim)
+      unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
+        odd[r] = fma<T>(load_partial(keys.row(j + r) + full, dim - full), vec<T>::load_aligned(query + full), odd[r]);
+      });
+    unroll<R>([&](auto r) CCA_INLINE_LAMBDA { logits[j + r] = reduce_add<T>(even[r] + odd[r]); });
+  });
+}
+
+/// `sum[d] = sum[d] * rescale + sum_j weights[j] * rows[j][d]` for d in `[0, dim)`, j in `[0, count)`.
+template <class T>
+void add_weighted_rows(const T* weights, row_span<T> rows, std::int64_t dim, std::int64_t count, T rescale, T* sum) {
+  constexpr std::int64_t W = width<T>, vectors = 8;
+  const std::int64_t full = dim - dim % W;
+  std::int64_t d = 0;
+  const auto add = [&](auto n) CCA_INLINE_LAMBDA {
+    constexpr std::int64_t N = n();
+    vec<T> partial[N];
+    unroll<N>([&](auto i) CCA_INLINE_LAMBDA { partial[i] = vec<T>(T(0)); });
+    for (std::int64_t j = 0; j < count; ++j) {
+      const vec<T> weight(weights[j]);
+      unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
+        partial[i] = fma<T>(weight, vec<T>::load_unaligned(rows.row(j) + d + i * W), partial[i]);
+      });
+    }
+    unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
+      T* s = sum + d + i * W;
+      fma<T>(vec<T>::load_unaligned(s), vec<T>(rescale), partial[i]).store_unaligned(s);
+    });
+  };
+  for (; d + vectors * W <= full; d += vectors * W) add(std::integral_constant<std::int64_t, vectors>{});
+  with_constant<vectors - 1>((full - d) / W, add);
+  if (full < dim) {
+    vec<T> partial(T(0));
+    for (std::int64_t j = 0; j < count; ++j)
+      partial = fma<T>(vec<T>(weights[j]), load_partial(rows.row(j) + full, dim - full), partial);
+    store_partial(sum + full, fma<T>(load_partial(sum + full, dim - full), vec<T>(rescale), partial), dim - full);
+  }
+}
+
+/// The online softmax of one query, base 2.
+template <class T>
+struct row_softmax {
+  T maximum = -infinity<T>;
+  T sum = T(0);
+
+  /// Turns `count` logits (times log2(e)) into weights relative to the raised maximum and adds them to the sum; returns
+  /// by how much what was absorbed before has to shrink. `logits` is padded to a multiple of the vector width.
+  T absorb(T* logits, std::int64_t count) {
+    constexpr std::int64_t W = width<T>;
+    for (std::int64_t j = count; j % W != 0; ++j) logits[j] = -infinity<T>;
+    const T old = maximum;
+    for (std::int64_t j = 0; j < count; ++j) maximum = std::max(maximum, logits[j]);
+    const T base = maximum == -infinity<T> ? T(0) : maximum;
+    vec<T> total(T(0));
+    for (std::int64_t j = 0; j < count; j += W) {
+      const vec<T> weight = exp2<T>(vec<T>::load_aligned(logits + j) - vec<T>(base));
+      weight.store_aligned(logits + j);
+      total += weight;
+    }
+    const T rescale = std::exp2(old - base);
+    sum = sum * rescale + reduce_add<T>(total);
+    return rescale;
+  }
+};
+
+}  // namespace cca::inline CCA_TARGET::detail

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "simd.hpp"
+
+namespace cca::inline CCA_TARGET::detail {
+
+/// Rows of keys or values: row `i` starts at `data + i * stride`.
+template <class T>
+struct row_span {
+  const T* data = nullptr;
+  std::int64_t stride = 0;
+
+  [[nodiscard]] CCA_INLINE const T* row(std::int64_t i) const { return data + i * stride; }
+  [[nodiscard]] CCA_INLINE row_span from(std::int64_t i) const { return {row(i), stride}; }
+};
+
+/// Whether rows of these elements are computed with where they lie; otherwise `stage` needs a buffer for them.
+template <class T, class... Elements>
+inline constexpr bool in_place = (std::is_same_v<std::remove_const_t<Elements>, T> && ...);
+
+/// `count` rows of `dim` elements in the type that they are computed in: where they lie, or converted into `buffer`,
+/// once for all that read them.
+template <class T, class Element>
+[[nodiscard]] row_span<T> stage(const Element* from, std::int64_t stride, std::int64_t dim, std::int64_t count,
+                                [[maybe_unused]] T* buffer) {
+  if constexpr (in_place<T, Element>) {
+    return {from, stride};
+  } else {
+    for (std::int64_t i = 0; i < count; ++i)
+      for (std::int64_t d = 0; d < dim; ++d) buffer[i * dim + d] = static_cast<T>(from[i * stride + d]);
+    return {buffer, dim};
+  }
+}
+
+/// Calls `f(constant rows, i)` for blocks of `R` rows from i = 0 on, then once for the remainder of `[0, count)`.
+template <std::int64_t R, class F>
+CCA_INLINE void for_row_blocks(std::int64_t count, const F& f) {
+  std::int64_t i = 0;
+  for (; i + R <= count; i += R) f(std::integral_constant<std::int64_t, R>{}, i);
+  with_constant<R - 1>(count - i, [&](auto rest) CCA_INLINE_LAMBDA { f(rest, i); });
+}
+
+}  // namespace cca::inline CCA_TARGET::detail

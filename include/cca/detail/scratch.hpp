@@ -1,0 +1,78 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <span>
+#include <string>
+
+#include "../options.hpp"
+
+namespace cca::inline CCA_TARGET::detail {
+
+/// What every part of scratch memory is aligned to: a cache line, and the widest vector.
+inline constexpr std::size_t scratch_alignment = 64;
+
+/// Bytes of `count` elements, rounded up so that what follows is aligned again.
+template <class T>
+[[nodiscard]] constexpr std::size_t scratch_bytes(std::int64_t count) {
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+  return (bytes + scratch_alignment - 1) / scratch_alignment * scratch_alignment;
+}
+
+/// The scratch memory of one call: the caller's workspace, or memory of its own where there is none.
+class scratch {
+ public:
+  scratch(std::span<std::byte> workspace, std::size_t bytes) {
+    if (workspace.empty()) {
+      own_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{scratch_alignment})));
+      next_ = own_.get();
+      return;
+    }
+    void* aligned = workspace.data();
+    std::size_t space = workspace.size();
+    if (std::align(scratch_alignment, bytes, aligned, space) == nullptr)
+      refuse("workspace", std::to_string(workspace.size()) + " bytes",
+             std::to_string(bytes + scratch_alignment) + " (see workspace_size)");
+    next_ = static_cast<std::byte*>(aligned);
+  }
+
+  /// The next `count` elements.
+  template <class T>
+  [[nodiscard]] T* take(std::int64_t count) {
+    T* taken = reinterpret_cast<T*>(next_);
+    next_ += scratch_bytes<T>(count);
+    return taken;
+  }
+
+ private:
+  struct release {
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{scratch_alignment}); }
+  };
+  std::unique_ptr<std::byte, release> own_;
+  std::byte* next_ = nullptr;
+};
+
+/// Scratch memory of the workers of one call, `size` elements each.
+template <class T>
+class worker_scratch {
+ public:
+  worker_scratch(scratch& memory, std::int64_t workers, std::int64_t size)
+      : workers_(workers),
+        stride_(static_cast<std::int64_t>(scratch_bytes<T>(size) / sizeof(T))),
+        first_(memory.take<T>(workers * stride_)) {}
+
+  [[nodiscard]] std::int64_t workers() const { return workers_; }
+  [[nodiscard]] T* operator[](std::int64_t worker) const { return first_ + worker * stride_; }
+
+  [[nodiscard]] static constexpr std::size_t bytes(std::int64_t workers, std::int64_t size) {
+    return static_cast<std::size_t>(workers) * scratch_bytes<T>(size);
+  }
+
+ private:
+  std::int64_t workers_, stride_;
+  T* first_;
+};
+
+}  // namespace cca::inline CCA_TARGET::detail

@@ -1,0 +1,60 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "executor.hpp"
+#include "options.hpp"
+#include "tensor_view.hpp"
+
+namespace cca::inline CCA_TARGET {
+
+/// Joins the results of attention to two disjoint parts of a context into that of the whole:
+/// `out = (e^lse_a out_a + e^lse_b out_b) / (e^lse_a + e^lse_b)`, `lse = log(e^lse_a + e^lse_b)`.
+///
+/// A part whose `lse` is -inf is empty and its `out` is not looked at; of two empty parts the result is empty: 0, -inf.
+///
+/// @param out_a,out_b  `[batch, heads, length, dim]`, read whole
+/// @param lse_a,lse_b  `[batch, heads, length]`, natural logarithms, read whole
+/// @param out,lse  the same extents, written whole; each may be the very view of a part (not a shifted one)
+/// @throws std::invalid_argument  before anything is written, naming the argument, what it got and what it wants
+template <class A, class LseA, class B, class LseB, class Out, class Lse, executor E = serial_executor>
+void merge(tensor_view<A> out_a, lse_view<LseA> lse_a, tensor_view<B> out_b, lse_view<LseB> lse_b,
+           tensor_view<Out> out, lse_view<Lse> lse, const E& run = {}) {
+  using T = compute_type<A, B>;
+  const std::array<std::int64_t, 3> rows{out_a.batch(), out_a.heads(), out_a.length()};
+  detail::require_operand("out_a", out_a);
+  detail::require_operand("lse_a", lse_a);
+  detail::require_operand("out_b", out_b);
+  detail::require_operand("lse_b", lse_b);
+  detail::require_output("out", out);
+  detail::require_output("lse", lse);
+  detail::require_extents("lse_a", lse_a, rows);
+  detail::require_extents("out_b", out_b, out_a.extent);
+  detail::require_extents("lse_b", lse_b, rows);
+  detail::require_extents("out", out, out_a.extent);
+  detail::require_extents("lse", lse, rows);
+
+  const auto merge_row = [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+    constexpr double empty = -std::numeric_limits<double>::infinity();
+    const double a = static_cast<double>(*lse_a.row(b, h, i)), c = static_cast<double>(*lse_b.row(b, h, i));
+    const double maximum = std::isnan(a) ? a : std::max(a, c);
+    const double base = maximum == empty ? 0.0 : maximum;
+    const double weight_a = std::exp(a - base), weight_b = std::exp(c - base), sum = weight_a + weight_b;
+    const T share_a = static_cast<T>(weight_a / sum), share_b = static_cast<T>(weight_b / sum);
+    const A* row_a = out_a.row(b, h, i);
+    const B* row_b = out_b.row(b, h, i);
+    Out* to = out.row(b, h, i);
+    for (std::int64_t d = 0; d < out.dim(); ++d)
+      to[d] = static_cast<Out>((a == empty ? T(0) : share_a * static_cast<T>(row_a[d])) +
+                               (c == empty ? T(0) : share_b * static_cast<T>(row_b[d])));
+    *lse.row(b, h, i) = static_cast<Lse>(maximum == empty ? empty : base + std::log(sum));
+  };
+  run(out.batch() * out.heads(), [&](std::int64_t task) {
+    for (std::int64_t i = 0; i < out.length(); ++i) merge_row(task / out.heads(), task % out.heads(), i);
+  });
+}
+
+}  // namespace cca::inline CCA_TARGET

@@ -1,0 +1,159 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "partition.hpp"
+#include "tensor_view.hpp"
+
+namespace cca::inline CCA_TARGET {
+
+/// How a group becomes a core token. Source: arXiv 2412.12465, section 3.1; `mean` and `max` (elementwise) are the
+/// paper's ablations.
+enum class pooling {
+  last_query,  ///< weights `softmax_j(scale * q_last . k_j)`, `q_last` the query of the group's last token
+  mean,
+  max
+};
+
+/// Under grouped-query attention, who has cores of its own. `mean` and `max` pooling do not depend on the query, so
+/// their cores are always per key/value head.
+enum class core_heads {
+  per_query_head,  ///< as in the authors' code
+  per_kv_head      ///< weights by the mean of the query heads that share the key/value head: that many times fewer cores
+};
+
+/// Settings of every entry point. The defaults mean plain causal attention.
+struct options {
+  std::int64_t group_size = 1;                     ///< tokens per core, g >= 1
+  std::int64_t window = unlimited;                 ///< tokens that stay raw, s >= 1; counts the current one
+  pooling pool = pooling::last_query;              ///< see `pooling`
+  core_heads cores = core_heads::per_query_head;   ///< see `core_heads`
+  std::optional<double> softmax_scale{};           ///< default `1 / sqrt(dim)` of query and key
+  std::optional<std::int64_t> first_position{};    ///< position of query 0; default: the last query is the last key
+};
+
+namespace detail {
+
+[[noreturn]] inline void refuse(const std::string& argument, const std::string& got, const std::string& wanted) {
+  throw std::invalid_argument("cca: " + argument + ": got " + got + ", wants " + wanted);
+}
+
+inline void require(bool holds, const char* argument, const std::string& got, const std::string& wanted) {
+  if (!holds) refuse(argument, got, wanted);
+}
+
+template <std::size_t Rank>
+std::string to_string(const std::array<std::int64_t, Rank>& numbers) {
+  std::string text = "[";
+  for (std::size_t i = 0; i < Rank; ++i) text += (i ? ", " : "") + std::to_string(numbers[i]);
+  return text + "]";
+}
+
+/// The largest distance in elements between two of the view's, or nothing when it does not fit 63 bits.
+template <class T, std::size_t Rank>
+std::optional<std::int64_t> reach(const tensor_view<T, Rank>& view) {
+  // Long double holds every product of two 63-bit numbers closely enough to tell whether it fits.
+  long double total = 0;
+  for (std::size_t i = 0; i < Rank; ++i)
+    total += std::fabs(static_cast<long double>(view.stride[i])) * static_cast<long double>(view.extent[i] - 1);
+  if (total * sizeof(T) >= 0x1p62L) return std::nullopt;
+  return static_cast<std::int64_t>(total);
+}
+
+/// A view that can be read: extents, strides and pointer make sense.
+template <class T, std::size_t Rank>
+void require_operand(const char* name, const tensor_view<T, Rank>& view) {
+  for (const std::int64_t e : view.extent)
+    require(e >= 0, name, "extents " + to_string(view.extent), "none below 0");
+  if constexpr (Rank == 4) {
+    require(view.dim() >= 1, name, "dim " + std::to_string(view.dim()), "a dim of at least 1");
+    require(view.stride[3] == 1, name, "strides " + to_string(view.stride), "an inner stride of 1");
+  }
+  if (view.empty()) return;
+  require(view.data != nullptr, name, "a null pointer", "elements " + to_string(view.extent));
+  require(reach(view).has_value(), name, "extents " + to_string(view.extent) + " with strides " + to_string(view.stride),
+          "offsets below 2^62 bytes");
+}
+
+/// A view that can be written: no two of its elements may share memory, or threads would race for it. Sorted by
+/// stride, each dimension has to step over all that the smaller ones reach; every permuted or padded layout does.
+template <class T, std::size_t Rank>
+void require_output(const char* name, const tensor_view<T, Rank>& view) {
+  static_assert(!std::is_const_v<T>, "an output's elements are mutable");
+  require_operand(name, view);
+  if (view.empty()) return;
+  std::array<std::pair<std::int64_t, std::int64_t>, Rank> dims;
+  for (std::size_t i = 0; i < Rank; ++i) dims[i] = {view.stride[i] < 0 ? -view.stride[i] : view.stride[i], view.extent[i]};
+  std::sort(dims.begin(), dims.end());
+  std::int64_t covered = 0;
+  for (const auto& [stride, extent] : dims) {
+    if (extent == 1) continue;
+    require(stride > covered, name, "strides " + to_string(view.stride) + " for extents " + to_string(view.extent),
+            "elements that do not overlap");
+    covered += stride * (extent - 1);
+  }
+}
+
+template <class T, std::size_t Rank>
+void require_extents(const char* name, const tensor_view<T, Rank>& view, const std::array<std::int64_t, Rank>& wanted) {
+  require(view.extent == wanted, name, to_string(view.extent), "extents " + to_string(wanted));
+}
+
+/// `heads` key/value heads serve `query_heads`: head `h` uses `h / (query_heads / heads)`.
+inline void require_heads(const char* name, std::int64_t heads, std::int64_t query_heads) {
+  require(heads > 0 ? query_heads % heads == 0 : query_heads == 0, name, std::to_string(heads) + " heads",
+          "a divisor of the " + std::to_string(query_heads) + " query heads");
+}
+
+/// Key and value, as seen by query: the same batch, heads that divide the query's, equal dims of query and key.
+template <class Query, class Key, class Value>
+void require_key_value(const char* key_name, const char* value_name, const tensor_view<Query>& query,
+                       const tensor_view<Key>& key, const tensor_view<Value>& value) {
+  require_operand(key_name, key);
+  require_operand(value_name, value);
+  require_extents(key_name, key, {query.batch(), key.heads(), key.length(), query.dim()});
+  require_heads(key_name, key.heads(), query.heads());
+  require_extents(value_name, value, {key.batch(), key.heads(), key.length(), value.dim()});
+}
+
+inline void require_options(const options& options) {
+  require(options.group_size >= 1, "options.group_size", std::to_string(options.group_size), "at least 1");
+  require(options.window >= 1, "options.window", std::to_string(options.window), "at least 1");
+  require(options.pool == pooling::last_query || options.pool == pooling::mean || options.pool == pooling::max,
+          "options.pool", std::to_string(static_cast<int>(options.pool)), "last_query, mean or max");
+  require(options.cores == core_heads::per_query_head || options.cores == core_heads::per_kv_head, "options.cores",
+          std::to_string(static_cast<int>(options.cores)), "per_query_head or per_kv_head");
+  if (options.softmax_scale)
+    require(std::isfinite(*options.softmax_scale), "options.softmax_scale", std::to_string(*options.softmax_scale),
+            "a finite number");
+}
+
+/// An option that this entry point would ignore.
+inline void require_unused(bool unused, const char* option, const char* reason) {
+  require(unused, option, "a value other than the default", reason);
+}
+
+inline double softmax_scale(const options& options, std::int64_t dim) {
+  return options.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(dim)));
+}
+
+/// Position of query 0. `query_length` queries end with the last of `key_length` keys unless the caller says otherwise.
+inline std::int64_t first_position(const options& options, std::int64_t query_length, std::int64_t key_length) {
+  return options.first_position.value_or(key_length - query_length);
+}
+
+/// Whose cores there are, see `core_heads`.
+inline std::int64_t core_head_count(const options& options, std::int64_t query_heads, std::int64_t kv_heads) {
+  const bool per_query = options.pool == pooling::last_query && options.cores == core_heads::per_query_head;
+  return per_query ? query_heads : kv_heads;
+}
+
+}  // namespace detail
+}  // namespace cca::inline CCA_TARGET

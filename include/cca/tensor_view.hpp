@@ -1,0 +1,97 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "detail/target.hpp"
+
+namespace cca::inline CCA_TARGET {
+
+/// A non-owning view of a tensor: a pointer, the extents, and the strides in elements. For attention operands the
+/// extents are `[batch, heads, length, dim]` whatever the order in memory. Outer strides are free (0 broadcasts,
+/// negative ones run backwards); the stride of the last dimension is 1. A view is trivially copyable; its constness is
+/// that of `T`.
+template <class T, std::size_t Rank = 4>
+struct tensor_view {
+  using element_type = T;
+  static constexpr std::size_t rank = Rank;
+
+  T* data = nullptr;
+  std::array<std::int64_t, Rank> extent{};
+  std::array<std::int64_t, Rank> stride{};
+
+  /// A view of mutable elements serves where constant ones are asked for.
+  constexpr operator tensor_view<const T, Rank>() const
+    requires(!std::is_const_v<T>)
+  {
+    return {data, extent, stride};
+  }
+
+  [[nodiscard]] constexpr std::int64_t batch() const { return extent[0]; }
+  [[nodiscard]] constexpr std::int64_t heads() const { return extent[1]; }
+  [[nodiscard]] constexpr std::int64_t length() const { return extent[2]; }
+  [[nodiscard]] constexpr std::int64_t dim() const
+    requires(Rank == 4)
+  {
+    return extent[3];
+  }
+
+  [[nodiscard]] constexpr bool empty() const {
+    for (const std::int64_t e : extent)
+      if (e == 0) return true;
+    return false;
+  }
+
+  /// The first element of the row of token `i`: `dim` contiguous elements (in a rank-3 view, one).
+  [[nodiscard]] constexpr T* row(std::int64_t b, std::int64_t h, std::int64_t i) const
+    requires(Rank >= 3)
+  {
+    return data + b * stride[0] + h * stride[1] + i * stride[2];
+  }
+};
+
+/// Log-sum-exp of each query's scores: `[batch, heads, length]`, natural logarithm. A default-constructed view means
+/// that it is not wanted.
+template <class T = float>
+using lse_view = tensor_view<T, 3>;
+
+static_assert(std::is_trivially_copyable_v<tensor_view<float>>, "views are passed by value, also to other threads");
+
+/// `[batch][heads][length][dim]` in memory, as PyTorch's attention takes it.
+template <class T>
+[[nodiscard]] constexpr tensor_view<T> bhsd(T* data, std::int64_t batch, std::int64_t heads, std::int64_t length,
+                                            std::int64_t dim) {
+  return {data, {batch, heads, length, dim}, {heads * length * dim, length * dim, dim, 1}};
+}
+
+/// `[batch][length][heads][dim]` in memory, as FlashAttention takes it. Note the order of the arguments.
+template <class T>
+[[nodiscard]] constexpr tensor_view<T> bshd(T* data, std::int64_t batch, std::int64_t length, std::int64_t heads,
+                                            std::int64_t dim) {
+  return {data, {batch, heads, length, dim}, {length * heads * dim, dim, heads * dim, 1}};
+}
+
+/// `[batch][heads][length]` in memory: log-sum-exps, or the counts of `far::seen`.
+template <class T>
+[[nodiscard]] constexpr lse_view<T> bhs(T* data, std::int64_t batch, std::int64_t heads, std::int64_t length) {
+  return {data, {batch, heads, length}, {heads * length, length, 1}};
+}
+
+/// A row-major Eigen matrix, map or block, one token per row, as one head of one sequence: `[1, 1, rows, cols]`.
+template <class Matrix>
+[[nodiscard]] constexpr auto matrix(Matrix&& m) {
+  static_assert(std::remove_cvref_t<Matrix>::IsRowMajor,
+                "a view's rows are contiguous: store the matrix in row-major order");
+  const std::int64_t rows = m.rows(), columns = m.cols(), stride = m.outerStride();
+  return tensor_view<std::remove_pointer_t<decltype(m.data())>>{
+      m.data(), {1, 1, rows, columns}, {rows * stride, rows * stride, stride, m.innerStride()}};
+}
+
+/// What elements are computed in: double if any of them is, otherwise float.
+template <class... Elements>
+using compute_type =
+    std::conditional_t<(std::is_same_v<std::remove_const_t<Elements>, double> || ...), double, float>;
+
+}  // namespace cca::inline CCA_TARGET

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# run.sh [preset...]: installs what is missing, then configures, builds and tests each preset of CMakePresets.json
+# (`release` when none is named). Ends with the number of tests that passed and failed; a build that fails is one failed
+# test.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+presets=("${@:-release}")
+packages=()
+[[ ${presets[*]} == *clang* ]] && packages=(clang libomp-dev)
+cmake/install_packages.sh "${packages[@]}"
+
+export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
+export CTEST_PARALLEL_LEVEL=${CTEST_PARALLEL_LEVEL:-$CMAKE_BUILD_PARALLEL_LEVEL}
+
+# count NAME FILE: an attribute of the whole run in CTest's JUnit file
+count() { sed -n "s/^[[:space:]]*$1=\"\([0-9]*\)\"\$/\1/p" "$2" | head -n 1; }
+
+passed=0 failed=0
+for preset in "${presets[@]}"; do
+  echo "== $preset"
+  results=build/$preset/tests.xml
+  rm -f "$results"
+  status=0
+  cmake --workflow --preset "$preset" || status=$?
+  if [[ -f $results ]]; then
+    failures=$(count failures "$results")
+    failed=$((failed + failures))
+    passed=$((passed + $(count tests "$results") - failures - $(count disabled "$results") - $(count skipped "$results")))
+  elif ((status)); then
+    failed=$((failed + 1))
+  fi
+done
+
+echo "$passed passed, $failed failed"
+((failed == 0 && passed > 0))
