@@ -21,9 +21,9 @@ namespace cca::inline CCA_TARGET {
 /// Far context that any compressor made: `attend` puts it before the window in one softmax.
 template <class Key, class Value>
 struct far {
-  tensor_view<Key> key;                // [batch, far heads, far length, dim]
-  tensor_view<Value> value;            // [batch, far heads, far length, value dim]
-  lse_view<const std::int64_t> seen;   // [batch, query heads, query length]: the query sees far rows [0, seen)
+  tensor_view<Key> key;               // [batch, far heads, far length, dim]
+  tensor_view<Value> value;           // [batch, far heads, far length, value dim]
+  lse_view<const std::int64_t> seen;  // [batch, query heads, query length]: the query sees far rows [0, seen)
 };
 
 template <class Key, class Value, class Count>
@@ -247,14 +247,15 @@ void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> v
   detail::require_unused(options.cores == core_heads::per_query_head, "options.cores", "none: the caller pools");
 
   const std::int64_t workers = detail::concurrency(run);
-  const std::int64_t size = detail::query_stack<T>::size(
-      query.dim(), value.dim(), !detail::in_place<T, Key, Value, FarKey, FarValue>);
+  const std::int64_t size =
+      detail::query_stack<T>::size(query.dim(), value.dim(), !detail::in_place<T, Key, Value, FarKey, FarValue>);
   detail::scratch memory(workspace, detail::worker_scratch<T>::bytes(workers, size));
   detail::attend_sources<T, std::remove_const_t<Query>>(
       query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run,
       detail::worker_scratch<T>(memory, workers, size),
-      detail::far_source(far.key, far.value,
-                         [seen = far.seen](std::int64_t b, std::int64_t h, std::int64_t i) { return *seen.row(b, h, i); }),
+      detail::far_source(
+          far.key, far.value,
+          [seen = far.seen](std::int64_t b, std::int64_t h, std::int64_t i) { return *seen.row(b, h, i); }),
       detail::raw_source(query, key, value, options));
 }
 

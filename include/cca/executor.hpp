@@ -17,7 +17,9 @@ namespace cca::inline CCA_TARGET {
 /// done. An optional member `concurrency()` says how many of them may run at once; it bounds the scratch memory and the
 /// threads used. Without it the processor's thread count is taken. Results never depend on the executor.
 template <class E>
-concept executor = requires(const E& run, void (*f)(std::int64_t)) { run(std::int64_t{}, f); };
+concept executor = requires(const E& run, void (*f)(std::int64_t)) {
+  run(std::int64_t{}, f);
+};
 
 /// Runs on the calling thread.
 struct serial_executor {

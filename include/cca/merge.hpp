@@ -21,8 +21,8 @@ namespace cca::inline CCA_TARGET {
 /// @param out,lse  the same extents, written whole; each may be the very view of a part (not a shifted one)
 /// @throws std::invalid_argument  before anything is written, naming the argument, what it got and what it wants
 template <class A, class LseA, class B, class LseB, class Out, class Lse, executor E = serial_executor>
-void merge(tensor_view<A> out_a, lse_view<LseA> lse_a, tensor_view<B> out_b, lse_view<LseB> lse_b,
-           tensor_view<Out> out, lse_view<Lse> lse, const E& run = {}) {
+void merge(tensor_view<A> out_a, lse_view<LseA> lse_a, tensor_view<B> out_b, lse_view<LseB> lse_b, tensor_view<Out> out,
+           lse_view<Lse> lse, const E& run = {}) {
   using T = compute_type<A, B>;
   const std::array<std::int64_t, 3> rows{out_a.batch(), out_a.heads(), out_a.length()};
   detail::require_operand("out_a", out_a);

@@ -26,17 +26,17 @@ enum class pooling {
 /// their cores are always per key/value head.
 enum class core_heads {
   per_query_head,  ///< as in the authors' code
-  per_kv_head      ///< weights by the mean of the query heads that share the key/value head: that many times fewer cores
+  per_kv_head  ///< weights by the mean of the query heads that share the key/value head: that many times fewer cores
 };
 
 /// Settings of every entry point. The defaults mean plain causal attention.
 struct options {
-  std::int64_t group_size = 1;                     ///< tokens per core, g >= 1
-  std::int64_t window = unlimited;                 ///< tokens that stay raw, s >= 1; counts the current one
-  pooling pool = pooling::last_query;              ///< see `pooling`
-  core_heads cores = core_heads::per_query_head;   ///< see `core_heads`
-  std::optional<double> softmax_scale{};           ///< default `1 / sqrt(dim)` of query and key
-  std::optional<std::int64_t> first_position{};    ///< position of query 0; default: the last query is the last key
+  std::int64_t group_size = 1;                    ///< tokens per core, g >= 1
+  std::int64_t window = unlimited;                ///< tokens that stay raw, s >= 1; counts the current one
+  pooling pool = pooling::last_query;             ///< see `pooling`
+  core_heads cores = core_heads::per_query_head;  ///< see `core_heads`
+  std::optional<double> softmax_scale{};          ///< default `1 / sqrt(dim)` of query and key
+  std::optional<std::int64_t> first_position{};   ///< position of query 0; default: the last query is the last key
 };
 
 namespace detail {
@@ -70,16 +70,15 @@ std::optional<std::int64_t> reach(const tensor_view<T, Rank>& view) {
 /// A view that can be read: extents, strides and pointer make sense.
 template <class T, std::size_t Rank>
 void require_operand(const char* name, const tensor_view<T, Rank>& view) {
-  for (const std::int64_t e : view.extent)
-    require(e >= 0, name, "extents " + to_string(view.extent), "none below 0");
+  for (const std::int64_t e : view.extent) require(e >= 0, name, "extents " + to_string(view.extent), "none below 0");
   if constexpr (Rank == 4) {
     require(view.dim() >= 1, name, "dim " + std::to_string(view.dim()), "a dim of at least 1");
     require(view.stride[3] == 1, name, "strides " + to_string(view.stride), "an inner stride of 1");
   }
   if (view.empty()) return;
   require(view.data != nullptr, name, "a null pointer", "elements " + to_string(view.extent));
-  require(reach(view).has_value(), name, "extents " + to_string(view.extent) + " with strides " + to_string(view.stride),
-          "offsets below 2^62 bytes");
+  require(reach(view).has_value(), name,
+          "extents " + to_string(view.extent) + " with strides " + to_string(view.stride), "offsets below 2^62 bytes");
 }
 
 /// A view that can be written: no two of its elements may share memory, or threads would race for it. Sorted by
@@ -90,7 +89,8 @@ void require_output(const char* name, const tensor_view<T, Rank>& view) {
   require_operand(name, view);
   if (view.empty()) return;
   std::array<std::pair<std::int64_t, std::int64_t>, Rank> dims;
-  for (std::size_t i = 0; i < Rank; ++i) dims[i] = {view.stride[i] < 0 ? -view.stride[i] : view.stride[i], view.extent[i]};
+  for (std::size_t i = 0; i < Rank; ++i)
+    dims[i] = {view.stride[i] < 0 ? -view.stride[i] : view.stride[i], view.extent[i]};
   std::sort(dims.begin(), dims.end());
   std::int64_t covered = 0;
   for (const auto& [stride, extent] : dims) {

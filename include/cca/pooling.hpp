@@ -114,8 +114,8 @@ inline constexpr std::int64_t pool_task_tokens = 1024;
 /// Pools the first `core_key.length()` groups with scratch of `group_pooler::size` elements a worker.
 template <class T, class Query, class Key, class Value, class CoreKey, class CoreValue, executor E>
 void pool_groups(tensor_view<const Query> query, tensor_view<const Key> key, tensor_view<const Value> value,
-                 tensor_view<CoreKey> core_key, tensor_view<CoreValue> core_value, const options& options,
-                 const E& run, const worker_scratch<T>& scratch) {
+                 tensor_view<CoreKey> core_key, tensor_view<CoreValue> core_value, const options& options, const E& run,
+                 const worker_scratch<T>& scratch) {
   const partition partition{options.group_size, options.window};
   const std::int64_t groups = core_key.length(), heads = core_key.heads(), kv_heads = key.heads();
   const std::int64_t per_task = std::max<std::int64_t>(pool_task_tokens / options.group_size, 1);
@@ -137,8 +137,9 @@ void require_pooling_operands(tensor_view<Query> query, tensor_view<Key> key, te
   require_options(options);
   require_operand("query", query);
   require_key_value("key", "value", query, key, value);
-  require(query.length() == key.length(), "query", std::to_string(query.length()) + " queries",
-          "a query for each of the " + std::to_string(key.length()) + " keys, since a group is pooled with its last one");
+  require(
+      query.length() == key.length(), "query", std::to_string(query.length()) + " queries",
+      "a query for each of the " + std::to_string(key.length()) + " keys, since a group is pooled with its last one");
   require(options.first_position.value_or(0) == 0, "options.first_position", std::to_string(*options.first_position),
           "0 or none: there is a query for every key");
 }
@@ -161,7 +162,8 @@ void pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> val
           tensor_view<CoreValue> core_value, const options& options, const E& run = {},
           std::span<std::byte> workspace = {}) {
   using T = compute_type<Query, Key, Value>;
-  using pooler = detail::group_pooler<T, std::remove_const_t<Query>, std::remove_const_t<Key>, std::remove_const_t<Value>>;
+  using pooler =
+      detail::group_pooler<T, std::remove_const_t<Query>, std::remove_const_t<Key>, std::remove_const_t<Value>>;
   detail::require_pooling_operands(query, key, value, options);
   detail::require_unused(options.window == unlimited, "options.window", "none: every complete group is pooled");
   const std::int64_t heads = detail::core_head_count(options, query.heads(), key.heads());

@@ -72,14 +72,16 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
   const partition partition{options.group_size, options.window};
   const auto scale = static_cast<Scalar>(detail::softmax_scale(options, key.dim()));
   const std::int64_t heads = detail::core_head_count(options, query.heads(), key.heads());
-  const std::int64_t groups = partition.group_count(key.length()), sharing = query.heads() / std::max<std::int64_t>(heads, 1);
+  const std::int64_t groups = partition.group_count(key.length()),
+                     sharing = query.heads() / std::max<std::int64_t>(heads, 1);
   std::pair<tensor<Scalar>, tensor<Scalar>> cores{{key.batch(), heads, groups, key.dim()},
                                                   {key.batch(), heads, groups, value.dim()}};
   for (std::int64_t b = 0; b < key.batch(); ++b)
     for (std::int64_t h = 0; h < heads; ++h) {
       const std::int64_t kv_head = h / (heads / key.heads());
       const matrix<Scalar> keys = head<Scalar>(key, b, kv_head), values = head<Scalar>(value, b, kv_head);
-      matrix<Scalar> queries = matrix<Scalar>::Zero(query.length(), query.dim());  // the mean of those that share the cores
+      matrix<Scalar> queries =
+          matrix<Scalar>::Zero(query.length(), query.dim());  // the mean of those that share the cores
       for (std::int64_t i = h * sharing; i < (h + 1) * sharing; ++i)
         queries += head<Scalar>(query, b, i) / static_cast<Scalar>(sharing);
       for (std::int64_t c = 0; c < groups; ++c) {
@@ -89,7 +91,8 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
         Eigen::Map<vector<Scalar>> core_value(cores.second.view().row(b, h, c), value.dim());
         if (options.pool == pooling::max) {
           for (std::int64_t d = 0; d < key.dim(); ++d) core_key(d) = k.col(d).template maxCoeff<Eigen::PropagateNaN>();
-          for (std::int64_t d = 0; d < value.dim(); ++d) core_value(d) = v.col(d).template maxCoeff<Eigen::PropagateNaN>();
+          for (std::int64_t d = 0; d < value.dim(); ++d)
+            core_value(d) = v.col(d).template maxCoeff<Eigen::PropagateNaN>();
           continue;
         }
         vector<Scalar> weights = vector<Scalar>::Constant(group.size(), Scalar(1) / static_cast<Scalar>(group.size()));

@@ -23,20 +23,12 @@ struct tensor_view {
   std::array<std::int64_t, Rank> stride{};
 
   /// A view of mutable elements serves where constant ones are asked for.
-  constexpr operator tensor_view<const T, Rank>() const
-    requires(!std::is_const_v<T>)
-  {
-    return {data, extent, stride};
-  }
+  constexpr operator tensor_view<const T, Rank>() const requires(!std::is_const_v<T>) { return {data, extent, stride}; }
 
   [[nodiscard]] constexpr std::int64_t batch() const { return extent[0]; }
   [[nodiscard]] constexpr std::int64_t heads() const { return extent[1]; }
   [[nodiscard]] constexpr std::int64_t length() const { return extent[2]; }
-  [[nodiscard]] constexpr std::int64_t dim() const
-    requires(Rank == 4)
-  {
-    return extent[3];
-  }
+  [[nodiscard]] constexpr std::int64_t dim() const requires(Rank == 4) { return extent[3]; }
 
   [[nodiscard]] constexpr bool empty() const {
     for (const std::int64_t e : extent)
@@ -45,9 +37,7 @@ struct tensor_view {
   }
 
   /// The first element of the row of token `i`: `dim` contiguous elements (in a rank-3 view, one).
-  [[nodiscard]] constexpr T* row(std::int64_t b, std::int64_t h, std::int64_t i) const
-    requires(Rank >= 3)
-  {
+  [[nodiscard]] constexpr T* row(std::int64_t b, std::int64_t h, std::int64_t i) const requires(Rank >= 3) {
     return data + b * stride[0] + h * stride[1] + i * stride[2];
   }
 };
@@ -91,7 +81,6 @@ template <class Matrix>
 
 /// What elements are computed in: double if any of them is, otherwise float.
 template <class... Elements>
-using compute_type =
-    std::conditional_t<(std::is_same_v<std::remove_const_t<Elements>, double> || ...), double, float>;
+using compute_type = std::conditional_t<(std::is_same_v<std::remove_const_t<Elements>, double> || ...), double, float>;
 
 }  // namespace cca::inline CCA_TARGET

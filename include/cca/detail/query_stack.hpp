@@ -21,7 +21,8 @@ struct source {
 };
 
 template <class Key, class Value, class Sees>
-source(tensor_view<Key>, tensor_view<Value>, Sees) -> source<std::remove_const_t<Key>, std::remove_const_t<Value>, Sees>;
+source(tensor_view<Key>, tensor_view<Value>, Sees)
+    -> source<std::remove_const_t<Key>, std::remove_const_t<Value>, Sees>;
 
 /// Consecutive queries of one head: tiles that take turns on each block of rows. The unit of work of the forward pass.
 template <class T>
@@ -67,8 +68,7 @@ class query_stack {
     const std::int64_t kv_head = h / (heads / source.key.heads());
     for (std::int64_t j = total.begin; j < total.end; j += shape::block) {
       const range block{j, std::min(j + shape::block, total.end)};
-      const auto keys =
-          stage(source.key.row(b, kv_head, j), source.key.stride[2], dim_, block.size(), staged_keys_);
+      const auto keys = stage(source.key.row(b, kv_head, j), source.key.stride[2], dim_, block.size(), staged_keys_);
       const auto values =
           stage(source.value.row(b, kv_head, j), source.value.stride[2], value_dim_, block.size(), staged_values_);
       for (std::int64_t c = 0; c < tiles_; ++c) at(c).absorb(keys, values, block, sees[c], weights_);

@@ -27,9 +27,8 @@ void dot_rows(const T* query, row_span<T> keys, std::int64_t dim, std::int64_t c
     unroll<R>([&](auto r) CCA_INLINE_LAMBDA { even[r] = odd[r] = vec<T>(T(0)); });
     const auto add = [&](vec<T>(&sum)[R], std::int64_t d) CCA_INLINE_LAMBDA {
       const vec<T> q = vec<T>::load_aligned(query + d);
-      unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
-        sum[r] = fma<T>(vec<T>::load_unaligned(keys.row(j + r) + d), q, sum[r]);
-      });
+      unroll<R>([&](auto r)
+                    CCA_INLINE_LAMBDA { sum[r] = fma<T>(vec<T>::load_unaligned(keys.row(j + r) + d), q, sum[r]); });
     };
     std::int64_t d = 0;
     for (; d + 2 * W <= full; d += 2 * W) {

@@ -42,9 +42,10 @@ inline constexpr T infinity = std::numeric_limits<T>::infinity();
 /// which it indexes live in registers.
 template <std::int64_t N, class F>
 CCA_INLINE void unroll(const F& f) {
-  [&]<std::int64_t... I>(std::integer_sequence<std::int64_t, I...>) CCA_INLINE_LAMBDA {
+  const auto each = [&]<std::int64_t... I>(std::integer_sequence<std::int64_t, I...>) CCA_INLINE_LAMBDA {
     (f(std::integral_constant<std::int64_t, I>{}), ...);
-  }(std::make_integer_sequence<std::int64_t, N>{});
+  };
+  each(std::make_integer_sequence<std::int64_t, N>{});
 }
 
 /// Calls `f(constant n)` for an `n` in `[1, Max]` that is known only at run time; nothing for 0.
@@ -142,10 +143,10 @@ template <>
 struct exp2_constants<double> {
   using integer = std::int64_t;
   static constexpr int mantissa_bits = 52, bias = 1023;
-  static constexpr double polynomial[] = {
-      0x1.c0638527edf34p-32, 0x1.e605f979c7a5dp-28, 0x1.b54167a0b9061p-24, 0x1.62bfd49ed0adfp-20,
-      0x1.ffcbee3b0af8cp-17, 0x1.4309130961163p-13, 0x1.5d87fe7bbbe07p-10, 0x1.3b2ab6fba1e1cp-7,
-      0x1.c6b08d7048f31p-5,  0x1.ebfbdff82c598p-3,  0x1.62e42fefa39f3p-1};
+  static constexpr double polynomial[] = {0x1.c0638527edf34p-32, 0x1.e605f979c7a5dp-28, 0x1.b54167a0b9061p-24,
+                                          0x1.62bfd49ed0adfp-20, 0x1.ffcbee3b0af8cp-17, 0x1.4309130961163p-13,
+                                          0x1.5d87fe7bbbe07p-10, 0x1.3b2ab6fba1e1cp-7,  0x1.c6b08d7048f31p-5,
+                                          0x1.ebfbdff82c598p-3,  0x1.62e42fefa39f3p-1};
 };
 
 /// 2^x for x <= 0: within 2 ulp, 0 below the normal numbers and for -inf, NaN for NaN.

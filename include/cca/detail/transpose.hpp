@@ -38,8 +38,9 @@ void transpose(const From* from, std::int64_t from_stride, To* to, std::int64_t 
     constexpr std::int64_t n = xsimd::batch<To, transpose_arch>::size;
     full_rows = rows - rows % n;
     full_columns = columns - columns % n;
-    for (std::int64_t i = 0; i < full_rows; i += n)
-      for (std::int64_t j = 0; j < full_columns; j += n)
+    // Whole lines are written one after the other; lines that are read in pieces stay in cache.
+    for (std::int64_t j = 0; j < full_columns; j += n)
+      for (std::int64_t i = 0; i < full_rows; i += n)
         transpose_block(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
   }
   for (std::int64_t i = 0; i < rows; ++i)
