@@ -4,12 +4,14 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <span>
 #include <string>
 #include <type_traits>
 
-#include "detail/query_stack.hpp"
+#include "detail/forward.hpp"
 #include "detail/scratch.hpp"
+#include "detail/source.hpp"
 #include "executor.hpp"
 #include "options.hpp"
 #include "partition.hpp"
@@ -65,9 +67,27 @@ template <class Query, class Key, class Value>
 auto raw_source(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, const options& options) {
   const partition partition{options.group_size, options.window};
   const std::int64_t first = first_position(options, query.length(), key.length()), length = key.length();
-  return source{key, value, [partition, first, length](std::int64_t, std::int64_t, std::int64_t i) {
-                  return intersection(partition.raw(first + i), {0, length});
-                }};
+  return view_source(key, value, [partition, first, length](std::int64_t, std::int64_t, std::int64_t i) {
+    return intersection(partition.raw(first + i), {0, length});
+  });
+}
+
+/// The engine for these queries and sources of `rows`, the fewest heads of which are `fewest_heads`.
+template <class T, class Query, executor E>
+forward<T> plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t fewest_heads,
+                std::initializer_list<std::int64_t> rows, bool staged, const E& run) {
+  std::int64_t parts = 0;
+  for (const std::int64_t count : rows) parts += forward<T>::count_parts(count);
+  return {query.batch(), query.heads(), query.length(), query.dim(),     value_dim,
+          fewest_heads,  parts,         staged,         concurrency(run)};
+}
+
+template <class Query, class Key, class Value, class FarKey, class FarValue, executor E>
+auto attend_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
+                 const far<FarKey, FarValue>& far, const E& run) {
+  using T = compute_type<Query, Key, Value, FarKey, FarValue>;
+  return plan<T>(query, value.dim(), std::min(key.heads(), far.key.heads()), {far.key.length(), key.length()},
+                 !in_place<T, Key, Value, FarKey, FarValue>, run);
 }
 
 /// The raw part of the context alone: local and dense attention.
@@ -83,54 +103,61 @@ void attend_raw(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Valu
   require_unused(options.pool == pooling::last_query, "options.pool", "none: nothing is pooled");
   require_unused(options.cores == core_heads::per_query_head, "options.cores", "none: nothing is pooled");
 
-  const std::int64_t workers = concurrency(run);
-  const std::int64_t size = query_stack<T>::size(query.dim(), value.dim(), !in_place<T, Key, Value>);
-  scratch memory(workspace, worker_scratch<T>::bytes(workers, size));
-  attend_sources<T, std::remove_const_t<Query>>(query, out, lse, static_cast<T>(softmax_scale(options, key.dim())), run,
-                                                worker_scratch<T>(memory, workers, size),
-                                                raw_source(query, key, value, options));
+  const auto forward = plan<T>(query, value.dim(), key.heads(), {key.length()}, !in_place<T, Key, Value>, run);
+  scratch memory(workspace, forward.bytes());
+  forward(query, out, lse, static_cast<T>(softmax_scale(options, key.dim())), run, memory,
+          raw_source(query, key, value, options));
 }
 
 /// The far part `[0, seen)` of a caller's rows or of cores.
 template <class Key, class Value, class Seen>
 auto far_source(tensor_view<Key> key, tensor_view<Value> value, Seen seen) {
-  return source{key, value, [seen](std::int64_t b, std::int64_t h, std::int64_t i) { return range{0, seen(b, h, i)}; }};
+  return view_source(key, value, [seen](std::int64_t b, std::int64_t h, std::int64_t i) {
+    return range{0, seen(b, h, i)};
+  });
 }
 
-/// Scratch of CCA attention: the cores that some query sees, then each worker's.
-template <class T>
-struct cca_memory {
-  std::int64_t cores, core_heads, workers, worker_size;
-  std::int64_t core_key_size, core_value_size;
+/// Scratch of CCA attention: the cores that some query sees, what pools them, and what attends to them.
+template <class T, class Query, class Key, class Value>
+struct cca_plan {
+  using pooler = group_pooler<T, std::remove_const_t<Query>, std::remove_const_t<Key>, std::remove_const_t<Value>>;
 
-  template <class Query, class Key, class Value, executor E>
-  cca_memory(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-             const options& options, const E& run)
+  std::int64_t cores, core_heads, core_key_size, core_value_size, workers, pooler_size;
+  detail::forward<T> forward;
+
+  template <executor E>
+  cca_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
+           const options& options, const E& run)
       : cores(partition{options.group_size, options.window}.core_count(key.length() - 1)),
         core_heads(core_head_count(options, query.heads(), key.heads())),
-        workers(concurrency(run)),
-        worker_size(std::max(
-            query_stack<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>),
-            group_pooler<T, std::remove_const_t<Query>, std::remove_const_t<Key>, std::remove_const_t<Value>>::size(
-                key.dim(), value.dim()))),
         core_key_size(key.batch() * core_heads * cores * key.dim()),
-        core_value_size(key.batch() * core_heads * cores * value.dim()) {}
+        core_value_size(key.batch() * core_heads * cores * value.dim()),
+        workers(concurrency(run)),
+        pooler_size(pooler::size(key.dim(), value.dim())),
+        forward(plan<T>(query, value.dim(), key.heads(), {cores, key.length()}, !in_place<T, Key, Value>, run)) {}
 
   [[nodiscard]] std::size_t bytes() const {
     return scratch_bytes<T>(core_key_size) + scratch_bytes<T>(core_value_size) +
-           worker_scratch<T>::bytes(workers, worker_size);
+           worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
   }
 };
 
 }  // namespace detail
 
-/// Bytes of workspace that any entry point with these operands, options and executor is content with.
+/// Bytes of workspace that every entry point but `attend` is content with for these operands, options and executor.
 template <class Query, class Key, class Value, executor E = serial_executor>
 [[nodiscard]] std::size_t workspace_size(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                          const options& options, const E& run = {}) {
   detail::require_options(options);
   using T = compute_type<Query, Key, Value>;
-  return detail::cca_memory<T>(query, key, value, options, run).bytes() + detail::scratch_alignment;
+  return detail::cca_plan<T, Query, Key, Value>(query, key, value, options, run).bytes() + detail::scratch_alignment;
+}
+
+/// The same for `attend`, whose far context may be larger than the cores.
+template <class Query, class Key, class Value, class FarKey, class FarValue, executor E = serial_executor>
+[[nodiscard]] std::size_t workspace_size(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+                                         far<FarKey, FarValue> far, const E& run = {}) {
+  return detail::attend_plan(query, key, value, far, run).bytes() + detail::scratch_alignment;
 }
 
 /// Core Context Aware attention: the query at position t sees the cores of all groups before its window and the raw
@@ -156,18 +183,17 @@ void attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value
   detail::require_unused(options.group_size == 1 || options.window != unlimited, "options.group_size",
                          "1 where no window is set: without one nothing is pooled");
 
-  const detail::cca_memory<T> size(query, key, value, options, run);
-  detail::scratch memory(workspace, size.bytes());
-  const auto core_key = bhsd(memory.take<T>(size.core_key_size), key.batch(), size.core_heads, size.cores, key.dim());
+  const detail::cca_plan<T, Query, Key, Value> plan(query, key, value, options, run);
+  detail::scratch memory(workspace, plan.bytes());
+  const auto core_key = bhsd(memory.take<T>(plan.core_key_size), key.batch(), plan.core_heads, plan.cores, key.dim());
   const auto core_value =
-      bhsd(memory.take<T>(size.core_value_size), key.batch(), size.core_heads, size.cores, value.dim());
-  const detail::worker_scratch<T> workers(memory, size.workers, size.worker_size);
-
+      bhsd(memory.take<T>(plan.core_value_size), key.batch(), plan.core_heads, plan.cores, value.dim());
   detail::pool_groups<T, std::remove_const_t<Query>, std::remove_const_t<Key>, std::remove_const_t<Value>>(
-      query, key, value, core_key, core_value, options, run, workers);
+      query, key, value, core_key, core_value, options, run,
+      detail::worker_scratch<T>(memory, plan.workers, plan.pooler_size));
   const partition partition{options.group_size, options.window};
-  detail::attend_sources<T, std::remove_const_t<Query>>(
-      query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, workers,
+  plan.forward(
+      query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
       detail::far_source(core_key, core_value,
                          [partition](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); }),
       detail::raw_source(query, key, value, options));
@@ -246,17 +272,13 @@ void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> v
   detail::require_unused(options.pool == pooling::last_query, "options.pool", "none: the caller pools");
   detail::require_unused(options.cores == core_heads::per_query_head, "options.cores", "none: the caller pools");
 
-  const std::int64_t workers = detail::concurrency(run);
-  const std::int64_t size =
-      detail::query_stack<T>::size(query.dim(), value.dim(), !detail::in_place<T, Key, Value, FarKey, FarValue>);
-  detail::scratch memory(workspace, detail::worker_scratch<T>::bytes(workers, size));
-  detail::attend_sources<T, std::remove_const_t<Query>>(
-      query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run,
-      detail::worker_scratch<T>(memory, workers, size),
-      detail::far_source(
-          far.key, far.value,
-          [seen = far.seen](std::int64_t b, std::int64_t h, std::int64_t i) { return *seen.row(b, h, i); }),
-      detail::raw_source(query, key, value, options));
+  const auto forward = detail::attend_plan(query, key, value, far, run);
+  detail::scratch memory(workspace, forward.bytes());
+  forward(query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
+          detail::far_source(
+              far.key, far.value,
+              [seen = far.seen](std::int64_t b, std::int64_t h, std::int64_t i) { return *seen.row(b, h, i); }),
+          detail::raw_source(query, key, value, options));
 }
 
 /// Without log-sum-exps.

@@ -22,7 +22,7 @@ template <class T, class Query, class Key, class Value>
 class group_pooler {
  public:
   static constexpr std::int64_t size(std::int64_t dim, std::int64_t value_dim) {
-    return padded(dim) + row_block + dim + value_dim + (in_place<T, Key, Value> ? 0 : row_block * (dim + value_dim));
+    return padded<T>(dim) + row_block + dim + value_dim + (in_place<T, Key, Value> ? 0 : row_block * (dim + value_dim));
   }
 
   group_pooler(tensor_view<const Query> query, tensor_view<const Key> key, tensor_view<const Value> value,
@@ -33,7 +33,7 @@ class group_pooler {
         pool_(options.pool),
         scale_(static_cast<T>(softmax_scale(options, key.dim())) * std::numbers::log2e_v<T>),
         last_query_(scratch),
-        weights_(last_query_ + padded(key.dim())),
+        weights_(last_query_ + padded<T>(key.dim())),
         core_key_(weights_ + row_block),
         core_value_(core_key_ + key.dim()),
         staged_keys_(core_value_ + value.dim()),
@@ -61,18 +61,16 @@ class group_pooler {
         add_weighted_rows(weights_, values, value_.dim(), count, rescale, core_value_);
       }
     }
-    const T factor = pool_ == pooling::max ? T(1) : softmax.sum == T(0) ? T(0) : T(1) / softmax.sum;
+    const T factor = pool_ == pooling::max ? T(1) : softmax.inverse_sum();
     for (std::int64_t d = 0; d < key_.dim(); ++d) core_key[d] = static_cast<CoreKey>(core_key_[d] * factor);
     for (std::int64_t d = 0; d < value_.dim(); ++d) core_value[d] = static_cast<CoreValue>(core_value_[d] * factor);
   }
 
  private:
-  static constexpr std::int64_t padded(std::int64_t dim) { return (dim + width<T> - 1) / width<T> * width<T>; }
-
   /// The scaled query of the group's last token; for a core shared by query heads, their mean.
   void load_last_query(std::int64_t b, std::int64_t h, std::int64_t heads, std::int64_t token) {
     const std::int64_t sharing = query_.heads() / heads;
-    std::fill_n(last_query_, padded(key_.dim()), T(0));
+    std::fill_n(last_query_, padded<T>(key_.dim()), T(0));
     for (std::int64_t i = h * sharing; i < (h + 1) * sharing; ++i) {
       const Query* q = query_.row(b, i, token);
       for (std::int64_t d = 0; d < key_.dim(); ++d) last_query_[d] += static_cast<T>(q[d]);
@@ -154,7 +152,7 @@ void require_pooling_operands(tensor_view<Query> query, tensor_view<Key> key, te
 ///   value's dim. `cores` is the query's heads, or the key's with `core_heads::per_kv_head`, `mean` and `max`.
 /// @param options  `group_size`, `pool`, `cores` and `softmax_scale` are used.
 /// @param run  executor; results are the same for any.
-/// @param workspace  at least `pool_workspace_size` bytes, or empty: then memory is allocated.
+/// @param workspace  at least `workspace_size` bytes, or empty: then memory is allocated.
 /// @throws std::invalid_argument  before anything is written, naming the argument.
 /// Source: arXiv 2412.12465, section 3.1, equation of the core token.
 template <class Query, class Key, class Value, class CoreKey, class CoreValue, executor E = serial_executor>

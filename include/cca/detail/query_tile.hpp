@@ -7,6 +7,7 @@
 #include <numbers>
 
 #include "../partition.hpp"
+#include "row.hpp"
 #include "rows.hpp"
 #include "simd.hpp"
 #include "transpose.hpp"
@@ -196,9 +197,7 @@ class query_tile {
   }
 
   /// The natural log-sum-exp of the scores of query `i`, -inf where nothing was seen.
-  [[nodiscard]] T lse(std::int64_t i) const {
-    return sum_[i] == T(0) ? -infinity<T> : (maximum_[i] + std::log2(sum_[i])) * std::numbers::ln2_v<T>;
-  }
+  [[nodiscard]] T lse(std::int64_t i) const { return row_softmax<T>{maximum_[i], sum_[i]}.lse(); }
 
  private:
   void absorb_by_vector(std::int64_t v, row_span<T> keys, row_span<T> values, std::int64_t first, range part,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numbers>
 
 #include "rows.hpp"
 #include "simd.hpp"
@@ -14,6 +15,12 @@ namespace cca::inline CCA_TARGET::detail {
 
 /// Rows that one step takes in: their logits fit a small buffer, their data the first-level cache.
 inline constexpr std::int64_t row_block = 64;
+
+/// `dim` rounded up to whole vectors.
+template <class T>
+[[nodiscard]] constexpr std::int64_t padded(std::int64_t dim) {
+  return (dim + width<T> - 1) / width<T> * width<T>;
+}
 
 /// `logits[j] = query . key_j` for j in `[0, count)`. `query` is padded with zeros to a multiple of the vector width.
 template <class T>
@@ -98,6 +105,14 @@ struct row_softmax {
     const T rescale = std::exp2(old - base);
     sum = sum * rescale + reduce_add<T>(total);
     return rescale;
+  }
+
+  /// What turns weights into shares; 0 where nothing was seen.
+  [[nodiscard]] T inverse_sum() const { return sum == T(0) ? T(0) : T(1) / sum; }
+
+  /// The natural log-sum-exp, -inf where nothing was seen.
+  [[nodiscard]] T lse() const {
+    return sum == T(0) ? -infinity<T> : (maximum + std::log2(sum)) * std::numbers::ln2_v<T>;
   }
 };
 

@@ -1,0 +1,145 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "../executor.hpp"
+#include "../tensor_view.hpp"
+#include "query_rows.hpp"
+#include "query_stack.hpp"
+#include "scratch.hpp"
+#include "source.hpp"
+
+namespace cca::inline CCA_TARGET::detail {
+
+/// Queries, per head, up to which each goes through the rows by itself (`query_rows`), bound by memory; more of them
+/// ride in lanes (`query_stack`), bound by arithmetic.
+inline constexpr std::int64_t few_queries = 8;
+
+/// Attention of every query over all sources in one softmax: the engine of every entry point. It is told the shapes
+/// first, so that its scratch memory can be part of a caller's workspace.
+template <class T>
+class forward {
+ public:
+  /// `fewest_heads` are those of the source with the fewest; `parts`, the sum of `count_parts` over the sources, is
+  /// what few queries' context is cut into.
+  forward(std::int64_t batch, std::int64_t heads, std::int64_t length, std::int64_t dim, std::int64_t value_dim,
+          std::int64_t fewest_heads, std::int64_t parts, bool staged, std::int64_t workers)
+      : batch_(batch),
+        heads_(heads),
+        length_(length),
+        dim_(dim),
+        value_dim_(value_dim),
+        groups_(fewest_heads),
+        parts_(std::max<std::int64_t>(parts, 1)),
+        workers_(workers),
+        worker_size_(few() ? query_rows<T>::size(queries_per_group(), dim, value_dim, staged)
+                           : query_stack<T>::size(dim, value_dim, staged)) {}
+
+  [[nodiscard]] static std::int64_t count_parts(std::int64_t rows) { return (rows + part_rows - 1) / part_rows; }
+
+  [[nodiscard]] std::size_t bytes() const {
+    return worker_scratch<T>::bytes(workers_, worker_size_) + scratch_bytes<T>(partials_size());
+  }
+
+  template <class Query, class Out, class Lse, executor E, class... Source>
+  void operator()(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, T scale, const E& run,
+                  scratch& memory, const Source&... sources) const {
+    const worker_scratch<T> scratch(memory, workers_, worker_size_);
+    if (few())
+      attend_few(query, out, lse, scale, run, scratch, memory.take<T>(partials_size()), sources...);
+    else
+      attend_many(query, out, lse, scale, run, scratch, sources...);
+  }
+
+ private:
+  [[nodiscard]] bool few() const { return length_ <= few_queries; }
+  [[nodiscard]] std::int64_t queries_per_group() const { return groups_ > 0 ? heads_ / groups_ * length_ : 0; }
+  [[nodiscard]] std::int64_t partials_size() const {
+    return few() ? batch_ * heads_ * length_ * parts_ * partial_result<T>::size(value_dim_) : 0;
+  }
+
+  /// A task is a stack of queries. Later queries see more: those of a head are begun last first, and threads finish
+  /// together.
+  template <class Query, class Out, class Lse, executor E, class... Source>
+  void attend_many(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, T scale, const E& run,
+                   const worker_scratch<T>& scratch, const Source&... sources) const {
+    constexpr std::int64_t lanes = query_stack<T>::lanes;
+    const std::int64_t stacks = (length_ + lanes - 1) / lanes;
+    run_tasks(run, workers_, batch_ * heads_ * stacks, [&](std::int64_t worker, std::int64_t task) {
+      const std::int64_t b = task / stacks / heads_, h = task / stacks % heads_;
+      const std::int64_t first = (stacks - 1 - task % stacks) * lanes;
+      query_stack<T> stack(scratch[worker], dim_, value_dim_, std::min(lanes, length_ - first));
+      stack.begin(query.row(b, h, first), query.stride[2], scale);
+      (stack.absorb(sources, b, h, heads_, first), ...);
+      stack.finish(out.row(b, h, first), out.stride[2], lse.data ? lse.row(b, h, first) : nullptr, lse.stride[2]);
+    });
+  }
+
+  /// A task is the queries of the heads that share rows, over a part of one source; then the parts are merged.
+  template <class Query, class Out, class Lse, executor E, class... Source>
+  void attend_few(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, T scale, const E& run,
+                  const worker_scratch<T>& scratch, T* partials, const Source&... sources) const {
+    const auto partial = [&](std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t part) {
+      return partial_result<T>(
+          partials + (((b * heads_ + h) * length_ + i) * parts_ + part) * partial_result<T>::size(value_dim_),
+          value_dim_);
+    };
+    run_tasks(run, workers_, batch_ * groups_ * parts_, [&](std::int64_t worker, std::int64_t task) {
+      const std::int64_t b = task / parts_ / groups_, group = task / parts_ % groups_, part = task % parts_;
+      const range heads{group * heads_ / groups_, (group + 1) * heads_ / groups_};
+      query_rows<T> queries(scratch[worker], queries_per_group(), dim_, value_dim_);
+      for (std::int64_t h = heads.begin; h < heads.end; ++h)
+        for (std::int64_t i = 0; i < length_; ++i) {
+          queries.load((h - heads.begin) * length_ + i, query.row(b, h, i), scale);
+          partial(b, h, i, part).begin();
+        }
+      std::int64_t source_part = part;  // counted from the source's first
+      const auto absorb = [&](const auto& source) {
+        if (source_part >= 0 && source_part < count_parts(source.length))
+          absorb_part(queries, source, b, heads, source_part,
+                      [&](std::int64_t h, std::int64_t i) { return partial(b, h, i, part); });
+        source_part -= count_parts(source.length);
+      };
+      (absorb(sources), ...);
+    });
+    run_tasks(run, workers_, batch_ * heads_, [&](std::int64_t, std::int64_t task) {
+      const std::int64_t b = task / heads_, h = task % heads_;
+      for (std::int64_t i = 0; i < length_; ++i) {
+        partial_result<T> whole = partial(b, h, i, 0);
+        for (std::int64_t part = 1; part < parts_; ++part) whole.merge(partial(b, h, i, part));
+        whole.finish(out.row(b, h, i));
+        if (lse.data) *lse.row(b, h, i) = static_cast<Lse>(whole.lse());
+      }
+    });
+  }
+
+  template <class Source, class Result>
+  void absorb_part(query_rows<T>& queries, const Source& source, std::int64_t b, range heads, std::int64_t part,
+                   const Result& result) const {
+    range total;  // what some query sees: parts are counted from there
+    for (std::int64_t h = heads.begin; h < heads.end; ++h)
+      for (std::int64_t i = 0; i < length_; ++i) total = hull(total, source.sees(b, h, i));
+    const range rows{total.begin + part * part_rows, std::min(total.begin + (part + 1) * part_rows, total.end)};
+    const std::int64_t sharing = heads_ / source.heads;
+    for (std::int64_t j = rows.begin; j < rows.end; j += row_block) {
+      const range block{j, std::min(j + row_block, rows.end)};
+      for (std::int64_t h = heads.begin; h < heads.end;) {
+        const std::int64_t head = h / sharing;
+        const auto [keys, values] = queries.block_of(source.rows(b, head), block);
+        for (; h < std::min((head + 1) * sharing, heads.end); ++h)
+          for (std::int64_t i = 0; i < length_; ++i) {
+            const range seen = intersection(source.sees(b, h, i), block);
+            if (!seen.empty())
+              queries.absorb((h - heads.begin) * length_ + i, keys, values, {seen.begin - j, seen.end - j},
+                             result(h, i));
+          }
+      }
+    }
+  }
+
+  std::int64_t batch_, heads_, length_, dim_, value_dim_, groups_, parts_, workers_, worker_size_;
+};
+
+}  // namespace cca::inline CCA_TARGET::detail

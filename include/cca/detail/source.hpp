@@ -1,0 +1,43 @@
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../partition.hpp"
+#include "../tensor_view.hpp"
+
+namespace cca::inline CCA_TARGET::detail {
+
+/// Keys and values of one head: row `i` starts at `key + i * key_stride` and `value + i * value_stride`.
+template <class Key, class Value>
+struct context_rows {
+  const Key* key;
+  std::int64_t key_stride;
+  const Value* value;
+  std::int64_t value_stride;
+};
+
+/// One kind of context: cores, a window, a caller's rows. All of attention is a softmax over a few of them.
+template <class Rows, class Sees>
+struct source {
+  std::int64_t heads;   ///< query heads share them evenly
+  std::int64_t length;  ///< rows, of the longest sequence
+  Rows rows;            ///< `rows(b, head)`: the `context_rows` of sequence `b`
+  Sees sees;            ///< `sees(b, h, i)`: the half-open range of rows that query `i` of query head `h` sees
+};
+
+template <class Rows, class Sees>
+source(std::int64_t, std::int64_t, Rows, Sees) -> source<Rows, Sees>;
+
+/// The rows of two views of extents `[batch, heads, length, dim]`.
+template <class Key, class Value, class Sees>
+auto view_source(tensor_view<Key> key, tensor_view<Value> value, Sees sees) {
+  return source{key.heads(), key.length(),
+                [key, value](std::int64_t b, std::int64_t h) {
+                  return context_rows<std::remove_const_t<Key>, std::remove_const_t<Value>>{
+                      key.row(b, h, 0), key.stride[2], value.row(b, h, 0), value.stride[2]};
+                },
+                sees};
+}
+
+}  // namespace cca::inline CCA_TARGET::detail
