@@ -118,14 +118,12 @@ auto far_source(tensor_view<Key> key, tensor_view<Value> value, Seen seen) {
 }
 
 /// Scratch of CCA attention: the cores that some query sees, what pools them, and what attends to them.
-template <class T, class Query, class Key, class Value>
+template <class T>
 struct cca_plan {
-  using pooler = group_pooler<T, std::remove_const_t<Query>, std::remove_const_t<Key>, std::remove_const_t<Value>>;
-
   std::int64_t cores, core_heads, core_key_size, core_value_size, workers, pooler_size;
   detail::forward<T> forward;
 
-  template <executor E>
+  template <class Query, class Key, class Value, executor E>
   cca_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
            const options& options, const E& run)
       : cores(partition{options.group_size, options.window}.core_count(key.length() - 1)),
@@ -133,7 +131,7 @@ struct cca_plan {
         core_key_size(key.batch() * core_heads * cores * key.dim()),
         core_value_size(key.batch() * core_heads * cores * value.dim()),
         workers(concurrency(run)),
-        pooler_size(pooler::size(key.dim(), value.dim())),
+        pooler_size(group_pooler<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>)),
         forward(plan<T>(query, value.dim(), key.heads(), {cores, key.length()}, !in_place<T, Key, Value>, run)) {}
 
   [[nodiscard]] std::size_t bytes() const {
@@ -150,7 +148,7 @@ template <class Query, class Key, class Value, executor E = serial_executor>
                                          const options& options, const E& run = {}) {
   detail::require_options(options);
   using T = compute_type<Query, Key, Value>;
-  return detail::cca_plan<T, Query, Key, Value>(query, key, value, options, run).bytes() + detail::scratch_alignment;
+  return detail::cca_plan<T>(query, key, value, options, run).bytes() + detail::scratch_alignment;
 }
 
 /// The same for `attend`, whose far context may be larger than the cores.
@@ -183,14 +181,13 @@ void attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value
   detail::require_unused(options.group_size == 1 || options.window != unlimited, "options.group_size",
                          "1 where no window is set: without one nothing is pooled");
 
-  const detail::cca_plan<T, Query, Key, Value> plan(query, key, value, options, run);
+  const detail::cca_plan<T> plan(query, key, value, options, run);
   detail::scratch memory(workspace, plan.bytes());
   const auto core_key = bhsd(memory.take<T>(plan.core_key_size), key.batch(), plan.core_heads, plan.cores, key.dim());
   const auto core_value =
       bhsd(memory.take<T>(plan.core_value_size), key.batch(), plan.core_heads, plan.cores, value.dim());
-  detail::pool_groups<T, std::remove_const_t<Query>, std::remove_const_t<Key>, std::remove_const_t<Value>>(
-      query, key, value, core_key, core_value, options, run,
-      detail::worker_scratch<T>(memory, plan.workers, plan.pooler_size));
+  detail::pool_views<T>(query, key, value, core_key, core_value, options, run,
+                        detail::worker_scratch<T>(memory, plan.workers, plan.pooler_size));
   const partition partition{options.group_size, options.window};
   plan.forward(
       query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,

@@ -5,9 +5,12 @@
 #include <cstdint>
 #include <numbers>
 #include <span>
+#include <string>
+#include <utility>
 
 #include "detail/row.hpp"
 #include "detail/scratch.hpp"
+#include "detail/source.hpp"
 #include "executor.hpp"
 #include "options.hpp"
 #include "partition.hpp"
@@ -16,77 +19,78 @@
 namespace cca::inline CCA_TARGET {
 namespace detail {
 
-/// Pools single groups of one head. Every row of keys and values is read once, from memory, per key/value head: this is
-/// bound by reading `group_size * (dim + value_dim)` elements per group.
-template <class T, class Query, class Key, class Value>
+/// Pools a group of one head: `begin`, the queries of its last token, its rows in one or more pieces, `finish`. Every row
+/// is read once: this is bound by reading `group_size * (dim + value_dim)` elements.
+template <class T>
 class group_pooler {
  public:
-  static constexpr std::int64_t size(std::int64_t dim, std::int64_t value_dim) {
-    return padded<T>(dim) + row_block + dim + value_dim + (in_place<T, Key, Value> ? 0 : row_block * (dim + value_dim));
+  static constexpr std::int64_t size(std::int64_t dim, std::int64_t value_dim, bool staged) {
+    return padded<T>(dim) + row_block + dim + value_dim + (staged ? row_block * (dim + value_dim) : 0);
   }
 
-  group_pooler(tensor_view<const Query> query, tensor_view<const Key> key, tensor_view<const Value> value,
-               const options& options, T* scratch)
-      : query_(query),
-        key_(key),
-        value_(value),
+  group_pooler(T* scratch, std::int64_t dim, std::int64_t value_dim, const options& options)
+      : dim_(dim),
+        value_dim_(value_dim),
         pool_(options.pool),
-        scale_(static_cast<T>(softmax_scale(options, key.dim())) * std::numbers::log2e_v<T>),
-        last_query_(scratch),
-        weights_(last_query_ + padded<T>(key.dim())),
+        scale_(static_cast<T>(softmax_scale(options, dim)) * std::numbers::log2e_v<T>),
+        query_(scratch),
+        weights_(query_ + padded<T>(dim)),
         core_key_(weights_ + row_block),
-        core_value_(core_key_ + key.dim()),
-        staged_keys_(core_value_ + value.dim()),
-        staged_values_(staged_keys_ + (in_place<T, Key, Value> ? 0 : row_block * key.dim())) {}
+        core_value_(core_key_ + dim),
+        staged_keys_(core_value_ + value_dim),
+        staged_values_(staged_keys_ + row_block * dim) {}
 
-  /// Pools the tokens `group` of batch entry `b` for core head `h` of `heads`; `core_key` and `core_value` are rows.
-  template <class CoreKey, class CoreValue>
-  void pool(std::int64_t b, std::int64_t h, std::int64_t heads, range group, CoreKey* core_key, CoreValue* core_value) {
-    const std::int64_t kv_head = h / (heads / key_.heads());
-    if (pool_ == pooling::last_query) load_last_query(b, h, heads, group.end - 1);
+  void begin() {
     const T nothing = pool_ == pooling::max ? -infinity<T> : T(0);
-    std::fill_n(core_key_, key_.dim(), nothing);
-    std::fill_n(core_value_, value_.dim(), nothing);
-    row_softmax<T> softmax;
-    for (std::int64_t j = group.begin; j < group.end; j += row_block) {
-      const std::int64_t count = std::min(row_block, group.end - j);
-      const auto keys = stage(key_.row(b, kv_head, j), key_.stride[2], key_.dim(), count, staged_keys_);
-      const auto values = stage(value_.row(b, kv_head, j), value_.stride[2], value_.dim(), count, staged_values_);
+    std::fill_n(core_key_, dim_, nothing);
+    std::fill_n(core_value_, value_dim_, nothing);
+    std::fill_n(query_, padded<T>(dim_), T(0));
+    softmax_ = {};
+  }
+
+  /// Adds one of the `count` queries of the group's last token; their mean weighs the rows.
+  template <class Query>
+  void add_query(const Query* query, std::int64_t count) {
+    const T factor = scale_ / static_cast<T>(count);
+    for (std::int64_t d = 0; d < dim_; ++d) query_[d] += static_cast<T>(query[d]) * factor;
+  }
+
+  /// Takes in the rows `piece` of a head.
+  template <class Key, class Value>
+  void absorb(const context_rows<Key, Value>& rows, range piece) {
+    for (std::int64_t j = piece.begin; j < piece.end; j += row_block) {
+      const std::int64_t count = std::min(row_block, piece.end - j);
+      const auto keys = stage(rows.key + j * rows.key_stride, rows.key_stride, dim_, count, staged_keys_);
+      const auto values =
+          stage(rows.value + j * rows.value_stride, rows.value_stride, value_dim_, count, staged_values_);
       if (pool_ == pooling::max) {
-        raise_to_rows(keys, key_.dim(), count, core_key_);
-        raise_to_rows(values, value_.dim(), count, core_value_);
+        raise_to_rows(keys, dim_, count, core_key_);
+        raise_to_rows(values, value_dim_, count, core_value_);
       } else {
-        const T rescale = weigh(keys, count, softmax);
-        add_weighted_rows(weights_, keys, key_.dim(), count, rescale, core_key_);
-        add_weighted_rows(weights_, values, value_.dim(), count, rescale, core_value_);
+        const T rescale = weigh(keys, count);
+        add_weighted_rows(weights_, keys, dim_, count, rescale, core_key_);
+        add_weighted_rows(weights_, values, value_dim_, count, rescale, core_value_);
       }
     }
-    const T factor = pool_ == pooling::max ? T(1) : softmax.inverse_sum();
-    for (std::int64_t d = 0; d < key_.dim(); ++d) core_key[d] = static_cast<CoreKey>(core_key_[d] * factor);
-    for (std::int64_t d = 0; d < value_.dim(); ++d) core_value[d] = static_cast<CoreValue>(core_value_[d] * factor);
+  }
+
+  /// Writes the core's rows.
+  template <class CoreKey, class CoreValue>
+  void finish(CoreKey* core_key, CoreValue* core_value) const {
+    const T factor = pool_ == pooling::max ? T(1) : softmax_.inverse_sum();
+    for (std::int64_t d = 0; d < dim_; ++d) core_key[d] = static_cast<CoreKey>(core_key_[d] * factor);
+    for (std::int64_t d = 0; d < value_dim_; ++d) core_value[d] = static_cast<CoreValue>(core_value_[d] * factor);
   }
 
  private:
-  /// The scaled query of the group's last token; for a core shared by query heads, their mean.
-  void load_last_query(std::int64_t b, std::int64_t h, std::int64_t heads, std::int64_t token) {
-    const std::int64_t sharing = query_.heads() / heads;
-    std::fill_n(last_query_, padded<T>(key_.dim()), T(0));
-    for (std::int64_t i = h * sharing; i < (h + 1) * sharing; ++i) {
-      const Query* q = query_.row(b, i, token);
-      for (std::int64_t d = 0; d < key_.dim(); ++d) last_query_[d] += static_cast<T>(q[d]);
-    }
-    const T factor = scale_ / static_cast<T>(sharing);
-    for (std::int64_t d = 0; d < key_.dim(); ++d) last_query_[d] *= factor;
-  }
-
   /// The weights of `count` rows; returns the factor for what was added before.
-  T weigh(row_span<T> keys, std::int64_t count, row_softmax<T>& softmax) {
+  T weigh(row_span<T> keys, std::int64_t count) {
     if (pool_ == pooling::last_query) {
-      dot_rows(last_query_, keys, key_.dim(), count, weights_);
-      return softmax.absorb(weights_, count);
+      dot_rows(query_, keys, dim_, count, weights_);
+      return softmax_.absorb(weights_, count);
     }
     std::fill_n(weights_, count, T(1));
-    softmax.sum += static_cast<T>(count);
+    softmax_.sum += static_cast<T>(count);
     return T(1);
   }
 
@@ -98,34 +102,64 @@ class group_pooler {
       }
   }
 
-  tensor_view<const Query> query_;
-  tensor_view<const Key> key_;
-  tensor_view<const Value> value_;
+  std::int64_t dim_, value_dim_;
   pooling pool_;
   T scale_;
-  T *last_query_, *weights_, *core_key_, *core_value_, *staged_keys_, *staged_values_;
+  T *query_, *weights_, *core_key_, *core_value_, *staged_keys_, *staged_values_;
+  row_softmax<T> softmax_;
 };
 
 /// Tokens that a task of pooling takes in: enough to be worth a task, few enough to balance.
 inline constexpr std::int64_t pool_task_tokens = 1024;
 
-/// Pools the first `core_key.length()` groups with scratch of `group_pooler::size` elements a worker.
-template <class T, class Query, class Key, class Value, class CoreKey, class CoreValue, executor E>
-void pool_groups(tensor_view<const Query> query, tensor_view<const Key> key, tensor_view<const Value> value,
-                 tensor_view<CoreKey> core_key, tensor_view<CoreValue> core_value, const options& options, const E& run,
+/// Whose groups are pooled.
+struct pool_heads {
+  std::int64_t batch, query_heads, kv_heads, core_heads;
+};
+
+/// Pools the groups `[groups.begin, groups.end)` of every sequence and core head. `absorb(pooler, b, kv_head, tokens)`
+/// feeds a group's rows, `query(b, h, token)` is a row of queries, `core(b, h, group)` the pair of rows to write. Scratch
+/// is of `group_pooler::size` elements a worker.
+template <class T, class Absorb, class Query, class Core, executor E>
+void pool_groups(const pool_heads& heads, range groups, std::int64_t dim, std::int64_t value_dim,
+                 const options& options, const Absorb& absorb, const Query& query, const Core& core, const E& run,
                  const worker_scratch<T>& scratch) {
+  if (heads.core_heads == 0) return;
   const partition partition{options.group_size, options.window};
-  const std::int64_t groups = core_key.length(), heads = core_key.heads(), kv_heads = key.heads();
   const std::int64_t per_task = std::max<std::int64_t>(pool_task_tokens / options.group_size, 1);
-  const std::int64_t tasks = (groups + per_task - 1) / per_task;
-  run_tasks(run, scratch.workers(), core_key.batch() * kv_heads * tasks, [&](std::int64_t worker, std::int64_t i) {
-    group_pooler<T, Query, Key, Value> pooler(query, key, value, options, scratch[worker]);
-    const std::int64_t b = i / tasks / kv_heads, kv_head = i / tasks % kv_heads, first = i % tasks * per_task;
+  const std::int64_t tasks = (groups.size() + per_task - 1) / per_task;
+  run_tasks(run, scratch.workers(), heads.batch * heads.kv_heads * tasks, [&](std::int64_t worker, std::int64_t i) {
+    group_pooler<T> pooler(scratch[worker], dim, value_dim, options);
+    const std::int64_t b = i / tasks / heads.kv_heads, kv_head = i / tasks % heads.kv_heads;
+    const std::int64_t first = groups.begin + i % tasks * per_task;
+    const std::int64_t cores = heads.core_heads / heads.kv_heads, sharing = heads.query_heads / heads.core_heads;
     // The heads that share a group take turns while its rows are in cache.
-    for (std::int64_t c = first; c < std::min(groups, first + per_task); ++c)
-      for (std::int64_t h = kv_head * heads / kv_heads; h < (kv_head + 1) * heads / kv_heads; ++h)
-        pooler.pool(b, h, heads, partition.group(c), core_key.row(b, h, c), core_value.row(b, h, c));
+    for (std::int64_t c = first; c < std::min(groups.end, first + per_task); ++c)
+      for (std::int64_t h = kv_head * cores; h < (kv_head + 1) * cores; ++h) {
+        pooler.begin();
+        for (std::int64_t q = h * sharing; options.pool == pooling::last_query && q < (h + 1) * sharing; ++q)
+          pooler.add_query(query(b, q, partition.group(c).end - 1), sharing);
+        absorb(pooler, b, kv_head, partition.group(c));
+        const auto [key, value] = core(b, h, c);
+        pooler.finish(key, value);
+      }
   });
+}
+
+/// The first `core_key.length()` groups of views.
+template <class T, class Query, class Key, class Value, class CoreKey, class CoreValue, executor E>
+void pool_views(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<CoreKey> core_key,
+                tensor_view<CoreValue> core_value, const options& options, const E& run,
+                const worker_scratch<T>& scratch) {
+  const auto absorb = [&](group_pooler<T>& pooler, std::int64_t b, std::int64_t kv_head, range tokens) {
+    pooler.absorb(rows_of(key, value, b, kv_head), tokens);
+  };
+  const auto last = [&](std::int64_t b, std::int64_t h, std::int64_t token) { return query.row(b, h, token); };
+  const auto core = [&](std::int64_t b, std::int64_t h, std::int64_t c) {
+    return std::pair(core_key.row(b, h, c), core_value.row(b, h, c));
+  };
+  pool_groups<T>({key.batch(), query.heads(), key.heads(), core_key.heads()}, {0, core_key.length()}, key.dim(),
+                 value.dim(), options, absorb, last, core, run, scratch);
 }
 
 /// Operands of pooling and of CCA attention: a query for every key.
@@ -160,8 +194,6 @@ void pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> val
           tensor_view<CoreValue> core_value, const options& options, const E& run = {},
           std::span<std::byte> workspace = {}) {
   using T = compute_type<Query, Key, Value>;
-  using pooler =
-      detail::group_pooler<T, std::remove_const_t<Query>, std::remove_const_t<Key>, std::remove_const_t<Value>>;
   detail::require_pooling_operands(query, key, value, options);
   detail::require_unused(options.window == unlimited, "options.window", "none: every complete group is pooled");
   const std::int64_t heads = detail::core_head_count(options, query.heads(), key.heads());
@@ -171,10 +203,11 @@ void pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> val
   detail::require_extents("core_key", core_key, {key.batch(), heads, groups, key.dim()});
   detail::require_extents("core_value", core_value, {key.batch(), heads, groups, value.dim()});
 
-  const std::int64_t workers = detail::concurrency(run), size = pooler::size(key.dim(), value.dim());
+  const std::int64_t workers = detail::concurrency(run);
+  const std::int64_t size = detail::group_pooler<T>::size(key.dim(), value.dim(), !detail::in_place<T, Key, Value>);
   detail::scratch memory(workspace, detail::worker_scratch<T>::bytes(workers, size));
-  detail::pool_groups<T, std::remove_const_t<Query>, std::remove_const_t<Key>, std::remove_const_t<Value>>(
-      query, key, value, core_key, core_value, options, run, detail::worker_scratch<T>(memory, workers, size));
+  detail::pool_views<T>(query, key, value, core_key, core_value, options, run,
+                        detail::worker_scratch<T>(memory, workers, size));
 }
 
 }  // namespace cca::inline CCA_TARGET

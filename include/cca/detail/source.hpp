@@ -29,15 +29,18 @@ struct source {
 template <class Rows, class Sees>
 source(std::int64_t, std::int64_t, Rows, Sees) -> source<Rows, Sees>;
 
-/// The rows of two views of extents `[batch, heads, length, dim]`.
+/// The rows of a head of two views of extents `[batch, heads, length, dim]`.
+template <class Key, class Value>
+auto rows_of(const tensor_view<Key>& key, const tensor_view<Value>& value, std::int64_t b, std::int64_t h) {
+  return context_rows<std::remove_const_t<Key>, std::remove_const_t<Value>>{key.row(b, h, 0), key.stride[2],
+                                                                            value.row(b, h, 0), value.stride[2]};
+}
+
+/// Two views as a source.
 template <class Key, class Value, class Sees>
 auto view_source(tensor_view<Key> key, tensor_view<Value> value, Sees sees) {
   return source{key.heads(), key.length(),
-                [key, value](std::int64_t b, std::int64_t h) {
-                  return context_rows<std::remove_const_t<Key>, std::remove_const_t<Value>>{
-                      key.row(b, h, 0), key.stride[2], value.row(b, h, 0), value.stride[2]};
-                },
-                sees};
+                [key, value](std::int64_t b, std::int64_t h) { return rows_of(key, value, b, h); }, sees};
 }
 
 }  // namespace cca::inline CCA_TARGET::detail
