@@ -178,8 +178,7 @@ void attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value
   using T = compute_type<Query, Key, Value>;
   detail::require_pooling_operands(query, key, value, options);
   detail::require_results(query, value.dim(), out, lse);
-  detail::require_unused(options.group_size == 1 || options.window != unlimited, "options.group_size",
-                         "1 where no window is set: without one nothing is pooled");
+  detail::require_grouping(options);
 
   const detail::cca_plan<T> plan(query, key, value, options, run);
   detail::scratch memory(workspace, plan.bytes());
@@ -213,8 +212,7 @@ template <class Query, class Key, class Value, class Out, class Lse, executor E 
 void local_attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
                      lse_view<Lse> lse, const options& options, const E& run = {},
                      std::span<std::byte> workspace = {}) {
-  detail::require_unused(options.group_size == 1 || options.window != unlimited, "options.group_size",
-                         "1 where no window is set: without one there is no edge to align to groups");
+  detail::require_grouping(options);
   detail::attend_raw(query, key, value, out, lse, options, run, workspace);
 }
 

@@ -140,6 +140,12 @@ inline void require_unused(bool unused, const char* option, const char* reason) 
   require(unused, option, "a value other than the default", reason);
 }
 
+/// Groups without a window would be ignored.
+inline void require_grouping(const options& options) {
+  require_unused(options.group_size == 1 || options.window != unlimited, "options.group_size",
+                 "1 where no window is set: without one nothing is pooled");
+}
+
 inline double softmax_scale(const options& options, std::int64_t dim) {
   return options.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(dim)));
 }

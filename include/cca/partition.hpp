@@ -27,6 +27,9 @@ struct range {
   return {std::max(a.begin, b.begin), std::min(a.end, b.end)};
 }
 
+/// The range moved up by `by`.
+[[nodiscard]] constexpr range shifted(range r, std::int64_t by) { return {r.begin + by, r.end + by}; }
+
 /// The smallest range that contains both.
 [[nodiscard]] constexpr range hull(range a, range b) {
   if (a.empty() || b.empty()) return a.empty() ? b : a;
@@ -53,6 +56,10 @@ struct partition {
   [[nodiscard]] constexpr range raw(std::int64_t t) const {
     return {core_count(t) * group_size, std::max<std::int64_t>(t + 1, 0)};
   }
+
+  /// The first position whose query sees core `b`: there the core takes the place of its tokens. Needs a window below
+  /// `unlimited`, with which no core is ever seen.
+  [[nodiscard]] constexpr std::int64_t first_query(std::int64_t b) const { return window - 1 + (b + 1) * group_size; }
 
   /// The tokens of group `b`.
   [[nodiscard]] constexpr range group(std::int64_t b) const { return {b * group_size, (b + 1) * group_size}; }

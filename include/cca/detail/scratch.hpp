@@ -21,13 +21,31 @@ template <class T>
   return (bytes + scratch_alignment - 1) / scratch_alignment * scratch_alignment;
 }
 
+/// Memory aligned to `scratch_alignment`, with nothing in it yet.
+class aligned_memory {
+ public:
+  aligned_memory() = default;
+  explicit aligned_memory(std::size_t bytes)
+      : bytes_(bytes), data_(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{scratch_alignment}))) {}
+
+  [[nodiscard]] std::byte* data() const { return data_.get(); }
+  [[nodiscard]] std::size_t bytes() const { return bytes_; }
+
+ private:
+  struct release {
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{scratch_alignment}); }
+  };
+  std::size_t bytes_ = 0;
+  std::unique_ptr<std::byte, release> data_;
+};
+
 /// The scratch memory of one call: the caller's workspace, or memory of its own where there is none.
 class scratch {
  public:
   scratch(std::span<std::byte> workspace, std::size_t bytes) {
     if (workspace.empty()) {
-      own_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{scratch_alignment})));
-      next_ = own_.get();
+      own_ = aligned_memory(bytes);
+      next_ = own_.data();
       return;
     }
     void* aligned = workspace.data();
@@ -47,10 +65,7 @@ class scratch {
   }
 
  private:
-  struct release {
-    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{scratch_alignment}); }
-  };
-  std::unique_ptr<std::byte, release> own_;
+  aligned_memory own_;
   std::byte* next_ = nullptr;
 };
 

@@ -1,0 +1,377 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "attention.hpp"
+#include "detail/forward.hpp"
+#include "detail/row_store.hpp"
+#include "executor.hpp"
+#include "options.hpp"
+#include "partition.hpp"
+#include "pooling.hpp"
+#include "tensor_view.hpp"
+
+namespace cca::inline CCA_TARGET {
+
+/// What a cache holds, fixed at its construction.
+struct cache_shape {
+  std::int64_t batch = 1;      ///< sequences
+  std::int64_t heads = 0;      ///< query heads
+  std::int64_t kv_heads = 0;   ///< key/value heads, a divisor of `heads`
+  std::int64_t dim = 0;        ///< of queries and keys
+  std::int64_t value_dim = 0;  ///< of values; 0 means `dim`
+  std::int64_t capacity = 0;   ///< tokens per sequence for which memory is taken at once; 0: as they come
+  std::int64_t rewind = 0;     ///< tokens that `truncate` can always take back, at one raw entry each
+
+  friend bool operator==(const cache_shape&, const cache_shape&) = default;
+};
+
+/// The keys and values that CCA attention can still see: per sequence the cores of all complete groups and the raw
+/// tokens of the window, `floor(n / g)` cores and at most `s + g + rewind` raw entries after n tokens.
+///
+/// Tokens are appended one or many at a time; a group is pooled as soon as its last token arrives, with that token's
+/// query. Attending gives what `attention` gives for the whole sequence, within rounding, however it was cut.
+///
+/// @tparam Element  of keys, values and cores; computed with in `compute_type`.
+/// Every method that throws leaves the cache as it was: `std::invalid_argument` for what it refuses, naming the argument,
+/// and `std::bad_alloc`. One thread at a time may use a cache.
+/// Source: arXiv 2412.12465, section 3.4 (inference).
+template <class Element = float>
+class kv_cache {
+ public:
+  using element_type = Element;
+
+  /// @throws std::invalid_argument  naming the member of `shape` or `options` that makes no sense
+  kv_cache(const cache_shape& shape, const options& options)
+      : shape_(complete(shape)),
+        options_(validated(options)),
+        partition_{options.group_size, options.window},
+        core_heads_(detail::core_head_count(options, shape_.heads, shape_.kv_heads)) {
+    for (std::int64_t b = 0; b < shape_.batch; ++b)
+      sequences_.push_back(
+          {0, 0, {core_heads_, shape_.dim, shape_.value_dim}, {shape_.kv_heads, shape_.dim, shape_.value_dim}});
+    for (sequence& s : sequences_) reserve(s, shape_.capacity);
+  }
+
+  [[nodiscard]] const cache_shape& shape() const { return shape_; }
+  [[nodiscard]] const cca::options& options() const { return options_; }
+
+  /// Tokens appended to sequence `b`.
+  [[nodiscard]] std::int64_t length(std::int64_t b = 0) const { return at(b).length; }
+  /// Core tokens of sequence `b`, per core head.
+  [[nodiscard]] std::int64_t core_count(std::int64_t b = 0) const { return group_count(at(b).length); }
+  /// Raw tokens of sequence `b` that a query to come can see, or that a rewind needs, per key/value head.
+  [[nodiscard]] std::int64_t raw_count(std::int64_t b = 0) const { return at(b).length - at(b).oldest; }
+  /// The least length to which `truncate` can take sequence `b`.
+  [[nodiscard]] std::int64_t least_length(std::int64_t b = 0) const {
+    const std::int64_t cores = (at(b).oldest + options_.group_size - 1) / options_.group_size;
+    return cores == 0 ? 0 : partition_.first_query(cores - 1);
+  }
+
+  /// Bytes of the cores and raw tokens held, and bytes of memory taken for keys and values.
+  [[nodiscard]] std::size_t bytes() const {
+    std::int64_t rows = 0;
+    for (std::int64_t b = 0; b < shape_.batch; ++b)
+      rows += core_heads_ * core_count(b) + shape_.kv_heads * raw_count(b);
+    return static_cast<std::size_t>(rows * (shape_.dim + shape_.value_dim)) * sizeof(Element);
+  }
+  [[nodiscard]] std::size_t allocated_bytes() const {
+    std::size_t total = 0;
+    for (const sequence& s : sequences_) total += s.cores.bytes() + s.raw.bytes();
+    return total;
+  }
+
+  /// Appends the same number of tokens to every sequence and attends for their queries: `out` and `lse` as of
+  /// `attention` over each whole sequence, its last rows.
+  ///
+  /// @param query  `[batch, heads, new tokens, dim]`; with `last_query` pooling the last tokens' of groups are also pooled with
+  /// @param key,value  `[batch, kv_heads, new tokens, dim]` and the same with `value_dim`, of the cache's element type
+  /// @param out,lse  `[batch, heads, new tokens, value_dim]` and `[batch, heads, new tokens]`, written whole
+  template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
+  void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
+              lse_view<Lse> lse, const E& run = {}) {
+    detail::require_operand("query", query);
+    require_batch(query.batch());
+    detail::require_results(query, shape_.value_dim, out, lse);
+    step(0, query, key, value, &out, lse, run);
+  }
+
+  template <class Query, class Key, class Value, class Out, executor E = serial_executor>
+  void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
+              const E& run = {}) {
+    attend(query, key, value, out, lse_view<>{}, run);
+  }
+
+  /// The same for sequence `b` alone: the views' batch is 1. So sequences grow to different lengths.
+  template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
+  void attend(std::int64_t b, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+              tensor_view<Out> out, lse_view<Lse> lse, const E& run = {}) {
+    require_sequence("b", b);
+    detail::require_operand("query", query);
+    detail::require_results(query, shape_.value_dim, out, lse);
+    step(b, query, key, value, &out, lse, run);
+  }
+
+  template <class Query, class Key, class Value, class Out, executor E = serial_executor>
+  void attend(std::int64_t b, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+              tensor_view<Out> out, const E& run = {}) {
+    attend(b, query, key, value, out, lse_view<>{}, run);
+  }
+
+  /// Appends without attending: to every sequence, or to sequence `b` alone.
+  template <class Query, class Key, class Value, executor E = serial_executor>
+  void append(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, const E& run = {}) {
+    detail::require_operand("query", query);
+    require_batch(query.batch());
+    step<Query, Key, Value, float, float>(0, query, key, value, nullptr, {}, run);
+  }
+
+  template <class Query, class Key, class Value, executor E = serial_executor>
+  void append(std::int64_t b, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+              const E& run = {}) {
+    require_sequence("b", b);
+    detail::require_operand("query", query);
+    step<Query, Key, Value, float, float>(b, query, key, value, nullptr, {}, run);
+  }
+
+  /// Takes back the tokens of sequence `b` from `length` on, as speculative decoding does with those that were refused.
+  /// `rewind` tokens can always be taken back, more as long as `least_length` says so.
+  void truncate(std::int64_t b, std::int64_t length) {
+    require_sequence("b", b);
+    detail::require(least_length(b) <= length && length <= at(b).length, "length", std::to_string(length),
+                    "between " + std::to_string(least_length(b)) + " and " + std::to_string(at(b).length) +
+                        ": what earlier queries saw has left the window");
+    at(b).length = length;
+  }
+
+  /// Empties sequence `b`; its memory stays.
+  void reset(std::int64_t b) {
+    require_sequence("b", b);
+    at(b).length = at(b).oldest = 0;
+  }
+  /// Empties every sequence.
+  void reset() {
+    for (sequence& s : sequences_) s.length = s.oldest = 0;
+  }
+
+  /// Makes sequence `to` a copy of sequence `from`, as beam search does.
+  void fork(std::int64_t from, std::int64_t to) {
+    require_sequence("from", from);
+    require_sequence("to", to);
+    if (from == to) return;
+    const sequence& source = at(from);
+    sequence& target = at(to);
+    target.cores.reserve(core_count(from), source.cores.capacity());
+    if (target.raw.capacity() != source.raw.capacity()) {  // a token's row goes by the capacity
+      ring raw(shape_.kv_heads, shape_.dim, shape_.value_dim);
+      raw.reserve(source.raw.capacity(), source.raw.capacity());
+      target.raw = std::move(raw);
+    }
+    for (std::int64_t h = 0; h < core_heads_; ++h)
+      target.cores.copy_rows(h, 0, source.cores.rows(h, 0), core_count(from));
+    const typename ring::pieces held = source.raw.find({source.oldest, source.length});
+    target.raw.write(held.first, [&](std::int64_t h) { return source.raw.rows(h, held.row); });
+    target.raw.write(held.second, [&](std::int64_t h) { return source.raw.rows(h, 0); });
+    target.length = source.length;
+    target.oldest = source.oldest;
+  }
+
+ private:
+  using ring = detail::row_ring<Element>;
+
+  struct sequence {
+    std::int64_t length = 0;
+    std::int64_t oldest = 0;           // of the raw tokens held, [oldest, length)
+    detail::row_store<Element> cores;  // row b: group b
+    ring raw;
+  };
+
+  /// Complete groups among `length` tokens; without a window no query ever sees their cores.
+  [[nodiscard]] std::int64_t group_count(std::int64_t length) const {
+    return options_.window == unlimited ? 0 : partition_.group_count(length);
+  }
+
+  /// The raw tokens held that the next query sees.
+  [[nodiscard]] typename ring::pieces window_of(const sequence& s) const {
+    return s.raw.find({partition_.raw(s.length).begin, s.length});
+  }
+
+  [[nodiscard]] const sequence& at(std::int64_t b) const { return sequences_[static_cast<std::size_t>(b)]; }
+  [[nodiscard]] sequence& at(std::int64_t b) { return sequences_[static_cast<std::size_t>(b)]; }
+
+  /// Raw entries that a sequence of any length needs.
+  [[nodiscard]] std::int64_t raw_limit() const {
+    const std::int64_t beyond_window = options_.group_size + shape_.rewind;
+    return options_.window > unlimited - beyond_window ? unlimited : options_.window + beyond_window;
+  }
+
+  /// Room for `length` tokens. While the raw entries still grow nothing has wrapped around: every token keeps its row.
+  void reserve(sequence& s, std::int64_t length) {
+    s.cores.reserve(group_count(length), unlimited);
+    s.raw.reserve(std::min(length, raw_limit()), raw_limit());
+  }
+
+  static cache_shape complete(cache_shape shape) {
+    using detail::require;
+    const auto least = [](const char* name, std::int64_t got, std::int64_t wanted) {
+      require(got >= wanted, name, std::to_string(got), "at least " + std::to_string(wanted));
+    };
+    least("shape.batch", shape.batch, 0);
+    least("shape.heads", shape.heads, 1);
+    least("shape.kv_heads", shape.kv_heads, 1);
+    detail::require_heads("shape.kv_heads", shape.kv_heads, shape.heads);
+    least("shape.dim", shape.dim, 1);
+    least("shape.value_dim", shape.value_dim, 0);
+    least("shape.capacity", shape.capacity, 0);
+    least("shape.rewind", shape.rewind, 0);
+    if (shape.value_dim == 0) shape.value_dim = shape.dim;
+    return shape;
+  }
+
+  static cca::options validated(const cca::options& options) {
+    detail::require_options(options);
+    detail::require_grouping(options);
+    detail::require_unused(!options.first_position, "options.first_position", "none: a cache knows its positions");
+    return options;
+  }
+
+  void require_sequence(const char* name, std::int64_t b) const {
+    detail::require(0 <= b && b < shape_.batch, name, std::to_string(b),
+                    "a sequence in [0, " + std::to_string(shape_.batch) + ")");
+  }
+
+  void require_batch(std::int64_t batch) const {
+    detail::require(batch == shape_.batch, "query", std::to_string(batch) + " sequences",
+                    "the cache's " + std::to_string(shape_.batch));
+  }
+
+  /// Everything that can fail comes first; then groups are pooled and queries answered beside what counts; only then
+  /// does the cache change. `out` is null where nothing is asked. The sequences are those from `first` on.
+  template <class Query, class Key, class Value, class Out, class Lse, executor E>
+  void step(std::int64_t first, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+            const tensor_view<Out>* out, lse_view<Lse> lse, const E& run) {
+    static_assert(
+        std::is_same_v<std::remove_const_t<Key>, Element> && std::is_same_v<std::remove_const_t<Value>, Element>,
+        "keys and values have the cache's element type: attention then sees them as the cache keeps them");
+    using T = compute_type<Query, Element>;
+    const std::int64_t count = query.length(), batch = query.batch();
+    detail::require_extents("query", query, {batch, shape_.heads, count, shape_.dim});
+    detail::require_operand("key", key);
+    detail::require_operand("value", value);
+    detail::require_extents("key", key, {batch, shape_.kv_heads, count, shape_.dim});
+    detail::require_extents("value", value, {batch, shape_.kv_heads, count, shape_.value_dim});
+    for (std::int64_t b = first; b < first + batch && shape_.capacity > 0; ++b)
+      detail::require(count <= shape_.capacity - at(b).length, "key",
+                      std::to_string(count) + " tokens after " + std::to_string(at(b).length),
+                      "at most the capacity of " + std::to_string(shape_.capacity));
+    if (count == 0) return;
+    for (std::int64_t b = first; b < first + batch; ++b) reserve(at(b), at(b).length + count);
+
+    const std::int64_t workers = detail::concurrency(run);
+    const std::int64_t pooler_size =
+        detail::group_pooler<T>::size(shape_.dim, shape_.value_dim, !detail::in_place<T, Element>);
+    std::int64_t cores = 0, raw = 0;
+    for (std::int64_t b = first; b < first + batch; ++b) {
+      cores = std::max(cores, at(b).cores.capacity());
+      raw = std::max(raw, at(b).raw.capacity());
+    }
+    const auto forward = detail::plan<T>(query, shape_.value_dim, shape_.kv_heads, {cores, raw, raw, count},
+                                         !detail::in_place<T, Element>, run);
+    const std::size_t bytes = detail::worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
+    if (workspace_.bytes() < bytes + detail::scratch_alignment)
+      workspace_ = detail::aligned_memory(bytes + detail::scratch_alignment);
+    detail::scratch memory({workspace_.data(), workspace_.bytes()}, bytes);
+
+    pool_new_groups(first, query, key, value, run, detail::worker_scratch<T>(memory, workers, pooler_size));
+    if (out != nullptr) {
+      const auto sequence_of = [this, first](std::int64_t b) -> const sequence& { return at(first + b); };
+      const auto raw_of = [this, sequence_of](std::int64_t b, std::int64_t i) {
+        return partition_.raw(sequence_of(b).length + i);
+      };
+      const auto scale = static_cast<T>(detail::softmax_scale(options_, shape_.dim));
+      forward(query, *out, lse, scale, run, memory,
+              detail::source{core_heads_, cores,
+                             [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
+                             [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
+                               return range{0, partition_.core_count(sequence_of(b).length + i)};
+                             }},
+              detail::source{shape_.kv_heads, raw,
+                             [=, this](std::int64_t b, std::int64_t h) {
+                               return sequence_of(b).raw.rows(h, window_of(sequence_of(b)).row);
+                             },
+                             [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
+                               const range piece = window_of(sequence_of(b)).first;
+                               return shifted(intersection(raw_of(b, i), piece), -piece.begin);
+                             }},
+              detail::source{shape_.kv_heads, raw,
+                             [=](std::int64_t b, std::int64_t h) { return sequence_of(b).raw.rows(h, 0); },
+                             [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
+                               const range piece = window_of(sequence_of(b)).second;
+                               return shifted(intersection(raw_of(b, i), piece), -piece.begin);
+                             }},
+              detail::source{shape_.kv_heads, count,
+                             [=](std::int64_t b, std::int64_t h) { return detail::rows_of(key, value, b, h); },
+                             [=](std::int64_t b, std::int64_t, std::int64_t i) {
+                               const std::int64_t length = sequence_of(b).length;
+                               return shifted(intersection(raw_of(b, i), {length, length + count}), -length);
+                             }});
+    }
+    for (std::int64_t b = 0; b < batch; ++b) keep(at(first + b), key, value, b);
+  }
+
+  /// Pools the groups that the new tokens complete, from old rows and new ones.
+  template <class T, class Query, class Key, class Value, executor E>
+  void pool_new_groups(std::int64_t first, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+                       const E& run, const detail::worker_scratch<T>& scratch) {
+    for (std::int64_t b = 0; b < query.batch(); ++b) {
+      const sequence& s = at(first + b);
+      const auto absorb = [&](detail::group_pooler<T>& pooler, std::int64_t, std::int64_t h, range group) {
+        const typename ring::pieces old = s.raw.find(intersection(group, {0, s.length}));
+        pooler.absorb(s.raw.rows(h, old.row), {0, old.first.size()});
+        pooler.absorb(s.raw.rows(h, 0), {0, old.second.size()});
+        pooler.absorb(detail::rows_of(key, value, b, h),
+                      shifted(intersection(group, {s.length, group.end}), -s.length));
+      };
+      const auto last = [&](std::int64_t, std::int64_t h, std::int64_t token) {
+        return query.row(b, h, token - s.length);
+      };
+      const auto core = [&](std::int64_t, std::int64_t h, std::int64_t c) {
+        return std::pair(s.cores.key(h, c), s.cores.value(h, c));
+      };
+      const range groups{group_count(s.length), group_count(s.length + query.length())};
+      detail::pool_groups<T>({1, shape_.heads, shape_.kv_heads, core_heads_}, groups, shape_.dim, shape_.value_dim,
+                             options_, absorb, last, core, run, scratch);
+    }
+  }
+
+  /// Takes over the new raw tokens of batch entry `b` of the views that later queries or a rewind can need.
+  template <class Key, class Value>
+  void keep(sequence& s, tensor_view<Key> key, tensor_view<Value> value, std::int64_t b) {
+    const std::int64_t length = s.length + key.length();
+    const range tokens{std::max(s.length, length - s.raw.capacity()), length};
+    s.raw.write(tokens, [&](std::int64_t h) {
+      auto rows = detail::rows_of(key, value, b, h);
+      rows.key += (tokens.begin - s.length) * rows.key_stride;
+      rows.value += (tokens.begin - s.length) * rows.value_stride;
+      return rows;
+    });
+    s.length = length;
+    s.oldest = std::max(s.oldest, length - s.raw.capacity());
+  }
+
+  cache_shape shape_;
+  cca::options options_;
+  partition partition_;
+  std::int64_t core_heads_;
+  std::vector<sequence> sequences_;
+  detail::aligned_memory workspace_;
+};
+
+}  // namespace cca::inline CCA_TARGET
