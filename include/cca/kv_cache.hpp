@@ -20,6 +20,16 @@
 
 namespace cca::inline CCA_TARGET {
 
+namespace detail {
+struct cache_file;
+
+/// Elements of a tensor, where their number may not fit 64 bits; and the most that memory could hold.
+[[nodiscard]] inline long double elements(std::int64_t heads, std::int64_t rows, std::int64_t dim) {
+  return static_cast<long double>(heads) * static_cast<long double>(rows) * static_cast<long double>(dim);
+}
+inline constexpr long double max_elements = 0x1p58L;
+}  // namespace detail
+
 /// What a cache holds, fixed at its construction.
 struct cache_shape {
   std::int64_t batch = 1;      ///< sequences
@@ -54,10 +64,10 @@ class kv_cache {
         options_(validated(options)),
         partition_{options.group_size, options.window},
         core_heads_(detail::core_head_count(options, shape_.heads, shape_.kv_heads)) {
-    for (std::int64_t b = 0; b < shape_.batch; ++b)
-      sequences_.push_back(
-          {0, 0, {core_heads_, shape_.dim, shape_.value_dim}, {shape_.kv_heads, shape_.dim, shape_.value_dim}});
-    for (sequence& s : sequences_) reserve(s, shape_.capacity);
+    for (std::int64_t b = 0; b < shape_.batch; ++b) {
+      sequences_.push_back(new_sequence());
+      reserve(sequences_.back(), shape_.capacity);
+    }
   }
 
   [[nodiscard]] const cache_shape& shape() const { return shape_; }
@@ -184,6 +194,8 @@ class kv_cache {
   }
 
  private:
+  friend struct detail::cache_file;
+
   using ring = detail::row_ring<Element>;
 
   struct sequence {
@@ -192,6 +204,17 @@ class kv_cache {
     detail::row_store<Element> cores;  // row b: group b
     ring raw;
   };
+
+  [[nodiscard]] sequence new_sequence() const {
+    return {0, 0, {core_heads_, shape_.dim, shape_.value_dim}, {shape_.kv_heads, shape_.dim, shape_.value_dim}};
+  }
+
+  /// Takes a sequence in, as one more of the batch.
+  void add(sequence&& s) {
+    reserve(s, shape_.capacity);
+    sequences_.push_back(std::move(s));
+    ++shape_.batch;
+  }
 
   /// Complete groups among `length` tokens; without a window no query ever sees their cores.
   [[nodiscard]] std::int64_t group_count(std::int64_t length) const {
@@ -232,6 +255,9 @@ class kv_cache {
     least("shape.capacity", shape.capacity, 0);
     least("shape.rewind", shape.rewind, 0);
     if (shape.value_dim == 0) shape.value_dim = shape.dim;
+    require(detail::elements(shape.heads, std::max<std::int64_t>(shape.capacity, 1),
+                             std::max(shape.dim, shape.value_dim)) <= detail::max_elements,
+            "shape.capacity", std::to_string(shape.capacity) + " tokens", "a cache below 2^58 elements");
     return shape;
   }
 
