@@ -51,8 +51,11 @@ class group_pooler {
   /// Adds one of the `count` queries of the group's last token; their mean weighs the rows.
   template <class Query>
   void add_query(const Query* query, std::int64_t count) {
-    const T factor = scale_ / static_cast<T>(count);
-    for (std::int64_t d = 0; d < dim_; ++d) query_[d] += static_cast<T>(query[d]) * factor;
+    const T weight = scale_ / static_cast<T>(count);
+    if constexpr (in_place<T, Query>)
+      add_weighted_rows(&weight, {query, dim_}, dim_, 1, T(1), query_);
+    else
+      for (std::int64_t d = 0; d < dim_; ++d) query_[d] += static_cast<T>(query[d]) * weight;
   }
 
   /// Takes in the rows `piece` of a head.
@@ -78,8 +81,8 @@ class group_pooler {
   template <class CoreKey, class CoreValue>
   void finish(CoreKey* core_key, CoreValue* core_value) const {
     const T factor = pool_ == pooling::max ? T(1) : softmax_.inverse_sum();
-    for (std::int64_t d = 0; d < dim_; ++d) core_key[d] = static_cast<CoreKey>(core_key_[d] * factor);
-    for (std::int64_t d = 0; d < value_dim_; ++d) core_value[d] = static_cast<CoreValue>(core_value_[d] * factor);
+    scale_row(core_key_, dim_, factor, core_key);
+    scale_row(core_value_, value_dim_, factor, core_value);
   }
 
  private:

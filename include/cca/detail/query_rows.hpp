@@ -50,8 +50,7 @@ class partial_result {
 
   template <class Out>
   void finish(Out* to) const {
-    const T factor = get().inverse_sum();
-    for (std::int64_t d = 0; d < value_dim_; ++d) to[d] = static_cast<Out>(out()[d] * factor);
+    scale_row(out(), value_dim_, get().inverse_sum(), to);
   }
 
   [[nodiscard]] T lse() const { return get().lse(); }
@@ -92,8 +91,7 @@ class query_rows {
   template <class Query>
   void load(std::int64_t q, const Query* query, T scale) {
     T* to = query_ + q * padded<T>(dim_);
-    const T factor = scale * std::numbers::log2e_v<T>;
-    for (std::int64_t d = 0; d < dim_; ++d) to[d] = static_cast<T>(query[d]) * factor;
+    scale_row(query, dim_, scale * std::numbers::log2e_v<T>, to);
     std::fill(to + dim_, to + padded<T>(dim_), T(0));
   }
 

@@ -14,7 +14,14 @@ namespace cca::inline CCA_TARGET::detail {
 // order, as they lie.
 
 /// Rows that one step takes in: their logits fit a small buffer, their data the first-level cache.
-inline constexpr std::int64_t row_block = 64;
+inline constexpr std::int64_t row_block = 32;
+
+/// How many rows ahead of the one in use memory is asked for: 4 KiB, beyond which the processor's own prefetching stops
+/// at the end of a page. Measured on decoding 128K rows of 128 floats: 1.3 times the speed of none.
+template <class T>
+[[nodiscard]] constexpr std::int64_t rows_ahead(std::int64_t dim) {
+  return std::max<std::int64_t>(4096 / (dim * static_cast<std::int64_t>(sizeof(T))), 1);
+}
 
 /// `dim` rounded up to whole vectors.
 template <class T>
@@ -22,40 +29,43 @@ template <class T>
   return (dim + width<T> - 1) / width<T> * width<T>;
 }
 
+/// `to[d] = from[d] * factor` for d in `[0, dim)`, across element types.
+template <class T, class From, class To>
+void scale_row(const From* from, std::int64_t dim, T factor, To* to) {
+  std::int64_t d = 0;
+  if constexpr (std::is_same_v<From, T> && std::is_same_v<To, T>)
+    for (; d + width<T> <= dim; d += width<T>)
+      (vec<T>::load_unaligned(from + d) * vec<T>(factor)).store_unaligned(to + d);
+  for (; d < dim; ++d) to[d] = static_cast<To>(static_cast<T>(from[d]) * factor);
+}
+
 /// `logits[j] = query . key_j` for j in `[0, count)`. `query` is padded with zeros to a multiple of the vector width.
+/// Row by row, in the order of memory: four rows at a time read 1.4 times slower.
 template <class T>
 void dot_rows(const T* query, row_span<T> keys, std::int64_t dim, std::int64_t count, T* logits) {
-  constexpr std::int64_t W = width<T>, full_rows = 4;
-  const std::int64_t full = dim - dim % W;
-  for_row_blocks<full_rows>(count, [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
-    constexpr std::int64_t R = rows();
-    // Two sums a row: with four rows, enough to hide the latency of a multiply-add.
-    vec<T> even[R], odd[R];
-    unroll<R>([&](auto r) CCA_INLINE_LAMBDA { even[r] = odd[r] = vec<T>(T(0)); });
-    const auto add = [&](vec<T>(&sum)[R], std::int64_t d) CCA_INLINE_LAMBDA {
-      const vec<T> q = vec<T>::load_aligned(query + d);
-      unroll<R>([&](auto r)
-                    CCA_INLINE_LAMBDA { sum[r] = fma<T>(vec<T>::load_unaligned(keys.row(j + r) + d), q, sum[r]); });
+  constexpr std::int64_t W = width<T>, sums = 4;
+  const std::int64_t full = dim - dim % W, ahead = rows_ahead<T>(dim) * keys.stride;
+  for (std::int64_t j = 0; j < count; ++j) {
+    const T* key = keys.row(j);
+    vec<T> sum[sums];
+    unroll<sums>([&](auto i) CCA_INLINE_LAMBDA { sum[i] = vec<T>(T(0)); });
+    const auto add = [&](std::int64_t d, auto i) CCA_INLINE_LAMBDA {
+      prefetch(key, ahead + d);
+      sum[i] = fma<T>(vec<T>::load_unaligned(key + d), vec<T>::load_aligned(query + d), sum[i]);
     };
     std::int64_t d = 0;
-    for (; d + 2 * W <= full; d += 2 * W) {
-      add(even, d);
-      add(odd, d + W);
-    }
-    if (d < full) add(even, d);
-    if (full < dim)
-      unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
-        odd[r] = fma<T>(load_partial(keys.row(j + r) + full, dim - full), vec<T>::load_aligned(query + full), odd[r]);
-      });
-    unroll<R>([&](auto r) CCA_INLINE_LAMBDA { logits[j + r] = reduce_add<T>(even[r] + odd[r]); });
-  });
+    for (; d + sums * W <= full; d += sums * W) unroll<sums>([&](auto i) CCA_INLINE_LAMBDA { add(d + i * W, i); });
+    for (; d < full; d += W) add(d, std::integral_constant<std::int64_t, 0>{});
+    if (full < dim) sum[1] = fma<T>(load_partial(key + full, dim - full), vec<T>::load_aligned(query + full), sum[1]);
+    logits[j] = reduce_add<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
 }
 
 /// `sum[d] = sum[d] * rescale + sum_j weights[j] * rows[j][d]` for d in `[0, dim)`, j in `[0, count)`.
 template <class T>
 void add_weighted_rows(const T* weights, row_span<T> rows, std::int64_t dim, std::int64_t count, T rescale, T* sum) {
   constexpr std::int64_t W = width<T>, vectors = 8;
-  const std::int64_t full = dim - dim % W;
+  const std::int64_t full = dim - dim % W, ahead = rows_ahead<T>(dim) * rows.stride;
   std::int64_t d = 0;
   const auto add = [&](auto n) CCA_INLINE_LAMBDA {
     constexpr std::int64_t N = n();
@@ -64,6 +74,7 @@ void add_weighted_rows(const T* weights, row_span<T> rows, std::int64_t dim, std
     for (std::int64_t j = 0; j < count; ++j) {
       const vec<T> weight(weights[j]);
       unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
+        prefetch(rows.row(j), ahead + d + i * W);
         partial[i] = fma<T>(weight, vec<T>::load_unaligned(rows.row(j) + d + i * W), partial[i]);
       });
     }

@@ -125,6 +125,13 @@ CCA_INLINE void store_partial(T* to, vec<T> x, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) to[i] = buffer[i];
 }
 
+/// Asks for the cache line of `from + offset`, which may lie outside of the array: nothing is read.
+template <class T>
+CCA_INLINE void prefetch(const T* from, std::int64_t offset) {
+  const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset) * sizeof(T);
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+}
+
 /// Whether none of the `n` elements is infinite or NaN.
 template <class T>
 bool all_finite(const T* x, std::int64_t n) {
