@@ -57,7 +57,7 @@ class query_stack {
       const auto keys = stage(rows.key + j * rows.key_stride, rows.key_stride, dim_, block.size(), staged_keys_);
       const auto values =
           stage(rows.value + j * rows.value_stride, rows.value_stride, value_dim_, block.size(), staged_values_);
-      for (std::int64_t c = 0; c < tiles_; ++c) at(c).absorb(keys, values, block, sees[c], weights_);
+      for (std::int64_t c = 0; c < tiles_; ++c) at(c).absorb({keys, values, block, c == 0}, sees[c], weights_);
     }
   }
 

@@ -169,20 +169,20 @@ class query_tile {
     std::fill_n(sum_, lanes, T(0));
   }
 
-  /// Absorbs the rows `block`, of which `keys` and `values` start with the first. At most `shape::block` rows.
-  void absorb(row_span<T> keys, row_span<T> values, range block, const lane_ranges<T>& sees, T* weights) {
+  /// Absorbs at most `shape::block` rows.
+  void absorb(const context_block<T>& block, const lane_ranges<T>& sees, T* weights) {
     // Only where every lane sees every row do all vectors go together; at the edges each goes by its own range.
-    range common = count_ > lanes - W ? intersection(block, sees.seen_by_all()) : range{};
-    if (common.empty()) common = {block.end, block.end};
-    const auto edge = [&](range part) {
-      for (std::int64_t v = 0; v * W < count_; ++v)
-        absorb_by_vector(v, keys, values, block.begin, intersection(part, sees.any[v]), sees, weights);
+    range common = count_ > lanes - W ? intersection(block.rows, sees.seen_by_all()) : range{};
+    if (common.empty()) common = {block.rows.end, block.rows.end};
+    const auto edge = [&](range rows) {
+      for (std::int64_t v = 0; v * W < count_; ++v) {
+        const range part = intersection(rows, sees.any[v]);
+        if (!part.empty()) absorb_edge(v, block.part(part), sees, weights);
+      }
     };
-    edge({block.begin, common.begin});
-    if (!common.empty())
-      absorb_rows<shape::vectors>(0, keys.from(common.begin - block.begin), values.from(common.begin - block.begin),
-                                  common.size(), unmasked{}, weights);
-    edge({common.end, block.end});
+    edge({block.rows.begin, common.begin});
+    if (!common.empty()) absorb_rows<shape::vectors>(0, block.part(common), unmasked{}, weights);
+    edge({common.end, block.rows.end});
   }
 
   /// Writes `count` rows of `value_dim` elements: the weighted mean of the values, 0 where nothing was seen.
@@ -200,28 +200,23 @@ class query_tile {
   [[nodiscard]] T lse(std::int64_t i) const { return row_softmax<T>{maximum_[i], sum_[i]}.lse(); }
 
  private:
-  void absorb_by_vector(std::int64_t v, row_span<T> keys, row_span<T> values, std::int64_t first, range part,
-                        const lane_ranges<T>& sees, T* weights) {
-    if (part.empty()) return;
-    keys = keys.from(part.begin - first);
-    values = values.from(part.begin - first);
-    if (intersection(part, sees.all[v]) == part && (v + 1) * W <= count_)
-      absorb_rows<1>(v, keys, values, part.size(), unmasked{}, weights);
+  void absorb_edge(std::int64_t v, const context_block<T>& block, const lane_ranges<T>& sees, T* weights) {
+    if ((v + 1) * W <= count_ && intersection(block.rows, sees.all[v]) == block.rows)
+      absorb_rows<1>(v, block, unmasked{}, weights);
     else
-      absorb_rows<1>(v, keys, values, part.size(), lane_mask<T>(sees.lane + v * W, part), weights);
+      absorb_rows<1>(v, block, lane_mask<T>(sees.lane + v * W, block.rows), weights);
   }
 
-  /// `N` vectors of lanes from vector `v` on absorb the first `count` rows.
+  /// `N` vectors of lanes from vector `v` on absorb the rows.
   template <std::int64_t N, class Mask>
-  void absorb_rows(std::int64_t v, row_span<T> keys, row_span<T> values, std::int64_t count, const Mask& mask,
-                   T* weights) {
-    const std::int64_t lane = v * W;
-    const auto maximum = score<N>(lane, keys, count, mask, weights);
+  void absorb_rows(std::int64_t v, const context_block<T>& block, const Mask& mask, T* weights) {
+    const std::int64_t lane = v * W, count = block.rows.size();
+    const auto maximum = score<N>(lane, block, mask, weights);
     const auto rescale = weigh<N>(lane, maximum, count, weights);
     if constexpr (!std::is_same_v<Mask, unmasked>)
       // 0 * inf is NaN: a weight of 0 does not keep an unseen value out.
-      if (!all_finite(values, count)) return add_values<N>(lane, values, count, mask, weights, rescale);
-    add_values<N>(lane, values, count, unmasked{}, weights, rescale);
+      if (!all_finite(block.values, count)) return add_values<N>(lane, block.values, count, mask, weights, rescale);
+    add_values<N>(lane, block.values, count, unmasked{}, weights, rescale);
   }
 
   template <std::int64_t N>
@@ -229,10 +224,16 @@ class query_tile {
 
   /// `weights[j] = logits of row j`, -inf where unseen; returns the raised maximum.
   template <std::int64_t N, class Mask>
-  std::array<vec<T>, N> score(std::int64_t lane, row_span<T> keys, std::int64_t count, const Mask& mask, T* weights) {
+  std::array<vec<T>, N> score(std::int64_t lane, const context_block<T>& block, const Mask& mask, T* weights) {
+    const row_span<T> keys = block.keys, values = block.values;
     std::array<vec<T>, N> maximum;
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n] = vec<T>::load_aligned(maximum_ + lane + n * W); });
-    for_row_blocks<rows_of<N>>(count, [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
+    for_row_blocks<rows_of<N>>(block.rows.size(), [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
+      // Spread over the block: memory answers while the products run.
+      for (std::int64_t r = j + shape::block; N > 1 && block.ask_ahead && r < j + shape::block + rows(); ++r) {
+        prefetch_row(keys, r, dim_);
+        prefetch_row(values, r, value_dim_);
+      }
       vec<T> logits[rows()][N];
       multiply(logits, keys.row(j), keys.stride, adjacent{}, query_ + lane, lanes, dim_, unmasked{});
       unroll<rows()>([&](auto r) CCA_INLINE_LAMBDA {

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../partition.hpp"
 #include "simd.hpp"
 
 namespace cca::inline CCA_TARGET::detail {
@@ -16,6 +17,13 @@ struct row_span {
   [[nodiscard]] CCA_INLINE const T* row(std::int64_t i) const { return data + i * stride; }
   [[nodiscard]] CCA_INLINE row_span from(std::int64_t i) const { return {row(i), stride}; }
 };
+
+/// Asks for the memory of row `i`, which may lie outside of the span: nothing is read.
+template <class T>
+CCA_INLINE void prefetch_row(row_span<T> rows, std::int64_t i, std::int64_t dim) {
+  constexpr std::int64_t line = 64 / sizeof(T);
+  for (std::int64_t d = 0; d < dim; d += line) prefetch(rows.data, i * rows.stride + d);
+}
 
 /// Whether rows of these elements are computed with where they lie; otherwise `stage` needs a buffer for them.
 template <class T, class... Elements>
@@ -34,6 +42,18 @@ template <class T, class Element>
     return {buffer, dim};
   }
 }
+
+/// Consecutive rows of keys and values of a source, `rows` of it, in the type that they are computed in.
+template <class T>
+struct context_block {
+  row_span<T> keys, values;
+  range rows;
+  bool ask_ahead = false;  ///< whoever absorbs it asks for the rows that follow
+
+  [[nodiscard]] context_block part(range some) const {
+    return {keys.from(some.begin - rows.begin), values.from(some.begin - rows.begin), some, ask_ahead};
+  }
+};
 
 /// Calls `f(constant rows, i)` for blocks of `R` rows from i = 0 on, then once for the remainder of `[0, count)`.
 template <std::int64_t R, class F>
