@@ -32,7 +32,7 @@ struct tile_shape {
   static constexpr std::int64_t rows = 6;
   static constexpr std::int64_t single_rows = 12;
   static constexpr std::int64_t lanes = vectors * width<T>;
-  static constexpr std::int64_t block = 96;
+  static constexpr std::int64_t block = 128;
   static constexpr std::int64_t stack = std::max<std::int64_t>(128 / lanes, 1);
 };
 
@@ -171,9 +171,11 @@ class query_tile {
 
   /// Absorbs at most `shape::block` rows.
   void absorb(const context_block<T>& block, const lane_ranges<T>& sees, T* weights) {
-    // Only where every lane sees every row do all vectors go together; at the edges each goes by its own range.
+    // Only where every lane sees every row do all vectors go together; at the edges each goes by its own range. So it
+    // does in all of a block that is mostly edge: rescaling the output for few rows costs more than it saves.
     range common = count_ > lanes - W ? intersection(block.rows, sees.seen_by_all()) : range{};
-    if (common.empty()) common = {block.rows.end, block.rows.end};
+    const range seen = intersection(block.rows, sees.seen_by_any());
+    if (2 * common.size() <= seen.size()) common = {block.rows.end, block.rows.end};
     const auto edge = [&](range rows) {
       for (std::int64_t v = 0; v * W < count_; ++v) {
         const range part = intersection(rows, sees.any[v]);
