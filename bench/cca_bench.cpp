@@ -1,0 +1,340 @@
+// Speed of every regime, as a fraction of what the machine can do. A case checks its result against the textbook in a
+// wider type before it is timed. Each of its iterations is one call, timed by the thread's own clock, or by the wall
+// clock where two threads work; the counters are of the best one:
+//   flop/s     useful operations: 2 (dim + value dim) for each query-key pair that is seen
+//   peak       their share of the multiply-add peak of one core, measured around the calls
+//   byte/s     bytes of operands that have to move, where memory is the bound
+//   bandwidth  their share of the speed at which a plain loop reads the same operands
+//   token/s    queries of all sequences
+//   scratch    bytes that the call allocates beside its operands; per_thread: without the cores
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <iomanip>
+#include <limits>
+#include <new>
+#include <sstream>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <benchmark/benchmark.h>
+#include <unsupported/Eigen/CXX11/ThreadPool>
+
+#include <cca/cca.hpp>
+
+#include "baselines.hpp"
+#include "machine.hpp"
+#include "operands.hpp"
+
+namespace {
+
+std::atomic<std::size_t> allocated{0};
+
+void* allocate(std::size_t bytes) {
+  allocated += bytes;
+  // Operands start at a cache line, as those of tensor libraries do.
+  if (void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64)) return memory;
+  throw std::bad_alloc();
+}
+
+}  // namespace
+
+// Counts what calls allocate. All other forms of new and delete come down to these.
+void* operator new(std::size_t bytes) { return allocate(bytes); }
+void* operator new(std::size_t bytes, std::align_val_t) { return allocate(bytes); }
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+
+namespace {
+
+using bench::best_seconds, bench::elapsed_seconds, bench::operands, bench::seconds, bench::tensor;
+
+enum class kernel { cca, dense, local, eigen_cca };
+
+struct attention_case {
+  kernel what = kernel::cca;
+  std::int64_t batch = 1, heads = 1, kv_heads = 0, queries = 0, length = 0, dim = 128;
+  std::int64_t group_size = 1, window = cca::unlimited;
+  int threads = 1;
+  bool lse = false;
+
+  [[nodiscard]] std::int64_t kv_head_count() const { return kv_heads ? kv_heads : heads; }
+  [[nodiscard]] std::int64_t query_length() const { return queries ? queries : length; }
+  [[nodiscard]] bool pools() const { return what == kernel::cca || what == kernel::eigen_cca; }
+  [[nodiscard]] cca::options options() const { return {.group_size = group_size, .window = window}; }
+
+  [[nodiscard]] double flops() const {
+    const cca::partition partition{group_size, window};
+    const cca::range positions{length - query_length(), length};
+    std::int64_t pairs = partition.pair_count(positions);
+    if (!pools())
+      for (std::int64_t t = positions.begin; t < positions.end; ++t) pairs -= partition.core_count(t);
+    return 4.0 * static_cast<double>(dim) * static_cast<double>(batch * heads * pairs);
+  }
+
+  [[nodiscard]] std::string name(const char* type) const {
+    static constexpr const char* kernels[] = {"cca", "dense", "local", "eigen_cca"};
+    std::string text = std::string(kernels[static_cast<int>(what)]) + "/" + type;
+    const auto add = [&](const char* key, std::int64_t value) {
+      text += std::string("/") + key + ":" + std::to_string(value);
+    };
+    add("D", dim);
+    if (batch > 1) add("B", batch);
+    if (heads > 1) add("H", heads);
+    if (kv_heads) add("Hkv", kv_heads);
+    if (queries) add("Lq", queries);
+    add("L", length);
+    if (group_size > 1) add("g", group_size);
+    if (window != cca::unlimited) add("s", window);
+    if (threads > 1) add("threads", threads);
+    return lse ? text + "/lse" : text;
+  }
+};
+
+/// On the calling thread and those of the pool.
+template <class T>
+void call(const attention_case& c, operands<T>& data, Eigen::ThreadPool& helpers) {
+  const cca::thread_pool_executor run(helpers);
+  const auto q = std::as_const(data.query).view();
+  const auto k = std::as_const(data.key).view(), v = std::as_const(data.value).view();
+  const auto lse = c.lse ? data.lse_view() : cca::lse_view<>{};
+  switch (c.what) {
+    case kernel::cca:
+      return cca::attention(q, k, v, data.out.view(), lse, c.options(), run);
+    case kernel::dense:
+      return cca::dense_attention(q, k, v, data.out.view(), lse, c.options(), run);
+    case kernel::local:
+      return cca::local_attention(q, k, v, data.out.view(), lse, c.options(), run);
+    case kernel::eigen_cca:
+      return bench::eigen_attention<T>(q, k, v, data.out.view(), c.options());
+  }
+}
+
+/// The best of the iterations of a case, and the best peak measured around them.
+struct timing {
+  double seconds = std::numeric_limits<double>::infinity(), peak = 0;
+};
+
+/// Times `f` by the clock `seconds_of`. `between` runs untimed in every iteration: what `f` is compared with has the
+/// same neighbours then.
+template <class T, class F, class Clock, class Between>
+timing time(benchmark::State& state, const F& f, const Clock& seconds_of, const Between& between) {
+  timing best;
+  for ([[maybe_unused]] auto _ : state) {
+    best.peak = std::max(best.peak, bench::fma_peak<T>());
+    const double time = seconds_of(f);
+    state.SetIterationTime(time);
+    best.seconds = std::min(best.seconds, time);
+    between();
+  }
+  best.peak = std::max(best.peak, bench::fma_peak<T>());
+  return best;
+}
+
+/// Times `f`, which runs on one thread.
+template <class T, class F>
+timing time(benchmark::State& state, const F& f) {
+  return time<T>(
+      state, f, [](const auto& g) { return seconds(g); }, [] {});
+}
+
+void count_flops(benchmark::State& state, const timing& best, double flops, int threads = 1) {
+  state.counters["flop/s"] = flops / best.seconds;
+  state.counters["peak"] = flops / best.seconds / best.peak / threads;
+}
+
+/// `operands` are all read once.
+template <class... T>
+void count_bytes(benchmark::State& state, const timing& best, const tensor<T>&... operands) {
+  const auto bytes = static_cast<double>(((operands.data.size() * sizeof(T)) + ...));
+  const double ruler = best_seconds(
+      10, [&] { (bench::read(operands.data.data(), static_cast<std::int64_t>(operands.data.size())), ...); });
+  state.counters["byte/s"] = bytes / best.seconds;
+  state.counters["bandwidth"] = ruler / best.seconds;
+}
+
+template <class T>
+void attention(benchmark::State& state, const attention_case& c) {
+  operands<T> data(c.batch, c.heads, c.kv_head_count(), c.query_length(), c.length, c.dim);
+  Eigen::ThreadPool helpers(c.threads - 1), none(0);
+  const auto run = [&] { call(c, data, helpers); };
+
+  const std::size_t before = allocated;
+  run();
+  const std::size_t scratch = allocated - before;
+  if (!bench::check(data, c.pools(), c.options())) return state.SkipWithError("wrong result");
+
+  timing best;
+  if (c.threads == 1) {
+    best = time<T>(state, run);
+  } else {
+    const auto clock = [](const auto& f) { return elapsed_seconds(f); };
+    double serial = std::numeric_limits<double>::infinity();
+    best = time<T>(state, run, clock, [&] { serial = std::min(serial, clock([&] { call(c, data, none); })); });
+    state.counters["speedup"] = serial / best.seconds;
+  }
+  count_flops(state, best, c.flops(), c.threads);
+  if (c.query_length() < 64) count_bytes(state, best, data.key, data.value);
+  state.counters["token/s"] = static_cast<double>(c.batch * c.query_length()) / best.seconds;
+  if (c.what == kernel::eigen_cca) return;
+  const std::int64_t cores =
+      c.pools() ? c.batch * c.heads * cca::partition{c.group_size, c.window}.core_count(c.length - 1) : 0;
+  state.counters["scratch"] = static_cast<double>(scratch);
+  state.counters["per_thread"] =
+      (static_cast<double>(scratch) - static_cast<double>(cores * 2 * c.dim) * sizeof(T)) / c.threads;
+}
+
+template <class T>
+void pooling(benchmark::State& state, std::int64_t length, std::int64_t dim, std::int64_t group_size) {
+  operands<T> data(1, 1, 1, length, length, dim);
+  tensor<T> core_key(1, 1, length / group_size, dim), core_value(1, 1, length / group_size, dim);
+  const auto q = std::as_const(data.query).view();
+  const auto k = std::as_const(data.key).view(), v = std::as_const(data.value).view();
+  const cca::options options{.group_size = group_size};
+  const auto run = [&] { cca::pool(q, k, v, core_key.view(), core_value.view(), options); };
+  run();
+  const auto exact = cca::reference::pool<bench::exact_type<T>>(q, k, v, options);
+  const auto plain = cca::reference::pool<T>(q, k, v, options);
+  if (!bench::agrees(core_key, exact.first, plain.first) || !bench::agrees(core_value, exact.second, plain.second))
+    return state.SkipWithError("wrong result");
+
+  const timing best = time<T>(state, run);
+  count_bytes(state, best, data.key, data.value);
+  state.counters["token/s"] = static_cast<double>(length) / best.seconds;
+  const double attention =
+      seconds([&] { cca::attention(q, k, v, data.out.view(), {.group_size = group_size, .window = 1024}); });
+  state.counters["share_of_cca"] = best.seconds / attention;
+}
+
+template <class T>
+void merging(benchmark::State& state, std::int64_t heads, std::int64_t length, std::int64_t dim) {
+  tensor<T> a(1, heads, length, dim), b(1, heads, length, dim), out(1, heads, length, dim);
+  tensor<float> lse_a(1, heads, length, 1), lse_b(1, heads, length, 1), lse(1, heads, length, 1);
+  bench::fill(a, 1);
+  bench::fill(b, 2);
+  bench::fill(lse_a, 3);
+  bench::fill(lse_b, 4);
+  const auto rows = [&](tensor<float>& of) { return cca::bhs(of.data.data(), 1, heads, length); };
+  const auto run = [&] { cca::merge(a.view(), rows(lse_a), b.view(), rows(lse_b), out.view(), rows(lse)); };
+  run();
+  for (std::size_t i = 0; i < out.data.size(); ++i) {
+    const std::size_t row = i / static_cast<std::size_t>(dim);
+    const double share =
+        1 / (1 + std::exp(static_cast<double>(lse_b.data[row]) - static_cast<double>(lse_a.data[row])));
+    const double exact = share * static_cast<double>(a.data[i]) + (1 - share) * static_cast<double>(b.data[i]);
+    if (!(std::abs(static_cast<double>(out.data[i]) - exact) <= 8 * std::numeric_limits<T>::epsilon()))
+      return state.SkipWithError("wrong result");
+  }
+  const timing best = time<T>(state, run);
+  count_bytes(state, best, a, b, out);
+  state.counters["token/s"] = static_cast<double>(length) / best.seconds;
+}
+
+/// Eigen's matrix product, a ruler: `rows` x `depth` times `depth` x `columns`.
+template <class T>
+void gemm(benchmark::State& state, std::int64_t rows, std::int64_t columns, std::int64_t depth) {
+  const bench::matrix<T> a = bench::matrix<T>::Random(rows, depth), b = bench::matrix<T>::Random(depth, columns);
+  bench::matrix<T> product(rows, columns);
+  const timing best = time<T>(state, [&] { product.noalias() = a * b; });
+  benchmark::DoNotOptimize(product.data());
+  count_flops(state, best, 2.0 * static_cast<double>(rows * columns * depth));
+}
+
+template <class T>
+constexpr const char* type_name = std::is_same_v<T, float> ? "float" : "double";
+
+/// One call is an iteration; short calls are repeated for about a second.
+template <class F>
+void add(const std::string& name, double seconds_estimate, const F& f) {
+  benchmark::RegisterBenchmark(name.c_str(), f)
+      ->Iterations(static_cast<benchmark::IterationCount>(std::clamp(1 / seconds_estimate, 3.0, 50.0)))
+      ->UseManualTime()
+      ->Unit(benchmark::kMillisecond);
+}
+
+template <class T>
+void add(const attention_case& c) {
+  const double estimate = c.flops() / (std::is_same_v<T, float> ? 80e9 : 40e9) / c.threads;
+  add(c.name(type_name<T>), estimate, [c](benchmark::State& state) { attention<T>(state, c); });
+}
+
+void add_cases() {
+  using enum kernel;
+  constexpr std::int64_t K = 1024;
+  for (const std::int64_t length : {32 * K, 128 * K})
+    add<float>({.what = cca, .length = length, .group_size = 16, .window = 1024});
+  for (const std::int64_t dim : {64, 80, 96, 256})
+    add<float>({.what = cca, .length = 32 * K, .dim = dim, .group_size = 16, .window = 1024});
+  for (const std::int64_t length : {4 * K, 32 * K}) add<float>({.what = dense, .length = length});
+  for (const std::int64_t window : {1024, 256, 64}) add<float>({.what = local, .length = 32 * K, .window = window});
+  for (const std::int64_t length : {512, 128, 64})
+    add<float>({.what = dense, .batch = 8, .heads = 8, .length = length});
+  add<double>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024});
+
+  // What else a caller chooses.
+  add<float>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024, .lse = true});
+  add<float>({.what = cca, .length = 32 * K, .group_size = 4, .window = 256});
+  add<float>({.what = cca, .length = 32 * K, .group_size = 32, .window = 2048});
+  add<float>({.what = cca, .heads = 32, .length = 4 * K, .group_size = 16, .window = 1024});
+  add<float>({.what = cca, .heads = 32, .kv_heads = 8, .length = 4 * K, .group_size = 16, .window = 1024});
+
+  // From decoding to prefill: a few queries after many keys.
+  for (std::int64_t queries = 1; queries <= 512; queries *= 2)
+    add<float>({.what = dense, .queries = queries, .length = 32 * K});
+  add<float>({.what = dense, .heads = 32, .kv_heads = 8, .queries = 1, .length = 8 * K});
+
+  add<float>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024, .threads = 2});
+  add<float>({.what = cca, .heads = 32, .length = 4 * K, .group_size = 16, .window = 1024, .threads = 2});
+
+  for (const std::int64_t length : {32 * K, 128 * K})
+    add("pool/float/D:128/L:" + std::to_string(length) + "/g:16", 0.02,
+        [length](benchmark::State& state) { pooling<float>(state, length, 128, 16); });
+  add("merge/float/D:128/H:32/L:2048", 0.02, [](benchmark::State& state) { merging<float>(state, 32, 2048, 128); });
+
+  // Baselines and rulers.
+  add<float>({.what = eigen_cca, .length = 32 * K, .group_size = 16, .window = 1024});
+  add("eigen_gemm/float/1024x1024x1024", 0.02, [](benchmark::State& state) { gemm<float>(state, 1024, 1024, 1024); });
+  add("eigen_gemm/float/128x1024x128", 0.02, [](benchmark::State& state) { gemm<float>(state, 128, 1024, 128); });
+  add("eigen_gemm/float/128x128x1024", 0.02, [](benchmark::State& state) { gemm<float>(state, 128, 128, 1024); });
+}
+
+/// Bytes per second at which one core reads `bytes` again and again.
+double read_speed(std::size_t bytes) {
+  const std::vector<float> buffer(bytes / sizeof(float), 1.0f);
+  return static_cast<double>(bytes) /
+         best_seconds(8, [&] { bench::read(buffer.data(), static_cast<std::int64_t>(buffer.size())); });
+}
+
+void add_context() {
+  const auto giga = [](double x, const char* unit) {
+    std::ostringstream text;
+    text << std::setprecision(4) << x * 1e-9 << " G" << unit;
+    return text.str();
+  };
+  std::size_t cache = 0;
+  for (const auto& level : benchmark::CPUInfo::Get().caches)
+    cache = std::max(cache, static_cast<std::size_t>(level.size));
+  benchmark::AddCustomContext("compiler", bench::compiler);
+  benchmark::AddCustomContext("instruction_set", bench::instruction_set());
+  benchmark::AddCustomContext("fma_peak_float", giga(bench::fma_peak<float>(), "flop/s"));
+  benchmark::AddCustomContext("fma_peak_double", giga(bench::fma_peak<double>(), "flop/s"));
+  benchmark::AddCustomContext("read_memory", giga(read_speed(16 * cache), "byte/s"));
+  benchmark::AddCustomContext("read_last_level_cache", giga(read_speed(cache / 2), "byte/s"));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Eigen::setNbThreads(1);
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  add_context();
+  add_cases();
+  benchmark::RunSpecifiedBenchmarks();
+}
