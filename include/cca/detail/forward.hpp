@@ -35,7 +35,7 @@ class forward {
         parts_(std::max<std::int64_t>(parts, 1)),
         workers_(workers),
         worker_size_(few() ? query_rows<T>::size(queries_per_group(), dim, value_dim, staged)
-                           : query_stack<T>::size(dim, value_dim, staged)) {}
+                           : query_stack<T>::size(lanes(), dim, value_dim, staged)) {}
 
   [[nodiscard]] static std::int64_t count_parts(std::int64_t rows) { return (rows + part_rows - 1) / part_rows; }
 
@@ -55,6 +55,7 @@ class forward {
 
  private:
   [[nodiscard]] bool few() const { return length_ <= few_queries; }
+  [[nodiscard]] std::int64_t lanes() const { return query_stack<T>::lanes_for(length_, dim_, value_dim_); }
   [[nodiscard]] std::int64_t queries_per_group() const { return groups_ > 0 ? heads_ / groups_ * length_ : 0; }
   [[nodiscard]] std::int64_t partials_size() const {
     return few() ? batch_ * heads_ * length_ * parts_ * partial_result<T>::size(value_dim_) : 0;
@@ -65,8 +66,7 @@ class forward {
   template <class Query, class Out, class Lse, executor E, class... Source>
   void attend_many(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, T scale, const E& run,
                    const worker_scratch<T>& scratch, const Source&... sources) const {
-    constexpr std::int64_t lanes = query_stack<T>::lanes;
-    const std::int64_t stacks = (length_ + lanes - 1) / lanes;
+    const std::int64_t lanes = this->lanes(), stacks = (length_ + lanes - 1) / lanes;
     run_tasks(run, workers_, batch_ * heads_ * stacks, [&](std::int64_t worker, std::int64_t task) {
       const std::int64_t b = task / stacks / heads_, h = task / stacks % heads_;
       const std::int64_t first = (stacks - 1 - task % stacks) * lanes;

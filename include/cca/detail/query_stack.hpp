@@ -17,11 +17,18 @@ class query_stack {
   using tile = query_tile<T>;
 
  public:
-  static constexpr std::int64_t lanes = shape::stack * tile::lanes;
+  /// Queries of a stack for `length` queries per head: the more, the less memory traffic; but some 64 stacks should be
+  /// there for threads to share, and their scratch should stay within half a MiB.
+  static std::int64_t lanes_for(std::int64_t length, std::int64_t dim, std::int64_t value_dim) {
+    constexpr std::int64_t tasks = 64, budget = std::int64_t{1} << 19;
+    const std::int64_t affordable = budget / (tile::size(dim, value_dim) * static_cast<std::int64_t>(sizeof(T)));
+    const std::int64_t wanted = std::clamp(length / (tasks * tile::lanes), shape::least_stack, shape::stack);
+    return tile::lanes * std::clamp<std::int64_t>(wanted, 1, std::max<std::int64_t>(affordable, 1));
+  }
 
-  /// Scratch elements for queries of `dim` and values of `value_dim` elements; `staged` where rows are converted.
-  static constexpr std::int64_t size(std::int64_t dim, std::int64_t value_dim, bool staged) {
-    return shape::stack * tile::size(dim, value_dim) + tile::weights_size() +
+  /// Scratch elements for `lanes` queries of `dim` and values of `value_dim` elements; `staged` where rows are converted.
+  static constexpr std::int64_t size(std::int64_t lanes, std::int64_t dim, std::int64_t value_dim, bool staged) {
+    return lanes / tile::lanes * tile::size(dim, value_dim) + tile::weights_size() +
            (staged ? shape::block * (dim + value_dim) : 0);
   }
 
@@ -30,9 +37,9 @@ class query_stack {
         value_dim_(value_dim),
         tiles_((count + tile::lanes - 1) / tile::lanes),
         count_(count),
-        memory_(scratch),
-        weights_(memory_ + shape::stack * tile::size(dim, value_dim)),
-        staged_keys_(weights_ + tile::weights_size()),
+        weights_(scratch),
+        tile_memory_(weights_ + tile::weights_size()),
+        staged_keys_(tile_memory_ + tiles_ * tile::size(dim, value_dim)),
         staged_values_(staged_keys_ + shape::block * dim) {}
 
   /// Loads the queries, rows of `dim` elements, and forgets what was absorbed.
@@ -71,12 +78,12 @@ class query_stack {
 
  private:
   [[nodiscard]] tile at(std::int64_t c) const {
-    return tile(memory_ + c * tile::size(dim_, value_dim_), dim_, value_dim_,
+    return tile(tile_memory_ + c * tile::size(dim_, value_dim_), dim_, value_dim_,
                 std::min(tile::lanes, count_ - c * tile::lanes));
   }
 
   std::int64_t dim_, value_dim_, tiles_, count_;
-  T *memory_, *weights_, *staged_keys_, *staged_values_;
+  T *weights_, *tile_memory_, *staged_keys_, *staged_values_;
 };
 
 }  // namespace cca::inline CCA_TARGET::detail

@@ -21,7 +21,8 @@ namespace cca::inline CCA_TARGET::detail {
 ///  - `single_rows`: rows of a register block of one vector, enough to hide the latency of a multiply-add.
 ///  - `block`: rows of keys and values absorbed at once. Their weights, `block * lanes`, share the first-level cache
 ///    with the rows in use; long blocks spread the rescaling of the output over more products.
-///  - `stack`: tiles that take turns on a block while it is in cache, so that memory is read once for all of them.
+///  - `least_stack` to `stack`: tiles that take turns on a block while it is in cache, so that memory is read once for all
+///    of them; the more the longer the sequence.
 template <class T>
 struct tile_shape {
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -33,7 +34,8 @@ struct tile_shape {
   static constexpr std::int64_t single_rows = 12;
   static constexpr std::int64_t lanes = vectors * width<T>;
   static constexpr std::int64_t block = 128;
-  static constexpr std::int64_t stack = std::max<std::int64_t>(128 / lanes, 1);
+  static constexpr std::int64_t least_stack = std::max<std::int64_t>(64 / lanes, 1);
+  static constexpr std::int64_t stack = std::max<std::int64_t>(256 / lanes, 1);
 };
 
 /// Per lane of a tile, the half-open range of rows that its query sees. A lane without a query sees nothing.
