@@ -1,0 +1,259 @@
+// Results depend neither on who runs the tasks nor on what else is in the batch: they are the same to the bit.
+
+#include "entry_points.hpp"
+
+// After support.hpp, which has a say in how Eigen is compiled.
+#include <mutex>
+#include <numeric>
+#include <thread>
+#include <unsupported/Eigen/CXX11/ThreadPool>
+
+namespace cca::test {
+namespace {
+
+// ----------------------------------------------------------------------------------------------------- executors
+
+struct named_executor {
+  std::string name;
+  any_executor run;
+};
+
+/// One thread for each task.
+void thread_per_task(std::int64_t n, const std::function<void(std::int64_t)>& f) {
+  std::vector<std::jthread> threads;
+  for (std::int64_t i = 0; i < n; ++i) threads.emplace_back([&f, i] { f(i); });
+}
+
+std::vector<named_executor> executors() {
+  std::vector<named_executor> all;
+  for (const std::int64_t threads : {1, 2, 5}) {
+    const std::string with = " with " + std::to_string(threads) + " at a time";
+    all.push_back({"backwards" + with, {threads, [](std::int64_t n, const auto& f) {
+                                          for (std::int64_t i = n; i-- > 0;) f(i);
+                                        }}});
+    all.push_back({"shuffled" + with, {threads, [](std::int64_t n, const auto& f) {
+                                         std::vector<std::int64_t> order(static_cast<std::size_t>(n));
+                                         std::iota(order.begin(), order.end(), 0);
+                                         random_engine random(static_cast<std::uint64_t>(n));
+                                         std::shuffle(order.begin(), order.end(), random);
+                                         for (const std::int64_t i : order) f(i);
+                                       }}});
+  }
+  for (const std::int64_t threads : {3, 64}) all.push_back({"a thread per task", {threads, thread_per_task}});
+#if defined(_OPENMP)
+  for (const int threads : {1, 2, 3, 7, 64}) {
+    const openmp_executor openmp{.threads = threads};
+    all.push_back({"OpenMP with " + std::to_string(threads), {openmp.concurrency(), openmp}});
+  }
+#endif
+  for (const int threads : {1, 2, 3, 7}) {
+    const auto pool = std::make_shared<Eigen::ThreadPool>(threads);
+    const thread_pool_executor run(*pool);
+    all.push_back({"pool of " + std::to_string(threads),
+                   {run.concurrency(), [pool, run](std::int64_t n, const auto& f) { run(n, f); }}});
+    // From one of its own threads, which must not wait for a thread that waits for it.
+    all.push_back({"from within a pool of " + std::to_string(threads),
+                   {run.concurrency(), [pool, run](std::int64_t n, const auto& f) {
+                      Eigen::Barrier done(1);
+                      pool->Schedule([&] {
+                        run(n, f);
+                        done.Notify();
+                      });
+                      done.Wait();
+                    }}});
+  }
+  return all;
+}
+
+template <class T>
+class Executor : public testing::Test {
+ protected:
+  using shape = detail::tile_shape<T>;
+  static constexpr std::int64_t stack = shape::stack * shape::lanes;
+};
+
+TYPED_TEST_SUITE(Executor, precisions);
+
+TYPED_TEST(Executor, ResultsAreTheSameForAny) {
+  using T = TypeParam;
+  random_engine random(1);
+  const auto all = executors();
+  // One long head, many heads, and few queries over a context that is cut into parts.
+  const std::array shapes{sizes{.queries = 5 * this->stack + 7, .keys = 5 * this->stack + 7, .dim = 4, .value_dim = 4},
+                          sizes{.batch = 2,
+                                .heads = 12,
+                                .kv_heads = 4,
+                                .queries = this->stack / 2 + 3,
+                                .keys = this->stack / 2 + 3,
+                                .dim = 4,
+                                .value_dim = 4},
+                          sizes{.heads = 4, .kv_heads = 2, .queries = 2, .keys = 5000, .dim = 4, .value_dim = 4}};
+  for (const entry entry : all_entries)
+    for (const sizes& s : shapes) {
+      problem p = example(entry, s);
+      if (s.queries < s.keys) p.options.window = entry == entry::local ? s.keys - 5 : p.options.window;
+      argument_memory<T> serial = argument_memory<T>(p).randomize(random);
+      call(p, serial.arguments());
+      for (const auto& [name, run] : all)
+        for (const bool given : {false, true}) {
+          argument_memory<T> memory = serial;
+          for (tensor<T>& result : memory.results) result.fill(canary<T>());
+          const arguments<T> a = memory.arguments();
+          std::vector<std::byte> workspace(given ? workspace_size(p, a, run) : 0);
+          call(p, a, run, workspace);
+          ASSERT_TRUE(same_bits(a.results, serial.arguments().results)) << p << ", " << name;
+        }
+    }
+}
+
+/// A callable with no `concurrency()` is an executor, too, and may run as many tasks at once as it likes.
+TEST(Executor, IsAnyCallable) {
+  const auto threads = [](std::int64_t n, const auto& f) { thread_per_task(n, std::ref(f)); };
+  static_assert(executor<decltype(threads)>);
+  static_assert(executor<serial_executor> && executor<thread_pool_executor<Eigen::ThreadPool>>);
+  static_assert(!executor<int>);
+
+  random_engine random(2);
+  const problem p = example(entry::pool, {.heads = 3, .queries = 4000, .keys = 4000, .dim = 4, .value_dim = 4});
+  argument_memory<float> serial = argument_memory<float>(p).randomize(random), parallel = serial;
+  call(p, serial.arguments());
+  const auto a = parallel.arguments();
+  pool(a.operands[0], a.operands[1], a.operands[2], a.results[0], a.results[1], p.options, threads);
+  EXPECT_TRUE(same_bits(a.results, serial.arguments().results));
+}
+
+/// Every task is run once, and tasks with the same worker one after the other.
+TEST(Executor, RunsEachTaskOnceAndOnePerWorker) {
+  for (const auto& [name, run] : executors())
+    for (const std::int64_t count : {0, 1, 2, 3, 100}) {
+      std::vector<std::atomic<int>> runs(static_cast<std::size_t>(count));
+      std::vector<std::mutex> busy(static_cast<std::size_t>(run.concurrency()));
+      std::atomic<int> collisions{0};
+      detail::run_tasks(run, run.concurrency(), count, [&](std::int64_t worker, std::int64_t i) {
+        ASSERT_LT(worker, run.concurrency());
+        const std::unique_lock lock(busy[static_cast<std::size_t>(worker)], std::try_to_lock);
+        if (!lock.owns_lock()) ++collisions;
+        ++runs[static_cast<std::size_t>(i)];
+      });
+      EXPECT_EQ(collisions, 0) << name;
+      for (const std::atomic<int>& times : runs) EXPECT_EQ(times, 1) << name << ", " << count << " tasks";
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- batch composition
+
+/// The part of a view that is sequence `b`, and of it the heads `[first, last)`.
+template <class T, std::size_t Rank>
+tensor_view<T, Rank> part(tensor_view<T, Rank> view, std::int64_t b, range heads) {
+  view.data = view.row(b, heads.begin, 0);
+  view.extent[0] = 1;
+  view.extent[1] = heads.size();
+  return view;
+}
+
+TYPED_TEST(Executor, ASequenceAloneIsTheSameAsInABatch) {
+  using T = TypeParam;
+  random_engine random(3);
+  for (const entry entry : all_entries)
+    for (const auto& [heads, kv_heads] : std::array<std::pair<std::int64_t, std::int64_t>, 2>{{{3, 3}, {6, 2}}})
+      for (const std::int64_t length : {std::int64_t{1}, std::int64_t{3}, std::int64_t{6}, this->stack + 5}) {
+        problem p = example(entry, {.batch = 3,
+                                    .heads = heads,
+                                    .kv_heads = kv_heads,
+                                    .queries = length,
+                                    .keys = length,
+                                    .dim = 7,
+                                    .value_dim = 5});
+        argument_memory<T> batch = argument_memory<T>(p).randomize(random);
+        const arguments<T> together = batch.arguments();
+        call(p, together);
+        // Each key/value head with its queries, of each sequence, by itself.
+        for (std::int64_t b = 0; b < 3; ++b)
+          for (std::int64_t h = 0; h < kv_heads; ++h) {
+            problem alone = p;
+            alone.sizes.batch = alone.sizes.kv_heads = alone.far_heads = 1;
+            alone.sizes.heads = heads / kv_heads;
+            const auto heads_of = [&](std::int64_t all) { return range{h * all / kv_heads, (h + 1) * all / kv_heads}; };
+            argument_memory<T> memory(alone);
+            arguments<T> a = memory.arguments();
+            std::vector<tensor_view<T>> expected;
+            for (std::size_t o = 0; o < a.operands.size(); ++o)
+              a.operands[o] = part(together.operands[o], b, heads_of(together.operands[o].heads()));
+            for (const tensor_view<T>& result : together.results)
+              expected.push_back(part(result, b, heads_of(result.heads())));
+            if (entry == entry::attend) a.seen = part(together.seen, b, heads_of(heads));
+            call(alone, a);
+            ASSERT_TRUE(same_bits(a.results, expected)) << p << ", sequence " << b << ", head " << h;
+          }
+      }
+}
+
+// ----------------------------------------------------------------------------------------------- zero sizes, races
+
+/// Batch, heads, keys and queries of 0 in every combination: nothing is divided by them, and nothing is seen.
+TYPED_TEST(Executor, SizesMayBe0) {
+  using T = TypeParam;
+  const auto all = executors();
+  for (const entry entry : all_entries)
+    for (const std::int64_t batch : {0, 2})
+      for (const std::int64_t heads : {0, 4})
+        for (const std::int64_t kv_heads : {0, 2})
+          for (const std::int64_t queries : {0, 3, 9})
+            for (const std::int64_t keys : {0, 9})
+              for (const std::int64_t far_length : {0, 9}) {
+                if (heads > 0 && kv_heads == 0) continue;  // refused: these queries have no keys
+                problem p = example(entry, {.batch = batch,
+                                            .heads = heads,
+                                            .kv_heads = kv_heads,
+                                            .queries = queries,
+                                            .keys = keys,
+                                            .dim = 3,
+                                            .value_dim = 2});
+                p.far_length = far_length;
+                random_engine random(4);
+                argument_memory<T> memory = argument_memory<T>(p).randomize(random);
+                const arguments<T> a = memory.arguments();
+                call(p, a);
+                ASSERT_TRUE(memory.canaries_intact()) << p;
+                for (const tensor_view<T>& result : a.results)
+                  for_each_row(result, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+                    const bool empty = keys == 0 && entry != entry::merge && seen_count(p, b, h, i) == 0;
+                    const bool is_lse = &result == &a.results[1];
+                    for (std::int64_t d = 0; d < result.dim(); ++d) {
+                      ASSERT_FALSE(std::isnan(result.row(b, h, i)[d])) << p;
+                      ASSERT_TRUE(!empty ||
+                                  result.row(b, h, i)[d] == (is_lse ? -std::numeric_limits<T>::infinity() : T(0)))
+                          << p;
+                    }
+                  });
+                // Executors are not surprised by no tasks.
+                const argument_memory<T> serial = memory;
+                for (const auto& [name, run] : all) {
+                  if (batch * heads * queries * keys > 0) break;
+                  call(p, a, run);
+                  ASSERT_TRUE(same_bits<T>(a.results, argument_memory<T>(serial).arguments().results)) << p << name;
+                }
+              }
+}
+
+/// No memory is shared between calls.
+TYPED_TEST(Executor, CallsMayOverlap) {
+  using T = TypeParam;
+  random_engine random(5);
+  for (const entry entry : all_entries) {
+    const problem p = example(entry, {.heads = 2, .queries = 200, .keys = 200, .dim = 9, .value_dim = 9});
+    std::array memories{argument_memory<T>(p).randomize(random), argument_memory<T>(p).randomize(random)};
+    auto expected = memories;
+    for (auto& memory : expected) call(p, memory.arguments());
+    for (int repeat = 0; repeat < 5; ++repeat) {
+      std::vector<std::jthread> threads;
+      for (auto& memory : memories) threads.emplace_back([&] { call(p, memory.arguments()); });
+      threads.clear();
+      for (std::size_t i = 0; i < memories.size(); ++i)
+        ASSERT_TRUE(same_bits(memories[i].arguments().results, expected[i].arguments().results)) << p;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cca::test

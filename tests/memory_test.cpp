@@ -1,0 +1,399 @@
+// What the entry points read and write: their operands, their results and their workspace, to the byte, wherever those
+// lie in memory.
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <numeric>
+
+#include "entry_points.hpp"
+
+namespace {
+
+std::atomic<std::int64_t> allocations{0};
+
+void* allocate(std::size_t size, std::size_t alignment) {
+  ++allocations;
+  // aligned_alloc wants a multiple of the alignment.
+  void* memory =
+      std::aligned_alloc(alignment, (std::max<std::size_t>(size, 1) + alignment - 1) / alignment * alignment);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+}  // namespace
+
+// Each allocation of this program is counted. The forms for arrays and those that do not throw call these.
+void* operator new(std::size_t size) { return allocate(size, alignof(std::max_align_t)); }
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  return allocate(size, static_cast<std::size_t>(alignment));
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+
+namespace cca::test {
+namespace {
+
+template <class T>
+class Memory : public testing::Test {
+ protected:
+  using shape = detail::tile_shape<T>;
+  static constexpr std::int64_t lanes = shape::lanes, block = shape::block, stack = shape::stack * lanes;
+};
+
+TYPED_TEST_SUITE(Memory, precisions);
+
+// --------------------------------------------------------------------------------------------------- guard pages
+
+/// Address space from the system, without content and without a claim on memory until it is touched.
+class mapping {
+ public:
+  mapping(std::size_t bytes, int protection) : bytes_(bytes) {
+    void* memory = mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory != MAP_FAILED) memory_ = static_cast<std::byte*>(memory);
+  }
+  mapping(const mapping&) = delete;
+  mapping& operator=(const mapping&) = delete;
+  ~mapping() {
+    if (memory_ != nullptr) munmap(memory_, bytes_);
+  }
+
+  /// Null where the system refuses so much address space.
+  [[nodiscard]] std::byte* data() const { return memory_; }
+
+ private:
+  std::size_t bytes_;
+  std::byte* memory_ = nullptr;
+};
+
+/// Pages between two that fault when they are touched.
+class guarded_pages {
+ public:
+  explicit guarded_pages(std::size_t bytes = std::size_t{1} << 21)
+      : page_(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))),
+        bytes_((bytes + page_ - 1) / page_ * page_),
+        mapping_(bytes_ + 2 * page_, PROT_NONE) {
+    if (mprotect(mapping_.data() + page_, bytes_, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+  }
+
+  /// The first or the last `bytes` of them: what lies before or after faults.
+  [[nodiscard]] std::byte* at(bool end, std::size_t bytes) const {
+    if (bytes > bytes_) throw std::bad_alloc();
+    return mapping_.data() + page_ + (end ? bytes_ - bytes : 0);
+  }
+
+ private:
+  std::size_t page_, bytes_;
+  mapping mapping_;
+};
+
+/// A view of rows with `padding` elements between them, and none after the last: that is where a guard begins.
+template <class T>
+tensor_view<T> place(const guarded_pages& pages, bool end, const extents& e, std::int64_t padding) {
+  tensor_view<T> view{nullptr, e, {}};
+  view.stride = {e[1] * e[2] * (e[3] + padding), e[2] * (e[3] + padding), e[3] + padding, 1};
+  const std::int64_t elements = view.empty() ? 0 : e[0] * e[1] * e[2] * (e[3] + padding) - padding;
+  view.data = reinterpret_cast<T*>(pages.at(end, static_cast<std::size_t>(elements) * sizeof(T)));
+  return view;
+}
+
+/// The arguments of a call and its workspace, each between guards of its own.
+template <class T>
+class guarded_arguments {
+ public:
+  arguments<T> place_all(const problem& p, const argument_memory<T>& content, bool end, std::int64_t padding) const {
+    arguments<T> a;
+    const guarded_pages* next = pages_.data();
+    for (const tensor<T>& operand : content.operands) {
+      const auto view = place<T>(*next++, end, operand.view().extent, padding);
+      copy(operand.view(), view);
+      a.operands.push_back(view);
+    }
+    for (const extents& e : result_extents(p)) a.results.push_back(place<T>(*next++, end, e, padding));
+    const auto rows = content.seen.view().extent;
+    const auto seen = place<std::int64_t>(*next++, end, {rows[0], rows[1], rows[2], 1}, padding);
+    for_each_row(
+        seen, [&](std::int64_t b, std::int64_t h, std::int64_t i) { *seen.row(b, h, i) = *content.seen.row(b, h, i); });
+    a.seen = {seen.data, rows, {seen.stride[0], seen.stride[1], seen.stride[2]}};
+    return a;
+  }
+
+  /// Filled with NaNs, so that what is read before it is written shows.
+  [[nodiscard]] std::span<std::byte> workspace(bool end, std::size_t bytes) const {
+    std::byte* memory = workspace_.at(end, bytes);
+    std::memset(memory, 0xff, bytes);
+    return {memory, bytes};
+  }
+
+ private:
+  std::array<guarded_pages, 8> pages_;  // five operands, two results and the counts of far rows
+  guarded_pages workspace_{std::size_t{1} << 22};
+};
+
+TYPED_TEST(Memory, NothingIsTouchedBesideOperandsAndResults) {
+  using T = TypeParam;
+  const std::int64_t greatest = this->lanes + 2, longest = 2 * this->stack + 1;
+  std::vector<std::pair<std::int64_t, std::int64_t>> sizes_of;  // lengths and dims
+  for (std::int64_t length = 1; length <= greatest; ++length)
+    for (const std::int64_t dim : {1, 6, 13}) sizes_of.emplace_back(length, dim);
+  for (const std::int64_t edge : {this->block, this->stack, longest})
+    for (std::int64_t length = edge - 1; length <= edge + 1; ++length) sizes_of.emplace_back(length, 5);
+  for (std::int64_t dim = 1; dim <= greatest; ++dim)
+    for (const std::int64_t length : {3, 6}) sizes_of.emplace_back(length, dim);
+  // Pooling takes eight vectors of a row at a time.
+  for (std::int64_t dim = 8 * detail::width<T> - 1; dim <= 8 * detail::width<T> + 1; ++dim)
+    sizes_of.emplace_back(6, dim);
+
+  const guarded_arguments<T> guarded;
+  random_engine random(1);
+  for (const auto& [length, dim] : sizes_of)
+    for (const entry entry : all_entries) {
+      const problem p = example(entry, {.heads = 2,
+                                        .queries = length,
+                                        .keys = length,
+                                        .dim = dim,
+                                        .value_dim = dim <= greatest ? greatest + 1 - dim : dim});
+      argument_memory<T> plain = argument_memory<T>(p).randomize(random);
+      call(p, plain.arguments());
+      for (const bool end : {false, true})
+        for (const std::int64_t padding : {0, 3}) {
+          const arguments<T> a = guarded.place_all(p, plain, end, padding);
+          const auto workspace = guarded.workspace(end, workspace_size(p, a));
+          call(p, a, {}, workspace);
+          ASSERT_TRUE(same_bits(a.results, plain.arguments().results)) << p << ", padding " << padding;
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------- the workspace
+
+/// The fewest bytes of a workspace, from `begin` on, that a call is content with.
+template <class T>
+std::size_t fewest_bytes(const problem& p, const arguments<T>& a, std::byte* begin, std::size_t enough) {
+  const auto refuses = [&](std::size_t bytes) {
+    try {
+      call(p, a, {}, std::span(begin, bytes));
+      return false;
+    } catch (const std::invalid_argument& refusal) {
+      const std::string text = refusal.what();
+      EXPECT_NE(text.find("workspace: got " + std::to_string(bytes) + " bytes, wants "), std::string::npos) << text;
+      return true;
+    }
+  };
+  std::size_t low = 1, high = enough;
+  while (low < high) {
+    const std::size_t middle = std::midpoint(low, high);
+    if (refuses(middle))
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  EXPECT_FALSE(refuses(low));
+  EXPECT_TRUE(low == 1 || refuses(low - 1));
+  return low;
+}
+
+TYPED_TEST(Memory, TheWorkspaceIsAsLargeAsSaid) {
+  using T = TypeParam;
+  const guarded_arguments<T> guarded;
+  random_engine random(2);
+  for (const entry entry : {entry::dense, entry::local, entry::attention, entry::attend, entry::pool})
+    for (const std::int64_t length : {std::int64_t{1}, std::int64_t{4}, this->lanes + 1, 2 * this->stack + 1})
+      for (const std::int64_t dim : {1, 16, 17}) {
+        const problem p =
+            example(entry, {.heads = 2, .queries = length, .keys = length, .dim = dim, .value_dim = dim + 2});
+        argument_memory<T> plain = argument_memory<T>(p).randomize(random);
+        call(p, plain.arguments());
+        const arguments<T> a = guarded.place_all(p, plain, true, 0);
+        const std::size_t said = workspace_size(p, a);
+        // The fewest bytes depend on how far the first is from an aligned one: all that are said, at the worst.
+        for (const std::size_t misalignment : {0, 1, 63}) {
+          const std::size_t fewest =
+              fewest_bytes(p, a, guarded.workspace(false, said + 64).data() + misalignment, said);
+          ASSERT_LE(fewest, said) << p;
+          if (misalignment == 0) {
+            // Aligned to the end of a page, so that not even a vector more may be written.
+            const auto exact = guarded.workspace(true, fewest);
+            ASSERT_EQ(reinterpret_cast<std::uintptr_t>(exact.data()) % 64, 0u) << p;
+            call(p, a, {}, exact);
+          } else {
+            const auto odd = guarded.workspace(true, fewest);
+            call(p, a, {}, odd);
+          }
+          ASSERT_TRUE(same_bits(a.results, plain.arguments().results)) << p << ", misaligned by " << misalignment;
+        }
+      }
+}
+
+TYPED_TEST(Memory, NothingIsAllocatedWhereThereIsAWorkspace) {
+  using T = TypeParam;
+  random_engine random(3);
+  for (const entry entry : all_entries)
+    for (const std::int64_t length : {std::int64_t{1}, this->stack + 3}) {
+      const problem p = example(entry, {.heads = 2, .queries = length, .keys = length, .dim = 9, .value_dim = 5});
+      argument_memory<T> memory = argument_memory<T>(p).randomize(random);
+      const arguments<T> a = memory.arguments();
+      std::vector<std::byte> workspace(workspace_size(p, a));
+      const any_executor run;
+      const std::int64_t before = allocations;
+      call(p, a, run, workspace);
+      EXPECT_EQ(allocations - before, 0) << p;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- layouts and gaps
+
+/// NaNs between the rows do not get in, nothing is written there, and an operand with stride 0 is its row repeated.
+TYPED_TEST(Memory, AnyLayoutIsReadAndWrittenWhereItsElementsAre) {
+  using T = TypeParam;
+  random_engine random(4);
+  for (const entry entry : all_entries)
+    for (int i = 0; i < 60; ++i) {
+      const std::int64_t kv_heads = draw(random, 1, 2), keys = draw(random, 1, this->lanes + 9);
+      const problem p = example(entry, {.batch = draw(random, 1, 3),
+                                        .heads = kv_heads * draw(random, 1, 3),
+                                        .kv_heads = kv_heads,
+                                        .queries = draw(random, 1, 2) == 1 ? draw(random, 1, 5) : keys,
+                                        .keys = keys,
+                                        .dim = draw(random, 1, 20),
+                                        .value_dim = draw(random, 1, 20)});
+      argument_memory<T> memory(
+          p, [&](bool operand) { return operand ? random_operand_layout(random) : random_layout(random); });
+      memory.randomize(random);
+      const arguments<T> a = memory.arguments();
+      call(p, a);
+      ASSERT_TRUE(memory.canaries_intact()) << p;
+      argument_memory<T> plain(p);
+      for (std::size_t o = 0; o < a.operands.size(); ++o) copy(a.operands[o], plain.operands[o].view());
+      for_each_row(a.seen, [&](std::int64_t b, std::int64_t h, std::int64_t q) {
+        *plain.seen.row(b, h, q) = *a.seen.row(b, h, q);
+      });
+      call(p, plain.arguments());
+      ASSERT_TRUE(same_bits(a.results, plain.arguments().results)) << p;
+    }
+}
+
+/// A view into the midst of a larger tensor: cache tails, other sequences, other heads and other columns are NaN, and
+/// stay as they are.
+TYPED_TEST(Memory, NeighboursInALargerTensorDoNotMatter) {
+  using T = TypeParam;
+  random_engine random(5);
+  for (const entry entry : all_entries)
+    for (const std::int64_t length : {std::int64_t{2}, this->lanes + 1}) {
+      const problem p =
+          example(entry, {.batch = 2, .heads = 2, .queries = length, .keys = length, .dim = 7, .value_dim = 5});
+      argument_memory<T> plain = argument_memory<T>(p).randomize(random);
+      call(p, plain.arguments());
+
+      std::vector<tensor<T>> larger;
+      const auto within = [&](const extents& e) {
+        larger.emplace_back(extents{e[0] + 2, e[1] + 2, e[2] + 2, e[3] + 2});
+        const tensor_view<T> whole = larger.back().view();
+        return tensor_view<T>{whole.row(1, 1, 1) + 1, e, whole.stride};
+      };
+      arguments<T> a{.operands = {}, .results = {}, .seen = plain.seen.view()};
+      for (const tensor<T>& operand : plain.operands) {
+        const auto view = within(operand.view().extent);
+        copy(operand.view(), view);
+        a.operands.push_back(view);
+      }
+      for (const extents& e : result_extents(p)) a.results.push_back(within(e));
+      call(p, a);
+      ASSERT_TRUE(same_bits(a.results, plain.arguments().results)) << p;
+      for (std::size_t i = 0; i < larger.size(); ++i) {
+        // With the elements of the view made canaries again, there is nothing else.
+        const extents e = i < a.operands.size() ? a.operands[i].extent : a.results[i - a.operands.size()].extent;
+        for_each_row(tensor_view<T>{nullptr, e, {}}, [&](std::int64_t b, std::int64_t h, std::int64_t r) {
+          std::fill_n(larger[i].row(b + 1, h + 1, r + 1) + 1, e[3], canary<T>());
+        });
+        for_each_row(larger[i].view(), [&](std::int64_t b, std::int64_t h, std::int64_t r) {
+          for (std::int64_t d = 0; d < e[3] + 2; ++d)
+            ASSERT_TRUE(same_bits(larger[i].row(b, h, r)[d], canary<T>())) << p << ", tensor " << i;
+        });
+      }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- large offsets
+
+/// Strides beyond 2^31 and 2^32 elements: one operand or result after the other is spread over address space of which
+/// only the rows are ever touched.
+TYPED_TEST(Memory, StridesMayExceed32Bits) {
+  using T = TypeParam;
+  random_engine random(6);
+  // A stride that is cut to 32 bits becomes negative, small, or 0.
+  constexpr std::array<std::int64_t, 3> strides{(std::int64_t{1} << 31) + 1, (std::int64_t{1} << 32) + 9,
+                                                std::int64_t{1} << 32};
+  constexpr std::int64_t most = 5;
+  constexpr std::size_t bytes = sizeof(T) * ((std::size_t{1} << 32) + 9) * most;
+  if (mapping(bytes, PROT_READ | PROT_WRITE).data() == nullptr)
+    GTEST_SKIP() << "the system does not give " << bytes << " bytes of address space";
+  for (const entry entry : all_entries)
+    for (const std::size_t dimension : {0, 1, 2})
+      for (const auto& [stride, length] : std::array<std::pair<std::int64_t, std::int64_t>, 4>{
+               {{strides[0], 3}, {strides[0], most}, {strides[1], most}, {strides[2], 3}}}) {
+        sizes s{.queries = length, .keys = length, .dim = 4, .value_dim = 4};
+        if (dimension == 0) s.batch = most;
+        if (dimension == 1) s.heads = s.kv_heads = most;
+        problem p = example(entry, s);
+        p.far_length = length;
+        if (p.options.group_size > 1) p.options.group_size = 1;
+        if (p.options.window != unlimited) p.options.window = 1;
+        argument_memory<T> plain = argument_memory<T>(p).randomize(random);
+        call(p, plain.arguments());
+        const std::size_t operands = plain.operands.size();
+        for (std::size_t spread = 0; spread < operands + plain.results.size(); ++spread) {
+          const mapping memory(bytes, PROT_READ | PROT_WRITE);
+          const auto spread_out = [&](tensor_view<T> view) {
+            view.data = reinterpret_cast<T*>(memory.data());
+            view.stride[dimension] = stride;
+            return view;
+          };
+          arguments<T> a = plain.arguments();
+          if (spread < operands) {
+            const auto view = spread_out(plain.operands[spread].view());
+            copy(plain.operands[spread].view(), view);
+            a.operands[spread] = view;
+          } else {
+            a.results[spread - operands] = spread_out(plain.results[spread - operands].view());
+          }
+          const argument_memory<T> expected = plain;
+          call(p, a);
+          ASSERT_TRUE(same_bits<T>(a.results, argument_memory<T>(expected).arguments().results))
+              << p << ", argument " << spread << " with stride " << stride << " in dimension " << dimension;
+        }
+      }
+}
+
+/// Query and window far along see what those near by see, when all keys come before them.
+TYPED_TEST(Memory, PositionsMayExceed32Bits) {
+  using T = TypeParam;
+  random_engine random(7);
+  for (const entry entry : {entry::local, entry::attend})
+    for (const std::int64_t queries : {std::int64_t{2}, this->lanes + 3})
+      for (const std::int64_t group_size : {1, 5}) {
+        problem p = example(entry, {.queries = queries, .keys = this->block + 7, .dim = 4, .value_dim = 4});
+        const auto shift = [&](std::int64_t position) {
+          p.options = {.group_size = group_size, .window = position + 11, .first_position = position};
+        };
+        shift(p.sizes.keys);
+        argument_memory<T> near = argument_memory<T>(p).randomize(random);
+        call(p, near.arguments());
+        for (const std::int64_t position :
+             {(std::int64_t{1} << 31) - 2, std::int64_t{1} << 31, std::int64_t{1} << 32, std::int64_t{1} << 40}) {
+          shift(position);
+          argument_memory<T> far = near;
+          call(p, far.arguments());
+          ASSERT_TRUE(same_bits(far.arguments().results, near.arguments().results)) << p;
+        }
+      }
+}
+
+}  // namespace
+}  // namespace cca::test

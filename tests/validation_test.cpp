@@ -1,0 +1,389 @@
+// What the entry points refuse, and what their messages say. A refused call has written nothing.
+
+#include "entry_points.hpp"
+
+namespace cca::test {
+namespace {
+
+/// A call that is valid until something is changed.
+struct prepared {
+  problem p;
+  argument_memory<float> memory;
+  arguments<float> a;
+
+  explicit prepared(entry entry)
+      : prepared(example(entry,
+                         {.batch = 2, .heads = 4, .kv_heads = 2, .queries = 6, .keys = 6, .dim = 5, .value_dim = 3})) {}
+  explicit prepared(const problem& valid) : p(valid), memory(p) {
+    random_engine random(1);
+    memory.randomize(random);
+    a = memory.arguments();
+  }
+  // The views point into the memory.
+  prepared(const prepared&) = delete;
+  prepared& operator=(const prepared&) = delete;
+
+  void call() { test::call(p, a); }
+};
+
+/// "cca: <argument>: got <got>, wants <wants>".
+struct refusal {
+  std::string argument, got, wants;
+};
+
+void expect_refused(prepared& call, const refusal& expected) {
+  std::string text;
+  try {
+    call.call();
+  } catch (const std::invalid_argument& refused) {
+    text = refused.what();
+  }
+  EXPECT_NE(text.find(expected.argument + ": got "), std::string::npos) << text << " names not " << expected.argument;
+  EXPECT_NE(text.find(": got " + expected.got), std::string::npos) << text << " says not " << expected.got;
+  EXPECT_NE(text.find(", wants " + expected.wants), std::string::npos) << text << " says not " << expected.wants;
+  for (const tensor<float>& result : call.memory.results)
+    for_each_row(result.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+      for (std::int64_t d = 0; d < result.view().dim(); ++d)
+        ASSERT_TRUE(same_bits(result.row(b, h, i)[d], canary<float>())) << text << " comes after writing";
+    });
+}
+
+const std::vector<entry> with_keys{entry::dense, entry::local, entry::attention, entry::attend, entry::pool};
+const std::vector<entry> with_out{entry::dense, entry::local, entry::attention, entry::attend};
+const std::vector<entry> with_raw{entry::dense, entry::local, entry::attend};
+const std::vector<entry> with_query_per_key{entry::attention, entry::pool};
+
+// ----------------------------------------------------------------------------------------------------------- views
+
+/// The names of all tensor arguments of an entry point, operands first.
+std::vector<std::string> names(entry entry) {
+  switch (entry) {
+    case entry::merge:
+      return {"out_a", "lse_a", "out_b", "lse_b", "out", "lse"};
+    case entry::pool:
+      return {"query", "key", "value", "core_key", "core_value"};
+    case entry::attend:
+      return {"query", "key", "value", "far.key", "far.value", "out", "lse"};
+    default:
+      return {"query", "key", "value", "out", "lse"};
+  }
+}
+
+/// Calls `change(view)` with one tensor of a call after the other, in a new call each, and expects a refusal:
+/// `expected(view)`, whose argument is filled in.
+template <class Change, class Expected>
+void for_each_tensor(bool operands_too, bool lse_too, const Change& change, const Expected& expected) {
+  for (const entry entry : all_entries) {
+    const std::vector<std::string> all = names(entry);
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      prepared call(entry);
+      const std::size_t operands = call.a.operands.size();
+      if ((i < operands && !operands_too) || (all[i].starts_with("lse") && !lse_too)) continue;
+      refusal refusal;
+      const auto changed = [&](auto& view) {
+        change(view);
+        refusal = expected(view);
+      };
+      if (i < operands)
+        changed(call.a.operands[i]);
+      else
+        changed(call.a.results[i - operands]);
+      refusal.argument = all[i];
+      SCOPED_TRACE(testing::Message() << entry << ", " << all[i]);
+      expect_refused(call, refusal);
+    }
+  }
+}
+
+TEST(Validation, RefusesNegativeExtents) {
+  for (std::size_t dimension = 0; dimension < 3; ++dimension)
+    for_each_tensor(
+        true, true, [&](auto& view) { view.extent[dimension] = -1; },
+        [&](const auto& view) {
+          // A log-sum-exp has no dim.
+          const std::string extents = detail::to_string(view.extent);
+          return refusal{{}, "extents " + extents.substr(0, extents.rfind(',')), "none below 0"};
+        });
+}
+
+TEST(Validation, RefusesADimOf0) {
+  for_each_tensor(
+      true, false, [](auto& view) { view.extent[3] = 0; },
+      [](const auto&) {
+        return refusal{{}, "dim 0", "a dim of at least 1"};
+      });
+}
+
+TEST(Validation, RefusesAnInnerStrideOtherThan1) {
+  for (const std::int64_t stride : {-1, 0, 2})
+    for_each_tensor(
+        true, false, [&](auto& view) { view.stride[3] = stride; },
+        [&](const auto& view) {
+          return refusal{{}, "strides " + detail::to_string(view.stride), "an inner stride of 1"};
+        });
+}
+
+TEST(Validation, RefusesNullElements) {
+  for_each_tensor(
+      true, true, [](auto& view) { view.data = nullptr; },
+      [](const auto& view) {
+        const std::string extents = detail::to_string(view.extent);
+        return refusal{{}, "a null pointer", "elements " + extents.substr(0, extents.rfind(','))};
+      });
+}
+
+TEST(Validation, RefusesOffsetsThatOverflow) {
+  for (const std::int64_t stride : {std::int64_t{1} << 60, -(std::int64_t{1} << 60), unlimited, -unlimited - 1})
+    for_each_tensor(
+        true, true, [&](auto& view) { view.stride[0] = stride; },
+        [](const auto&) {
+          return refusal{{}, "extents ", "offsets below 2^62 bytes"};
+        });
+}
+
+TEST(Validation, RefusesResultsThatOverlap) {
+  const auto overlapping = [](const auto&) { return refusal{{}, "strides ", "elements that do not overlap"}; };
+  for (std::size_t dimension = 0; dimension < 3; ++dimension) {
+    for_each_tensor(
+        false, true, [&](auto& view) { view.stride[dimension] = 0; }, overlapping);
+    // The stride of another dimension: elements of both meet.
+    for_each_tensor(
+        false, true, [&](auto& view) { view.stride[dimension] = -view.stride[(dimension + 1) % 3]; }, overlapping);
+  }
+  for_each_tensor(
+      false, false, [](auto& view) { view.stride[2] = view.extent[3] - 1; }, overlapping);
+}
+
+/// One extent too few, of every tensor but the query: it says what the others have to be.
+TEST(Validation, RefusesExtentsThatDoNotFit) {
+  for (const entry entry : all_entries) {
+    const std::vector<std::string> all = names(entry);
+    for (std::size_t i = 1; i < all.size(); ++i)
+      for (std::size_t dimension = 0; dimension < 4; ++dimension) {
+        prepared call(entry);
+        const std::size_t operands = call.a.operands.size();
+        const bool is_operand = i < operands, is_lse = all[i].starts_with("lse");
+        const bool is_key = all[i] == "key" || all[i] == "far.key";
+        if (is_lse && dimension == 3) continue;
+        // These are the key's own to say; what does not fit them is the value, or the output.
+        const bool own = (is_key && (dimension == 1 || dimension == 2)) || (all[i] == "value" && dimension == 3);
+        if (own) continue;
+        auto wanted = is_operand ? call.a.operands[i].extent : call.a.results[i - operands].extent;
+        auto got = wanted;
+        got[dimension] -= 1;
+        (is_operand ? call.a.operands[i].extent : call.a.results[i - operands].extent) = got;
+        const auto text = [&](const extents& e) {
+          return is_lse ? detail::to_string<3>({e[0], e[1], e[2]}) : detail::to_string(e);
+        };
+        SCOPED_TRACE(testing::Message() << entry << ", " << all[i] << ", dimension " << dimension);
+        if (all[i] == "far.value" && dimension == 3)
+          expect_refused(call, {"far.value", "dim 2", "the value's dim 3"});
+        else
+          expect_refused(call, {all[i], text(got), "extents " + text(wanted)});
+      }
+  }
+}
+
+TEST(Validation, RefusesAValueDimOtherThanThatOfTheOutput) {
+  for (const entry entry : {entry::dense, entry::local, entry::attention}) {
+    prepared call(entry);
+    call.a.operands[2].extent[3] = 2;
+    expect_refused(call, {"out", "[2, 4, 6, 3]", "extents [2, 4, 6, 2]"});
+  }
+}
+
+TEST(Validation, RefusesHeadsThatDoNotDivide) {
+  for (const entry entry : with_keys)
+    for (const std::int64_t heads : {0, 3, 8}) {
+      prepared call(entry);
+      call.a.operands[1].extent[1] = call.a.operands[2].extent[1] = heads;
+      expect_refused(call, {"key", std::to_string(heads) + " heads", "a divisor of the 4 query heads"});
+    }
+  for (const std::int64_t heads : {0, 3, 8}) {
+    prepared call(entry::attend);
+    call.a.operands[3].extent[1] = call.a.operands[4].extent[1] = heads;
+    expect_refused(call, {"far.key", std::to_string(heads) + " heads", "a divisor of the 4 query heads"});
+  }
+}
+
+TEST(Validation, AcceptsNullWhereThereIsNothing) {
+  for (const entry entry : all_entries)
+    for (const std::size_t dimension : {0, 2}) {
+      prepared call(entry);
+      for (auto& view : call.a.operands) {
+        view.extent[dimension] = 0;
+        view.data = nullptr;
+      }
+      for (auto& view : call.a.results) {
+        view.extent[dimension] = 0;
+        view.data = nullptr;
+      }
+      call.a.seen.extent[dimension] = 0;
+      call.a.seen.data = nullptr;
+      EXPECT_NO_THROW(call.call()) << entry;
+    }
+}
+
+/// Queries may have no keys, or far keys alone.
+TEST(Validation, AcceptsNullForKeysThatThereAreNot) {
+  for (const entry entry : with_raw)
+    for (const std::size_t first : {1, 3}) {
+      prepared call(entry);
+      for (std::size_t i = first; i < std::min(first + 2, call.a.operands.size()); ++i) {
+        call.a.operands[i].extent[2] = 0;
+        call.a.operands[i].data = nullptr;
+      }
+      if (first == 3) call.memory.seen.fill(0);
+      EXPECT_NO_THROW(call.call()) << entry;
+    }
+}
+
+TEST(Validation, AcceptsAnyStrideWhereThereIsOneElement) {
+  for (const entry entry : all_entries) {
+    prepared call(entry);
+    for (auto& view : call.a.operands) view.extent[0] = 1, view.stride[0] = unlimited;
+    for (auto& view : call.a.results) view.extent[0] = 1, view.stride[0] = -unlimited - 1;
+    call.a.seen.extent[0] = 1;
+    EXPECT_NO_THROW(call.call()) << entry;
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------- lengths
+
+TEST(Validation, PoolingWantsAQueryForEveryKey) {
+  for (const entry entry : with_query_per_key)
+    for (const std::int64_t queries : {0, 5}) {
+      prepared call(entry);
+      call.a.operands[0].extent[2] = queries;
+      expect_refused(call, {"query", std::to_string(queries) + " queries", "a query for each of the 6 keys"});
+    }
+}
+
+TEST(Validation, RefusesCountsOfFarRowsThatThereAreNot) {
+  for (const std::int64_t count : {std::int64_t{-1}, std::int64_t{10}, unlimited, -unlimited - 1}) {
+    prepared call(entry::attend);
+    *call.memory.seen.row(1, 3, 5) = count;
+    expect_refused(call, {"far.seen", std::to_string(count) + " at [1, 3, 5]", "a count in [0, 9]"});
+  }
+  for (std::size_t dimension = 0; dimension < 3; ++dimension) {
+    prepared call(entry::attend);
+    call.a.seen.extent[dimension] -= 1;
+    expect_refused(call, {"far.seen", detail::to_string(call.a.seen.extent), "extents [2, 4, 6]"});
+    call.a.seen.extent[dimension] = -1;
+    expect_refused(call, {"far.seen", "extents " + detail::to_string(call.a.seen.extent), "none below 0"});
+  }
+  prepared call(entry::attend);
+  call.a.seen.data = nullptr;
+  expect_refused(call, {"far.seen", "a null pointer", "elements [2, 4, 6]"});
+}
+
+// --------------------------------------------------------------------------------------------------------- options
+
+struct option_refusal {
+  std::vector<entry> entries;
+  void (*change)(options&);
+  refusal expected;
+};
+
+TEST(Validation, RefusesOptions) {
+  static constexpr double infinity = std::numeric_limits<double>::infinity();
+  const auto ignored = [](const std::string& option, const std::string& reason) {
+    return refusal{option, "a value other than the default", reason};
+  };
+  const std::vector<option_refusal> table{
+      {{entry::local, entry::attention, entry::attend, entry::pool},
+       [](options& o) { o.group_size = 0; },
+       {"options.group_size", "0", "at least 1"}},
+      {{entry::local, entry::attention, entry::attend, entry::pool},
+       [](options& o) { o.group_size = -3; },
+       {"options.group_size", "-3", "at least 1"}},
+      {{entry::local, entry::attention, entry::attend},
+       [](options& o) { o.window = 0; },
+       {"options.window", "0", "at least 1"}},
+      {{entry::local, entry::attention, entry::attend},
+       [](options& o) { o.window = -unlimited; },
+       {"options.window", std::to_string(-unlimited), "at least 1"}},
+      {with_keys, [](options& o) { o.softmax_scale = infinity; }, {"options.softmax_scale", "inf", "a finite number"}},
+      {with_keys,
+       [](options& o) { o.softmax_scale = -infinity; },
+       {"options.softmax_scale", "-inf", "a finite number"}},
+      {with_keys,
+       [](options& o) { o.softmax_scale = std::numeric_limits<double>::quiet_NaN(); },
+       {"options.softmax_scale", "nan", "a finite number"}},
+      {with_keys,
+       [](options& o) { o.pool = static_cast<pooling>(3); },
+       {"options.pool", "3", "last_query, mean or max"}},
+      {with_keys,
+       [](options& o) { o.cores = static_cast<core_heads>(-1); },
+       {"options.cores", "-1", "per_query_head or per_kv_head"}},
+      {with_raw,
+       [](options& o) { o.first_position = (std::int64_t{1} << 62) + 1; },
+       {"options.first_position", std::to_string((std::int64_t{1} << 62) + 1), "a position between -2^62 and 2^62"}},
+      {with_raw,
+       [](options& o) { o.first_position = -unlimited; },
+       {"options.first_position", std::to_string(-unlimited), "a position between -2^62 and 2^62"}},
+      {with_query_per_key, [](options& o) { o.first_position = 3; }, {"options.first_position", "3", "0 or none"}},
+      // Whatever would have no effect.
+      {with_raw, [](options& o) { o.pool = pooling::mean; }, ignored("options.pool", "none")},
+      {with_raw, [](options& o) { o.cores = core_heads::per_kv_head; }, ignored("options.cores", "none")},
+      {{entry::dense}, [](options& o) { o.window = 5; }, ignored("options.window", "none")},
+      {{entry::pool}, [](options& o) { o.window = 5; }, ignored("options.window", "none")},
+      {{entry::dense}, [](options& o) { o.group_size = 5; }, ignored("options.group_size", "1")},
+      {{entry::local, entry::attention, entry::attend},
+       [](options& o) { o.group_size = 5, o.window = unlimited; },
+       ignored("options.group_size", "1 where no window is set")},
+  };
+  for (const auto& [entries, change, expected] : table)
+    for (const entry entry : entries) {
+      prepared call(entry);
+      change(call.p.options);
+      SCOPED_TRACE(testing::Message() << call.p);
+      expect_refused(call, expected);
+    }
+}
+
+/// The mean and the maximum have no softmax, unlike the attention that follows them.
+TEST(Validation, RefusesAScaleWhereThereAreNoWeights) {
+  for (const pooling pool : {pooling::mean, pooling::max}) {
+    const sizes s{.heads = 2, .queries = 6, .keys = 6, .dim = 5, .value_dim = 3};
+    prepared call({.entry = entry::pool, .sizes = s, .options = {.group_size = 3, .pool = pool, .softmax_scale = 0.5}});
+    expect_refused(call, {"options.softmax_scale", "a value other than the default", "none"});
+    prepared attention({.entry = entry::attention,
+                        .sizes = s,
+                        .options = {.group_size = 3, .window = 1, .pool = pool, .softmax_scale = 0.5}});
+    EXPECT_NO_THROW(attention.call());
+  }
+}
+
+TEST(Validation, AcceptsTheEndsOfTheRanges) {
+  for (const std::int64_t position : {std::int64_t{1} << 62, -(std::int64_t{1} << 62)})
+    for (const entry entry : with_raw) {
+      prepared call(entry);
+      call.p.options.first_position = position;
+      EXPECT_NO_THROW(call.call()) << call.p;
+    }
+  for (const entry entry : {entry::local, entry::attention}) {
+    prepared call(entry);
+    call.p.options = {.group_size = unlimited, .window = unlimited - 1};
+    EXPECT_NO_THROW(call.call()) << call.p;
+  }
+  for (const entry entry : with_query_per_key) {
+    prepared call(entry);
+    call.p.options.first_position = 0;
+    EXPECT_NO_THROW(call.call()) << call.p;
+  }
+}
+
+TEST(Validation, WantsNoLogSumExps) {
+  for (const entry entry : with_out) {
+    prepared call(entry);
+    call.a.results[1] = {};
+    EXPECT_NO_THROW(call.call()) << entry;
+    prepared whole(entry);
+    whole.call();
+    EXPECT_TRUE(same_bits(call.a.results[0], whole.a.results[0])) << entry;
+  }
+}
+
+}  // namespace
+}  // namespace cca::test

@@ -1,0 +1,132 @@
+// Views: which element an index means, in each layout that has a factory.
+
+#include "support.hpp"
+
+namespace cca::test {
+namespace {
+
+static_assert(std::is_trivially_copyable_v<tensor_view<double>> && std::is_trivially_copyable_v<lse_view<float>>);
+static_assert(std::is_trivially_copyable_v<tensor_view<const float>>);
+static_assert(std::is_convertible_v<tensor_view<float>, tensor_view<const float>>);
+static_assert(!std::is_convertible_v<tensor_view<const float>, tensor_view<float>>, "constness is not cast away");
+static_assert(!std::is_convertible_v<tensor_view<float>, tensor_view<const double>>, "elements are not converted");
+
+/// Numbers in the order of memory.
+std::vector<float> numbers(std::int64_t count) {
+  std::vector<float> all(static_cast<std::size_t>(count));
+  for (std::size_t i = 0; i < all.size(); ++i) all[i] = static_cast<float>(i);
+  return all;
+}
+
+/// Calls `f(b, h, i, d)` for every element.
+template <class View, class F>
+void for_each_element(const View& view, const F& f) {
+  for_each_row(view, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+    for (std::int64_t d = 0; d < row_size(view); ++d) f(b, h, i, d);
+  });
+}
+
+TEST(View, BhsdIsBatchHeadsLengthDim) {
+  auto memory = numbers(2 * 3 * 5 * 7);
+  const auto view = bhsd(memory.data(), 2, 3, 5, 7);
+  EXPECT_EQ(view.extent, (std::array<std::int64_t, 4>{2, 3, 5, 7}));
+  for_each_element(view, [&](std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) {
+    EXPECT_EQ(view.row(b, h, i)[d], static_cast<float>(((b * 3 + h) * 5 + i) * 7 + d));
+  });
+}
+
+TEST(View, BshdIsBatchLengthHeadsDim) {
+  auto memory = numbers(2 * 3 * 5 * 7);
+  const auto view = bshd(memory.data(), 2, 5, 3, 7);
+  EXPECT_EQ(view.extent, (std::array<std::int64_t, 4>{2, 3, 5, 7})) << "the order of the extents is always the same";
+  for_each_element(view, [&](std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) {
+    EXPECT_EQ(view.row(b, h, i)[d], static_cast<float>(((b * 5 + i) * 3 + h) * 7 + d));
+  });
+}
+
+TEST(View, BhsIsBatchHeadsLength) {
+  auto memory = numbers(2 * 3 * 5);
+  const auto view = bhs(memory.data(), 2, 3, 5);
+  EXPECT_EQ(view.extent, (std::array<std::int64_t, 3>{2, 3, 5}));
+  for_each_element(view, [&](std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t) {
+    EXPECT_EQ(*view.row(b, h, i), static_cast<float>((b * 3 + h) * 5 + i));
+  });
+}
+
+using row_major = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+/// Whether the view of a matrix has its coefficients, where they lie.
+template <class View, class Matrix>
+void expect_same_elements(const View& view, const Matrix& m) {
+  ASSERT_EQ(view.extent, (std::array<std::int64_t, 4>{1, 1, m.rows(), m.cols()}));
+  for (Eigen::Index i = 0; i < m.rows(); ++i)
+    for (Eigen::Index d = 0; d < m.cols(); ++d) EXPECT_EQ(view.row(0, 0, i) + d, &m.coeffRef(i, d));
+}
+
+TEST(View, OfAMatrixHasItsCoefficients) {
+  row_major m(5, 7);
+  expect_same_elements(matrix(m), m);
+  const row_major& constant = m;
+  static_assert(std::is_same_v<decltype(matrix(m)), tensor_view<float>>);
+  static_assert(std::is_same_v<decltype(matrix(constant)), tensor_view<const float>>);
+  expect_same_elements(matrix(constant), m);
+
+  Eigen::Matrix<double, 3, 4, Eigen::RowMajor> fixed;
+  expect_same_elements(matrix(fixed), fixed);
+}
+
+TEST(View, OfAMapOrABlockHasItsCoefficients) {
+  auto memory = numbers(5 * 11);
+  Eigen::Map<row_major, 0, Eigen::OuterStride<>> map(memory.data(), 5, 7, Eigen::OuterStride<>(11));
+  expect_same_elements(matrix(map), map);
+
+  auto block = map.block(1, 2, 3, 4);
+  expect_same_elements(matrix(block), block);
+  EXPECT_EQ(*matrix(block).row(0, 0, 2), 3 * 11 + 2);
+  expect_same_elements(matrix(map.middleRows(2, 2)), map.middleRows(2, 2));
+}
+
+TEST(View, OfAMapWithInnerStrideSaysSo) {
+  auto memory = numbers(60);
+  Eigen::Map<row_major, 0, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>> map(
+      memory.data(), 5, 3, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>(12, 2));
+  EXPECT_EQ(matrix(map).stride[3], 2) << "which the entry points refuse";
+}
+
+TEST(View, StridesMayBeNegativeOrZero) {
+  auto memory = numbers(6);
+  const tensor_view<float> backwards{memory.data() + 4, {1, 1, 3, 2}, {0, 0, -2, 1}};
+  EXPECT_EQ(*backwards.row(0, 0, 0), 4);
+  EXPECT_EQ(*backwards.row(0, 0, 2), 0);
+  const tensor_view<float> broadcast{memory.data(), {9, 1, 3, 2}, {0, 0, 2, 1}};
+  EXPECT_EQ(broadcast.row(8, 0, 1), broadcast.row(0, 0, 1));
+}
+
+TEST(View, OffsetsHave64Bits) {
+  constexpr std::int64_t stride = (std::int64_t{1} << 32) + 1;
+  char first = 0;
+  const tensor_view<char> view{&first, {4, 4, 4, 1}, {stride, 2 * stride, 3 * stride, 1}};
+  EXPECT_EQ(reinterpret_cast<std::intptr_t>(view.row(3, 2, 1)) - reinterpret_cast<std::intptr_t>(&first), 10 * stride);
+}
+
+TEST(View, OfConstElementsIsTheSameMemory) {
+  auto memory = numbers(8);
+  const tensor_view<float> view = bhsd(memory.data(), 1, 2, 2, 2);
+  const tensor_view<const float> constant = view;
+  EXPECT_EQ(constant.data, view.data);
+  EXPECT_EQ(constant.extent, view.extent);
+  EXPECT_EQ(constant.stride, view.stride);
+}
+
+TEST(View, IsEmptyWithAnyExtent0) {
+  EXPECT_FALSE(bhsd<float>(nullptr, 1, 1, 1, 1).empty());
+  for (std::size_t i = 0; i < 4; ++i) {
+    tensor_view<float> view = bhsd<float>(nullptr, 2, 3, 4, 5);
+    view.extent[i] = 0;
+    EXPECT_TRUE(view.empty());
+  }
+  EXPECT_TRUE(lse_view<>{}.empty());
+}
+
+}  // namespace
+}  // namespace cca::test
