@@ -66,9 +66,9 @@ template <class T>
 void add_weighted_rows(const T* weights, row_span<T> rows, std::int64_t dim, std::int64_t count, T rescale, T* sum) {
   constexpr std::int64_t W = width<T>, vectors = 8;
   const std::int64_t full = dim - dim % W, ahead = rows_ahead<T>(dim) * rows.stride;
-  std::int64_t d = 0;
-  const auto add = [&](auto n) CCA_INLINE_LAMBDA {
+  for_row_blocks<vectors>(dim / W, [&](auto n, std::int64_t first) CCA_INLINE_LAMBDA {
     constexpr std::int64_t N = n();
+    const std::int64_t d = first * W;
     vec<T> partial[N];
     unroll<N>([&](auto i) CCA_INLINE_LAMBDA { partial[i] = vec<T>(T(0)); });
     for (std::int64_t j = 0; j < count; ++j) {
@@ -82,15 +82,12 @@ void add_weighted_rows(const T* weights, row_span<T> rows, std::int64_t dim, std
       T* s = sum + d + i * W;
       fma<T>(vec<T>::load_unaligned(s), vec<T>(rescale), partial[i]).store_unaligned(s);
     });
-  };
-  for (; d + vectors * W <= full; d += vectors * W) add(std::integral_constant<std::int64_t, vectors>{});
-  with_constant<vectors - 1>((full - d) / W, add);
-  if (full < dim) {
-    vec<T> partial(T(0));
-    for (std::int64_t j = 0; j < count; ++j)
-      partial = fma<T>(vec<T>(weights[j]), load_partial(rows.row(j) + full, dim - full), partial);
-    store_partial(sum + full, fma<T>(load_partial(sum + full, dim - full), vec<T>(rescale), partial), dim - full);
-  }
+  });
+  if (full == dim) return;
+  vec<T> partial(T(0));
+  for (std::int64_t j = 0; j < count; ++j)
+    partial = fma<T>(vec<T>(weights[j]), load_partial(rows.row(j) + full, dim - full), partial);
+  store_partial(sum + full, fma<T>(load_partial(sum + full, dim - full), vec<T>(rescale), partial), dim - full);
 }
 
 /// The online softmax of one query, base 2.

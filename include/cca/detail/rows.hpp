@@ -1,5 +1,6 @@
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <type_traits>
 
@@ -55,12 +56,19 @@ struct context_block {
   }
 };
 
-/// Calls `f(constant rows, i)` for blocks of `R` rows from i = 0 on, then once for the remainder of `[0, count)`.
+/// Calls `f(constant rows, i)` for the blocks of `R` rows of `[0, count)`, then for the remainder in powers of two: few
+/// kinds of blocks, since each is a kernel of its own to compile.
 template <std::int64_t R, class F>
 CCA_INLINE void for_row_blocks(std::int64_t count, const F& f) {
   std::int64_t i = 0;
   for (; i + R <= count; i += R) f(std::integral_constant<std::int64_t, R>{}, i);
-  with_constant<R - 1>(count - i, [&](auto rest) CCA_INLINE_LAMBDA { f(rest, i); });
+  constexpr int powers = std::bit_width(static_cast<std::uint64_t>(R - 1));
+  unroll<powers>([&](auto k) CCA_INLINE_LAMBDA {
+    constexpr std::int64_t rest = std::int64_t{1} << (powers - 1 - k());
+    if (i + rest > count) return;
+    f(std::integral_constant<std::int64_t, rest>{}, i);
+    i += rest;
+  });
 }
 
 }  // namespace cca::inline CCA_TARGET::detail

@@ -57,17 +57,6 @@ CCA_INLINE void unroll(const F& f) {
   each(std::make_integer_sequence<std::int64_t, N>{});
 }
 
-/// Calls `f(constant n)` for an `n` in `[1, Max]` that is known only at run time; nothing for 0.
-template <std::int64_t Max, class F>
-CCA_INLINE void with_constant(std::int64_t n, const F& f) {
-  if constexpr (Max > 0) {
-    if (n == Max)
-      f(std::integral_constant<std::int64_t, Max>{});
-    else
-      with_constant<Max - 1>(n, f);
-  }
-}
-
 /// `a * b + c` in one rounding where the processor can. xsimd 8.1 has no AVX-512 one: its product and sum are fused by
 /// g++ but not by clang, at half the speed.
 template <class T>
