@@ -246,6 +246,19 @@ TYPED_TEST(Attention, IsExactAroundTheSizesOfTheKernel) {
     }
 }
 
+/// Only long sequences have stacks of as many tiles as there may be.
+TYPED_TEST(Attention, IsExactForLongSequences) {
+  random_engine random(23);
+  attention_rule<TypeParam> rule;
+  for (const std::int64_t length : {16 * this->stack + 1, 64 * this->stack + 37}) {
+    const sizes s{.queries = length, .keys = length, .dim = 3, .value_dim = 2};
+    const auto o = random_operands<TypeParam>(s, random);
+    add(rule, entry::attention, s, o, {.group_size = 64, .window = 70});
+    add(rule, entry::local, s, o, {.window = this->block + 3});
+  }
+  EXPECT_TRUE(rule.holds());
+}
+
 TYPED_TEST(Attention, IsExactForEveryHeadDim) {
   using T = TypeParam;
   random_engine random(10);

@@ -126,11 +126,12 @@ TEST(Executor, IsAnyCallable) {
 TEST(Executor, RunsEachTaskOnceAndOnePerWorker) {
   for (const auto& [name, run] : executors())
     for (const std::int64_t count : {0, 1, 2, 3, 100}) {
+      const std::int64_t workers = run.concurrency();
       std::vector<std::atomic<int>> runs(static_cast<std::size_t>(count));
-      std::vector<std::mutex> busy(static_cast<std::size_t>(run.concurrency()));
+      std::vector<std::mutex> busy(static_cast<std::size_t>(workers));
       std::atomic<int> collisions{0};
-      detail::run_tasks(run, run.concurrency(), count, [&](std::int64_t worker, std::int64_t i) {
-        ASSERT_LT(worker, run.concurrency());
+      detail::run_tasks(run, workers, count, [&](std::int64_t worker, std::int64_t i) {
+        ASSERT_LT(worker, workers);
         const std::unique_lock lock(busy[static_cast<std::size_t>(worker)], std::try_to_lock);
         if (!lock.owns_lock()) ++collisions;
         ++runs[static_cast<std::size_t>(i)];
@@ -173,7 +174,9 @@ TYPED_TEST(Executor, ASequenceAloneIsTheSameAsInABatch) {
             problem alone = p;
             alone.sizes.batch = alone.sizes.kv_heads = alone.far_heads = 1;
             alone.sizes.heads = heads / kv_heads;
-            const auto heads_of = [&](std::int64_t all) { return range{h * all / kv_heads, (h + 1) * all / kv_heads}; };
+            const auto heads_of = [h, kv_heads = kv_heads](std::int64_t all) {
+              return range{h * all / kv_heads, (h + 1) * all / kv_heads};
+            };
             argument_memory<T> memory(alone);
             arguments<T> a = memory.arguments();
             std::vector<tensor_view<T>> expected;

@@ -213,7 +213,7 @@ TYPED_TEST(Memory, TheWorkspaceIsAsLargeAsSaid) {
         const arguments<T> a = guarded.place_all(p, plain, true, 0);
         const std::size_t said = workspace_size(p, a);
         // The fewest bytes depend on how far the first is from an aligned one: all that are said, at the worst.
-        for (const std::size_t misalignment : {0, 1, 63}) {
+        for (const std::size_t misalignment : {0u, 1u, 63u}) {
           const std::size_t fewest =
               fewest_bytes(p, a, guarded.workspace(false, said + 64).data() + misalignment, said);
           ASSERT_LE(fewest, said) << p;
@@ -335,7 +335,7 @@ TYPED_TEST(Memory, StridesMayExceed32Bits) {
   if (mapping(bytes, PROT_READ | PROT_WRITE).data() == nullptr)
     GTEST_SKIP() << "the system does not give " << bytes << " bytes of address space";
   for (const entry entry : all_entries)
-    for (const std::size_t dimension : {0, 1, 2})
+    for (const std::size_t dimension : {0u, 1u, 2u})
       for (const auto& [stride, length] : std::array<std::pair<std::int64_t, std::int64_t>, 4>{
                {{strides[0], 3}, {strides[0], most}, {strides[1], most}, {strides[2], 3}}}) {
         sizes s{.queries = length, .keys = length, .dim = 4, .value_dim = 4};
@@ -350,7 +350,7 @@ TYPED_TEST(Memory, StridesMayExceed32Bits) {
         const std::size_t operands = plain.operands.size();
         for (std::size_t spread = 0; spread < operands + plain.results.size(); ++spread) {
           const mapping memory(bytes, PROT_READ | PROT_WRITE);
-          const auto spread_out = [&](tensor_view<T> view) {
+          const auto spread_out = [&memory, dimension, stride = stride](tensor_view<T> view) {
             view.data = reinterpret_cast<T*>(memory.data());
             view.stride[dimension] = stride;
             return view;

@@ -208,7 +208,7 @@ TEST(Validation, RefusesHeadsThatDoNotDivide) {
 
 TEST(Validation, AcceptsNullWhereThereIsNothing) {
   for (const entry entry : all_entries)
-    for (const std::size_t dimension : {0, 2}) {
+    for (const std::size_t dimension : {0u, 2u}) {
       prepared call(entry);
       for (auto& view : call.a.operands) {
         view.extent[dimension] = 0;
@@ -227,7 +227,7 @@ TEST(Validation, AcceptsNullWhereThereIsNothing) {
 /// Queries may have no keys, or far keys alone.
 TEST(Validation, AcceptsNullForKeysThatThereAreNot) {
   for (const entry entry : with_raw)
-    for (const std::size_t first : {1, 3}) {
+    for (const std::size_t first : {1u, 3u}) {
       prepared call(entry);
       for (std::size_t i = first; i < std::min(first + 2, call.a.operands.size()); ++i) {
         call.a.operands[i].extent[2] = 0;

@@ -48,8 +48,8 @@ void require_results(const tensor_view<Query>& query, std::int64_t value_dim, co
 /// Positions are exact up to 2^62: the partition adds a group and a window to them.
 inline void require_positions(const options& options) {
   const std::int64_t position = options.first_position.value_or(0);
-  require(-(std::int64_t{1} << 62) <= position && position <= (std::int64_t{1} << 62), "options.first_position",
-          std::to_string(position), "a position between -2^62 and 2^62");
+  if (!(-(std::int64_t{1} << 62) <= position && position <= (std::int64_t{1} << 62)))
+    refuse("options.first_position", std::to_string(position), "a position between -2^62 and 2^62");
 }
 
 inline void require_seen(const lse_view<const std::int64_t>& seen, std::int64_t length) {
@@ -57,8 +57,9 @@ inline void require_seen(const lse_view<const std::int64_t>& seen, std::int64_t 
     for (std::int64_t h = 0; h < seen.heads(); ++h)
       for (std::int64_t i = 0; i < seen.length(); ++i) {
         const std::int64_t count = *seen.row(b, h, i);
-        require(0 <= count && count <= length, "far.seen", std::to_string(count) + " at " + to_string<3>({b, h, i}),
-                "a count in [0, " + std::to_string(length) + "]");
+        if (!(0 <= count && count <= length))
+          refuse("far.seen", std::to_string(count) + " at " + to_string<3>({b, h, i}),
+                 "a count in [0, " + std::to_string(length) + "]");
       }
 }
 
@@ -254,12 +255,14 @@ void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> v
             std::span<std::byte> workspace = {}) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   detail::require_options(options);
+  detail::require_grouping(options);
   detail::require_positions(options);
   detail::require_operand("query", query);
   detail::require_key_value("key", "value", query, key, value);
   detail::require_key_value("far.key", "far.value", query, far.key, far.value);
-  detail::require(far.value.dim() == value.dim(), "far.value", "dim " + std::to_string(far.value.dim()),
-                  "the value's dim " + std::to_string(value.dim()));
+  if (far.value.dim() != value.dim())
+    detail::refuse("far.value", "dim " + std::to_string(far.value.dim()),
+                   "the value's dim " + std::to_string(value.dim()));
   detail::require_operand("far.seen", far.seen);
   detail::require_extents("far.seen", far.seen, {query.batch(), query.heads(), query.length()});
   detail::require_seen(far.seen, far.key.length());

@@ -155,9 +155,10 @@ class kv_cache {
   /// `rewind` tokens can always be taken back, more as long as `least_length` says so.
   void truncate(std::int64_t b, std::int64_t length) {
     require_sequence("b", b);
-    detail::require(least_length(b) <= length && length <= at(b).length, "length", std::to_string(length),
-                    "between " + std::to_string(least_length(b)) + " and " + std::to_string(at(b).length) +
-                        ": what earlier queries saw has left the window");
+    if (!(least_length(b) <= length && length <= at(b).length))
+      detail::refuse("length", std::to_string(length),
+                     "between " + std::to_string(least_length(b)) + " and " + std::to_string(at(b).length) +
+                         ": what earlier queries saw has left the window");
     at(b).length = length;
   }
 
@@ -242,9 +243,9 @@ class kv_cache {
   }
 
   static cache_shape complete(cache_shape shape) {
-    using detail::require;
+    using detail::refuse;
     const auto least = [](const char* name, std::int64_t got, std::int64_t wanted) {
-      require(got >= wanted, name, std::to_string(got), "at least " + std::to_string(wanted));
+      if (got < wanted) refuse(name, std::to_string(got), "at least " + std::to_string(wanted));
     };
     least("shape.batch", shape.batch, 0);
     least("shape.heads", shape.heads, 1);
@@ -255,9 +256,9 @@ class kv_cache {
     least("shape.capacity", shape.capacity, 0);
     least("shape.rewind", shape.rewind, 0);
     if (shape.value_dim == 0) shape.value_dim = shape.dim;
-    require(detail::elements(shape.heads, std::max<std::int64_t>(shape.capacity, 1),
-                             std::max(shape.dim, shape.value_dim)) <= detail::max_elements,
-            "shape.capacity", std::to_string(shape.capacity) + " tokens", "a cache below 2^58 elements");
+    if (!(detail::elements(shape.heads, std::max<std::int64_t>(shape.capacity, 1),
+                           std::max(shape.dim, shape.value_dim)) <= detail::max_elements))
+      refuse("shape.capacity", std::to_string(shape.capacity) + " tokens", "a cache below 2^58 elements");
     return shape;
   }
 
@@ -269,13 +270,13 @@ class kv_cache {
   }
 
   void require_sequence(const char* name, std::int64_t b) const {
-    detail::require(0 <= b && b < shape_.batch, name, std::to_string(b),
-                    "a sequence in [0, " + std::to_string(shape_.batch) + ")");
+    if (!(0 <= b && b < shape_.batch))
+      detail::refuse(name, std::to_string(b), "a sequence in [0, " + std::to_string(shape_.batch) + ")");
   }
 
   void require_batch(std::int64_t batch) const {
-    detail::require(batch == shape_.batch, "query", std::to_string(batch) + " sequences",
-                    "the cache's " + std::to_string(shape_.batch));
+    if (batch != shape_.batch)
+      detail::refuse("query", std::to_string(batch) + " sequences", "the cache's " + std::to_string(shape_.batch));
   }
 
   /// Everything that can fail comes first; then groups are pooled and queries answered beside what counts; only then
@@ -294,9 +295,9 @@ class kv_cache {
     detail::require_extents("key", key, {batch, shape_.kv_heads, count, shape_.dim});
     detail::require_extents("value", value, {batch, shape_.kv_heads, count, shape_.value_dim});
     for (std::int64_t b = first; b < first + batch && shape_.capacity > 0; ++b)
-      detail::require(count <= shape_.capacity - at(b).length, "key",
-                      std::to_string(count) + " tokens after " + std::to_string(at(b).length),
-                      "at most the capacity of " + std::to_string(shape_.capacity));
+      if (count > shape_.capacity - at(b).length)
+        detail::refuse("key", std::to_string(count) + " tokens after " + std::to_string(at(b).length),
+                       "at most the capacity of " + std::to_string(shape_.capacity));
     if (count == 0) return;
     for (std::int64_t b = first; b < first + batch; ++b) reserve(at(b), at(b).length + count);
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -40,7 +40,7 @@ void merge(tensor_view<A> out_a, lse_view<LseA> lse_a, tensor_view<B> out_b, lse
   const auto merge_row = [&](std::int64_t b, std::int64_t h, std::int64_t i) {
     constexpr double empty = -std::numeric_limits<double>::infinity();
     const double a = static_cast<double>(*lse_a.row(b, h, i)), c = static_cast<double>(*lse_b.row(b, h, i));
-    const double maximum = std::isnan(a) ? a : std::max(a, c);
+    const double maximum = std::isnan(a) || a > c ? a : c;  // a NaN stays
     const double base = maximum == empty ? 0.0 : maximum;
     const double weight_a = std::exp(a - base), weight_b = std::exp(c - base), sum = weight_a + weight_b;
     const T share_a = static_cast<T>(weight_a / sum), share_b = static_cast<T>(weight_b / sum);

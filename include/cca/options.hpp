@@ -41,12 +41,9 @@ struct options {
 
 namespace detail {
 
+/// The text is made only for a refusal: checks that pass allocate nothing.
 [[noreturn]] inline void refuse(const std::string& argument, const std::string& got, const std::string& wanted) {
   throw std::invalid_argument("cca: " + argument + ": got " + got + ", wants " + wanted);
-}
-
-inline void require(bool holds, const char* argument, const std::string& got, const std::string& wanted) {
-  if (!holds) refuse(argument, got, wanted);
 }
 
 template <std::size_t Rank>
@@ -70,15 +67,17 @@ std::optional<std::int64_t> reach(const tensor_view<T, Rank>& view) {
 /// A view that can be read: extents, strides and pointer make sense.
 template <class T, std::size_t Rank>
 void require_operand(const char* name, const tensor_view<T, Rank>& view) {
-  for (const std::int64_t e : view.extent) require(e >= 0, name, "extents " + to_string(view.extent), "none below 0");
+  for (const std::int64_t e : view.extent)
+    if (e < 0) refuse(name, "extents " + to_string(view.extent), "none below 0");
   if constexpr (Rank == 4) {
-    require(view.dim() >= 1, name, "dim " + std::to_string(view.dim()), "a dim of at least 1");
-    require(view.stride[3] == 1, name, "strides " + to_string(view.stride), "an inner stride of 1");
+    if (view.dim() < 1) refuse(name, "dim " + std::to_string(view.dim()), "a dim of at least 1");
+    if (view.stride[3] != 1) refuse(name, "strides " + to_string(view.stride), "an inner stride of 1");
   }
   if (view.empty()) return;
-  require(view.data != nullptr, name, "a null pointer", "elements " + to_string(view.extent));
-  require(reach(view).has_value(), name,
-          "extents " + to_string(view.extent) + " with strides " + to_string(view.stride), "offsets below 2^62 bytes");
+  if (view.data == nullptr) refuse(name, "a null pointer", "elements " + to_string(view.extent));
+  if (!reach(view).has_value())
+    refuse(name, "extents " + to_string(view.extent) + " with strides " + to_string(view.stride),
+           "offsets below 2^62 bytes");
 }
 
 /// A view that can be written: no two of its elements may share memory, or threads would race for it. Sorted by
@@ -95,21 +94,22 @@ void require_output(const char* name, const tensor_view<T, Rank>& view) {
   std::int64_t covered = 0;
   for (const auto& [stride, extent] : dims) {
     if (extent == 1) continue;
-    require(stride > covered, name, "strides " + to_string(view.stride) + " for extents " + to_string(view.extent),
-            "elements that do not overlap");
+    if (stride <= covered)
+      refuse(name, "strides " + to_string(view.stride) + " for extents " + to_string(view.extent),
+             "elements that do not overlap");
     covered += stride * (extent - 1);
   }
 }
 
 template <class T, std::size_t Rank>
 void require_extents(const char* name, const tensor_view<T, Rank>& view, const std::array<std::int64_t, Rank>& wanted) {
-  require(view.extent == wanted, name, to_string(view.extent), "extents " + to_string(wanted));
+  if (view.extent != wanted) refuse(name, to_string(view.extent), "extents " + to_string(wanted));
 }
 
 /// `heads` key/value heads serve `query_heads`: head `h` uses `h / (query_heads / heads)`.
 inline void require_heads(const char* name, std::int64_t heads, std::int64_t query_heads) {
-  require(heads > 0 ? query_heads % heads == 0 : query_heads == 0, name, std::to_string(heads) + " heads",
-          "a divisor of the " + std::to_string(query_heads) + " query heads");
+  if (!(heads > 0 ? query_heads % heads == 0 : query_heads == 0))
+    refuse(name, std::to_string(heads) + " heads", "a divisor of the " + std::to_string(query_heads) + " query heads");
 }
 
 /// Key and value, as seen by query: the same batch, heads that divide the query's, equal dims of query and key.
@@ -124,20 +124,20 @@ void require_key_value(const char* key_name, const char* value_name, const tenso
 }
 
 inline void require_options(const options& options) {
-  require(options.group_size >= 1, "options.group_size", std::to_string(options.group_size), "at least 1");
-  require(options.window >= 1, "options.window", std::to_string(options.window), "at least 1");
-  require(options.pool == pooling::last_query || options.pool == pooling::mean || options.pool == pooling::max,
-          "options.pool", std::to_string(static_cast<int>(options.pool)), "last_query, mean or max");
-  require(options.cores == core_heads::per_query_head || options.cores == core_heads::per_kv_head, "options.cores",
-          std::to_string(static_cast<int>(options.cores)), "per_query_head or per_kv_head");
+  if (options.group_size < 1) refuse("options.group_size", std::to_string(options.group_size), "at least 1");
+  if (options.window < 1) refuse("options.window", std::to_string(options.window), "at least 1");
+  if (!(options.pool == pooling::last_query || options.pool == pooling::mean || options.pool == pooling::max))
+    refuse("options.pool", std::to_string(static_cast<int>(options.pool)), "last_query, mean or max");
+  if (!(options.cores == core_heads::per_query_head || options.cores == core_heads::per_kv_head))
+    refuse("options.cores", std::to_string(static_cast<int>(options.cores)), "per_query_head or per_kv_head");
   if (options.softmax_scale)
-    require(std::isfinite(*options.softmax_scale), "options.softmax_scale", std::to_string(*options.softmax_scale),
-            "a finite number");
+    if (!std::isfinite(*options.softmax_scale))
+      refuse("options.softmax_scale", std::to_string(*options.softmax_scale), "a finite number");
 }
 
 /// An option that this entry point would ignore.
 inline void require_unused(bool unused, const char* option, const char* reason) {
-  require(unused, option, "a value other than the default", reason);
+  if (!unused) refuse(option, "a value other than the default", reason);
 }
 
 /// Groups without a window would be ignored.

@@ -172,11 +172,13 @@ void require_pooling_operands(tensor_view<Query> query, tensor_view<Key> key, te
   require_options(options);
   require_operand("query", query);
   require_key_value("key", "value", query, key, value);
-  require(
-      query.length() == key.length(), "query", std::to_string(query.length()) + " queries",
-      "a query for each of the " + std::to_string(key.length()) + " keys, since a group is pooled with its last one");
-  require(options.first_position.value_or(0) == 0, "options.first_position", std::to_string(*options.first_position),
-          "0 or none: there is a query for every key");
+  if (query.length() != key.length())
+    refuse(
+        "query", std::to_string(query.length()) + " queries",
+        "a query for each of the " + std::to_string(key.length()) + " keys, since a group is pooled with its last one");
+  if (options.first_position.value_or(0) != 0)
+    refuse("options.first_position", std::to_string(*options.first_position),
+           "0 or none: there is a query for every key");
 }
 
 }  // namespace detail
@@ -199,6 +201,8 @@ void pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> val
   using T = compute_type<Query, Key, Value>;
   detail::require_pooling_operands(query, key, value, options);
   detail::require_unused(options.window == unlimited, "options.window", "none: every complete group is pooled");
+  detail::require_unused(options.pool == pooling::last_query || !options.softmax_scale, "options.softmax_scale",
+                         "none: the mean and the maximum have no weights");
   const std::int64_t heads = detail::core_head_count(options, query.heads(), key.heads());
   const std::int64_t groups = partition{options.group_size}.group_count(key.length());
   detail::require_output("core_key", core_key);

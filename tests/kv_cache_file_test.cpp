@@ -1,0 +1,296 @@
+// Caches in files: they come back bit by bit, and nothing else is taken for one.
+
+#include "allocations.hpp"
+#include "kv_cache_steps.hpp"
+
+// After support.hpp, which has a say in how Eigen is compiled.
+#include <fstream>
+#include <stdexcept>
+#include <streambuf>
+
+namespace cca::test {
+namespace {
+
+/// A cache of sequences that fill nothing, a part and all of their windows, with the tokens for more.
+struct example {
+  cache_setup setup;
+  operands<float> tokens;
+  kv_cache<float> cache;
+
+  explicit example(const options& options = {.group_size = 3, .window = 4}, std::int64_t capacity = 0)
+      : setup(example_cache(options, {.batch = 3, .capacity = capacity, .rewind = 2})),
+        tokens([this] {
+          random_engine random(1);
+          return random_tokens(setup, 3, 40, random);
+        }()),
+        cache(setup.make()) {
+    append(cache, 1, sequence_of(tokens_of(tokens, {0, 5}), 1));
+    append(cache, 2, sequence_of(tokens_of(tokens, {0, 20}), 2));
+    cache.truncate(2, 18);
+  }
+};
+
+kv_cache<float> load_from(const std::string& file) {
+  std::istringstream stream(file);
+  return load<float>(stream);
+}
+
+/// What a file is refused with. Whatever it claims, it costs no more than a few megabytes.
+std::string refusal_of(const std::string& file) {
+  std::istringstream stream(file);
+  const allocation_limit limit(1'000'000, std::size_t{1} << 25);
+  try {
+    (void)load<float>(stream);
+  } catch (const std::runtime_error& refused) {
+    return refused.what();
+  }
+  return "nothing";
+}
+
+testing::AssertionResult refused(const std::string& file, const std::string& because = "cca: cache file: ") {
+  const std::string message = refusal_of(file);
+  if (message.find(because) != std::string::npos) return testing::AssertionSuccess();
+  return testing::AssertionFailure() << "refused with \"" << message << "\", not \"" << because << "\"";
+}
+
+// ---------------------------------------------------------------------------------------------------- there and back
+
+TEST(KvCacheFile, ComesBackBitByBit) {
+  std::vector<options> all{{}, {.group_size = 3, .window = 4}, {.group_size = 1, .window = 1, .softmax_scale = 0.5}};
+  for (const pooling pool : all_poolings)
+    for (const core_heads cores : all_core_heads)
+      all.push_back({.group_size = 4, .window = 7, .pool = pool, .cores = cores});
+  for (const options& options : all)
+    for (const std::int64_t capacity : {0, 64}) {
+      example e(options, capacity);
+      const std::string file = content(e.cache);
+      kv_cache<float> loaded = load_from(file);
+      EXPECT_EQ(content(loaded), file);
+      EXPECT_EQ(loaded.shape(), e.cache.shape());
+      EXPECT_EQ(describe(loaded.options()), describe(options));
+      EXPECT_EQ(loaded.bytes(), e.cache.bytes());
+      for (std::int64_t b = 0; b < 3; ++b) {
+        EXPECT_EQ(loaded.length(b), e.cache.length(b));
+        EXPECT_EQ(loaded.least_length(b), e.cache.least_length(b));
+      }
+      for (const range part : {range{20, 21}, {21, 40}}) {
+        const token_views<float> next = tokens_of(e.tokens, part);
+        EXPECT_TRUE(same_bits(attend(loaded, next), attend(e.cache, next))) << describe(e.setup);
+      }
+      EXPECT_EQ(content(loaded), content(e.cache));
+    }
+}
+
+TEST(KvCacheFile, NothingBehindItIsRead) {
+  const std::string one = content(example().cache), other = content(example({.group_size = 2, .window = 3}).cache);
+  std::stringstream stream(one + other + "more");
+  EXPECT_EQ(content(load<float>(stream)), one);
+  EXPECT_EQ(content(load<float>(stream)), other);
+  std::string rest;
+  stream >> rest;
+  EXPECT_EQ(rest, "more");
+}
+
+// ------------------------------------------------------------------------------------------------------------ damage
+
+TEST(KvCacheFile, EveryChangedByteIsNoticed) {
+  const std::string file = content(example().cache);
+  for (std::size_t i = 0; i < file.size(); ++i)
+    for (const int change : {1, 0x80, 0xff}) {
+      std::string damaged = file;
+      damaged[i] = static_cast<char>(damaged[i] ^ change);
+      ASSERT_TRUE(refused(damaged)) << "byte " << i << " of " << file.size() << " changed by " << change;
+    }
+}
+
+TEST(KvCacheFile, EveryMissingEndIsNoticed) {
+  const std::string file = content(example().cache);
+  for (std::size_t size = 0; size < file.size(); ++size)
+    ASSERT_TRUE(refused(file.substr(0, size), "ends too early")) << size << " of " << file.size() << " bytes";
+}
+
+/// Bytes that are lost, doubled, exchanged or made up, many at a time.
+TEST(KvCacheFile, NoMutationIsTakenForACache) {
+  const std::string file = content(example().cache);
+  random_engine random(2);
+  const auto place = [&](const std::string& text) {
+    return static_cast<std::size_t>(draw(random, 0, std::ssize(text) - 1));
+  };
+  for (int i = 0; i < 3000; ++i) {
+    std::string mutated = file;
+    for (std::int64_t changes = draw(random, 1, 4); changes > 0; --changes) {
+      const std::size_t at = place(mutated), count = static_cast<std::size_t>(draw(random, 1, 40));
+      switch (draw(random, 0, 3)) {
+        case 0:
+          mutated.erase(at, count);
+          break;
+        case 1:
+          mutated.insert(at, mutated.substr(place(mutated), count));
+          break;
+        case 2:
+          std::swap(mutated[at], mutated[place(mutated)]);
+          break;
+        default:
+          for (std::size_t j = at; j < std::min(at + count, mutated.size()); ++j)
+            mutated[j] = static_cast<char>(draw(random, -128, 127));
+      }
+      if (mutated.empty()) break;
+    }
+    // Behind the file anything may follow.
+    if (mutated.substr(0, file.size()) == file) continue;
+    ASSERT_TRUE(refused(mutated)) << "mutation " << i;
+  }
+}
+
+TEST(KvCacheFile, AnotherFileIsNotOne) {
+  EXPECT_TRUE(refused("", "ends too early"));
+  EXPECT_TRUE(refused(std::string(10'000, '\0'), "is not one"));
+  EXPECT_TRUE(refused(std::string(10'000, 'c'), "is not one"));
+  std::istringstream doubles(content(example().cache));
+  EXPECT_THROW((void)load<double>(doubles), std::runtime_error);
+}
+
+// ----------------------------------------------------------------------------------------------------------- forgery
+
+/// A file whose checksums are right, of a header and the numbers of one sequence, and so many elements.
+std::string forge(const detail::cache_file_header& header, const std::array<std::int64_t, 2>& numbers = {0, 0},
+                  std::int64_t elements = 0) {
+  std::ostringstream stream;
+  detail::cache_writer writer(stream);
+  writer.put(&header, 1);
+  writer.end_part();
+  writer.put(numbers.data(), 2);
+  writer.end_part();
+  const std::vector<float> content(static_cast<std::size_t>(elements));
+  writer.put(content.data(), elements);
+  writer.end_part();
+  return stream.str();
+}
+
+/// Of a cache that makes sense: one head of dim 1, groups of 3 and a window of 4.
+detail::cache_file_header good_header() {
+  return detail::cache_file::header_of(
+      kv_cache<float>({.heads = 1, .kv_heads = 1, .dim = 1, .rewind = 2}, {.group_size = 3, .window = 4}));
+}
+
+TEST(KvCacheFile, AForgedHeaderIsRefused) {
+  const kv_cache<float> good = load_from(forge(good_header(), {7, 0}, (2 + 7) * 2));
+  EXPECT_EQ(good.length(), 7);
+
+  constexpr std::int64_t huge = std::int64_t{1} << 57, greatest = std::numeric_limits<std::int64_t>::max();
+  const auto expect_refused = [](const auto& change, const std::string& because) {
+    detail::cache_file_header header = good_header();
+    change(header);
+    EXPECT_TRUE(refused(forge(header), because));
+    EXPECT_TRUE(refused(forge(header, {7, 0}, 18), because));
+  };
+  expect_refused([](auto& h) { h.magic[0] = 'C'; }, "is not one");
+  expect_refused([](auto& h) { h.byte_order = 0x04030201; }, "byte order");
+  expect_refused([](auto& h) { h.version = 2; }, "got version 2");
+  expect_refused([](auto& h) { h.element_bytes = 8; }, "got elements of 8 bytes");
+  expect_refused([](auto& h) { h.pool = 3; }, "options.pool");
+  expect_refused([](auto& h) { h.cores = 2; }, "options.cores");
+  expect_refused(
+      [](auto& h) {
+        h.has_scale = 1;
+        h.softmax_scale = std::numeric_limits<double>::infinity();
+      },
+      "options.softmax_scale");
+  for (const std::int64_t wrong : {std::int64_t{0}, std::int64_t{-1}, -greatest - 1}) {
+    expect_refused([&](auto& h) { h.group_size = wrong; }, "options.group_size");
+    expect_refused([&](auto& h) { h.window = wrong; }, "options.window");
+    expect_refused([&](auto& h) { h.heads = wrong; }, "shape.heads");
+    expect_refused([&](auto& h) { h.kv_heads = wrong; }, "shape.kv_heads");
+    expect_refused([&](auto& h) { h.dim = wrong; }, "shape.dim");
+    if (wrong == 0) continue;
+    expect_refused([&](auto& h) { h.batch = wrong; }, "sequences");
+    expect_refused([&](auto& h) { h.value_dim = wrong; }, "shape.value_dim");
+    expect_refused([&](auto& h) { h.capacity = wrong; }, "shape.capacity");
+    expect_refused([&](auto& h) { h.rewind = wrong; }, "shape.rewind");
+  }
+  expect_refused([](auto& h) { h.kv_heads = 2; }, "shape.kv_heads");
+  expect_refused([](auto& h) { h.window = unlimited; }, "options.group_size");
+  expect_refused([](auto& h) { h.batch = std::int64_t{1} << 40; }, "ends too early");
+  expect_refused([](auto& h) { h.batch = greatest; }, "ends too early");
+  for (const std::int64_t most : {huge, greatest}) {
+    expect_refused([&](auto& h) { h.capacity = most; }, "");
+    expect_refused([&](auto& h) { h.heads = h.dim = most; }, "shape.capacity");
+  }
+}
+
+TEST(KvCacheFile, AForgedSequenceIsRefused) {
+  constexpr std::int64_t greatest = std::numeric_limits<std::int64_t>::max();
+  // A sequence of 9 has cores of three groups, and its next query sees tokens from 6 on.
+  for (const std::array<std::int64_t, 2>& numbers :
+       std::vector<std::array<std::int64_t, 2>>{{-1, 0},
+                                                {0, 1},
+                                                {9, -1},
+                                                {9, 7},
+                                                {9, 9},
+                                                {9, 10},
+                                                {20, 10},
+                                                {-greatest, -greatest},
+                                                {greatest, greatest},
+                                                {greatest, 0},
+                                                {(std::int64_t{1} << 62) + 1, std::int64_t{1} << 62}})
+    EXPECT_TRUE(refused(forge(good_header(), numbers, 1000), "got raw tokens")) << detail::to_string(numbers);
+  EXPECT_EQ(load_from(forge(good_header(), {9, 6}, (3 + 3) * 2)).raw_count(), 3);
+
+  // Rows that the file does not have.
+  constexpr std::int64_t length = std::int64_t{1} << 61;
+  EXPECT_TRUE(refused(forge(good_header(), {length, length - 9}, 1000), "more than memory has"));
+  EXPECT_TRUE(refused(forge(good_header(), {length >> 8, (length >> 8) - 9}, 1000), "ends too early"));
+  for (const auto& change : std::vector<std::function<void(detail::cache_file_header&)>>{
+           [](auto& h) { h.heads = std::int64_t{1} << 57; }, [](auto& h) { h.dim = std::int64_t{1} << 57; },
+           [](auto& h) { h.value_dim = std::int64_t{1} << 57; }, [](auto& h) { h.window = unlimited - 1; },
+           [](auto& h) { h.rewind = unlimited; }}) {
+    detail::cache_file_header header = good_header();
+    change(header);
+    EXPECT_TRUE(refused(forge(header, {length >> 8, 0}, 1000)));
+    EXPECT_TRUE(refused(forge(header, {7, 0}, 10)));
+  }
+}
+
+/// A file that claims heads by the billion but has nothing of them takes no time.
+TEST(KvCacheFile, EmptySequencesOfManyHeadsAreNoWork) {
+  detail::cache_file_header header = good_header();
+  header.heads = std::int64_t{1} << 57;
+  EXPECT_EQ(load_from(forge(header)).length(), 0);
+  EXPECT_EQ(load_from(forge(header, {2, 0}, 4)).length(), 2);
+}
+
+// ----------------------------------------------------------------------------------------------------------- streams
+
+/// Takes so many bytes and no more.
+class full_buffer : public std::streambuf {
+ public:
+  explicit full_buffer(std::size_t room) : room_(room) {}
+
+ private:
+  int_type overflow(int_type c) override { return room_ > 0 ? (--room_, traits_type::not_eof(c)) : traits_type::eof(); }
+
+  std::size_t room_;
+};
+
+TEST(KvCacheFile, AStreamThatFailsIsNoticed) {
+  const example e;
+  const std::size_t size = content(e.cache).size();
+  for (std::size_t room = 0; room <= size; ++room) {
+    full_buffer buffer(room);
+    std::ostream stream(&buffer);
+    if (room < size)
+      ASSERT_THROW(save(e.cache, stream), std::runtime_error) << "room for " << room << " of " << size << " bytes";
+    else
+      ASSERT_NO_THROW(save(e.cache, stream));
+  }
+}
+
+/// What a file's buffer took may still not get to the disk.
+TEST(KvCacheFile, AFullDiskIsNoticed) {
+  std::ofstream full("/dev/full", std::ios::binary);
+  if (!full) GTEST_SKIP() << "no /dev/full";
+  EXPECT_THROW(save(example().cache, full), std::runtime_error);
+}
+
+}  // namespace
+}  // namespace cca::test

@@ -1,0 +1,36 @@
+// The kernels of the tests that include kv_cache_steps.hpp.
+
+#include "kv_cache_steps.hpp"
+
+namespace cca::test {
+
+template <class T>
+void append(kv_cache<T>& cache, const token_views<T>& tokens, const any_executor& run) {
+  cache.append(tokens.query, tokens.key, tokens.value, run);
+}
+
+template <class T>
+void append(kv_cache<T>& cache, std::int64_t b, const token_views<T>& tokens, const any_executor& run) {
+  cache.append(b, tokens.query, tokens.key, tokens.value, run);
+}
+
+template <class T>
+void attend(kv_cache<T>& cache, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
+            const any_executor& run) {
+  cache.attend(tokens.query, tokens.key, tokens.value, out, lse, run);
+}
+
+template <class T>
+void attend(kv_cache<T>& cache, std::int64_t b, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
+            const any_executor& run) {
+  cache.attend(b, tokens.query, tokens.key, tokens.value, out, lse, run);
+}
+
+template void append(kv_cache<float>&, const token_views<float>&, const any_executor&);
+template void append(kv_cache<float>&, std::int64_t, const token_views<float>&, const any_executor&);
+template void attend(kv_cache<float>&, const token_views<float>&, tensor_view<float>, lse_view<float>,
+                     const any_executor&);
+template void attend(kv_cache<float>&, std::int64_t, const token_views<float>&, tensor_view<float>, lse_view<float>,
+                     const any_executor&);
+
+}  // namespace cca::test

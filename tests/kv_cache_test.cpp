@@ -1,0 +1,763 @@
+// A cache of cores and window answers like attention over the whole sequence, however the sequence came to be.
+
+#include "allocations.hpp"
+#include "kv_cache_steps.hpp"
+
+// After support.hpp, which has a say in how Eigen is compiled.
+#include <optional>
+#include <set>
+#include <stdexcept>
+
+namespace cca::test {
+namespace {
+
+/// The last rows of a tensor.
+template <class Scalar>
+reference::tensor<Scalar> last_rows(const reference::tensor<Scalar>& all, std::int64_t count) {
+  const auto& [batch, heads, length, dim] = all.extent;
+  reference::tensor<Scalar> last(batch, heads, count, dim);
+  copy<Scalar>(tokens_of(all.view(), {length - count, length}), last.view());
+  return last;
+}
+
+/// The textbook of a step: attention over the whole sequence, of which the step is the last `count` queries.
+template <class T>
+auto textbook(const token_views<T>& whole, std::int64_t count, const options& options) {
+  return [=]<class Scalar>() {
+    const auto all = reference::attention<Scalar>(whole.query, whole.key, whole.value, options);
+    return reference::result<Scalar>{last_rows(all.out, count), last_rows(all.lse, count)};
+  };
+}
+
+/// Calls that run the tasks in other orders, and on several threads.
+std::vector<any_executor> executors() {
+  std::vector<any_executor> all;
+  for (const int threads : {1, 2, 3, 7}) {
+#if defined(_OPENMP)
+    all.push_back({threads, openmp_executor{threads}});
+#endif
+    all.push_back({threads, [](std::int64_t n, const auto& f) {
+                     for (std::int64_t i = n; i-- > 0;) f(i);
+                   }});
+  }
+  return all;
+}
+
+// ----------------------------------------------------------------------------------------------- random operations
+
+enum class operation { append, append_to_all, attend, attend_all, truncate, fork, reset, reload };
+constexpr std::int64_t operation_count = 8;
+
+/// What a sequence of a cache should be.
+struct known_sequence {
+  operands<float> tokens;  // the first `length` of them
+  std::int64_t length = 0;
+  std::int64_t oldest = 0;  // raw token still held
+};
+
+/// A cache, and beside it all tokens of its sequences: whatever is done to it, it has to answer and to count as if it had
+/// all of them, too.
+class cache_life {
+ public:
+  explicit cache_life(std::uint64_t seed)
+      : random_(seed), setup_(random_setup(random_)), cache_(setup_.make()), label_("seed " + std::to_string(seed)) {
+    for (std::int64_t b = 0; b < setup_.shape.batch; ++b)
+      known_.push_back({.tokens = random_tokens(setup_, 1, longest, random_)});
+  }
+
+  /// The operations that were done, with the group size and the tokens beyond complete groups.
+  using coverage = std::set<std::array<std::int64_t, 3>>;
+
+  void live(int steps, coverage& done) {
+    // Mostly tokens come.
+    constexpr std::array operations{operation::append,     operation::append_to_all, operation::attend,
+                                    operation::attend,     operation::attend,        operation::attend,
+                                    operation::attend_all, operation::fork,          operation::reset,
+                                    operation::truncate,   operation::truncate,      operation::reload};
+    for (int step = 0; step < steps && !testing::Test::HasFailure(); ++step) {
+      const operation next = draw_from(random_, operations);
+      const std::int64_t b = draw(random_, 0, setup_.shape.batch - 1);
+      const std::int64_t group_size = setup_.options.group_size, length = known(b).length;
+      const std::string label = label_ + ", step " + std::to_string(step) + ", operation " +
+                                std::to_string(static_cast<int>(next)) + ", sequence " + std::to_string(b) +
+                                " of length " + std::to_string(length) + "; " + describe(setup_);
+      SCOPED_TRACE(label);
+      done.insert({static_cast<std::int64_t>(next), group_size, length % group_size});
+      operate(next, b, label);
+      expect_counts();
+    }
+    EXPECT_TRUE(rule_.holds());
+  }
+
+ private:
+  static constexpr std::int64_t longest = 72;
+
+  static cache_setup random_setup(random_engine& random) {
+    const std::int64_t kv_heads = draw(random, 1, 2);
+    cache_setup setup{.shape = {.batch = draw(random, 1, 3),
+                                .heads = kv_heads * draw(random, 1, 3),
+                                .kv_heads = kv_heads,
+                                .dim = draw_from(random, std::array{1, 3, 4, 8, 17}),
+                                .value_dim = draw_from(random, std::array{0, 0, 1, 4, 9}),
+                                .capacity = draw_from(random, std::array<std::int64_t, 3>{0, 0, longest}),
+                                .rewind = draw(random, 0, 5)},
+                      .options = {.group_size = draw(random, 1, 9),
+                                  .window = draw(random, 1, 20),
+                                  .pool = draw_from(random, all_poolings),
+                                  .cores = draw_from(random, all_core_heads)}};
+    if (draw(random, 0, 3) == 0) setup.options.softmax_scale = -0.3;
+    if (draw(random, 0, 15) == 0) setup.options = {};
+    return setup;
+  }
+
+  [[nodiscard]] known_sequence& known(std::int64_t b) { return known_[static_cast<std::size_t>(b)]; }
+
+  void operate(operation next, std::int64_t b, const std::string& label) {
+    switch (next) {
+      case operation::append:
+        return step({b, b + 1}, false, label);
+      case operation::append_to_all:
+        return step({0, setup_.shape.batch}, false, label);
+      case operation::attend:
+        return step({b, b + 1}, true, label);
+      case operation::attend_all:
+        return step({0, setup_.shape.batch}, true, label);
+      case operation::truncate:
+        return truncate(b);
+      case operation::fork: {
+        const std::int64_t to = draw(random_, 0, setup_.shape.batch - 1);
+        cache_.fork(b, to);
+        if (to != b) known(to) = known_sequence(known(b));
+        return;
+      }
+      case operation::reset:
+        cache_.reset(b);
+        known(b).length = known(b).oldest = 0;
+        return;
+      case operation::reload: {
+        const std::string file = content(cache_);
+        std::istringstream stream(file);
+        cache_ = load<float>(stream);
+        EXPECT_EQ(content(cache_), file);
+      }
+    }
+  }
+
+  /// A single token, a few or many come to the sequences `batch`: one of them or all.
+  void step(range batch, bool attending, const std::string& label) {
+    std::int64_t room = longest;
+    for (std::int64_t b = batch.begin; b < batch.end; ++b) room = std::min(room, longest - known(b).length);
+    const std::int64_t most = draw_from(random_, std::array<std::int64_t, 5>{1, 1, 4, 20, longest});
+    const std::int64_t count = room == 0 ? 1 : draw(random_, 1, std::min(most, room));
+    const operands<float> fresh =
+        random_operands<float>(setup_.step(batch.size(), count), random_, random_operand_layouts(random_));
+    const token_views<float> tokens = views_of(fresh);
+    const bool all = batch.size() == setup_.shape.batch;
+    if (room == 0) {
+      const auto one_more = [&] { all ? append(cache_, tokens) : append(cache_, batch.begin, tokens); };
+      if (setup_.shape.capacity > 0) {
+        EXPECT_THROW(one_more(), std::invalid_argument);
+      }
+      return;
+    }
+    std::optional<results<float>> answers;
+    if (attending)
+      answers = all ? attend(cache_, tokens) : attend(cache_, batch.begin, tokens);
+    else
+      all ? append(cache_, tokens) : append(cache_, batch.begin, tokens);
+
+    for (std::int64_t b = batch.begin; b < batch.end; ++b) {
+      known_sequence& s = known(b);
+      const token_views<float> added = sequence_of(tokens, b - batch.begin);
+      const range place{s.length, s.length + count};
+      copy<float>(added.query, tokens_of(s.tokens.query.view(), place));
+      copy<float>(added.key, tokens_of(s.tokens.key.view(), place));
+      copy<float>(added.value, tokens_of(s.tokens.value.view(), place));
+      s.length += count;
+      s.oldest = std::max(s.oldest, s.length - setup_.raw_limit());
+      if (answers)
+        rule_.add(sequence_of(*answers, b - batch.begin),
+                  textbook(tokens_of(s.tokens, {0, s.length}), count, setup_.options), label);
+    }
+  }
+
+  void truncate(std::int64_t b) {
+    known_sequence& s = known(b);
+    const std::int64_t least = least_length(s);
+    EXPECT_THROW(cache_.truncate(b, least - 1), std::invalid_argument);
+    EXPECT_THROW(cache_.truncate(b, s.length + 1), std::invalid_argument);
+    s.length = draw(random_, 0, 2) == 0 ? least : draw(random_, least, s.length);
+    cache_.truncate(b, s.length);
+  }
+
+  /// The least length after which the next query finds all it sees raw.
+  [[nodiscard]] std::int64_t least_length(const known_sequence& s) const {
+    const partition partition{setup_.options.group_size, setup_.options.window};
+    std::int64_t length = s.length;
+    while (length > 0 && partition.raw(length - 1).begin >= s.oldest) --length;
+    return length;
+  }
+
+  void expect_counts() {
+    const bool grouped = setup_.options.window != unlimited;
+    const std::int64_t core_heads = detail::core_head_count(setup_.options, setup_.shape.heads, setup_.shape.kv_heads);
+    std::int64_t rows = 0;
+    for (std::int64_t b = 0; b < setup_.shape.batch; ++b) {
+      const known_sequence& s = known(b);
+      const std::int64_t cores = grouped ? s.length / setup_.options.group_size : 0, raw = s.length - s.oldest;
+      EXPECT_EQ(cache_.length(b), s.length);
+      EXPECT_EQ(cache_.core_count(b), cores);
+      EXPECT_EQ(cache_.raw_count(b), raw);
+      EXPECT_LE(raw, setup_.raw_limit());
+      EXPECT_EQ(cache_.least_length(b), least_length(s));
+      rows += core_heads * cores + setup_.shape.kv_heads * raw;
+    }
+    const std::int64_t elements = rows * (setup_.shape.dim + setup_.value_dim());
+    EXPECT_EQ(cache_.bytes(), static_cast<std::size_t>(elements) * sizeof(float));
+    EXPECT_GE(cache_.allocated_bytes(), cache_.bytes());
+    EXPECT_EQ(cache_.shape().capacity, setup_.shape.capacity);
+    EXPECT_EQ(cache_.shape().batch, setup_.shape.batch);
+  }
+
+  random_engine random_;
+  cache_setup setup_;
+  kv_cache<float> cache_;
+  std::string label_;
+  std::vector<known_sequence> known_;
+  attention_rule<float> rule_;
+};
+
+TEST(KvCache, AnswersLikeRecomputationAfterAnyOperations) {
+  cache_life::coverage done;
+  for (std::uint64_t seed = 1; seed <= 200 && !HasFailure(); ++seed) cache_life(seed).live(40, done);
+  EXPECT_EQ(std::ssize(done), operation_count * (1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9))
+      << "not every length mod group size";
+}
+
+// ---------------------------------------------------------------------------------------------------------- chunks
+
+const std::array<options, 6> example_options{{{.group_size = 1, .window = 1},
+                                              {.group_size = 3, .window = 4},
+                                              {.group_size = 4, .window = 2},
+                                              {.group_size = 5, .window = 1, .cores = core_heads::per_kv_head},
+                                              {.group_size = 2, .window = 7, .pool = pooling::mean},
+                                              {.group_size = 4, .window = 8, .pool = pooling::max}}};
+
+/// Enough for the window to pass the end of its memory at every offset.
+std::int64_t example_length(const options& options) { return 3 * (options.window + options.group_size) + 1; }
+
+/// The second part of the prompt asks for everything that the first left behind.
+TEST(KvCache, APromptMayBeCutAnywhere) {
+  random_engine random(1);
+  for (const options& options : example_options)
+    for (const std::int64_t capacity : {std::int64_t{0}, example_length(options)}) {
+      const std::int64_t length = example_length(options);
+      const cache_setup setup = example_cache(options, {.capacity = capacity});
+      const operands<float> prompt = random_tokens(setup, 1, length, random);
+      attention_rule<float> rule;
+      for (std::int64_t cut = 0; cut <= length; ++cut)
+        for (const bool attending : {false, true}) {
+          kv_cache<float> cache = setup.make();
+          const token_views<float> first = tokens_of(prompt, {0, cut}), second = tokens_of(prompt, {cut, length});
+          const std::string label = describe(setup) + ", cut at " + std::to_string(cut);
+          if (attending)
+            rule.add(attend(cache, first), textbook(first, cut, options), label);
+          else
+            append(cache, first);
+          rule.add(attend(cache, second), textbook(views_of(prompt), length - cut, options), label);
+        }
+      EXPECT_TRUE(rule.holds());
+    }
+}
+
+TEST(KvCache, TokensMayComeOneByOneOrInAnyChunks) {
+  random_engine random(2);
+  for (const options& options : example_options) {
+    const cache_setup setup = example_cache(options);
+    const std::int64_t length = example_length(options);
+    const operands<float> prompt = random_tokens(setup, 1, length, random);
+    attention_rule<float> rule;
+    for (std::int64_t chunk = 1; chunk < length; ++chunk) {
+      kv_cache<float> cache = setup.make();
+      for (std::int64_t done = 0; done < length; done += chunk) {
+        const range part{done, std::min(done + chunk, length)};
+        rule.add(attend(cache, tokens_of(prompt, part)),
+                 textbook(tokens_of(prompt, {0, part.end}), part.size(), options),
+                 describe(setup) + ", chunks of " + std::to_string(chunk));
+      }
+    }
+    EXPECT_TRUE(rule.holds());
+  }
+}
+
+TEST(KvCache, IsADenseCacheWithoutAWindow) {
+  random_engine random(3);
+  const cache_setup setup = example_cache({});
+  const operands<float> prompt = random_tokens(setup, 1, 50, random);
+  const auto dense = [&](std::int64_t first, std::int64_t end) {
+    return [&, first, end]<class Scalar>() {
+      return reference::local_attention<Scalar>(tokens_of(prompt.query.view(), {first, end}),
+                                                tokens_of(prompt.key.view(), {0, end}),
+                                                tokens_of(prompt.value.view(), {0, end}), options{});
+    };
+  };
+  kv_cache<float> cache = setup.make();
+  attention_rule<float> rule;
+  rule.add(attend(cache, tokens_of(prompt, {0, 30})), dense(0, 30));
+  for (std::int64_t t = 30; t < 50; ++t) rule.add(attend(cache, tokens_of(prompt, {t, t + 1})), dense(t, t + 1));
+  EXPECT_TRUE(rule.holds());
+  EXPECT_EQ(cache.core_count(), 0);
+  EXPECT_EQ(cache.raw_count(), 50);
+  EXPECT_EQ(cache.least_length(), 0);
+}
+
+TEST(KvCache, NoTokensAreAStep) {
+  random_engine random(4);
+  const cache_setup setup = example_cache({.group_size = 3, .window = 4}, {.batch = 2});
+  kv_cache<float> cache = setup.make();
+  const operands<float> none = random_tokens(setup, 2, 0, random);
+  attend(cache, views_of(none));
+  EXPECT_EQ(cache.length(1), 0);
+  kv_cache<float> without_sequences = example_cache({}, {.batch = 0}).make();
+  attend(without_sequences, views_of(random_tokens(setup, 0, 3, random)));
+  EXPECT_EQ(without_sequences.bytes(), 0U);
+}
+
+/// Each option has its effect on prompts, few queries and single ones.
+TEST(KvCache, EveryOptionChangesTheOutputOfEveryStep) {
+  random_engine random(5);
+  const options common{.group_size = 3, .window = 4};
+  std::vector<options> changed(6, common);
+  changed[0].group_size = 2;
+  changed[1].window = 7;
+  changed[2].pool = pooling::mean;
+  changed[3].pool = pooling::max;
+  changed[4].cores = core_heads::per_kv_head;
+  changed[5].softmax_scale = 0.4;
+  const operands<float> prompt = random_tokens(example_cache(common), 1, 60, random);
+  for (const std::int64_t count : {1, 5, 20, 60})
+    for (const options& options : changed) {
+      kv_cache<float> one = example_cache(common).make(), other = example_cache(options).make();
+      for (kv_cache<float>* cache : {&one, &other}) append(*cache, tokens_of(prompt, {0, 60 - count}));
+      const token_views<float> last = tokens_of(prompt, {60 - count, 60});
+      EXPECT_FALSE(same_bits(attend(one, last), attend(other, last)))
+          << describe(options) << ", " << count << " queries";
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ what comes back
+
+/// Of tokens that were taken back nothing is left, were they NaN.
+TEST(KvCache, TokensTakenBackLeaveNoTrace) {
+  random_engine random(6);
+  constexpr std::int64_t rewind = 3;
+  for (const options& options : example_options) {
+    const cache_setup setup = example_cache(options, {.rewind = rewind});
+    const std::int64_t length = example_length(options), more = options.group_size + options.window;
+    const operands<float> prompt = random_tokens(setup, 1, length + more, random);
+    operands<float> nans = random_tokens(setup, 1, length, random);
+    for (tensor<float>* t : {&nans.query, &nans.key, &nans.value}) t->fill(std::numeric_limits<float>::quiet_NaN());
+    for (std::int64_t kept = 0; kept <= length; ++kept)
+      for (const std::int64_t taken : {std::int64_t{1}, rewind, length}) {
+        kv_cache<float> clean = setup.make(), cache = setup.make();
+        append(clean, tokens_of(prompt, {0, kept}));
+        if (taken == length) {
+          append(cache, views_of(nans));
+          cache.reset();
+          append(cache, tokens_of(prompt, {0, kept}));
+        } else {
+          append(cache, tokens_of(prompt, {0, kept}));
+          attend(cache, tokens_of(nans, {0, taken}));
+          cache.truncate(0, kept);
+        }
+        for (const range part : {range{kept, kept + 1}, {kept + 1, kept + more}}) {
+          const token_views<float> next = tokens_of(prompt, part);
+          ASSERT_TRUE(same_bits(attend(cache, next), attend(clean, next)))
+              << describe(setup) << ", " << taken << " tokens after " << kept;
+        }
+      }
+  }
+}
+
+TEST(KvCache, TakesBackTheRewindAndRefusesWhatHasLeft) {
+  random_engine random(7);
+  for (const options& options : example_options)
+    for (const std::int64_t rewind : {0, 1, 7}) {
+      const cache_setup setup = example_cache(options, {.rewind = rewind});
+      const std::int64_t most = 3 * setup.raw_limit();
+      const operands<float> prompt = random_tokens(setup, 1, most, random);
+      for (std::int64_t length = 1; length <= most; ++length) {
+        kv_cache<float> cache = setup.make();
+        append(cache, tokens_of(prompt, {0, length}));
+        const std::int64_t least = cache.least_length();
+        ASSERT_LE(least, std::max<std::int64_t>(length - rewind, 0)) << describe(setup) << ", length " << length;
+        ASSERT_EQ(least == 0, length <= setup.raw_limit()) << describe(setup) << ", length " << length;
+        const std::string before = content(cache);
+        for (const std::int64_t refused : {least - 1, length + 1}) {
+          std::string message;
+          try {
+            cache.truncate(0, refused);
+          } catch (const std::invalid_argument& error) {
+            message = error.what();
+          }
+          ASSERT_NE(message.find("cca: length: got " + std::to_string(refused)), std::string::npos) << message;
+        }
+        ASSERT_EQ(content(cache), before);
+        cache.truncate(0, least);
+        attention_rule<float> rule;
+        rule.add(attend(cache, tokens_of(prompt, {least, length})),
+                 textbook(tokens_of(prompt, {0, length}), length - least, options), describe(setup));
+        ASSERT_TRUE(rule.holds());
+      }
+    }
+}
+
+/// No core shows a later token, and no query sees one: a NaN appears where it is, not before.
+TEST(KvCache, NothingShowsTheFuture) {
+  random_engine random(8);
+  for (const options& options : example_options) {
+    const cache_setup setup = example_cache(options);
+    const std::int64_t length = example_length(options);
+    const operands<float> prompt = random_tokens(setup, 1, length, random);
+    kv_cache<float> clean = setup.make();
+    const results<float> expected = attend(clean, views_of(prompt));
+    for (std::int64_t t = 0; t < length; ++t) {
+      operands<float> changed = prompt;
+      for (tensor<float>* all : {&changed.query, &changed.key, &changed.value})
+        for (std::int64_t h = 0; h < all->view().heads(); ++h)
+          std::fill_n(all->row(0, h, t), all->view().dim(), std::numeric_limits<float>::quiet_NaN());
+      kv_cache<float> cache = setup.make();
+      const results<float> got = attend(cache, views_of(changed));
+      const auto before = [t](const results<float>& all) { return tokens_of(all.out.view(), {0, t}); };
+      ASSERT_TRUE(same_bits(before(got), before(expected))) << describe(setup) << ", token " << t;
+      ASSERT_TRUE(std::isnan(*got.out.row(0, 0, t))) << describe(setup) << ", token " << t;
+    }
+  }
+}
+
+/// Whatever befalls one of them, the other answers as if it were alone; wherever the window lies in its memory, and
+/// whatever the target held before.
+TEST(KvCache, AForkIsIndependentOfItsSource) {
+  random_engine random(9);
+  for (const options& options : example_options) {
+    const std::int64_t length = example_length(options), more = options.window + options.group_size;
+    for (const std::int64_t capacity : {std::int64_t{0}, 2 * length}) {
+      const cache_setup setup = example_cache(options, {.batch = 2, .capacity = capacity});
+      const operands<float> prompt = random_tokens(setup, 1, length + more, random);
+      operands<float> nans = random_tokens(setup, 1, length, random);
+      for (tensor<float>* t : {&nans.query, &nans.key, &nans.value}) t->fill(std::numeric_limits<float>::quiet_NaN());
+      for (std::int64_t forked = 0; forked <= length; ++forked)
+        for (const std::int64_t before : {std::int64_t{0}, std::int64_t{2}, length}) {
+          kv_cache<float> alone = setup.make(), cache = setup.make();
+          append(alone, 0, tokens_of(prompt, {0, forked}));
+          append(cache, 0, tokens_of(prompt, {0, forked}));
+          append(cache, 1, tokens_of(nans, {0, before}));
+          cache.fork(0, 1);
+          const std::int64_t harmed = forked % 2, other = 1 - harmed;
+          append(cache, harmed, views_of(nans));
+          const token_views<float> next = tokens_of(prompt, {forked, forked + more});
+          ASSERT_TRUE(same_bits(attend(cache, other, next), attend(alone, 0, next)))
+              << describe(setup) << ", forked after " << forked << " over " << before;
+        }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------- executors and batches
+
+/// The same bits from any executor, and for each sequence as if it were alone. The window is longer than what few
+/// queries see at a time.
+TEST(KvCache, ResultsDependOnTheSequenceAlone) {
+  random_engine random(10);
+  const options options{.group_size = 4, .window = detail::part_rows + 50};
+  constexpr std::array<std::int64_t, 3> lengths{30, 700, 2 * detail::part_rows + 77};
+  const cache_setup setup = example_cache(options, {.batch = 3}), single = example_cache(options);
+  std::vector<operands<float>> prompts;
+  for (const std::int64_t length : lengths) prompts.push_back(random_tokens(setup, 1, length, random));
+  const operands<float> token = random_tokens(setup, 3, 1, random), few = random_tokens(setup, 3, 5, random),
+                        many = random_tokens(setup, 3, 70, random);
+  const std::array chunks{views_of(token), views_of(few), views_of(many), views_of(token)};
+
+  std::vector<std::vector<results<float>>> expected(3);  // of each sequence alone
+  for (std::size_t b = 0; b < 3; ++b) {
+    kv_cache<float> cache = single.make();
+    expected[b].push_back(attend(cache, views_of(prompts[b])));
+    for (const auto& chunk : chunks)
+      expected[b].push_back(attend(cache, sequence_of(chunk, static_cast<std::int64_t>(b))));
+  }
+  for (const any_executor& run : executors()) {
+    kv_cache<float> cache = setup.make();
+    for (std::size_t b = 0; b < 3; ++b)
+      EXPECT_TRUE(same_bits(attend(cache, static_cast<std::int64_t>(b), views_of(prompts[b]), run), expected[b][0]));
+    for (std::size_t i = 0; i < chunks.size(); ++i) {
+      const results<float> all = attend(cache, chunks[i], run);
+      for (std::size_t b = 0; b < 3; ++b)
+        EXPECT_TRUE(same_bits(sequence_of(all, static_cast<std::int64_t>(b)), expected[b][i + 1]))
+            << run.threads << " threads, chunk " << i << ", sequence " << b;
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- failures
+
+/// A cache of two sequences, and what may be done to it next.
+struct prepared_cache {
+  cache_setup setup;
+  operands<float> tokens;
+  std::array<std::int64_t, 2> lengths;
+  kv_cache<float> cache;
+
+  explicit prepared_cache(std::int64_t capacity = 0, std::array<std::int64_t, 2> held = {14, 5})
+      : setup(example_cache({.group_size = 3, .window = 4}, {.batch = 2, .capacity = capacity, .rewind = 2})),
+        tokens([this] {
+          random_engine random(11);
+          return random_tokens(setup, 2, 64, random);
+        }()),
+        lengths(held),
+        cache(setup.make()) {
+    for (std::int64_t b = 0; b < 2; ++b)
+      append(cache, b, sequence_of(tokens_of(tokens, {0, lengths[static_cast<std::size_t>(b)]}), b));
+  }
+
+  /// Tokens that are new to both sequences.
+  [[nodiscard]] token_views<float> next(std::int64_t count) const { return tokens_of(tokens, {32, 32 + count}); }
+};
+
+struct named_step {
+  std::string name;
+  std::function<void(prepared_cache&, const any_executor&)> take;
+};
+
+/// Every kind of step. Results go where memory is already.
+std::vector<named_step> steps() {
+  std::vector<named_step> all;
+  for (const std::int64_t count : {1, 20}) {
+    const std::string of = " of " + std::to_string(count);
+    const auto out = std::make_shared<tensor<float>>(extents{2, 4, count, 3});
+    const auto lse = std::make_shared<tensor<float, 3>>(std::array<std::int64_t, 3>{2, 4, count});
+    all.push_back({"append" + of, [=](prepared_cache& p, const any_executor& run) {
+                     append(p.cache, 1, sequence_of(p.next(count), 1), run);
+                   }});
+    all.push_back({"append to all" + of,
+                   [=](prepared_cache& p, const any_executor& run) { append(p.cache, p.next(count), run); }});
+    all.push_back({"attend" + of, [=](prepared_cache& p, const any_executor& run) {
+                     attend(p.cache, 0, sequence_of(p.next(count), 0), sequence_of(out->view(), 0),
+                            sequence_of(lse->view(), 0), run);
+                   }});
+    all.push_back({"attend all" + of, [=](prepared_cache& p, const any_executor& run) {
+                     attend(p.cache, p.next(count), out->view(), lse->view(), run);
+                   }});
+  }
+  return all;
+}
+
+/// After a failure the cache holds and answers what an untouched one does.
+void expect_untouched(prepared_cache& failed, const std::string& what) {
+  prepared_cache untouched(failed.setup.shape.capacity, failed.lengths);
+  EXPECT_EQ(content(failed.cache), content(untouched.cache)) << what;
+  const token_views<float> next = failed.next(6);
+  EXPECT_TRUE(same_bits(attend(failed.cache, next), attend(untouched.cache, next))) << what;
+  EXPECT_EQ(content(failed.cache), content(untouched.cache)) << what;
+}
+
+/// Whether the call ran out of memory.
+template <class F>
+bool fails_to_allocate(std::int64_t allowed, const F& f) {
+  const allocation_limit limit(allowed);
+  try {
+    f();
+  } catch (const std::bad_alloc&) {
+    return true;
+  }
+  return false;
+}
+
+TEST(KvCache, IsAsItWasWhenMemoryIsOut) {
+  std::vector<named_step> all = steps();
+  all.push_back({"fork", [](prepared_cache& p, const any_executor&) { p.cache.fork(0, 1); }});
+  all.push_back({"fork to the longer", [](prepared_cache& p, const any_executor&) { p.cache.fork(1, 0); }});
+  for (const named_step& step : all) {
+    std::int64_t allowed = 0;
+    for (bool failed = true; failed; ++allowed) {
+      prepared_cache p;
+      const any_executor run;
+      failed = fails_to_allocate(allowed, [&] { step.take(p, run); });
+      if (failed) expect_untouched(p, step.name + ", allocation " + std::to_string(allowed));
+    }
+    EXPECT_GT(allowed, 1) << step.name << " allocates nothing: nothing is tested";
+  }
+}
+
+/// An executor that gives up: whatever it has run till then, the cache is as it was.
+TEST(KvCache, IsAsItWasWhenTheExecutorThrows) {
+  for (const named_step& step : steps())
+    for (std::int64_t allowed = 0;; ++allowed) {
+      prepared_cache p;
+      std::int64_t left = allowed;
+      const any_executor run{1, [&](std::int64_t n, const auto& f) {
+                               for (std::int64_t i = 0; i < n; ++i) f(i);
+                               if (left-- == 0) throw std::runtime_error("gives up");
+                             }};
+      bool failed = false;
+      try {
+        step.take(p, run);
+      } catch (const std::runtime_error&) {
+        failed = true;
+      }
+      if (!failed) break;
+      expect_untouched(p, step.name + ", call " + std::to_string(allowed) + " of the executor");
+    }
+}
+
+TEST(KvCache, AllocatesNothingWithinItsCapacity) {
+  for (const named_step& step : steps()) {
+    prepared_cache p(64, {14, 5});
+    const any_executor run;
+    step.take(p, run);
+    for (std::int64_t b = 0; b < 2; ++b) p.cache.truncate(b, p.cache.least_length(b));
+    const std::int64_t before = allocation_count();
+    step.take(p, run);
+    EXPECT_EQ(allocation_count() - before, 0) << step.name;
+    p.cache.fork(0, 1);
+    p.cache.reset();
+    EXPECT_EQ(allocation_count() - before, 0) << step.name << ", then fork and reset";
+  }
+}
+
+/// What `f` is refused with.
+template <class F>
+std::string refusal_of(const F& f) {
+  try {
+    f();
+  } catch (const std::invalid_argument& refused) {
+    return refused.what();
+  }
+  return "nothing";
+}
+
+TEST(KvCache, RefusesWhatDoesNotFitAndStaysAsItWas) {
+  prepared_cache p(20, {14, 5});
+  const token_views<float> good = p.next(2);
+  tensor<float> out({2, 4, 2, 3});
+  tensor<float, 3> lse({2, 4, 2});
+  const auto expect_refused = [&](const std::string& argument, const auto& step) {
+    const std::string message = refusal_of(step);
+    EXPECT_EQ(message.find("cca: " + argument + ": got "), 0U) << argument << ": " << message;
+    expect_untouched(p, argument);
+    p = prepared_cache(20, {14, 5});
+  };
+  // Every kind of step, with tokens that are changed.
+  const auto expect_tokens_refused = [&](const std::string& argument, const auto& change) {
+    token_views<float> tokens = good;
+    change(tokens);
+    expect_refused(argument, [&] { append(p.cache, tokens); });
+    expect_refused(argument, [&] { attend(p.cache, tokens, out.view(), lse.view()); });
+    tokens = sequence_of(good, 0);
+    change(tokens);
+    expect_refused(argument, [&] { append(p.cache, 1, tokens); });
+  };
+  for (const std::size_t extent : {0, 1, 2, 3})
+    for (const std::int64_t wrong : {0, 7, -1}) {
+      expect_tokens_refused("key", [&](auto& tokens) { tokens.key.extent[extent] = wrong; });
+      expect_tokens_refused("value", [&](auto& tokens) { tokens.value.extent[extent] = wrong; });
+    }
+  for (const std::size_t extent : {1, 3})
+    expect_tokens_refused("query", [&](auto& tokens) { tokens.query.extent[extent] = 2; });
+  expect_tokens_refused("query", [](auto& tokens) { tokens.query.data = nullptr; });
+  expect_tokens_refused("key", [](auto& tokens) { tokens.key.data = nullptr; });
+  expect_tokens_refused("value", [](auto& tokens) { tokens.value.stride[3] = 2; });
+  expect_refused("query", [&] { append(p.cache, sequence_of(good, 0)); });
+  expect_refused("query", [&] { attend(p.cache, sequence_of(good, 0), out.view(), lse.view()); });
+
+  for (const std::int64_t b : {0, 1}) {
+    expect_refused("query", [&] { append(p.cache, b, good); });
+    expect_refused("query", [&] { attend(p.cache, b, good, out.view(), lse.view()); });
+  }
+
+  for (const std::size_t extent : {0, 1, 2, 3}) {
+    tensor_view<float> wrong = out.view();
+    ++wrong.extent[extent];
+    expect_refused("out", [&] { attend(p.cache, good, wrong, lse.view()); });
+  }
+  lse_view<float> wrong = lse.view();
+  wrong.extent[2] = 1;
+  expect_refused("lse", [&] { attend(p.cache, good, out.view(), wrong); });
+  wrong = lse.view();
+  wrong.stride[1] = 0;
+  expect_refused("lse", [&] { attend(p.cache, good, out.view(), wrong); });
+
+  for (const std::int64_t b : {-1, 2}) {
+    expect_refused("b", [&] { append(p.cache, b, sequence_of(good, 0)); });
+    expect_refused("b", [&] { attend(p.cache, b, sequence_of(good, 0), sequence_of(out.view(), 0), lse_view<>{}); });
+    expect_refused("b", [&] { p.cache.truncate(b, 0); });
+    expect_refused("b", [&] { p.cache.reset(b); });
+    expect_refused("from", [&] { p.cache.fork(b, 0); });
+    expect_refused("to", [&] { p.cache.fork(0, b); });
+  }
+  expect_refused("length", [&] { p.cache.truncate(0, -1); });
+  expect_refused("length", [&] { p.cache.truncate(0, 15); });
+  // Sequence 0 has room for 6 tokens.
+  expect_refused("key", [&] { append(p.cache, p.next(7)); });
+  expect_refused("key", [&] { append(p.cache, 0, sequence_of(p.next(7), 0)); });
+  append(p.cache, p.next(6));
+}
+
+/// Views that repeat one token need no memory, but what they would make of a cache does.
+TEST(KvCache, RefusesMoreTokensThanMemoryCouldHold) {
+  prepared_cache p;
+  token_views<float> tokens = p.next(1);
+  for (tensor_view<const float>* view : {&tokens.query, &tokens.key, &tokens.value}) {
+    view->stride[2] = 0;
+    // Of four heads of dim 5 or 3: with 2^58 the number of bytes does not fit 64 bits.
+    view->extent[2] = std::int64_t{1} << 58;
+  }
+  const allocation_limit limit(1000, std::size_t{1} << 24);
+  EXPECT_EQ(refusal_of([&] { append(p.cache, tokens); }).find("cca: key: got "), 0U);
+}
+
+TEST(KvCache, RefusesShapesAndOptionsThatMakeNoSense) {
+  const auto expect_refused = [](const std::string& argument, const auto& change) {
+    cache_setup setup = example_cache({.group_size = 3, .window = 4});
+    change(setup);
+    const std::string message = refusal_of([&] { (void)setup.make(); });
+    EXPECT_EQ(message.find("cca: " + argument + ": got "), 0U) << argument << ": " << message;
+  };
+  expect_refused("shape.batch", [](auto& s) { s.shape.batch = -1; });
+  expect_refused("shape.heads", [](auto& s) { s.shape.heads = 0; });
+  expect_refused("shape.kv_heads", [](auto& s) { s.shape.kv_heads = 0; });
+  expect_refused("shape.kv_heads", [](auto& s) { s.shape.kv_heads = 3; });
+  expect_refused("shape.dim", [](auto& s) { s.shape.dim = 0; });
+  expect_refused("shape.value_dim", [](auto& s) { s.shape.value_dim = -1; });
+  expect_refused("shape.capacity", [](auto& s) { s.shape.capacity = -1; });
+  expect_refused("shape.capacity", [](auto& s) { s.shape.capacity = std::int64_t{1} << 57; });
+  expect_refused("shape.rewind", [](auto& s) { s.shape.rewind = -1; });
+  expect_refused("options.group_size", [](auto& s) { s.options.group_size = 0; });
+  expect_refused("options.group_size", [](auto& s) { s.options.window = unlimited; });
+  expect_refused("options.window", [](auto& s) { s.options.window = 0; });
+  expect_refused("options.pool", [](auto& s) { s.options.pool = static_cast<pooling>(7); });
+  expect_refused("options.cores", [](auto& s) { s.options.cores = static_cast<core_heads>(7); });
+  expect_refused("options.softmax_scale", [](auto& s) { s.options.softmax_scale = NAN; });
+  expect_refused("options.first_position", [](auto& s) { s.options.first_position = 0; });
+}
+
+/// Groups, windows and rewinds beyond any length: everything stays raw.
+TEST(KvCache, NumbersMayBeAsLargeAsTheyGet) {
+  random_engine random(12);
+  constexpr std::int64_t huge = unlimited;
+  for (const auto& [group_size, window, rewind] : std::array<std::array<std::int64_t, 3>, 6>{
+           {{1, 2, huge}, {huge, 2, 0}, {huge, 2, 1}, {huge, huge - 1, huge}, {3, huge - 1, 2}, {3, huge - 4, 0}}}) {
+    const cache_setup setup = example_cache({.group_size = group_size, .window = window}, {.rewind = rewind});
+    const operands<float> prompt = random_tokens(setup, 1, 12, random);
+    kv_cache<float> cache = setup.make();
+    append(cache, tokens_of(prompt, {0, 10}));
+    cache.truncate(0, 7);
+    attention_rule<float> rule;
+    rule.add(attend(cache, tokens_of(prompt, {7, 12})), textbook(views_of(prompt), 5, setup.options), describe(setup));
+    EXPECT_TRUE(rule.holds());
+    EXPECT_EQ(cache.raw_count(), 12);
+    EXPECT_EQ(cache.least_length(), 0);
+  }
+}
+
+}  // namespace
+}  // namespace cca::test
