@@ -107,8 +107,7 @@ class kv_cache {
   template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
   void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
               lse_view<Lse> lse, const E& run = {}) {
-    detail::require_operand("query", query);
-    require_batch(query.batch());
+    require_query(query, shape_.batch);
     detail::require_results(query, shape_.value_dim, out, lse);
     step(0, query, key, value, &out, lse, run);
   }
@@ -124,7 +123,7 @@ class kv_cache {
   void attend(std::int64_t b, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
               tensor_view<Out> out, lse_view<Lse> lse, const E& run = {}) {
     require_sequence("b", b);
-    detail::require_operand("query", query);
+    require_query(query, 1);
     detail::require_results(query, shape_.value_dim, out, lse);
     step(b, query, key, value, &out, lse, run);
   }
@@ -138,8 +137,7 @@ class kv_cache {
   /// Appends without attending: to every sequence, or to sequence `b` alone.
   template <class Query, class Key, class Value, executor E = serial_executor>
   void append(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, const E& run = {}) {
-    detail::require_operand("query", query);
-    require_batch(query.batch());
+    require_query(query, shape_.batch);
     step<Query, Key, Value, float, float>(0, query, key, value, nullptr, {}, run);
   }
 
@@ -147,7 +145,7 @@ class kv_cache {
   void append(std::int64_t b, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
               const E& run = {}) {
     require_sequence("b", b);
-    detail::require_operand("query", query);
+    require_query(query, 1);
     step<Query, Key, Value, float, float>(b, query, key, value, nullptr, {}, run);
   }
 
@@ -232,8 +230,10 @@ class kv_cache {
 
   /// Raw entries that a sequence of any length needs.
   [[nodiscard]] std::int64_t raw_limit() const {
-    const std::int64_t beyond_window = options_.group_size + shape_.rewind;
-    return options_.window > unlimited - beyond_window ? unlimited : options_.window + beyond_window;
+    std::int64_t limit = options_.window;
+    for (const std::int64_t more : {options_.group_size, shape_.rewind})
+      limit = limit > unlimited - more ? unlimited : limit + more;
+    return limit;
   }
 
   /// Room for `length` tokens. While the raw entries still grow nothing has wrapped around: every token keeps its row.
@@ -274,9 +274,10 @@ class kv_cache {
       detail::refuse(name, std::to_string(b), "a sequence in [0, " + std::to_string(shape_.batch) + ")");
   }
 
-  void require_batch(std::int64_t batch) const {
-    if (batch != shape_.batch)
-      detail::refuse("query", std::to_string(batch) + " sequences", "the cache's " + std::to_string(shape_.batch));
+  template <class Query>
+  void require_query(const tensor_view<Query>& query, std::int64_t batch) const {
+    detail::require_operand("query", query);
+    detail::require_extents("query", query, {batch, shape_.heads, query.length(), shape_.dim});
   }
 
   /// Everything that can fail comes first; then groups are pooled and queries answered beside what counts; only then
@@ -289,7 +290,6 @@ class kv_cache {
         "keys and values have the cache's element type: attention then sees them as the cache keeps them");
     using T = compute_type<Query, Element>;
     const std::int64_t count = query.length(), batch = query.batch();
-    detail::require_extents("query", query, {batch, shape_.heads, count, shape_.dim});
     detail::require_operand("key", key);
     detail::require_operand("value", value);
     detail::require_extents("key", key, {batch, shape_.kv_heads, count, shape_.dim});
@@ -299,6 +299,12 @@ class kv_cache {
         detail::refuse("key", std::to_string(count) + " tokens after " + std::to_string(at(b).length),
                        "at most the capacity of " + std::to_string(shape_.capacity));
     if (count == 0) return;
+    for (std::int64_t b = first; b < first + batch; ++b)
+      if (detail::elements(shape_.heads, at(b).length, std::max(shape_.dim, shape_.value_dim)) +
+              detail::elements(shape_.heads, count, std::max(shape_.dim, shape_.value_dim)) >
+          detail::max_elements)
+        detail::refuse("key", std::to_string(count) + " tokens after " + std::to_string(at(b).length),
+                       "a cache below 2^58 elements");
     for (std::int64_t b = first; b < first + batch; ++b) reserve(at(b), at(b).length + count);
 
     const std::int64_t workers = detail::concurrency(run);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <istream>
+#include <new>
 #include <ostream>
 #include <stdexcept>
 #include <string>
@@ -32,21 +33,33 @@ struct cache_file_header {
 };
 static_assert(sizeof(cache_file_header) == 8 + 6 * 4 + 8 + 9 * 8, "no padding: it would be written, and differ");
 
-/// 64-bit FNV-1a over 8 bytes at a time: tells damage, not malice.
+/// 64-bit FNV-1a over 8 bytes at a time, however they come in: tells damage, not malice.
 class checksum {
  public:
   void add(const char* data, std::size_t bytes) {
-    for (std::size_t i = 0; i < bytes; i += 8) {
-      std::uint64_t word = 0;
-      std::memcpy(&word, data + i, std::min<std::size_t>(8, bytes - i));
-      state_ = (state_ ^ word) * 0x100000001b3u;
-      state_ ^= state_ >> 29;  // so that every bit of a word reaches the low ones too
+    while (bytes > 0) {
+      const std::size_t part = std::min(bytes, sizeof word_ - filled_);
+      std::memcpy(reinterpret_cast<char*>(&word_) + filled_, data, part);
+      data += part;
+      bytes -= part;
+      filled_ += part;
+      if (filled_ < sizeof word_) return;
+      state_ = value();
+      word_ = 0;
+      filled_ = 0;
     }
   }
-  [[nodiscard]] std::uint64_t value() const { return state_; }
+
+  /// Of all bytes so far; those that do not fill a word count as one with zeros behind them.
+  [[nodiscard]] std::uint64_t value() const {
+    if (filled_ == 0) return state_;
+    const std::uint64_t mixed = (state_ ^ word_) * 0x100000001b3u;
+    return mixed ^ (mixed >> 29);  // so that every bit of a word reaches the low ones too
+  }
 
  private:
-  std::uint64_t state_ = 0xcbf29ce484222325u;
+  std::uint64_t state_ = 0xcbf29ce484222325u, word_ = 0;
+  std::size_t filled_ = 0;  // bytes of the word
 };
 
 [[noreturn]] inline void refuse_file(const std::string& what) { throw std::runtime_error("cca: cache file: " + what); }
@@ -195,10 +208,16 @@ struct cache_file {
     const std::vector<Element> core_rows = read_rows<Element>(reader, cache.core_heads_, cores, shape);
     const std::vector<Element> raw_rows = read_rows<Element>(reader, shape.kv_heads, held.size(), shape);
     reader.end_part();
-    cache.reserve(sequence, length);
-    for (std::int64_t h = 0; h < cache.core_heads_; ++h)
+    try {
+      cache.reserve(sequence, std::max(length, shape.capacity));
+    } catch (const std::bad_alloc&) {
+      refuse_file("got a capacity of " + std::to_string(shape.capacity) + " tokens, more than memory has");
+    }
+    // Heads are worth a loop only where the file brought rows of them.
+    for (std::int64_t h = 0; h < cache.core_heads_ && cores > 0; ++h)
       sequence.cores.copy_rows(h, 0, rows_of_head(core_rows, h, cores, shape), cores);
-    sequence.raw.write(held, [&](std::int64_t h) { return rows_of_head(raw_rows, h, held.size(), shape); });
+    if (!held.empty())
+      sequence.raw.write(held, [&](std::int64_t h) { return rows_of_head(raw_rows, h, held.size(), shape); });
     sequence.length = length;
     sequence.oldest = oldest;
     cache.add(std::move(sequence));
@@ -235,6 +254,7 @@ void save(const kv_cache<Element>& cache, std::ostream& stream) {
   writer.put(&header, 1);
   writer.end_part();
   for (std::int64_t b = 0; b < header.batch; ++b) detail::cache_file::save_sequence(cache, b, writer);
+  if (!stream.flush()) detail::refuse_file("cannot be written");
 }
 
 /// Reads a cache from a binary stream, and nothing behind it.
