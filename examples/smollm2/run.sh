@@ -12,5 +12,5 @@ cmake --build build/example --target smollm2
 venv=build/venv data=build/smollm2-data
 [[ -x $venv/bin/pip ]] || python3 -m venv $venv
 $venv/bin/pip install --quiet --disable-pip-version-check -r examples/smollm2/requirements.txt
-[[ -f $data/text.safetensors ]] || $venv/bin/python examples/smollm2/prepare.py $data
+[[ -f $data/vocabulary.safetensors && -f $data/text.safetensors ]] || $venv/bin/python examples/smollm2/prepare.py $data
 build/example/examples/smollm2/smollm2 $data "$@"
