@@ -580,7 +580,7 @@ TEST(KvCache, IsAsItWasWhenMemoryIsOut) {
     std::int64_t allowed = 0;
     for (bool failed = true; failed; ++allowed) {
       prepared_cache p;
-      const any_executor run;
+      const any_executor run{.threads = 3};  // scratch memory has to grow with them
       failed = fails_to_allocate(allowed, [&] { step.take(p, run); });
       if (failed) expect_untouched(p, step.name + ", allocation " + std::to_string(allowed));
     }
@@ -656,12 +656,12 @@ TEST(KvCache, RefusesWhatDoesNotFitAndStaysAsItWas) {
     change(tokens);
     expect_refused(argument, [&] { append(p.cache, 1, tokens); });
   };
-  for (const std::size_t extent : {0, 1, 2, 3})
+  for (const std::size_t extent : {0U, 1U, 2U, 3U})
     for (const std::int64_t wrong : {0, 7, -1}) {
       expect_tokens_refused("key", [&](auto& tokens) { tokens.key.extent[extent] = wrong; });
       expect_tokens_refused("value", [&](auto& tokens) { tokens.value.extent[extent] = wrong; });
     }
-  for (const std::size_t extent : {1, 3})
+  for (const std::size_t extent : {1U, 3U})
     expect_tokens_refused("query", [&](auto& tokens) { tokens.query.extent[extent] = 2; });
   expect_tokens_refused("query", [](auto& tokens) { tokens.query.data = nullptr; });
   expect_tokens_refused("key", [](auto& tokens) { tokens.key.data = nullptr; });
@@ -674,7 +674,7 @@ TEST(KvCache, RefusesWhatDoesNotFitAndStaysAsItWas) {
     expect_refused("query", [&] { attend(p.cache, b, good, out.view(), lse.view()); });
   }
 
-  for (const std::size_t extent : {0, 1, 2, 3}) {
+  for (const std::size_t extent : {0U, 1U, 2U, 3U}) {
     tensor_view<float> wrong = out.view();
     ++wrong.extent[extent];
     expect_refused("out", [&] { attend(p.cache, good, wrong, lse.view()); });
