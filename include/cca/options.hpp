@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -88,8 +89,8 @@ void require_output(const char* name, const tensor_view<T, Rank>& view) {
   require_operand(name, view);
   if (view.empty()) return;
   std::array<std::pair<std::int64_t, std::int64_t>, Rank> dims;
-  for (std::size_t i = 0; i < Rank; ++i)
-    dims[i] = {view.stride[i] < 0 ? -view.stride[i] : view.stride[i], view.extent[i]};
+  for (std::size_t i = 0; i < Rank; ++i)  // the stride of a single element, which may be any number, leads nowhere
+    dims[i] = {view.extent[i] == 1 ? 0 : std::abs(view.stride[i]), view.extent[i]};
   std::sort(dims.begin(), dims.end());
   std::int64_t covered = 0;
   for (const auto& [stride, extent] : dims) {
