@@ -44,13 +44,13 @@ void scale_row(const From* from, std::int64_t dim, T factor, To* to) {
 template <class T>
 void dot_rows(const T* query, row_span<T> keys, std::int64_t dim, std::int64_t count, T* logits) {
   constexpr std::int64_t W = width<T>, sums = 4;
-  const std::int64_t full = dim - dim % W, ahead = rows_ahead<T>(dim) * keys.stride;
+  const std::int64_t full = dim - dim % W, ahead = rows_ahead<T>(dim);
   for (std::int64_t j = 0; j < count; ++j) {
     const T* key = keys.row(j);
     vec<T> sum[sums];
     unroll<sums>([&](auto i) CCA_INLINE_LAMBDA { sum[i] = vec<T>(T(0)); });
     const auto add = [&](std::int64_t d, auto i) CCA_INLINE_LAMBDA {
-      prefetch(key, ahead + d);
+      prefetch(key, ahead, keys.stride, d);
       sum[i] = fma<T>(vec<T>::load_unaligned(key + d), vec<T>::load_aligned(query + d), sum[i]);
     };
     std::int64_t d = 0;
@@ -65,7 +65,7 @@ void dot_rows(const T* query, row_span<T> keys, std::int64_t dim, std::int64_t c
 template <class T>
 void add_weighted_rows(const T* weights, row_span<T> rows, std::int64_t dim, std::int64_t count, T rescale, T* sum) {
   constexpr std::int64_t W = width<T>, vectors = 8;
-  const std::int64_t full = dim - dim % W, ahead = rows_ahead<T>(dim) * rows.stride;
+  const std::int64_t full = dim - dim % W, ahead = rows_ahead<T>(dim);
   for_row_blocks<vectors>(dim / W, [&](auto n, std::int64_t first) CCA_INLINE_LAMBDA {
     constexpr std::int64_t N = n();
     const std::int64_t d = first * W;
@@ -74,7 +74,7 @@ void add_weighted_rows(const T* weights, row_span<T> rows, std::int64_t dim, std
     for (std::int64_t j = 0; j < count; ++j) {
       const vec<T> weight(weights[j]);
       unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
-        prefetch(rows.row(j), ahead + d + i * W);
+        prefetch(rows.row(j), ahead, rows.stride, d + i * W);
         partial[i] = fma<T>(weight, vec<T>::load_unaligned(rows.row(j) + d + i * W), partial[i]);
       });
     }

@@ -23,7 +23,7 @@ struct row_span {
 template <class T>
 CCA_INLINE void prefetch_row(row_span<T> rows, std::int64_t i, std::int64_t dim) {
   constexpr std::int64_t line = 64 / sizeof(T);
-  for (std::int64_t d = 0; d < dim; d += line) prefetch(rows.data, i * rows.stride + d);
+  for (std::int64_t d = 0; d < dim; d += line) prefetch(rows.data, i, rows.stride, d);
 }
 
 /// Whether rows of these elements are computed with where they lie; otherwise `stage` needs a buffer for them.

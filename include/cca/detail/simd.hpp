@@ -114,11 +114,13 @@ CCA_INLINE void store_partial(T* to, vec<T> x, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) to[i] = buffer[i];
 }
 
-/// Asks for the cache line of `from + offset`, which may lie outside of the array: nothing is read.
+/// Asks for the cache line of element `d` of the row `rows` rows of `stride` behind `from`. It may lie outside of the
+/// array: nothing is read, and the address is made by numbers that may wrap around.
 template <class T>
-CCA_INLINE void prefetch(const T* from, std::int64_t offset) {
-  const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset) * sizeof(T);
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+CCA_INLINE void prefetch(const T* from, std::int64_t rows, std::int64_t stride, std::int64_t d) {
+  const auto offset =
+      static_cast<std::uintptr_t>(rows) * static_cast<std::uintptr_t>(stride) + static_cast<std::uintptr_t>(d);
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) + offset * sizeof(T)), 0, 2);
 }
 
 /// Whether none of the `n` elements is infinite or NaN.
