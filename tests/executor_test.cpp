@@ -69,7 +69,7 @@ template <class T>
 class Executor : public testing::Test {
  protected:
   using shape = detail::tile_shape<T>;
-  static constexpr std::int64_t stack = shape::stack * shape::lanes;
+  static constexpr std::int64_t stack = shape::least_stack * shape::lanes;  // of sequences as short as those here
 };
 
 TYPED_TEST_SUITE(Executor, precisions);

@@ -44,7 +44,8 @@ template <class T>
 class Memory : public testing::Test {
  protected:
   using shape = detail::tile_shape<T>;
-  static constexpr std::int64_t lanes = shape::lanes, block = shape::block, stack = shape::stack * lanes;
+  static constexpr std::int64_t lanes = shape::lanes, block = shape::block;
+  static constexpr std::int64_t stack = shape::least_stack * lanes;  // of sequences as short as those here
 };
 
 TYPED_TEST_SUITE(Memory, precisions);
