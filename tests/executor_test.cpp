@@ -91,7 +91,8 @@ TYPED_TEST(Executor, ResultsAreTheSameForAny) {
   for (const entry entry : all_entries)
     for (const sizes& s : shapes) {
       problem p = example(entry, s);
-      if (s.queries < s.keys) p.options.window = entry == entry::local ? s.keys - 5 : p.options.window;
+      if (s.queries < s.keys && entry == entry::attention) continue;  // which has a query for every key
+      if (s.queries < s.keys && entry == entry::local) p.options.window = s.keys - 5;
       argument_memory<T> serial = argument_memory<T>(p).randomize(random);
       call(p, serial.arguments());
       for (const auto& [name, run] : all)
