@@ -4,38 +4,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <atomic>
-#include <cstdlib>
 #include <memory>
 #include <new>
 #include <numeric>
 
+#include "allocations.hpp"
 #include "entry_points.hpp"
-
-namespace {
-
-std::atomic<std::int64_t> allocations{0};
-
-void* allocate(std::size_t size, std::size_t alignment) {
-  ++allocations;
-  // aligned_alloc wants a multiple of the alignment.
-  void* memory =
-      std::aligned_alloc(alignment, (std::max<std::size_t>(size, 1) + alignment - 1) / alignment * alignment);
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
-}  // namespace
-
-// Each allocation of this program is counted. The forms for arrays and those that do not throw call these.
-void* operator new(std::size_t size) { return allocate(size, alignof(std::max_align_t)); }
-void* operator new(std::size_t size, std::align_val_t alignment) {
-  return allocate(size, static_cast<std::size_t>(alignment));
-}
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
 
 namespace cca::test {
 namespace {
@@ -242,9 +216,9 @@ TYPED_TEST(Memory, NothingIsAllocatedWhereThereIsAWorkspace) {
       const arguments<T> a = memory.arguments();
       std::vector<std::byte> workspace(workspace_size(p, a));
       const any_executor run;
-      const std::int64_t before = allocations;
+      const std::int64_t before = allocation_count();
       call(p, a, run, workspace);
-      EXPECT_EQ(allocations - before, 0) << p;
+      EXPECT_EQ(allocation_count() - before, 0) << p;
     }
 }
 
