@@ -310,6 +310,10 @@ TEST(Validation, RefusesOptions) {
       {with_keys,
        [](options& o) { o.softmax_scale = std::numeric_limits<double>::quiet_NaN(); },
        {"options.softmax_scale", "nan", "a finite number"}},
+      // Finite, but not in float, in which these calls compute.
+      {with_keys,
+       [](options& o) { o.softmax_scale = 1e300; },
+       {"options.softmax_scale", std::to_string(1e300), "a finite number"}},
       {with_keys,
        [](options& o) { o.pool = static_cast<pooling>(3); },
        {"options.pool", "3", "last_query, mean or max"}},

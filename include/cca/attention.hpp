@@ -96,7 +96,7 @@ template <class Query, class Key, class Value, class Out, class Lse, executor E>
 void attend_raw(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
                 lse_view<Lse> lse, const options& options, const E& run, std::span<std::byte> workspace) {
   using T = compute_type<Query, Key, Value>;
-  require_options(options);
+  require_options<T>(options);
   require_positions(options);
   require_operand("query", query);
   require_key_value("key", "value", query, key, value);
@@ -147,8 +147,8 @@ struct cca_plan {
 template <class Query, class Key, class Value, executor E = serial_executor>
 [[nodiscard]] std::size_t workspace_size(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                          const options& options, const E& run = {}) {
-  detail::require_options(options);
   using T = compute_type<Query, Key, Value>;
+  detail::require_options<T>(options);
   return detail::cca_plan<T>(query, key, value, options, run).bytes() + detail::scratch_alignment;
 }
 
@@ -254,7 +254,7 @@ void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> v
             tensor_view<Out> out, lse_view<Lse> lse, const options& options, const E& run = {},
             std::span<std::byte> workspace = {}) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
-  detail::require_options(options);
+  detail::require_options<T>(options);
   detail::require_grouping(options);
   detail::require_positions(options);
   detail::require_operand("query", query);

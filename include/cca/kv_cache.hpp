@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "cache_shape.hpp"
 #include "detail/forward.hpp"
 #include "detail/row_store.hpp"
 #include "executor.hpp"
@@ -22,26 +23,7 @@ namespace cca::inline CCA_TARGET {
 
 namespace detail {
 struct cache_file;
-
-/// Elements of a tensor, where their number may not fit 64 bits; and the most that memory could hold.
-[[nodiscard]] inline long double elements(std::int64_t heads, std::int64_t rows, std::int64_t dim) {
-  return static_cast<long double>(heads) * static_cast<long double>(rows) * static_cast<long double>(dim);
 }
-inline constexpr long double max_elements = 0x1p58L;
-}  // namespace detail
-
-/// What a cache holds, fixed at its construction.
-struct cache_shape {
-  std::int64_t batch = 1;      ///< sequences
-  std::int64_t heads = 0;      ///< query heads
-  std::int64_t kv_heads = 0;   ///< key/value heads, a divisor of `heads`
-  std::int64_t dim = 0;        ///< of queries and keys
-  std::int64_t value_dim = 0;  ///< of values; 0 means `dim`
-  std::int64_t capacity = 0;   ///< tokens per sequence for which memory is taken at once; 0: as they come
-  std::int64_t rewind = 0;     ///< tokens that `truncate` can always take back, at one raw entry each
-
-  friend bool operator==(const cache_shape&, const cache_shape&) = default;
-};
 
 /// The keys and values that CCA attention can still see: per sequence the cores of all complete groups and the raw
 /// tokens of the window, `floor(n / g)` cores and at most `s + g + rewind` raw entries after n tokens.
@@ -60,7 +42,7 @@ class kv_cache {
 
   /// @throws std::invalid_argument  naming the member of `shape` or `options` that makes no sense
   kv_cache(const cache_shape& shape, const options& options)
-      : shape_(complete(shape)),
+      : shape_(detail::complete(shape)),
         options_(validated(options)),
         partition_{options.group_size, options.window},
         core_heads_(detail::core_head_count(options, shape_.heads, shape_.kv_heads)) {
@@ -242,28 +224,8 @@ class kv_cache {
     s.raw.reserve(std::min(length, raw_limit()), raw_limit());
   }
 
-  static cache_shape complete(cache_shape shape) {
-    using detail::refuse;
-    const auto least = [](const char* name, std::int64_t got, std::int64_t wanted) {
-      if (got < wanted) refuse(name, std::to_string(got), "at least " + std::to_string(wanted));
-    };
-    least("shape.batch", shape.batch, 0);
-    least("shape.heads", shape.heads, 1);
-    least("shape.kv_heads", shape.kv_heads, 1);
-    detail::require_heads("shape.kv_heads", shape.kv_heads, shape.heads);
-    least("shape.dim", shape.dim, 1);
-    least("shape.value_dim", shape.value_dim, 0);
-    least("shape.capacity", shape.capacity, 0);
-    least("shape.rewind", shape.rewind, 0);
-    if (shape.value_dim == 0) shape.value_dim = shape.dim;
-    if (!(detail::elements(shape.heads, std::max<std::int64_t>(shape.capacity, 1),
-                           std::max(shape.dim, shape.value_dim)) <= detail::max_elements))
-      refuse("shape.capacity", std::to_string(shape.capacity) + " tokens", "a cache below 2^58 elements");
-    return shape;
-  }
-
   static cca::options validated(const cca::options& options) {
-    detail::require_options(options);
+    detail::require_options<compute_type<Element>>(options);
     detail::require_grouping(options);
     detail::require_unused(!options.first_position, "options.first_position", "none: a cache knows its positions");
     return options;
@@ -300,9 +262,7 @@ class kv_cache {
                        "at most the capacity of " + std::to_string(shape_.capacity));
     if (count == 0) return;
     for (std::int64_t b = first; b < first + batch; ++b)
-      if (detail::elements(shape_.heads, at(b).length, std::max(shape_.dim, shape_.value_dim)) +
-              detail::elements(shape_.heads, count, std::max(shape_.dim, shape_.value_dim)) >
-          detail::max_elements)
+      if (detail::elements(shape_, at(b).length) + detail::elements(shape_, count) > detail::max_elements)
         detail::refuse("key", std::to_string(count) + " tokens after " + std::to_string(at(b).length),
                        "a cache below 2^58 elements");
     for (std::int64_t b = first; b < first + batch; ++b) reserve(at(b), at(b).length + count);

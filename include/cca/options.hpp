@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -124,7 +125,9 @@ void require_key_value(const char* key_name, const char* value_name, const tenso
   require_extents(value_name, value, {key.batch(), key.heads(), key.length(), value.dim()});
 }
 
-inline void require_options(const options& options) {
+/// `T` is what is computed in: a scale beyond its numbers would turn every score into NaN.
+template <class T>
+void require_options(const options& options) {
   if (options.group_size < 1) refuse("options.group_size", std::to_string(options.group_size), "at least 1");
   if (options.window < 1) refuse("options.window", std::to_string(options.window), "at least 1");
   if (!(options.pool == pooling::last_query || options.pool == pooling::mean || options.pool == pooling::max))
@@ -132,7 +135,7 @@ inline void require_options(const options& options) {
   if (!(options.cores == core_heads::per_query_head || options.cores == core_heads::per_kv_head))
     refuse("options.cores", std::to_string(static_cast<int>(options.cores)), "per_query_head or per_kv_head");
   if (options.softmax_scale)
-    if (!std::isfinite(*options.softmax_scale))
+    if (!(std::abs(*options.softmax_scale) <= static_cast<double>(std::numeric_limits<T>::max())))
       refuse("options.softmax_scale", std::to_string(*options.softmax_scale), "a finite number");
 }
 

@@ -169,7 +169,7 @@ void pool_views(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Valu
 template <class Query, class Key, class Value>
 void require_pooling_operands(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                               const options& options) {
-  require_options(options);
+  require_options<compute_type<Query, Key, Value>>(options);
   require_operand("query", query);
   require_key_value("key", "value", query, key, value);
   if (query.length() != key.length())
