@@ -91,18 +91,50 @@ auto attend_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, c
                  !in_place<T, Key, Value, FarKey, FarValue>, run);
 }
 
+/// Operands and options of local and dense attention.
+template <class Query, class Key, class Value>
+void require_raw(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
+                 const options& options) {
+  require_options<compute_type<Query, Key, Value>>(options);
+  require_positions(options);
+  require_operand("query", query);
+  require_key_value("key", "value", query, key, value);
+  require_unused(options.pool == pooling::last_query, "options.pool", "none: nothing is pooled");
+  require_unused(options.cores == core_heads::per_query_head, "options.cores", "none: nothing is pooled");
+}
+
+/// What dense attention has no use for.
+inline void require_dense(const options& options) {
+  require_unused(options.group_size == 1, "options.group_size", "1: dense attention has no groups");
+  require_unused(options.window == unlimited, "options.window", "none: dense attention has no window");
+}
+
+/// Operands and options of `attend`.
+template <class Query, class Key, class Value, class FarKey, class FarValue>
+void require_attend(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
+                    const far<FarKey, FarValue>& far, const options& options) {
+  require_options<compute_type<Query, Key, Value, FarKey, FarValue>>(options);
+  require_grouping(options);
+  require_positions(options);
+  require_operand("query", query);
+  require_key_value("key", "value", query, key, value);
+  require_key_value("far.key", "far.value", query, far.key, far.value);
+  if (far.value.dim() != value.dim())
+    refuse("far.value", "dim " + std::to_string(far.value.dim()), "the value's dim " + std::to_string(value.dim()));
+  require_operand("far.seen", far.seen);
+  require_extents("far.seen", far.seen, {query.batch(), query.heads(), query.length()});
+  require_seen(far.seen, far.key.length());
+  require_unused(options.pool == pooling::last_query, "options.pool", "none: the caller pools");
+  require_unused(options.cores == core_heads::per_query_head, "options.cores", "none: the caller pools");
+}
+
 /// The raw part of the context alone: local and dense attention.
 template <class Query, class Key, class Value, class Out, class Lse, executor E>
 void attend_raw(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
                 lse_view<Lse> lse, const options& options, const E& run, std::span<std::byte> workspace) {
   using T = compute_type<Query, Key, Value>;
-  require_options<T>(options);
-  require_positions(options);
-  require_operand("query", query);
-  require_key_value("key", "value", query, key, value);
+  require_raw(query, key, value, options);
   require_results(query, value.dim(), out, lse);
-  require_unused(options.pool == pooling::last_query, "options.pool", "none: nothing is pooled");
-  require_unused(options.cores == core_heads::per_query_head, "options.cores", "none: nothing is pooled");
 
   const auto forward = plan<T>(query, value.dim(), key.heads(), {key.length()}, !in_place<T, Key, Value>, run);
   scratch memory(workspace, forward.bytes());
@@ -116,6 +148,21 @@ auto far_source(tensor_view<Key> key, tensor_view<Value> value, Seen seen) {
   return view_source(key, value, [seen](std::int64_t b, std::int64_t h, std::int64_t i) {
     return range{0, seen(b, h, i)};
   });
+}
+
+/// A caller's far rows.
+template <class Key, class Value>
+auto seen_source(const far<Key, Value>& far) {
+  return far_source(far.key, far.value,
+                    [seen = far.seen](std::int64_t b, std::int64_t h, std::int64_t i) { return *seen.row(b, h, i); });
+}
+
+/// Cores.
+template <class T>
+auto core_source(tensor_view<T> key, tensor_view<T> value, const options& options) {
+  return far_source(key, value,
+                    [partition = partition{options.group_size, options.window}](
+                        std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); });
 }
 
 /// Scratch of CCA attention: the cores that some query sees, what pools them, and what attends to them.
@@ -188,12 +235,8 @@ void attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value
       bhsd(memory.take<T>(plan.core_value_size), key.batch(), plan.core_heads, plan.cores, value.dim());
   detail::pool_views<T>(query, key, value, core_key, core_value, options, run,
                         detail::worker_scratch<T>(memory, plan.workers, plan.pooler_size));
-  const partition partition{options.group_size, options.window};
-  plan.forward(
-      query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
-      detail::far_source(core_key, core_value,
-                         [partition](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); }),
-      detail::raw_source(query, key, value, options));
+  plan.forward(query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
+               detail::core_source(core_key, core_value, options), detail::raw_source(query, key, value, options));
 }
 
 /// Without log-sum-exps.
@@ -230,8 +273,7 @@ template <class Query, class Key, class Value, class Out, class Lse, executor E 
 void dense_attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
                      lse_view<Lse> lse, const options& options = {}, const E& run = {},
                      std::span<std::byte> workspace = {}) {
-  detail::require_unused(options.group_size == 1, "options.group_size", "1: dense attention has no groups");
-  detail::require_unused(options.window == unlimited, "options.window", "none: dense attention has no window");
+  detail::require_dense(options);
   detail::attend_raw(query, key, value, out, lse, options, run, workspace);
 }
 
@@ -254,29 +296,13 @@ void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> v
             tensor_view<Out> out, lse_view<Lse> lse, const options& options, const E& run = {},
             std::span<std::byte> workspace = {}) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
-  detail::require_options<T>(options);
-  detail::require_grouping(options);
-  detail::require_positions(options);
-  detail::require_operand("query", query);
-  detail::require_key_value("key", "value", query, key, value);
-  detail::require_key_value("far.key", "far.value", query, far.key, far.value);
-  if (far.value.dim() != value.dim())
-    detail::refuse("far.value", "dim " + std::to_string(far.value.dim()),
-                   "the value's dim " + std::to_string(value.dim()));
-  detail::require_operand("far.seen", far.seen);
-  detail::require_extents("far.seen", far.seen, {query.batch(), query.heads(), query.length()});
-  detail::require_seen(far.seen, far.key.length());
+  detail::require_attend(query, key, value, far, options);
   detail::require_results(query, value.dim(), out, lse);
-  detail::require_unused(options.pool == pooling::last_query, "options.pool", "none: the caller pools");
-  detail::require_unused(options.cores == core_heads::per_query_head, "options.cores", "none: the caller pools");
 
   const auto forward = detail::attend_plan(query, key, value, far, run);
   detail::scratch memory(workspace, forward.bytes());
   forward(query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
-          detail::far_source(
-              far.key, far.value,
-              [seen = far.seen](std::int64_t b, std::int64_t h, std::int64_t i) { return *seen.row(b, h, i); }),
-          detail::raw_source(query, key, value, options));
+          detail::seen_source(far), detail::raw_source(query, key, value, options));
 }
 
 /// Without log-sum-exps.

@@ -6,6 +6,7 @@
 
 #include "attention.hpp"
 #include "executor.hpp"
+#include "gradient.hpp"
 #include "kv_cache.hpp"
 #include "merge.hpp"
 #include "options.hpp"

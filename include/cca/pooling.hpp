@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <numbers>
@@ -18,6 +19,25 @@
 
 namespace cca::inline CCA_TARGET {
 namespace detail {
+
+/// `maximum[d] = max_j rows[j][d]`, of what it holds and `count` rows. A NaN enters and stays.
+template <class T>
+void raise_to_rows(row_span<T> rows, std::int64_t dim, std::int64_t count, T* maximum) {
+  for (std::int64_t j = 0; j < count; ++j)
+    for (std::int64_t d = 0; d < dim; ++d) {
+      const T x = rows.row(j)[d];
+      if (!(x <= maximum[d]) && maximum[d] == maximum[d]) maximum[d] = x;
+    }
+}
+
+/// `sum[d] += row[d] * factor` for d in `[0, dim)`, across element types.
+template <class T, class Row>
+void add_scaled_row(const Row* row, std::int64_t dim, T factor, T* sum) {
+  if constexpr (in_place<T, Row>)
+    add_weighted_rows(&factor, {row, 0}, dim, 1, T(1), sum);
+  else
+    for (std::int64_t d = 0; d < dim; ++d) sum[d] += static_cast<T>(row[d]) * factor;
+}
 
 /// Pools a group of one head: `begin`, the queries of its last token, its rows in one or more pieces, `finish`. Every row
 /// is read once: this is bound by reading `group_size * (dim + value_dim)` elements.
@@ -51,11 +71,7 @@ class group_pooler {
   /// Adds one of the `count` queries of the group's last token; their mean weighs the rows.
   template <class Query>
   void add_query(const Query* query, std::int64_t count) {
-    const T weight = scale_ / static_cast<T>(count);
-    if constexpr (in_place<T, Query>)
-      add_weighted_rows(&weight, {query, dim_}, dim_, 1, T(1), query_);
-    else
-      for (std::int64_t d = 0; d < dim_; ++d) query_[d] += static_cast<T>(query[d]) * weight;
+    add_scaled_row(query, dim_, scale_ / static_cast<T>(count), query_);
   }
 
   /// Takes in the rows `piece` of a head.
@@ -97,14 +113,6 @@ class group_pooler {
     return T(1);
   }
 
-  static void raise_to_rows(row_span<T> rows, std::int64_t dim, std::int64_t count, T* maximum) {
-    for (std::int64_t j = 0; j < count; ++j)
-      for (std::int64_t d = 0; d < dim; ++d) {
-        const T x = rows.row(j)[d];
-        if (!(x <= maximum[d]) && maximum[d] == maximum[d]) maximum[d] = x;  // a NaN enters and stays
-      }
-  }
-
   std::int64_t dim_, value_dim_;
   pooling pool_;
   T scale_;
@@ -120,6 +128,22 @@ struct pool_heads {
   std::int64_t batch, query_heads, kv_heads, core_heads;
 };
 
+/// Calls `f(worker, b, kv_head, core head, group)` for the groups `[groups.begin, groups.end)` of every sequence and core
+/// head. The heads that share a group take turns while its rows are in cache, never at once.
+template <executor E, class F>
+void for_each_group(const pool_heads& heads, range groups, std::int64_t group_size, const E& run, std::int64_t workers,
+                    const F& f) {
+  if (heads.core_heads == 0) return;
+  const std::int64_t per_task = std::max<std::int64_t>(pool_task_tokens / group_size, 1);
+  const std::int64_t tasks = (groups.size() + per_task - 1) / per_task;
+  run_tasks(run, workers, heads.batch * heads.kv_heads * tasks, [&](std::int64_t worker, std::int64_t i) {
+    const std::int64_t b = i / tasks / heads.kv_heads, kv_head = i / tasks % heads.kv_heads;
+    const std::int64_t first = groups.begin + i % tasks * per_task, cores = heads.core_heads / heads.kv_heads;
+    for (std::int64_t c = first; c < std::min(groups.end, first + per_task); ++c)
+      for (std::int64_t h = kv_head * cores; h < (kv_head + 1) * cores; ++h) f(worker, b, kv_head, h, c);
+  });
+}
+
 /// Pools the groups `[groups.begin, groups.end)` of every sequence and core head. `absorb(pooler, b, kv_head, tokens)`
 /// feeds a group's rows, `query(b, h, token)` is a row of queries, `core(b, h, group)` the pair of rows to write. Scratch
 /// is of `group_pooler::size` elements a worker.
@@ -127,26 +151,18 @@ template <class T, class Absorb, class Query, class Core, executor E>
 void pool_groups(const pool_heads& heads, range groups, std::int64_t dim, std::int64_t value_dim,
                  const options& options, const Absorb& absorb, const Query& query, const Core& core, const E& run,
                  const worker_scratch<T>& scratch) {
-  if (heads.core_heads == 0) return;
   const partition partition{options.group_size, options.window};
-  const std::int64_t per_task = std::max<std::int64_t>(pool_task_tokens / options.group_size, 1);
-  const std::int64_t tasks = (groups.size() + per_task - 1) / per_task;
-  run_tasks(run, scratch.workers(), heads.batch * heads.kv_heads * tasks, [&](std::int64_t worker, std::int64_t i) {
-    group_pooler<T> pooler(scratch[worker], dim, value_dim, options);
-    const std::int64_t b = i / tasks / heads.kv_heads, kv_head = i / tasks % heads.kv_heads;
-    const std::int64_t first = groups.begin + i % tasks * per_task;
-    const std::int64_t cores = heads.core_heads / heads.kv_heads, sharing = heads.query_heads / heads.core_heads;
-    // The heads that share a group take turns while its rows are in cache.
-    for (std::int64_t c = first; c < std::min(groups.end, first + per_task); ++c)
-      for (std::int64_t h = kv_head * cores; h < (kv_head + 1) * cores; ++h) {
-        pooler.begin();
-        for (std::int64_t q = h * sharing; options.pool == pooling::last_query && q < (h + 1) * sharing; ++q)
-          pooler.add_query(query(b, q, partition.group(c).end - 1), sharing);
-        absorb(pooler, b, kv_head, partition.group(c));
-        const auto [key, value] = core(b, h, c);
-        pooler.finish(key, value);
-      }
-  });
+  for_each_group(heads, groups, options.group_size, run, scratch.workers(),
+                 [&](std::int64_t worker, std::int64_t b, std::int64_t kv_head, std::int64_t h, std::int64_t c) {
+                   group_pooler<T> pooler(scratch[worker], dim, value_dim, options);
+                   pooler.begin();
+                   const std::int64_t sharing = heads.query_heads / heads.core_heads;
+                   for (std::int64_t q = h * sharing; options.pool == pooling::last_query && q < (h + 1) * sharing; ++q)
+                     pooler.add_query(query(b, q, partition.group(c).end - 1), sharing);
+                   absorb(pooler, b, kv_head, partition.group(c));
+                   const auto [key, value] = core(b, h, c);
+                   pooler.finish(key, value);
+                 });
 }
 
 /// The first `core_key.length()` groups of views.
@@ -181,6 +197,24 @@ void require_pooling_operands(tensor_view<Query> query, tensor_view<Key> key, te
            "0 or none: there is a query for every key");
 }
 
+/// Operands and options of `pool`.
+template <class Query, class Key, class Value>
+void require_pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, const options& options) {
+  require_pooling_operands(query, key, value, options);
+  require_unused(options.window == unlimited, "options.window", "none: every complete group is pooled");
+  require_unused(options.pool == pooling::last_query || !options.softmax_scale, "options.softmax_scale",
+                 "none: the mean and the maximum have no weights");
+}
+
+/// Extents of the core keys and values of every complete group.
+template <class Query, class Key, class Value>
+std::array<std::array<std::int64_t, 4>, 2> core_extents(tensor_view<Query> query, tensor_view<Key> key,
+                                                        tensor_view<Value> value, const options& options) {
+  const std::int64_t heads = core_head_count(options, query.heads(), key.heads());
+  const std::int64_t groups = partition{options.group_size}.group_count(key.length());
+  return {{{key.batch(), heads, groups, key.dim()}, {key.batch(), heads, groups, value.dim()}}};
+}
+
 }  // namespace detail
 
 /// Pools every complete group of keys and values into a core token (globality-aware pooling).
@@ -199,16 +233,12 @@ void pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> val
           tensor_view<CoreValue> core_value, const options& options, const E& run = {},
           std::span<std::byte> workspace = {}) {
   using T = compute_type<Query, Key, Value>;
-  detail::require_pooling_operands(query, key, value, options);
-  detail::require_unused(options.window == unlimited, "options.window", "none: every complete group is pooled");
-  detail::require_unused(options.pool == pooling::last_query || !options.softmax_scale, "options.softmax_scale",
-                         "none: the mean and the maximum have no weights");
-  const std::int64_t heads = detail::core_head_count(options, query.heads(), key.heads());
-  const std::int64_t groups = partition{options.group_size}.group_count(key.length());
+  detail::require_pool(query, key, value, options);
+  const auto [key_extents, value_extents] = detail::core_extents(query, key, value, options);
   detail::require_output("core_key", core_key);
   detail::require_output("core_value", core_value);
-  detail::require_extents("core_key", core_key, {key.batch(), heads, groups, key.dim()});
-  detail::require_extents("core_value", core_value, {key.batch(), heads, groups, value.dim()});
+  detail::require_extents("core_key", core_key, key_extents);
+  detail::require_extents("core_value", core_value, value_extents);
 
   const std::int64_t workers = detail::concurrency(run);
   const std::int64_t size = detail::group_pooler<T>::size(key.dim(), value.dim(), !detail::in_place<T, Key, Value>);

@@ -26,6 +26,14 @@ CCA_INLINE void prefetch_row(row_span<T> rows, std::int64_t i, std::int64_t dim)
   for (std::int64_t d = 0; d < dim; d += line) prefetch(rows.data, i, rows.stride, d);
 }
 
+/// Whether all of `count` rows of `dim` elements are finite.
+template <class T>
+[[nodiscard]] bool all_finite(row_span<T> rows, std::int64_t dim, std::int64_t count) {
+  for (std::int64_t j = 0; j < count; ++j)
+    if (!all_finite(rows.row(j), dim)) return false;
+  return true;
+}
+
 /// Whether rows of these elements are computed with where they lie; otherwise `stage` needs a buffer for them.
 template <class T, class... Elements>
 inline constexpr bool in_place = (std::is_same_v<std::remove_const_t<Elements>, T> && ...);

@@ -1,0 +1,84 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "../executor.hpp"
+#include "../tensor_view.hpp"
+#include "gradient_stack.hpp"
+#include "scratch.hpp"
+#include "turn.hpp"
+
+namespace cca::inline CCA_TARGET::detail {
+
+/// The queries, and what came of them.
+template <class Query, class Out, class Lse, class GradOut, class GradLse>
+struct query_results {
+  tensor_view<Query> query;
+  tensor_view<Out> out;
+  lse_view<Lse> lse;
+  tensor_view<GradOut> grad_out;
+  lse_view<GradLse> grad_lse;  ///< no data: zero
+};
+
+template <class Query, class Out, class Lse, class GradOut, class GradLse>
+query_results(tensor_view<Query>, tensor_view<Out>, lse_view<Lse>, tensor_view<GradOut>, lse_view<GradLse>)
+    -> query_results<Query, Out, Lse, GradOut, GradLse>;
+
+/// The gradients of attention of every query over all sources: the counterpart of `forward`.
+///
+/// A task is a stack of queries. Those whose heads share rows, of any source, form a chain: they add to the gradients of
+/// the rows in turn, see `turn`. Stacks of the same queries in the heads of a chain follow each other, as they read the
+/// same rows.
+template <class T>
+class backward {
+ public:
+  /// `fewest_heads` are those of the source with the fewest.
+  backward(std::int64_t batch, std::int64_t heads, std::int64_t length, std::int64_t dim, std::int64_t value_dim,
+           std::int64_t fewest_heads, bool staged, std::int64_t workers)
+      : heads_(heads),
+        length_(length),
+        dim_(dim),
+        value_dim_(value_dim),
+        sharing_(fewest_heads > 0 ? heads / fewest_heads : 0),
+        lanes_(gradient_stack<T>::lanes_for(length, dim, value_dim)),
+        per_chain_((length + lanes_ - 1) / lanes_ * sharing_),
+        tasks_(batch * fewest_heads * per_chain_),
+        workers_(workers),
+        worker_size_(gradient_stack<T>::size(lanes_, dim, value_dim, staged)) {}
+
+  [[nodiscard]] std::size_t bytes() const {
+    return worker_scratch<T>::bytes(workers_, worker_size_) + scratch_bytes<turn::counter>(tasks_);
+  }
+
+  /// Adds to the gradients of the sources' rows, and writes those of the queries.
+  template <class Results, executor E, class... Gradient>
+  void operator()(const Results& results, tensor_view<T> grad_query, T scale, const E& run, scratch& memory,
+                  const Gradient&... gradients) const {
+    const worker_scratch<T> scratch(memory, workers_, worker_size_);
+    turn::counter* passed = memory.take<turn::counter>(tasks_);
+    std::uninitialized_value_construct_n(passed, tasks_);
+    run_tasks(run, workers_, tasks_, [&](std::int64_t worker, std::int64_t task) {
+      const std::int64_t chain = task / per_chain_, place = task % per_chain_, groups = heads_ / sharing_;
+      const std::int64_t b = chain / groups, h = chain % groups * sharing_ + place % sharing_;
+      const std::int64_t first = place / sharing_ * lanes_;
+      turn turn(place > 0 ? passed + task - 1 : nullptr, passed + task);
+      gradient_stack<T> stack(scratch[worker], dim_, value_dim_, std::min(lanes_, length_ - first));
+      stack.begin(results, b, h, first, scale);
+      std::int64_t offset = 0;
+      const auto absorb = [&](const auto& gradient) {
+        stack.absorb(gradient, b, h, heads_, first, offset, turn);
+        offset += gradient.source.length;
+      };
+      (absorb(gradients), ...);
+      stack.finish(grad_query.row(b, h, first), grad_query.stride[2], scale);
+    });
+  }
+
+ private:
+  std::int64_t heads_, length_, dim_, value_dim_, sharing_, lanes_, per_chain_, tasks_, workers_, worker_size_;
+};
+
+}  // namespace cca::inline CCA_TARGET::detail
