@@ -33,10 +33,14 @@ void raise_to_rows(row_span<T> rows, std::int64_t dim, std::int64_t count, T* ma
 /// `sum[d] += row[d] * factor` for d in `[0, dim)`, across element types.
 template <class T, class Row>
 void add_scaled_row(const Row* row, std::int64_t dim, T factor, T* sum) {
-  if constexpr (in_place<T, Row>)
-    add_weighted_rows(&factor, {row, 0}, dim, 1, T(1), sum);
-  else
-    for (std::int64_t d = 0; d < dim; ++d) sum[d] += static_cast<T>(row[d]) * factor;
+  if constexpr (in_place<T, Row>) return add_weighted_rows(&factor, {row, 0}, dim, 1, T(1), sum);
+  constexpr std::int64_t block = 64;
+  T converted[block];
+  for (std::int64_t d = 0; d < dim; d += block) {
+    const std::int64_t count = std::min(block, dim - d);
+    convert(row + d, count, converted);
+    add_weighted_rows(&factor, {converted, 0}, count, 1, T(1), sum + d);
+  }
 }
 
 /// Pools a group of one head: `begin`, the queries of its last token, its rows in one or more pieces, `finish`. Every row

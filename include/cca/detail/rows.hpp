@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "../partition.hpp"
+#include "convert.hpp"
 #include "simd.hpp"
 
 namespace cca::inline CCA_TARGET::detail {
@@ -46,8 +47,7 @@ template <class T, class Element>
   if constexpr (in_place<T, Element>) {
     return {from, stride};
   } else {
-    for (std::int64_t i = 0; i < count; ++i)
-      for (std::int64_t d = 0; d < dim; ++d) buffer[i * dim + d] = static_cast<T>(from[i * stride + d]);
+    for (std::int64_t i = 0; i < count; ++i) convert(from + i * stride, dim, buffer + i * dim);
     return {buffer, dim};
   }
 }
