@@ -27,8 +27,10 @@
 #include <cca/cca.hpp>
 
 #include "baselines.hpp"
+#include "cases.hpp"
 #include "machine.hpp"
 #include "operands.hpp"
+#include "timing.hpp"
 
 namespace {
 
@@ -51,9 +53,12 @@ void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
 
+std::size_t bench::allocated_bytes() { return allocated; }
+
 namespace {
 
-using bench::best_seconds, bench::elapsed_seconds, bench::operands, bench::seconds, bench::tensor;
+using bench::add, bench::best_seconds, bench::count_bytes, bench::count_flops, bench::operands, bench::seconds,
+    bench::tensor, bench::time, bench::timing, bench::type_name;
 
 enum class kernel { cca, dense, local, eigen_cca };
 
@@ -116,69 +121,18 @@ void call(const attention_case& c, operands<T>& data, Eigen::ThreadPool& helpers
   }
 }
 
-/// The best of the iterations of a case, and the best peak measured around them.
-struct timing {
-  double seconds = std::numeric_limits<double>::infinity(), peak = 0;
-};
-
-/// Times `f` by the clock `seconds_of`. `between` runs untimed in every iteration: what `f` is compared with has the
-/// same neighbours then.
-template <class T, class F, class Clock, class Between>
-timing time(benchmark::State& state, const F& f, const Clock& seconds_of, const Between& between) {
-  timing best;
-  for ([[maybe_unused]] auto _ : state) {
-    best.peak = std::max(best.peak, bench::fma_peak<T>());
-    const double time = seconds_of(f);
-    state.SetIterationTime(time);
-    best.seconds = std::min(best.seconds, time);
-    between();
-  }
-  best.peak = std::max(best.peak, bench::fma_peak<T>());
-  return best;
-}
-
-/// Times `f`, which runs on one thread.
-template <class T, class F>
-timing time(benchmark::State& state, const F& f) {
-  return time<T>(
-      state, f, [](const auto& g) { return seconds(g); }, [] {});
-}
-
-void count_flops(benchmark::State& state, const timing& best, double flops, int threads = 1) {
-  state.counters["flop/s"] = flops / best.seconds;
-  state.counters["peak"] = flops / best.seconds / best.peak / threads;
-}
-
-/// `operands` are all read once.
-template <class... T>
-void count_bytes(benchmark::State& state, const timing& best, const tensor<T>&... operands) {
-  const auto bytes = static_cast<double>(((operands.data.size() * sizeof(T)) + ...));
-  const double ruler = best_seconds(
-      10, [&] { (bench::read(operands.data.data(), static_cast<std::int64_t>(operands.data.size())), ...); });
-  state.counters["byte/s"] = bytes / best.seconds;
-  state.counters["bandwidth"] = ruler / best.seconds;
-}
-
 template <class T>
 void attention(benchmark::State& state, const attention_case& c) {
   operands<T> data(c.batch, c.heads, c.kv_head_count(), c.query_length(), c.length, c.dim);
-  Eigen::ThreadPool helpers(c.threads - 1), none(0);
-  const auto run = [&] { call(c, data, helpers); };
+  Eigen::ThreadPool helpers(c.threads - 1);
+  const auto run = [&](Eigen::ThreadPool& pool) { call(c, data, pool); };
 
   const std::size_t before = allocated;
-  run();
+  run(helpers);
   const std::size_t scratch = allocated - before;
   if (!bench::check(data, c.pools(), c.options())) return state.SkipWithError("wrong result");
 
-  timing best;
-  if (c.threads == 1) {
-    best = time<T>(state, run);
-  } else {
-    const auto clock = [](const auto& f) { return elapsed_seconds(f); };
-    double serial = std::numeric_limits<double>::infinity();
-    best = time<T>(state, run, clock, [&] { serial = std::min(serial, clock([&] { call(c, data, none); })); });
-    state.counters["speedup"] = serial / best.seconds;
-  }
+  const timing best = time<T>(state, run, helpers);
   count_flops(state, best, c.flops(), c.threads);
   if (c.query_length() < 64) count_bytes(state, best, data.key, data.value);
   state.counters["token/s"] = static_cast<double>(c.batch * c.query_length()) / best.seconds;
@@ -295,18 +249,6 @@ void gemm(benchmark::State& state, std::int64_t rows, std::int64_t columns, std:
 }
 
 template <class T>
-constexpr const char* type_name = std::is_same_v<T, float> ? "float" : "double";
-
-/// One call is an iteration; short calls are repeated for about a second.
-template <class F>
-void add(const std::string& name, double seconds_estimate, const F& f) {
-  benchmark::RegisterBenchmark(name.c_str(), f)
-      ->Iterations(static_cast<benchmark::IterationCount>(std::clamp(1 / seconds_estimate, 3.0, 50.0)))
-      ->UseManualTime()
-      ->Unit(benchmark::kMillisecond);
-}
-
-template <class T>
 void add(const attention_case& c) {
   const double estimate = c.flops() / (std::is_same_v<T, float> ? 80e9 : 40e9) / c.threads;
   add(c.name(type_name<T>), estimate, [c](benchmark::State& state) { attention<T>(state, c); });
@@ -389,5 +331,6 @@ int main(int argc, char** argv) {
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
   add_context();
   add_cases();
+  bench::add_gradient_cases();
   benchmark::RunSpecifiedBenchmarks();
 }

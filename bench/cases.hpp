@@ -1,0 +1,13 @@
+#pragma once
+
+#include <cstddef>
+
+/// What the parts of cca_bench know of each other.
+namespace bench {
+
+/// Bytes that this program has allocated so far.
+std::size_t allocated_bytes();
+
+void add_gradient_cases();
+
+}  // namespace bench

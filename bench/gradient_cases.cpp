@@ -1,0 +1,165 @@
+// Speed of the gradients. Useful operations: five products for the forward pass's two, 2 (3 dim + 2 value dim) for each
+// query-key pair that is seen.
+//
+// Before it is timed, a case is checked whole: for random directions of query, key and value, the gradient times the
+// direction has to be the slope of `sum(out * grad_out)` there, by central differences of the forward pass in double.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include <benchmark/benchmark.h>
+#include <unsupported/Eigen/CXX11/ThreadPool>
+
+#include <cca/cca.hpp>
+
+#include "cases.hpp"
+#include "machine.hpp"
+#include "operands.hpp"
+#include "timing.hpp"
+
+namespace bench {
+namespace {
+
+struct gradient_case {
+  bool dense = false;
+  std::int64_t heads = 1, kv_heads = 1, length = 0, dim = 128;
+  std::int64_t group_size = 1, window = cca::unlimited;
+  int threads = 1;
+
+  [[nodiscard]] cca::options options() const { return {.group_size = group_size, .window = window}; }
+
+  [[nodiscard]] double flops() const {
+    const std::int64_t pairs = cca::partition{group_size, window}.pair_count({0, length});
+    return 10.0 * static_cast<double>(dim) * static_cast<double>(heads * pairs);
+  }
+
+  [[nodiscard]] std::string name(const char* type) const {
+    std::string text = std::string("gradient/") + (dense ? "dense/" : "cca/") + type + "/D:" + std::to_string(dim);
+    if (heads > 1) text += "/H:" + std::to_string(heads);
+    if (kv_heads != heads) text += "/Hkv:" + std::to_string(kv_heads);
+    text += "/L:" + std::to_string(length);
+    if (!dense) text += "/g:" + std::to_string(group_size) + "/s:" + std::to_string(window);
+    if (threads > 1) text += "/threads:" + std::to_string(threads);
+    return text;
+  }
+};
+
+template <class T>
+struct gradient_operands {
+  operands<T> forward;
+  tensor<T> lse, grad_out, grad_query, grad_key, grad_value;
+
+  explicit gradient_operands(const gradient_case& c)
+      : forward(1, c.heads, c.kv_heads, c.length, c.length, c.dim),
+        lse(1, c.heads, c.length, 1),
+        grad_out(1, c.heads, c.length, c.dim),
+        grad_query(1, c.heads, c.length, c.dim),
+        grad_key(1, c.kv_heads, c.length, c.dim),
+        grad_value(1, c.kv_heads, c.length, c.dim) {
+    fill(grad_out, 4);
+  }
+
+  [[nodiscard]] auto lse_rows() { return cca::bhs(lse.data.data(), 1, lse.extent[1], lse.extent[2]); }
+};
+
+template <class T, class E>
+void attend(const gradient_case& c, gradient_operands<T>& data, const E& run) {
+  operands<T>& f = data.forward;
+  if (c.dense)
+    return cca::dense_attention(f.query.view(), f.key.view(), f.value.view(), f.out.view(), data.lse_rows(), {}, run);
+  cca::attention(f.query.view(), f.key.view(), f.value.view(), f.out.view(), data.lse_rows(), c.options(), run);
+}
+
+template <class T, class E>
+void differentiate(const gradient_case& c, gradient_operands<T>& data, const E& run) {
+  operands<T>& f = data.forward;
+  const auto call = [&](const auto& gradient, const cca::options& options) {
+    gradient(f.query.view(), f.key.view(), f.value.view(), f.out.view(), data.lse_rows(), data.grad_out.view(),
+             data.grad_query.view(), data.grad_key.view(), data.grad_value.view(), options, run);
+  };
+  if (c.dense)
+    call([](const auto&... a) { cca::dense_attention_gradient(a...); }, {});
+  else
+    call([](const auto&... a) { cca::attention_gradient(a...); }, c.options());
+}
+
+template <class A, class B>
+double dot(const tensor<A>& a, const tensor<B>& b) {
+  double sum = 0;
+  for (std::size_t i = 0; i < a.data.size(); ++i)
+    sum += static_cast<double>(a.data[i]) * static_cast<double>(b.data[i]);
+  return sum;
+}
+
+/// Whether the gradient of one operand has the slope of the forward pass along a random direction.
+template <class T>
+bool slope_agrees(const gradient_case& c, gradient_operands<double>& exact, tensor<double>& operand,
+                  const tensor<T>& gradient, std::uint64_t seed) {
+  tensor<double> direction(1, operand.extent[1], operand.extent[2], operand.extent[3]);
+  fill(direction, seed);
+  constexpr double step = 1e-5;
+  const auto value_at = [&](double distance) {
+    tensor<double> moved = operand;
+    for (std::size_t i = 0; i < moved.data.size(); ++i) moved.data[i] += distance * direction.data[i];
+    std::swap(moved, operand);
+    attend(c, exact, cca::serial_executor{});
+    std::swap(moved, operand);
+    return dot(exact.forward.out, exact.grad_out);
+  };
+  const double slope = (value_at(step) - value_at(-step)) / (2 * step);
+  // As many independent errors of rounding as there are elements add up to this much of a sum of their squares.
+  const double size = std::sqrt(dot(gradient, gradient));
+  return std::abs(dot(gradient, direction) - slope) <= 1e-4 * size;
+}
+
+template <class T>
+bool check(const gradient_case& c, const gradient_operands<T>& data) {
+  gradient_operands<double> exact(c);
+  return slope_agrees(c, exact, exact.forward.query, data.grad_query, 5) &&
+         slope_agrees(c, exact, exact.forward.key, data.grad_key, 6) &&
+         slope_agrees(c, exact, exact.forward.value, data.grad_value, 7);
+}
+
+template <class T>
+void gradient(benchmark::State& state, const gradient_case& c) {
+  gradient_operands<T> data(c);
+  Eigen::ThreadPool helpers(c.threads - 1);
+  const auto run = [&](Eigen::ThreadPool& pool) { differentiate(c, data, cca::thread_pool_executor(pool)); };
+  attend(c, data, cca::serial_executor{});
+  const std::size_t before = allocated_bytes();
+  run(helpers);
+  const std::size_t scratch = allocated_bytes() - before;
+  if (!check(c, data)) return state.SkipWithError("wrong result");
+
+  const timing best = time<T>(state, run, helpers);
+  count_flops(state, best, c.flops(), c.threads);
+  state.counters["token/s"] = static_cast<double>(c.length) / best.seconds;
+  const std::int64_t cores = c.dense ? 0 : c.heads * cca::partition{c.group_size, c.window}.core_count(c.length - 1);
+  state.counters["scratch"] = static_cast<double>(scratch);
+  state.counters["per_thread"] =
+      (static_cast<double>(scratch) - static_cast<double>(cores * 4 * c.dim) * sizeof(T)) / c.threads;
+}
+
+template <class T>
+void add(const gradient_case& c) {
+  const double estimate = c.flops() / (std::is_same_v<T, float> ? 80e9 : 40e9) / c.threads;
+  bench::add(c.name(type_name<T>), estimate, [c](benchmark::State& state) { gradient<T>(state, c); });
+}
+
+}  // namespace
+
+void add_gradient_cases() {
+  constexpr std::int64_t K = 1024;
+  for (const std::int64_t dim : {128, 64, 80, 256})
+    add<float>({.length = 32 * K, .dim = dim, .group_size = 16, .window = 1024});
+  add<float>({.dense = true, .length = 4 * K});
+  add<float>({.heads = 32, .kv_heads = 8, .length = 2 * K, .group_size = 16, .window = 512});
+  add<double>({.length = 8 * K, .group_size = 16, .window = 1024});
+  add<float>({.length = 32 * K, .group_size = 16, .window = 1024, .threads = 2});
+  add<float>({.heads = 8, .kv_heads = 8, .length = 4 * K, .group_size = 16, .window = 1024, .threads = 2});
+}
+
+}  // namespace bench

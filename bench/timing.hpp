@@ -1,0 +1,85 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <type_traits>
+
+#include <benchmark/benchmark.h>
+
+#include "machine.hpp"
+#include "operands.hpp"
+
+/// How cases are timed and what they report.
+namespace bench {
+
+/// The best of the iterations of a case, and the best peak measured around them.
+struct timing {
+  double seconds = std::numeric_limits<double>::infinity(), peak = 0;
+};
+
+/// Times `f` by the clock `seconds_of`. `between` runs untimed in every iteration: what `f` is compared with has the
+/// same neighbours then.
+template <class T, class F, class Clock, class Between>
+timing time(benchmark::State& state, const F& f, const Clock& seconds_of, const Between& between) {
+  timing best;
+  for ([[maybe_unused]] auto _ : state) {
+    best.peak = std::max(best.peak, fma_peak<T>());
+    const double time = seconds_of(f);
+    state.SetIterationTime(time);
+    best.seconds = std::min(best.seconds, time);
+    between();
+  }
+  best.peak = std::max(best.peak, fma_peak<T>());
+  return best;
+}
+
+/// Times `f`, which runs on one thread.
+template <class T, class F>
+timing time(benchmark::State& state, const F& f) {
+  return time<T>(
+      state, f, [](const auto& g) { return seconds(g); }, [] {});
+}
+
+/// Times `f(helpers)` by the wall clock where it has helping threads, and the same without them in turn.
+template <class T, class Pool, class F>
+timing time(benchmark::State& state, const F& f, Pool& helpers) {
+  if (helpers.NumThreads() == 0) return time<T>(state, [&] { f(helpers); });
+  Pool none(0);
+  const auto clock = [](const auto& g) { return elapsed_seconds(g); };
+  double serial = std::numeric_limits<double>::infinity();
+  const timing best = time<T>(
+      state, [&] { f(helpers); }, clock, [&] { serial = std::min(serial, clock([&] { f(none); })); });
+  state.counters["speedup"] = serial / best.seconds;
+  return best;
+}
+
+inline void count_flops(benchmark::State& state, const timing& best, double flops, int threads = 1) {
+  state.counters["flop/s"] = flops / best.seconds;
+  state.counters["peak"] = flops / best.seconds / best.peak / threads;
+}
+
+/// `operands` are all read once.
+template <class... T>
+void count_bytes(benchmark::State& state, const timing& best, const tensor<T>&... operands) {
+  const auto bytes = static_cast<double>(((operands.data.size() * sizeof(T)) + ...));
+  const double ruler = best_seconds(
+      10, [&] { (bench::read(operands.data.data(), static_cast<std::int64_t>(operands.data.size())), ...); });
+  state.counters["byte/s"] = bytes / best.seconds;
+  state.counters["bandwidth"] = ruler / best.seconds;
+}
+
+template <class T>
+constexpr const char* type_name = std::is_same_v<T, float> ? "float" : "double";
+
+/// One call is an iteration; short calls are repeated for about a second.
+template <class F>
+void add(const std::string& name, double seconds_estimate, const F& f) {
+  benchmark::RegisterBenchmark(name.c_str(), f)
+      ->Iterations(static_cast<benchmark::IterationCount>(std::clamp(1 / seconds_estimate, 3.0, 50.0)))
+      ->UseManualTime()
+      ->Unit(benchmark::kMillisecond);
+}
+
+}  // namespace bench
