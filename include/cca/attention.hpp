@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <numeric>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -73,21 +74,21 @@ auto raw_source(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Valu
   });
 }
 
-/// The engine for these queries and sources of `rows`, the fewest heads of which are `fewest_heads`.
+/// The engine for these queries and sources of `rows`, of whose heads `head_groups` is the greatest common divisor.
 template <class T, class Query, executor E>
-forward<T> plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t fewest_heads,
+forward<T> plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
                 std::initializer_list<std::int64_t> rows, bool staged, const E& run) {
   std::int64_t parts = 0;
   for (const std::int64_t count : rows) parts += forward<T>::count_parts(count);
   return {query.batch(), query.heads(), query.length(), query.dim(),     value_dim,
-          fewest_heads,  parts,         staged,         concurrency(run)};
+          head_groups,   parts,         staged,         concurrency(run)};
 }
 
 template <class Query, class Key, class Value, class FarKey, class FarValue, executor E>
 auto attend_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
                  const far<FarKey, FarValue>& far, const E& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
-  return plan<T>(query, value.dim(), std::min(key.heads(), far.key.heads()), {far.key.length(), key.length()},
+  return plan<T>(query, value.dim(), std::gcd(key.heads(), far.key.heads()), {far.key.length(), key.length()},
                  !in_place<T, Key, Value, FarKey, FarValue>, run);
 }
 

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <span>
 #include <type_traits>
 
@@ -89,18 +90,18 @@ void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_vi
       });
 }
 
-/// The engine of the gradients for these queries and the fewest heads of a source.
+/// The engine of the gradients for these queries and sources of whose heads `head_groups` is the greatest common divisor.
 template <class T, class Query, executor E>
-backward<T> backward_plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t fewest_heads,
+backward<T> backward_plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
                           bool staged, const E& run) {
-  return {query.batch(), query.heads(), query.length(), query.dim(), value_dim, fewest_heads, staged, concurrency(run)};
+  return {query.batch(), query.heads(), query.length(), query.dim(), value_dim, head_groups, staged, concurrency(run)};
 }
 
 template <class Query, class Key, class Value, class FarKey, class FarValue, executor E>
 auto attend_backward(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
                      const far<FarKey, FarValue>& far, const E& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
-  return backward_plan<T>(query, value.dim(), std::min(key.heads(), far.key.heads()),
+  return backward_plan<T>(query, value.dim(), std::gcd(key.heads(), far.key.heads()),
                           !in_place<T, Key, Value, FarKey, FarValue>, run);
 }
 

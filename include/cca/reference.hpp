@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -14,9 +15,9 @@
 #include "partition.hpp"
 #include "tensor_view.hpp"
 
-/// The textbook: attention as its formulas read, one query after the other, O(length^2). In double it is the oracle of
-/// the tests; in float it is what the error of the kernels is measured against. It checks nothing and hides nothing:
-/// shapes and options are those of the entry points of the same name, which do the validation.
+/// The textbook: attention and its gradients as their formulas read, one query after the other, O(length^2). In double it
+/// is the oracle of the tests; in float it is what the error of the kernels is measured against. It checks nothing and
+/// hides nothing: shapes and options are those of the entry points of the same name, which do the validation.
 namespace cca::inline CCA_TARGET::reference {
 
 /// A tensor that owns its elements, `[batch][heads][length][dim]` in memory.
@@ -28,6 +29,7 @@ struct tensor {
   tensor() = default;
   tensor(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d)
       : extent{b, h, s, d}, data(static_cast<std::size_t>(b * h * s * d)) {}
+  explicit tensor(const std::array<std::int64_t, 4>& e) : tensor(e[0], e[1], e[2], e[3]) {}
 
   [[nodiscard]] auto view() { return bhsd(data.data(), extent[0], extent[1], extent[2], extent[3]); }
   [[nodiscard]] auto view() const { return bhsd(data.data(), extent[0], extent[1], extent[2], extent[3]); }
@@ -37,6 +39,12 @@ template <class Scalar>
 struct result {
   tensor<Scalar> out;  // [batch, query heads, length, value dim]
   tensor<Scalar> lse;  // [batch, query heads, length, 1]
+};
+
+/// Of the operands of the same names; those of far rows are empty where the caller has none.
+template <class Scalar>
+struct gradient {
+  tensor<Scalar> query, key, value, far_key, far_value;
 };
 
 template <class Scalar>
@@ -51,6 +59,21 @@ matrix<Scalar> head(tensor_view<T> view, std::int64_t b, std::int64_t h) {
   for (std::int64_t i = 0; i < view.length(); ++i)
     for (std::int64_t d = 0; d < view.dim(); ++d) rows(i, d) = static_cast<Scalar>(view.row(b, h, i)[d]);
   return rows;
+}
+
+/// One head of a tensor that is added to, `[length, dim]`.
+template <class Scalar>
+Eigen::Map<matrix<Scalar>> head(tensor<Scalar>& tensor, std::int64_t b, std::int64_t h) {
+  return {tensor.view().row(b, h, 0), tensor.extent[2], tensor.extent[3]};
+}
+
+/// The mean of the query heads that share the cores of head `h`.
+template <class Scalar, class T>
+matrix<Scalar> mean_query(tensor_view<T> query, std::int64_t b, std::int64_t h, std::int64_t sharing) {
+  matrix<Scalar> mean = matrix<Scalar>::Zero(query.length(), query.dim());
+  for (std::int64_t i = h * sharing; i < (h + 1) * sharing; ++i)
+    mean += head<Scalar>(query, b, i) / static_cast<Scalar>(sharing);
+  return mean;
 }
 
 /// Weights and log-sum-exp of a row of scores. No score: no weight, -inf.
@@ -80,10 +103,7 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
     for (std::int64_t h = 0; h < heads; ++h) {
       const std::int64_t kv_head = h / (heads / key.heads());
       const matrix<Scalar> keys = head<Scalar>(key, b, kv_head), values = head<Scalar>(value, b, kv_head);
-      matrix<Scalar> queries =
-          matrix<Scalar>::Zero(query.length(), query.dim());  // the mean of those that share the cores
-      for (std::int64_t i = h * sharing; i < (h + 1) * sharing; ++i)
-        queries += head<Scalar>(query, b, i) / static_cast<Scalar>(sharing);
+      const matrix<Scalar> queries = mean_query<Scalar>(query, b, h, sharing);
       for (std::int64_t c = 0; c < groups; ++c) {
         const range group = partition.group(c);
         const auto k = keys.middleRows(group.begin, group.size()), v = values.middleRows(group.begin, group.size());
@@ -147,6 +167,17 @@ auto raw_tokens(const tensor_view<Query>& query, const tensor_view<Key>& key, co
   };
 }
 
+/// The gradient of the maximum of each column goes to the first token that has it; a NaN counts as the maximum.
+template <class Rows, class Core, class Gradient>
+void add_max_gradient(const Rows& rows, const Core& grad_core, Gradient&& grad) {
+  for (std::int64_t d = 0; d < rows.cols(); ++d) {
+    std::int64_t first = 0;
+    for (std::int64_t j = 1; j < rows.rows(); ++j)
+      if (!(rows(j, d) <= rows(first, d)) && !std::isnan(rows(first, d))) first = j;
+    grad(first, d) += grad_core(d);
+  }
+}
+
 }  // namespace detail
 
 /// `cca::attention`: cores, then raw tokens.
@@ -176,6 +207,143 @@ result<Scalar> attend(tensor_view<Query> query, tensor_view<Key> key, tensor_vie
                       const far<FarKey, FarValue>& far, const options& options) {
   return attend<Scalar>(
       query, key, value, far.key, far.value, options,
+      [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *far.seen.row(b, h, i); },
+      detail::raw_tokens(query, key, options));
+}
+
+// -------------------------------------------------------------------------------------------------------- gradients
+
+/// Of `pool`, for the gradients of the first `grad_core_key.length()` cores. With `dc_k`, `dc_v` those of a core:
+/// `dw_j = dc_k . k_j + dc_v . v_j`, `dl_j = w_j (dw_j - sum_i w_i dw_i)`; `dk_j = w_j dc_k + scale dl_j q_last`,
+/// `dv_j = w_j dc_v`, `dq_last = scale sum_j dl_j k_j`, shared by the query heads whose mean `q_last` is.
+template <class Scalar, class Query, class Key, class Value, class CoreKey, class CoreValue>
+gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+                               tensor_view<CoreKey> grad_core_key, tensor_view<CoreValue> grad_core_value,
+                               const options& options) {
+  const partition partition{options.group_size, options.window};
+  const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
+  const std::int64_t heads = grad_core_key.heads(), sharing = query.heads() / std::max<std::int64_t>(heads, 1);
+  gradient<Scalar> grad{tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent), {}, {}};
+  for (std::int64_t b = 0; b < key.batch(); ++b)
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const std::int64_t kv_head = h / (heads / key.heads());
+      const matrix<Scalar> queries = mean_query<Scalar>(query, b, h, sharing);
+      const matrix<Scalar> keys = head<Scalar>(key, b, kv_head), values = head<Scalar>(value, b, kv_head);
+      const matrix<Scalar> core_keys = head<Scalar>(grad_core_key, b, h),
+                           core_values = head<Scalar>(grad_core_value, b, h);
+      for (std::int64_t c = 0; c < grad_core_key.length(); ++c) {
+        const range group = partition.group(c);
+        const auto k = keys.middleRows(group.begin, group.size()), v = values.middleRows(group.begin, group.size());
+        const vector<Scalar> dc_k = core_keys.row(c), dc_v = core_values.row(c);
+        auto grad_key = head(grad.key, b, kv_head), grad_value = head(grad.value, b, kv_head);
+        auto dk = grad_key.middleRows(group.begin, group.size()), dv = grad_value.middleRows(group.begin, group.size());
+        if (options.pool == pooling::max) {
+          detail::add_max_gradient(k, dc_k, dk);
+          detail::add_max_gradient(v, dc_v, dv);
+          continue;
+        }
+        vector<Scalar> weights = vector<Scalar>::Constant(group.size(), Scalar(1) / static_cast<Scalar>(group.size()));
+        if (options.pool == pooling::last_query) {
+          const vector<Scalar> last = queries.row(group.end - 1);
+          weights = scale * (k * last);
+          softmax(weights);
+          const vector<Scalar> dw = k * dc_k + v * dc_v;
+          const vector<Scalar> dl = weights.cwiseProduct((dw.array() - weights.dot(dw)).matrix());
+          dk += scale * dl * last.transpose();
+          for (std::int64_t i = h * sharing; i < (h + 1) * sharing; ++i)
+            head(grad.query, b, i).row(group.end - 1) += scale * dl.transpose() * k / static_cast<Scalar>(sharing);
+        }
+        dk += weights * dc_k.transpose();
+        dv += weights * dc_v.transpose();
+      }
+    }
+  return grad;
+}
+
+/// Of `attend`: with `dO` and `dlse` the gradients of the output and of the log-sum-exp, `P = exp(S - lse)`,
+/// `dV = P^T dO`, `dP = dO V^T`, `dS = P (dP - rowsum(P dP) + dlse)`, `dQ = scale dS K`, `dK = scale dS^T Q`. No
+/// `grad_lse`: 0.
+template <class Scalar, class Query, class Key, class Value, class FarKey, class FarValue, class GradOut, class GradLse,
+          class Seen, class Raw>
+gradient<Scalar> attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+                                 tensor_view<FarKey> far_key, tensor_view<FarValue> far_value,
+                                 tensor_view<GradOut> grad_out, lse_view<GradLse> grad_lse, const options& options,
+                                 const Seen& seen, const Raw& raw) {
+  const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
+  gradient<Scalar> grad{tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent),
+                        tensor<Scalar>(far_key.extent), tensor<Scalar>(far_value.extent)};
+  for (std::int64_t b = 0; b < query.batch(); ++b)
+    for (std::int64_t h = 0; h < query.heads(); ++h) {
+      const std::int64_t kv_head = h / (query.heads() / key.heads()), far_head = h / (query.heads() / far_key.heads());
+      const matrix<Scalar> q = head<Scalar>(query, b, h), grad_rows = head<Scalar>(grad_out, b, h);
+      const matrix<Scalar> k = head<Scalar>(key, b, kv_head), v = head<Scalar>(value, b, kv_head);
+      const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
+      for (std::int64_t i = 0; i < query.length(); ++i) {
+        const std::int64_t far = seen(b, h, i);
+        const range near = raw(i);
+        const std::int64_t count = far + near.size();
+        if (count == 0) continue;
+        matrix<Scalar> keys(count, key.dim()), values(count, value.dim());
+        keys << fk.topRows(far), k.middleRows(near.begin, near.size());
+        values << fv.topRows(far), v.middleRows(near.begin, near.size());
+        const vector<Scalar> logits = scale * (keys * q.row(i).transpose());
+        vector<Scalar> weights = logits;
+        const Scalar lse = softmax(weights);
+        weights = (logits.array() - lse).exp();  // with the rounding of lse, which is what the forward pass leaves
+        const vector<Scalar> dp = values * grad_rows.row(i).transpose();
+        const Scalar dlse = grad_lse.data ? static_cast<Scalar>(*grad_lse.row(b, h, i)) : Scalar(0);
+        const vector<Scalar> ds = weights.cwiseProduct((dp.array() - (weights.dot(dp) - dlse)).matrix());
+        const matrix<Scalar> grad_keys = scale * ds * q.row(i), grad_values = weights * grad_rows.row(i);
+        head(grad.query, b, h).row(i) = scale * ds.transpose() * keys;
+        head(grad.far_key, b, far_head).topRows(far) += grad_keys.topRows(far);
+        head(grad.far_value, b, far_head).topRows(far) += grad_values.topRows(far);
+        head(grad.key, b, kv_head).middleRows(near.begin, near.size()) += grad_keys.bottomRows(near.size());
+        head(grad.value, b, kv_head).middleRows(near.begin, near.size()) += grad_values.bottomRows(near.size());
+      }
+    }
+  return grad;
+}
+
+/// Of `attention`: that of attending to the cores and the raw tokens, and through the cores that of pooling.
+template <class Scalar, class Query, class Key, class Value, class GradOut, class GradLse>
+gradient<Scalar> attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+                                    tensor_view<GradOut> grad_out, lse_view<GradLse> grad_lse, const options& options) {
+  const partition partition{options.group_size, options.window};
+  const auto cores = pool<Scalar>(query, key, value, options);
+  gradient<Scalar> grad = attend_gradient<Scalar>(
+      query, key, value, cores.first.view(), cores.second.view(), grad_out, grad_lse, options,
+      [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); },
+      detail::raw_tokens(query, key, options));
+  auto grad_core_key = grad.far_key.view(), grad_core_value = grad.far_value.view();
+  grad_core_key.extent[2] = grad_core_value.extent[2] = partition.core_count(key.length() - 1);  // those that are seen
+  const gradient<Scalar> pooled = pool_gradient<Scalar>(query, key, value, grad_core_key, grad_core_value, options);
+  for (const auto part : {&gradient<Scalar>::query, &gradient<Scalar>::key, &gradient<Scalar>::value})
+    std::transform((pooled.*part).data.begin(), (pooled.*part).data.end(), (grad.*part).data.begin(),
+                   (grad.*part).data.begin(), std::plus<Scalar>());
+  grad.far_key = grad.far_value = {};
+  return grad;
+}
+
+/// Of `local_attention`.
+template <class Scalar, class Query, class Key, class Value, class GradOut, class GradLse>
+gradient<Scalar> local_attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+                                          tensor_view<GradOut> grad_out, lse_view<GradLse> grad_lse,
+                                          const options& options) {
+  gradient<Scalar> grad = attend_gradient<Scalar>(
+      query, key, value, key, value, grad_out, grad_lse, options,
+      [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; },
+      detail::raw_tokens(query, key, options));
+  grad.far_key = grad.far_value = {};
+  return grad;
+}
+
+/// Of `attend` to the caller's far rows.
+template <class Scalar, class Query, class Key, class Value, class FarKey, class FarValue, class GradOut, class GradLse>
+gradient<Scalar> attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+                                 const far<FarKey, FarValue>& far, tensor_view<GradOut> grad_out,
+                                 lse_view<GradLse> grad_lse, const options& options) {
+  return attend_gradient<Scalar>(
+      query, key, value, far.key, far.value, grad_out, grad_lse, options,
       [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *far.seen.row(b, h, i); },
       detail::raw_tokens(query, key, options));
 }

@@ -35,17 +35,18 @@ query_results(tensor_view<Query>, tensor_view<Out>, lse_view<Lse>, tensor_view<G
 template <class T>
 class backward {
  public:
-  /// `fewest_heads` are those of the source with the fewest.
+  /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
+  /// the sources' heads.
   backward(std::int64_t batch, std::int64_t heads, std::int64_t length, std::int64_t dim, std::int64_t value_dim,
-           std::int64_t fewest_heads, bool staged, std::int64_t workers)
+           std::int64_t head_groups, bool staged, std::int64_t workers)
       : heads_(heads),
         length_(length),
         dim_(dim),
         value_dim_(value_dim),
-        sharing_(fewest_heads > 0 ? heads / fewest_heads : 0),
+        sharing_(head_groups > 0 ? heads / head_groups : 0),
         lanes_(gradient_stack<T>::lanes_for(length, dim, value_dim)),
         per_chain_((length + lanes_ - 1) / lanes_ * sharing_),
-        tasks_(batch * fewest_heads * per_chain_),
+        tasks_(batch * head_groups * per_chain_),
         workers_(workers),
         worker_size_(gradient_stack<T>::size(lanes_, dim, value_dim, staged)) {}
 

@@ -101,6 +101,7 @@ template <class T>
 class gradient_stack {
   using shape = tile_shape<T>;
   using tile = gradient_tile<T>;
+  static constexpr std::int64_t W = width<T>;
 
  public:
   /// Queries of a stack: as many as their scratch has place within half a MiB, half of a second-level cache.
@@ -164,6 +165,8 @@ class gradient_stack {
     for (std::int64_t c = 0; c < tiles_; ++c) {
       const std::int64_t start = first + c * tile::lanes;
       sees[c] = lane_ranges<T>(at(c).count(), [&](std::int64_t i) { return source.sees(b, h, start + i); });
+      // A lane without a query would add 0 times the NaN that its weight may be: it is left out like one that sees nothing.
+      if (at(c).count() % W != 0) sees[c].all[at(c).count() / W] = {};
       any = hull(any, sees[c].seen_by_any());
       all = c == 0 ? sees[c].seen_by_all() : intersection(all, sees[c].seen_by_all());
     }

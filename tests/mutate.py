@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Puts each of the bugs of mutations.toml into a copy of the library and shows that a test fails.
+
+    python3 tests/mutate.py [--jobs N] [--arch native] [--only TEXT] [--work DIRECTORY]
+
+Takes the tests that a bug names one after the other, until one fails to pass. Ends with the bugs that none caught.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def prepare(work, arch):
+    """A copy of the sources, configured; what is unchanged since the last time keeps its date, and is not built again."""
+    source = work / "source"
+    source.mkdir(parents=True, exist_ok=True)
+    for name in ("include", "tests", "cmake", "CMakeLists.txt", "README.md", "examples"):
+        original, copy = ROOT / name, source / name
+        if original.is_dir():
+            shutil.copytree(original, copy, dirs_exist_ok=True)
+        else:
+            shutil.copy2(original, copy)
+    configure = ["cmake", "-S", source, "-B", work / "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+    options = [f"-DCCA_TEST_ARCHS={arch}", "-DCCA_BUILD_BENCHMARKS=OFF", "-DCCA_BUILD_EXAMPLES=OFF"]
+    subprocess.run([*configure, *options, "-DCMAKE_CXX_FLAGS_RELEASE=-O1"], check=True, stdout=subprocess.DEVNULL)
+    return source / "include" / "cca", work / "build"
+
+
+def passes(build, test, jobs):
+    """Whether the test builds and passes. What does not compile is not caught by a test: it ends the program."""
+    made = subprocess.run(["ninja", "-C", build, f"-j{jobs}", test], capture_output=True, text=True)
+    if made.returncode:
+        sys.exit(f"{test} does not compile:\n{made.stdout[-2000:]}")
+    try:
+        run = subprocess.run([build / "tests" / test, "--gtest_brief=1", "--gtest_fail_fast"], capture_output=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        return False
+    return run.returncode == 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--arch", default="native", help="instruction set, as of CCA_TEST_ARCHS")
+    parser.add_argument("--only", default="", help="bugs whose file or invariant holds this text")
+    parser.add_argument("--work", type=Path, help="directory to keep the builds in")
+    arguments = parser.parse_args()
+
+    with open(ROOT / "tests" / "mutations.toml", "rb") as file:
+        mutations = tomllib.load(file)["mutation"]
+    mutations = [m for m in mutations if arguments.only in m["file"] + m["invariant"]]
+    for m in mutations:
+        count = (ROOT / "include" / "cca" / m["file"]).read_text().count(m["find"])
+        if count != 1:
+            sys.exit(f"{m['file']}: {count} times {m['find']!r}, wants 1")
+
+    with tempfile.TemporaryDirectory() as temporary:
+        headers, build = prepare(arguments.work or Path(temporary), arguments.arch)
+        for test in sorted({t for m in mutations for t in m["tests"]}):
+            if not passes(build, f"{arguments.arch}.{test}", arguments.jobs):
+                sys.exit(f"{test} fails without a bug")
+        missed = []
+        for i, m in enumerate(mutations, 1):
+            header = headers / m["file"]
+            text = header.read_text()
+            start = time.monotonic()
+            header.write_text(text.replace(m["find"], m["replace"]))
+            caught = next((t for t in m["tests"] if not passes(build, f"{arguments.arch}.{t}", arguments.jobs)), None)
+            header.write_text(text)
+            if not caught:
+                missed.append(m)
+            print(f"{i}/{len(mutations)} {m['file']}: {m['invariant']}: {caught or 'NOT CAUGHT'}"
+                  f" ({time.monotonic() - start:.0f} s)", flush=True)
+    print(f"{len(mutations) - len(missed)} of {len(mutations)} caught")
+    for m in missed:
+        print(f"not caught: {m['file']}: {m['find']} -> {m['replace']}")
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()
