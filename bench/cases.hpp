@@ -8,6 +8,7 @@ namespace bench {
 /// Bytes that this program has allocated so far.
 std::size_t allocated_bytes();
 
+void add_decode_cases();
 void add_gradient_cases();
 
 }  // namespace bench

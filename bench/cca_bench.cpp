@@ -166,54 +166,6 @@ void pooling(benchmark::State& state, std::int64_t length, std::int64_t dim, std
   state.counters["share_of_cca"] = best.seconds / attention;
 }
 
-/// The last token of a sequence through a cache: append, pool the group that it completes, answer. Beside it the same
-/// query over all keys and values.
-template <class T>
-void decoding(benchmark::State& state, std::int64_t heads, std::int64_t kv_heads, std::int64_t length,
-              std::int64_t dim) {
-  const cca::options options{.group_size = 16, .window = 1024};
-  operands<T> data(1, heads, kv_heads, length, length, dim);
-  const auto cut = [](auto view, std::int64_t first, std::int64_t count) {
-    view.data = view.row(0, 0, first);
-    view.extent[2] = count;
-    return view;
-  };
-  const auto q = std::as_const(data.query).view(), k = std::as_const(data.key).view(),
-             v = std::as_const(data.value).view();
-  const auto last_q = cut(q, length - 1, 1), last_k = cut(k, length - 1, 1), last_v = cut(v, length - 1, 1);
-  tensor<T> answer(1, heads, 1, dim);
-  cca::kv_cache<T> cache({.heads = heads, .kv_heads = kv_heads, .dim = dim, .capacity = length, .rewind = 1}, options);
-  cache.append(cut(q, 0, length - 1), cut(k, 0, length - 1), cut(v, 0, length - 1));
-  const auto step = [&] { cache.attend(last_q, last_k, last_v, answer.view()); };
-
-  step();
-  const cca::partition partition{options.group_size, options.window};
-  const std::vector<std::int64_t> seen(static_cast<std::size_t>(heads), partition.core_count(length - 1));
-  const auto textbook = [&]<class Scalar>() {
-    const auto cores = cca::reference::pool<Scalar>(q, k, v, options);
-    return cca::reference::attend<Scalar>(
-        last_q, k, v, cca::far{cores.first.view(), cores.second.view(), cca::bhs(seen.data(), 1, heads, 1)}, options);
-  };
-  if (!bench::agrees(answer, textbook.template operator()<bench::exact_type<T>>().out,
-                     textbook.template operator()<T>().out))
-    return state.SkipWithError("wrong result");
-
-  double dense = std::numeric_limits<double>::infinity();
-  timing best;
-  for ([[maybe_unused]] auto _ : state) {
-    cache.truncate(0, length - 1);
-    best.seconds = std::min(best.seconds, seconds(step));
-    state.SetIterationTime(best.seconds);
-    dense = std::min(dense, seconds([&] { cca::dense_attention(last_q, k, v, answer.view()); }));
-  }
-  const tensor<T> visible(1, 1, heads * partition.core_count(length - 1) + kv_heads * partition.raw(length - 1).size(),
-                          2 * dim);
-  count_bytes(state, best, visible);
-  state.counters["dense/cca"] = dense / best.seconds;
-  state.counters["cache_bytes"] = static_cast<double>(cache.bytes());
-  state.counters["dense_bytes"] = static_cast<double>((data.key.data.size() + data.value.data.size()) * sizeof(T));
-}
-
 template <class T>
 void merging(benchmark::State& state, std::int64_t heads, std::int64_t length, std::int64_t dim) {
   tensor<T> a(1, heads, length, dim), b(1, heads, length, dim), out(1, heads, length, dim);
@@ -285,11 +237,6 @@ void add_cases() {
   for (const std::int64_t length : {32 * K, 128 * K})
     add("pool/float/D:128/L:" + std::to_string(length) + "/g:16", 0.02,
         [length](benchmark::State& state) { pooling<float>(state, length, 128, 16); });
-  for (const std::int64_t dim : {128, 64})
-    add("decode/float/D:" + std::to_string(dim) + "/H:8/L:131072/g:16/s:1024", 0.02,
-        [dim](benchmark::State& state) { decoding<float>(state, 8, 8, 128 * K, dim); });
-  add("decode/float/D:128/H:8/L:32768/g:16/s:1024", 0.02,
-      [](benchmark::State& state) { decoding<float>(state, 8, 8, 32 * K, 128); });
   add("merge/float/D:128/H:32/L:2048", 0.02, [](benchmark::State& state) { merging<float>(state, 32, 2048, 128); });
 
   // Baselines and rulers.
@@ -331,6 +278,7 @@ int main(int argc, char** argv) {
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
   add_context();
   add_cases();
+  bench::add_decode_cases();
   bench::add_gradient_cases();
   benchmark::RunSpecifiedBenchmarks();
 }

@@ -1,12 +1,21 @@
 #!/usr/bin/env python3
 """Ours and the peers in one run, one thread, on the same data; JSON and plots.
 
-    python bench/compare.py --build build/release --output results
+    python bench/compare.py --build build/release --output results --bench AVX-512=build/release/bench/cca_bench
+    python bench/compare.py --plot --output bench/plots     # only draws the results.json that is there
 
 Every contestant is a process of its own that answers "run" on its input with the time of one call. They take turns, so
 that clock and neighbours are the same for all, and the best turn of each counts. Before anything is timed, sampled rows
 of every output are compared with NumPy in double precision. Time is that of the calling thread. Memory is the growth of
 the process's peak over what it holds with the operands loaded; a mask is part of it, though made once and not timed.
+NumPy's sgemm (OpenBLAS) and the multiply-add peak are rulers in the same run.
+
+ggml takes part where `ggml_run` was built:
+
+    cmake -S ggml -B ggml/build -D CMAKE_BUILD_TYPE=Release -D GGML_OPENMP=OFF -D BUILD_SHARED_LIBS=OFF
+    cmake --build ggml/build && cmake --install ggml/build --prefix ggml/install
+    cmake --preset release -D CCA_BENCH_GGML=ON -D CMAKE_PREFIX_PATH=$PWD/ggml/install
+    cmake --build --preset release --target ggml_run
 """
 
 import argparse
@@ -14,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,16 +62,18 @@ def torch_masked_cca(torch, query, key, value):
     """Scaled dot-product attention with an explicit mask. The mask is made once; pooling is part of every call."""
     length = key.shape[2]
     groups = length // GROUP
-    t = torch.arange(length).unsqueeze(1)
-    cores = ((t + 1 - WINDOW) // GROUP).clamp(min=0)
-    j = torch.arange(length)
-    mask = torch.cat([torch.arange(groups) < cores, (j >= cores * GROUP) & (j <= t)], 1)
+    j, group = torch.arange(length), torch.arange(groups)
+    mask = torch.zeros(length, groups + length)  # of floats: PyTorch turns one of bools into that in every call
+    for t in torch.arange(length).unsqueeze(1).split(1024):  # a copy of it would count as memory
+        cores = ((t + 1 - WINDOW) // GROUP).clamp(min=0)
+        unseen = torch.cat([group >= cores, (j < cores * GROUP) | (j > t)], 1)
+        mask[int(t[0]) : int(t[-1]) + 1].masked_fill_(unseen, -math.inf)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     return lambda: sdpa(query, *torch_cores(torch, query, key, value), attn_mask=mask)
 
 
 def torch_flex_cca(torch, query, key, value):
-    """FlexAttention, compiled, with a block mask made once."""
+    """FlexAttention with a block mask made once, both compiled: otherwise the mask's making takes L x L memory."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     length = key.shape[2]
@@ -71,8 +83,8 @@ def torch_flex_cca(torch, query, key, value):
         cores = torch.clamp((t + 1 - WINDOW) // GROUP, min=0)
         return torch.where(j < groups, j < cores, (j - groups >= cores * GROUP) & (j - groups <= t))
 
-    mask = create_block_mask(seen, None, None, length, groups + length, device="cpu")
-    compiled = torch.compile(flex_attention)
+    mask = torch.compile(create_block_mask, dynamic=False)(seen, None, None, length, groups + length, device="cpu")
+    compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(query, *torch_cores(torch, query, key, value), block_mask=mask)
 
 
@@ -103,6 +115,10 @@ def work(peer, directory, length):
                 out = call()
                 answer = {"seconds": time.perf_counter() - start, "thread_seconds": time.thread_time() - thread_start}
             print(json.dumps(answer), flush=True)
+
+
+def is_dense(name):
+    return name != "cca" and "CCA" not in name
 
 
 def gemm_flops(size=2048, rounds=10):
@@ -201,6 +217,14 @@ def scores(length, dense):
     return int((cores + t + 1 - cores * GROUP).sum())
 
 
+def tolerance(name, length, exact, value):
+    """By row: what rounding may do."""
+    if name.endswith("f16"):  # keys and values are rounded; errors average as values do
+        return np.finfo(np.float16).eps * np.abs(exact).max(axis=1)
+    # The rounding errors of a sum of `length` terms add up like a random walk.
+    return np.full(len(exact), math.sqrt(length) * np.finfo(np.float32).eps * np.abs(value).max())
+
+
 def compare(length, arguments, directory):
     """One row per contestant for sequences of `length` tokens."""
     generator = np.random.default_rng(length)
@@ -214,8 +238,11 @@ def compare(length, arguments, directory):
         "cca": [*ours, "kind=cca", f"group={GROUP}", f"window={WINDOW}"],
     }
     for peer in PEERS:
-        if "CCA" not in peer or length <= arguments.masked_limit:
+        if peer != "torch masked CCA" or length <= arguments.masked_limit:
             contestants[peer] = [sys.executable, __file__, "--worker", peer, str(directory), str(length)]
+    ggml = arguments.build / "bench/ggml_run"
+    for kind in ("f32", "f16") if ggml.exists() else ():
+        contestants[f"ggml {kind}"] = [str(ggml), *ours[1:], f"type={kind}"]
 
     running, failures = [], {}
     rows = sorted({0, 1, WINDOW - 1, WINDOW + GROUP - 1, length // 2, length - 1} & set(range(length)))
@@ -226,29 +253,26 @@ def compare(length, arguments, directory):
         try:
             contestant = Contestant(name, command)
             contestant.run()  # warms up; never the only one that counts
-            error = np.abs(contestant.output(directory)[rows] - exact["CCA" not in name and name != "cca"]).max()
+            expected = exact[is_dense(name)]
+            errors[name] = np.abs(contestant.output(directory)[rows] - expected).max(axis=1)
         except (RuntimeError, BrokenPipeError) as failure:
             failures[name] = str(failure)
             print(f"{length:>7} {name}: {failure}", file=sys.stderr)
             continue
-        # The rounding errors of a sum of `length` terms add up like a random walk.
-        if not error <= math.sqrt(length) * np.finfo(np.float32).eps * np.abs(operands[2]).max():
-            raise SystemExit(f"{name} is wrong by {error} at length {length}")
-        errors[name] = float(error)
+        if not (errors[name] <= tolerance(name, length, expected, operands[2])).all():
+            raise SystemExit(f"{name} is wrong by {errors[name].max()} at length {length}")
         contestant.times.clear()
         running.append(contestant)
 
-    deadline = time.monotonic() + arguments.seconds
-    while True:
+    deadline, rounds = time.monotonic() + arguments.seconds, 0
+    while rounds < 2 or time.monotonic() < deadline:
         for contestant in running:
             contestant.run()
-        if time.monotonic() > deadline:
-            break
+        rounds += 1
 
     results = []
     for contestant in running:
-        dense = contestant.name in ("cca dense", "torch causal")
-        flops = 4 * DIM * scores(length, dense)
+        flops = 4 * DIM * scores(length, is_dense(contestant.name))
         results.append(
             {
                 "name": contestant.name,
@@ -259,9 +283,9 @@ def compare(length, arguments, directory):
                 "useful_flops": flops,
                 "flop_per_s": flops / min(contestant.times),
                 "peak": max(contestant.peaks) or None,
-                "error": errors[contestant.name],
-                # Ours holds the output from the start.
-                "memory": contestant.close() - (0 if contestant.name.startswith("cca") else 4 * DIM * length),
+                "error": float(errors[contestant.name].max()),
+                # All but PyTorch hold the output from the start.
+                "memory": contestant.close() - 4 * DIM * length * contestant.name.startswith("torch"),
             }
         )
         r = results[-1]
@@ -274,14 +298,23 @@ def compare(length, arguments, directory):
 
 
 def bench(program, pattern):
-    """Counters of `cca_bench` by case."""
+    """Counters of `cca_bench` by case, from a run of it or from the JSON of one."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        output = [f"--benchmark_out={file.name}", "--benchmark_out_format=json"]
-        subprocess.run([program, f"--benchmark_filter={pattern}", *output], check=True, env=one_thread())
-        report = json.loads(Path(file.name).read_text())
+        if program.endswith(".json"):
+            report = json.loads(Path(program).read_text())
+        else:
+            output = [f"--benchmark_out={file.name}", "--benchmark_out_format=json"]
+            subprocess.run([program, f"--benchmark_filter={pattern}", *output], check=True, env=one_thread())
+            report = json.loads(Path(file.name).read_text())
+    about = ("compiler", "instruction_set", "fma_peak_float", "fma_peak_double", "read_memory", "read_last_level_cache")
+    cases = {}
     for case in report["benchmarks"]:
-        case["name"] = case["name"].split("/iterations:")[0]
-    return report
+        counters = ("flop/s", "peak", "byte/s", "bandwidth", "token/s", "scratch", "per_thread", "speedup", "dense/cca")
+        cases[case["name"].split("/iterations:")[0]] = {
+            "milliseconds": case.get("real_time"),
+            **{name: case[name] for name in counters if name in case},
+        }
+    return {"context": {name: report["context"][name] for name in about}, "cases": cases}
 
 
 def machine():
@@ -289,28 +322,112 @@ def machine():
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             model = line.split(":")[1].strip()
-    return {"processor": model, "cores": os.cpu_count(), "system": platform.platform()}
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": f"{blas['name']} {blas['version']}",
+    }
 
 
 # --- Plots ------------------------------------------------------------------------------------------------------------
 
-COLOURS = {
-    "cca": "#c1272d",
-    "cca dense": "#e08214",
-    "torch causal": "#2166ac",
-    "torch masked CCA": "#5aae61",
-    "torch FlexAttention CCA": "#762a83",
+SERIES = {
+    "cca": ("#c1272d", "cca, CCA attention"),
+    "cca dense": ("#e08214", "cca, dense"),
+    "torch causal": ("#2166ac", "PyTorch, dense"),
+    "ggml f32": ("#7f7f7f", "ggml, dense"),
+    "torch masked CCA": ("#5aae61", "PyTorch, CCA by mask"),
+    "torch FlexAttention CCA": ("#762a83", "FlexAttention, CCA"),
 }
-LABELS = {
-    "cca": "cca, CCA attention",
-    "cca dense": "cca, dense",
-    "torch causal": "PyTorch, dense",
-    "torch masked CCA": "PyTorch, CCA by mask",
-    "torch FlexAttention CCA": "FlexAttention, CCA",
-}
+# Cases of cca_bench whose share of the peak is drawn: those bound by arithmetic, on one thread.
+DRAWN = re.compile(r"(cca|dense|local|eigen_cca)/(?!.*(Lq:|threads:|lse))")
 
 
-def plot(results, output):
+def tokens(length):
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+
+
+def time_label(exponent):
+    return f"{10**exponent} s" if exponent >= 0 else f"{10 ** (exponent + 3)} ms"
+
+
+def size_label(exponent):
+    return f"{2 ** (exponent % 10)} {('', 'Ki', 'Mi', 'Gi')[exponent // 10]}B"
+
+
+def case_label(name):
+    kernel, kind, *sizes = name.split("/")
+    size = {key: int(value) for key, value in (part.split(":") for part in sizes)}
+    text = {"cca": "CCA", "dense": "dense", "local": "window", "eigen_cca": "CCA, naive Eigen"}[kernel]
+    if kind == "double":
+        text += ", double"
+    text += f", D={size['D']}"
+    heads = size.get("B", 1) * size.get("H", 1)
+    if heads > 1:
+        text += f", {heads} heads" + (f" ({size['Hkv']} KV)" if "Hkv" in size else "")
+    if "g" in size:
+        text += f", g={size['g']}"
+    if "s" in size:
+        text += f", s={size['s']}"
+    return f"{text}, L={tokens(size['L'])}"
+
+
+def draw_against_length(axes, comparison, title, value, ticks):
+    """Logarithmic lines of `value` of a row, a series for each contestant; `ticks` are values and their labels."""
+    ends = []
+    for series, (colour, label) in SERIES.items():
+        points = sorted((r["length"], value(r)) for r in comparison if r["name"] == series)
+        if points:
+            axes.plot(*zip(*points), color=colour, marker="o", markersize=4, linewidth=1.8)
+            ends.append([points[-1], label, colour])
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    lengths = sorted({r["length"] for r in comparison})
+    axes.set_xticks(lengths, [tokens(x) for x in lengths])
+    low, high = axes.get_ylim()
+    high *= 3  # room for a label above a line
+    axes.set_ylim(low, high)
+    axes.set_yticks(*zip(*((y, label) for y, label in ticks if low <= y <= high)))
+    axes.minorticks_off()
+    axes.set_xlabel("sequence length, tokens")
+    axes.set_title(title, loc="left", fontsize=12)
+    # Labels stand right of the last ends of lines, moved apart where they would meet; above an end before that.
+    axes.figure.canvas.draw()
+    previous = -math.inf
+    for (x, y), label, colour in sorted(ends, key=lambda e: e[0][1]):
+        at = axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi
+        place = {"xytext": (0, 8), "ha": "right"}
+        if x == lengths[-1]:
+            previous = max(at, previous + 15)
+            place = {"xytext": (8, previous - at), "va": "center"}
+        axes.annotate(label, (x, y), textcoords="offset points", color=colour, annotation_clip=False, **place)
+
+
+def draw_peaks(axes, builds, cases):
+    """Bars of the fraction of the peak, a group for each case and a bar for each build."""
+    height = 0.8 / len(builds)
+    for i, ((build, report), colour) in enumerate(zip(builds.items(), ("#c1272d", "#f4a582", "#92c5de", "#2166ac"))):
+        peaks = [report["cases"].get(name, {}).get("peak", math.nan) for name in cases]
+        at = np.arange(len(cases)) + (i - (len(builds) - 1) / 2) * height
+        axes.barh(at, peaks, height, color=colour, label=build)
+        for y, peak in zip(at, peaks):
+            if math.isfinite(peak):
+                axes.text(peak + 0.005, y, f"{peak:.2f}", va="center", fontsize=8, color="#404040")
+    axes.set_yticks(range(len(cases)), [case_label(name) for name in cases], fontsize=9)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_ylim(len(cases) - 0.4, -0.6)
+    axes.set_xlim(0, 1)
+    axes.set_xticks(np.arange(0, 1.01, 0.2))
+    axes.set_title("Useful operations, of the multiply-add peak of one core", loc="left", fontsize=12, pad=24)
+    if len(builds) > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=10, borderpad=0)
+
+
+def plot(results, output, formats):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -329,74 +446,24 @@ def plot(results, output):
         }
     )
 
-    def tokens(length, _=None):
-        return f"{length // 1024:g}K"
-
-    def save(figure, name):
-        figure.savefig(output / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
-        figure.savefig(output / f"{name}.png", bbox_inches="tight", dpi=120)
+    def save(name, figsize, draw, *arguments):
+        figure, axes = plt.subplots(figsize=figsize)
+        draw(axes, *arguments)
+        for kind in formats:
+            metadata = {"Date": None} if kind == "svg" else None
+            figure.savefig(output / f"{name}.{kind}", bbox_inches="tight", metadata=metadata, dpi=120)
         plt.close(figure)
 
-    def against_length(name, title, value, ticks):
-        figure, axes = plt.subplots(figsize=(7.5, 4.6))
-        ends = []
-        for series, colour in COLOURS.items():
-            points = sorted((r["length"], value(r)) for r in results["comparison"] if r["name"] == series)
-            if points:
-                axes.plot(*zip(*points), color=colour, marker="o", markersize=4, linewidth=1.8)
-                ends.append([points[-1], series, colour])
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        lengths = sorted({r["length"] for r in results["comparison"]})
-        axes.set_xticks(lengths, [tokens(x) for x in lengths])
-        low, high = axes.get_ylim()
-        axes.set_yticks(*zip(*((y, label) for y, label in ticks if low <= y <= high)))
-        axes.minorticks_off()
-        axes.set_xlabel("sequence length, tokens")
-        axes.set_title(title, loc="left", fontsize=12)
-        # Labels stand right of the lines' ends, moved apart where they would meet.
-        figure.canvas.draw()
-        height, previous = 15, -math.inf
-        for (x, y), series, colour in sorted(ends, key=lambda e: e[0][1]):
-            at = axes.transData.transform((x, y))[1] * 72 / figure.dpi
-            previous = max(at, previous + height)
-            axes.annotate(
-                LABELS[series],
-                (x, y),
-                xytext=(8, previous - at),
-                textcoords="offset points",
-                va="center",
-                color=colour,
-                annotation_clip=False,
-            )
-        save(figure, name)
-
-    seconds = [(10.0**i, f"{10**i} s" if i >= 0 else f"{10 ** (i + 3)} ms") for i in range(-3, 4)]
-    bytes_ = [(10.0**i * 2**20, f"{10**i:g} MiB") for i in range(-1, 6)]
-    against_length("time", "Time of one head on one core, D = 128", lambda r: r["seconds"], seconds)
-    against_length("memory", "Memory beside operands and output", lambda r: max(r["memory"], 2**16), bytes_)
-
-    if not results["bench"]:
-        return
-    builds = list(results["bench"])
-    cases = [
-        case["name"]
-        for case in results["bench"][builds[0]]["benchmarks"]
-        if "peak" in case and "bandwidth" not in case and not case["name"].startswith("eigen_gemm")
-    ]
-    figure, axes = plt.subplots(figsize=(7.5, 0.9 + 0.27 * len(cases)))
-    for build, colour in zip(builds, ("#c1272d", "#2166ac", "#5aae61", "#e08214")):
-        peaks = {case["name"]: case.get("peak") for case in results["bench"][build]["benchmarks"]}
-        axes.plot([peaks.get(c) for c in cases], range(len(cases)), "o", color=colour, markersize=6, label=build)
-    axes.set_yticks(range(len(cases)), [c.replace("/", "  ") for c in cases], fontsize=9)
-    axes.set_ylim(len(cases) - 0.5, -0.5)
-    axes.set_xlim(0, 1)
-    axes.set_xticks(np.arange(0, 1.01, 0.1))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    axes.set_title("Useful operations as a share of the multiply-add peak of one core", loc="left", fontsize=12)
-    if len(builds) > 1:
-        axes.legend(loc="upper left", frameon=False)
-    save(figure, "peak")
+    comparison, builds = results["comparison"], results["bench"]
+    if comparison:
+        title, ticks = "Time of one head on one core, D = 128", [(10.0**i, time_label(i)) for i in range(-3, 4)]
+        save("time", (7.5, 4.6), draw_against_length, comparison, title, lambda r: r["seconds"], ticks)
+        title, ticks = "Memory beside operands and output", [(2.0**i, size_label(i)) for i in range(17, 40, 3)]
+        save("memory", (7.5, 4.6), draw_against_length, comparison, title, lambda r: max(r["memory"], 2**17), ticks)
+    if builds:
+        first = next(iter(builds.values()))["cases"]
+        cases = [name for name, case in first.items() if DRAWN.match(name) and "peak" in case]
+        save("peak", (7.5, 0.9 + 0.34 * len(cases)), draw_peaks, builds, cases)
 
 
 def main():
@@ -408,44 +475,44 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, help="build directory of cca_run")
     parser.add_argument("--output", type=Path, required=True, help="directory of results.json and the plots")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024 * 2**i for i in range(6)])
-    parser.add_argument("--long", action="store_true", help="128K tokens, too: minutes")
-    parser.add_argument("--seconds", type=float, default=10, help="time to take turns for, per length")
-    parser.add_argument("--masked-limit", type=int, default=32768, help="longest length for the peers with L x L masks")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[1024 * 2**i for i in range(6)])
+    parser.add_argument("--long", action="store_true", help="128K tokens, too: a quarter of an hour")
+    parser.add_argument("--seconds", type=float, default=10, help="time to take turns for, per length; at least twice")
+    parser.add_argument("--masked-limit", type=int, default=32768, help="longest length for an L x L mask")
     parser.add_argument(
         "--bench",
         nargs="*",
         default=[],
         metavar="LABEL=PROGRAM",
-        help="builds of cca_bench whose fractions of the peak are plotted",
+        help="builds of cca_bench, or the JSON of their runs, whose fractions of the peak are plotted",
     )
     parser.add_argument("--filter", default=".", help="cases of cca_bench")
     parser.add_argument("--plot", action="store_true", help="only draw the results.json that is there")
+    parser.add_argument("--formats", nargs="+", default=["svg"], help="of the plots: svg, png, pdf")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "results.json"
     if arguments.plot:
-        return plot(json.loads(file.read_text()), arguments.output)
+        return plot(json.loads(file.read_text()), arguments.output, arguments.formats)
     if arguments.build is None:
         parser.error("--build is required")
 
-    results = {"command": " ".join(sys.argv), "machine": machine(), "python": platform.python_version()}
-    results["numpy"] = np.__version__
-    gemm = subprocess.run([sys.executable, __file__, "--gemm"], check=True, capture_output=True, env=one_thread())
-    results["numpy_sgemm_flop_per_s"] = float(gemm.stdout)
-    print(f"NumPy sgemm {results['numpy_sgemm_flop_per_s'] / 1e9:.1f} GFLOP/s")
-    results["comparison"], results["failures"] = [], {}
+    results = {"machine": machine(), "comparison": [], "failures": {}, "bench": {}, "sgemm_flop_per_s": 0.0}
     with tempfile.TemporaryDirectory() as directory:
         for length in arguments.lengths + [131072] * arguments.long:
+            command = [sys.executable, __file__, "--gemm"]
+            gemm = subprocess.run(command, check=True, capture_output=True, env=one_thread())
+            results["sgemm_flop_per_s"] = max(results["sgemm_flop_per_s"], float(gemm.stdout))
             rows, failures = compare(length, arguments, Path(directory))
             results["comparison"] += rows
             results["failures"].update({f"{name} at {length}": why for name, why in failures.items()})
-    results["bench"] = {}
+            peak = max(r["peak"] or 0 for r in results["comparison"])
+            print(f"sgemm {results['sgemm_flop_per_s'] / 1e9:.1f}, multiply-adds {peak / 1e9:.1f} GFLOP/s")
     for build in arguments.bench:
         label, program = build.split("=", 1)
         results["bench"][label] = bench(program, arguments.filter)
     file.write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, arguments.output)
+    plot(results, arguments.output, arguments.formats)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 //
 //   ggml_run key=value...     length, dim, directory, type of keys and values (f32, f16)
 //
-// It speaks like cca_run. As in llama.cpp, queries go in batches of 512 (`n_ubatch`) over the keys up to the batch's last
-// and a mask, which is filled before the clock starts.
+// It speaks like cca_run. As in llama.cpp, queries go in batches of 512 (`n_ubatch`) over the keys up to the batch's
+// last and a mask, which is filled before the clock starts.
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <fstream>
 #include <iostream>
@@ -42,6 +43,7 @@ class attention {
       : type_(type), length_(length), dim_(dim), query_(read(directory + "/query", length * dim)), out_(query_.size()) {
     key_ = convert(read(directory + "/key", length * dim));
     value_ = convert(read(directory + "/value", length * dim));
+    mask_.reserve(static_cast<std::size_t>(length * batch));
   }
 
   [[nodiscard]] const std::vector<float>& out() const { return out_; }

@@ -3,16 +3,6 @@
 #include "entry_points.hpp"
 
 namespace cca::test {
-namespace {
-
-/// Log-sum-exps as the entry points take them.
-template <class T>
-lse_view<T> without_dim(const tensor_view<T>& view) {
-  return {view.data, {view.batch(), view.heads(), view.length()}, {view.stride[0], view.stride[1], view.stride[2]}};
-}
-
-}  // namespace
-
 template <class T>
 void call(const problem& p, const arguments<T>& a, const any_executor& run, std::span<std::byte> workspace) {
   const auto& in = a.operands;

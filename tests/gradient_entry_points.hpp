@@ -35,12 +35,6 @@ inline std::vector<std::string> gradient_argument_names(entry entry) {
   }
 }
 
-/// Log-sum-exps as the entry points take them.
-template <class T>
-lse_view<T> without_dim(const tensor_view<T>& view) {
-  return {view.data, {view.batch(), view.heads(), view.length()}, {view.stride[0], view.stride[1], view.stride[2]}};
-}
-
 /// Calls the gradient. A last operand of `{}` means that there is no gradient of the log-sum-exp.
 template <class T>
 void call_gradient(const problem& p, const arguments<T>& a, const any_executor& run = {},

@@ -33,4 +33,11 @@ template void attend(kv_cache<float>&, const token_views<float>&, tensor_view<fl
 template void attend(kv_cache<float>&, std::int64_t, const token_views<float>&, tensor_view<float>, lse_view<float>,
                      const any_executor&);
 
+template void append(kv_cache<double>&, const token_views<double>&, const any_executor&);
+template void append(kv_cache<double>&, std::int64_t, const token_views<double>&, const any_executor&);
+template void attend(kv_cache<double>&, const token_views<double>&, tensor_view<double>, lse_view<double>,
+                     const any_executor&);
+template void attend(kv_cache<double>&, std::int64_t, const token_views<double>&, tensor_view<double>, lse_view<double>,
+                     const any_executor&);
+
 }  // namespace cca::test

@@ -81,9 +81,9 @@ tensor_view<T, Rank> sequence_of(tensor_view<T, Rank> view, std::int64_t b) {
 }
 
 /// `count` random tokens of each of `batch` sequences.
-inline operands<float> random_tokens(const cache_setup& setup, std::int64_t batch, std::int64_t count,
-                                     random_engine& random) {
-  return random_operands<float>(setup.step(batch, count), random);
+template <class T = float>
+operands<T> random_tokens(const cache_setup& setup, std::int64_t batch, std::int64_t count, random_engine& random) {
+  return random_operands<T>(setup.step(batch, count), random);
 }
 
 /// A setup in which nothing is left to symmetry: heads share keys, and dims differ.

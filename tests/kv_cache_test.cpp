@@ -48,27 +48,29 @@ std::vector<any_executor> executors() {
 enum class operation { append, append_to_all, attend, attend_all, truncate, fork, reset, reload };
 constexpr std::int64_t operation_count = 8;
 
+/// Operations that were done, with the group size and the tokens beyond complete groups.
+using operation_coverage = std::set<std::array<std::int64_t, 3>>;
+
 /// What a sequence of a cache should be.
+template <class T>
 struct known_sequence {
-  operands<float> tokens;  // the first `length` of them
+  operands<T> tokens;  // the first `length` of them
   std::int64_t length = 0;
   std::int64_t oldest = 0;  // raw token still held
 };
 
 /// A cache, and beside it all tokens of its sequences: whatever is done to it, it has to answer and to count as if it had
 /// all of them, too.
+template <class T>
 class cache_life {
  public:
   explicit cache_life(std::uint64_t seed)
-      : random_(seed), setup_(random_setup(random_)), cache_(setup_.make()), label_("seed " + std::to_string(seed)) {
+      : random_(seed), setup_(random_setup(random_)), cache_(setup_.make<T>()), label_("seed " + std::to_string(seed)) {
     for (std::int64_t b = 0; b < setup_.shape.batch; ++b)
-      known_.push_back({.tokens = random_tokens(setup_, 1, longest, random_)});
+      known_.push_back({.tokens = random_tokens<T>(setup_, 1, longest, random_)});
   }
 
-  /// The operations that were done, with the group size and the tokens beyond complete groups.
-  using coverage = std::set<std::array<std::int64_t, 3>>;
-
-  void live(int steps, coverage& done) {
+  void live(int steps, operation_coverage& done) {
     // Mostly tokens come.
     constexpr std::array operations{operation::append,     operation::append_to_all, operation::attend,
                                     operation::attend,     operation::attend,        operation::attend,
@@ -110,7 +112,7 @@ class cache_life {
     return setup;
   }
 
-  [[nodiscard]] known_sequence& known(std::int64_t b) { return known_[static_cast<std::size_t>(b)]; }
+  [[nodiscard]] known_sequence<T>& known(std::int64_t b) { return known_[static_cast<std::size_t>(b)]; }
 
   void operate(operation next, std::int64_t b, const std::string& label) {
     switch (next) {
@@ -127,7 +129,7 @@ class cache_life {
       case operation::fork: {
         const std::int64_t to = draw(random_, 0, setup_.shape.batch - 1);
         cache_.fork(b, to);
-        if (to != b) known(to) = known_sequence(known(b));
+        if (to != b) known(to) = known_sequence<T>(known(b));
         return;
       }
       case operation::reset:
@@ -137,7 +139,7 @@ class cache_life {
       case operation::reload: {
         const std::string file = content(cache_);
         std::istringstream stream(file);
-        cache_ = load<float>(stream);
+        cache_ = load<T>(stream);
         EXPECT_EQ(content(cache_), file);
       }
     }
@@ -149,9 +151,9 @@ class cache_life {
     for (std::int64_t b = batch.begin; b < batch.end; ++b) room = std::min(room, longest - known(b).length);
     const std::int64_t most = draw_from(random_, std::array<std::int64_t, 5>{1, 1, 4, 20, longest});
     const std::int64_t count = room == 0 ? 1 : draw(random_, 1, std::min(most, room));
-    const operands<float> fresh =
-        random_operands<float>(setup_.step(batch.size(), count), random_, random_operand_layouts(random_));
-    const token_views<float> tokens = views_of(fresh);
+    const operands<T> fresh =
+        random_operands<T>(setup_.step(batch.size(), count), random_, random_operand_layouts(random_));
+    const token_views<T> tokens = views_of(fresh);
     const bool all = batch.size() == setup_.shape.batch;
     if (room == 0) {
       const auto one_more = [&] { all ? append(cache_, tokens) : append(cache_, batch.begin, tokens); };
@@ -160,19 +162,19 @@ class cache_life {
       }
       return;
     }
-    std::optional<results<float>> answers;
+    std::optional<results<T>> answers;
     if (attending)
       answers = all ? attend(cache_, tokens) : attend(cache_, batch.begin, tokens);
     else
       all ? append(cache_, tokens) : append(cache_, batch.begin, tokens);
 
     for (std::int64_t b = batch.begin; b < batch.end; ++b) {
-      known_sequence& s = known(b);
-      const token_views<float> added = sequence_of(tokens, b - batch.begin);
+      known_sequence<T>& s = known(b);
+      const token_views<T> added = sequence_of(tokens, b - batch.begin);
       const range place{s.length, s.length + count};
-      copy<float>(added.query, tokens_of(s.tokens.query.view(), place));
-      copy<float>(added.key, tokens_of(s.tokens.key.view(), place));
-      copy<float>(added.value, tokens_of(s.tokens.value.view(), place));
+      copy<T>(added.query, tokens_of(s.tokens.query.view(), place));
+      copy<T>(added.key, tokens_of(s.tokens.key.view(), place));
+      copy<T>(added.value, tokens_of(s.tokens.value.view(), place));
       s.length += count;
       s.oldest = std::max(s.oldest, s.length - setup_.raw_limit());
       if (answers)
@@ -182,7 +184,7 @@ class cache_life {
   }
 
   void truncate(std::int64_t b) {
-    known_sequence& s = known(b);
+    known_sequence<T>& s = known(b);
     const std::int64_t least = least_length(s);
     EXPECT_THROW(cache_.truncate(b, least - 1), std::invalid_argument);
     EXPECT_THROW(cache_.truncate(b, s.length + 1), std::invalid_argument);
@@ -191,7 +193,7 @@ class cache_life {
   }
 
   /// The least length after which the next query finds all it sees raw.
-  [[nodiscard]] std::int64_t least_length(const known_sequence& s) const {
+  [[nodiscard]] std::int64_t least_length(const known_sequence<T>& s) const {
     const partition partition{setup_.options.group_size, setup_.options.window};
     std::int64_t length = s.length;
     while (length > 0 && partition.raw(length - 1).begin >= s.oldest) --length;
@@ -203,7 +205,7 @@ class cache_life {
     const std::int64_t core_heads = detail::core_head_count(setup_.options, setup_.shape.heads, setup_.shape.kv_heads);
     std::int64_t rows = 0;
     for (std::int64_t b = 0; b < setup_.shape.batch; ++b) {
-      const known_sequence& s = known(b);
+      const known_sequence<T>& s = known(b);
       const std::int64_t cores = grouped ? s.length / setup_.options.group_size : 0, raw = s.length - s.oldest;
       EXPECT_EQ(cache_.length(b), s.length);
       EXPECT_EQ(cache_.core_count(b), cores);
@@ -213,7 +215,7 @@ class cache_life {
       rows += core_heads * cores + setup_.shape.kv_heads * raw;
     }
     const std::int64_t elements = rows * (setup_.shape.dim + setup_.value_dim());
-    EXPECT_EQ(cache_.bytes(), static_cast<std::size_t>(elements) * sizeof(float));
+    EXPECT_EQ(cache_.bytes(), static_cast<std::size_t>(elements) * sizeof(T));
     EXPECT_GE(cache_.allocated_bytes(), cache_.bytes());
     EXPECT_EQ(cache_.shape().capacity, setup_.shape.capacity);
     EXPECT_EQ(cache_.shape().batch, setup_.shape.batch);
@@ -221,15 +223,20 @@ class cache_life {
 
   random_engine random_;
   cache_setup setup_;
-  kv_cache<float> cache_;
+  kv_cache<T> cache_;
   std::string label_;
-  std::vector<known_sequence> known_;
-  attention_rule<float> rule_;
+  std::vector<known_sequence<T>> known_;
+  attention_rule<T> rule_;
 };
 
-TEST(KvCache, AnswersLikeRecomputationAfterAnyOperations) {
-  cache_life::coverage done;
-  for (std::uint64_t seed = 1; seed <= 200 && !HasFailure(); ++seed) cache_life(seed).live(40, done);
+using ElementTypes = testing::Types<float, double>;
+template <class T>
+class KvCacheOf : public testing::Test {};
+TYPED_TEST_SUITE(KvCacheOf, ElementTypes);
+
+TYPED_TEST(KvCacheOf, AnswersLikeRecomputationAfterAnyOperations) {
+  operation_coverage done;
+  for (std::uint64_t seed = 1; seed <= 200 && !this->HasFailure(); ++seed) cache_life<TypeParam>(seed).live(40, done);
   EXPECT_EQ(std::ssize(done), operation_count * (1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9))
       << "not every length mod group size";
 }

@@ -245,6 +245,12 @@ tensor_view<T> with_dim(const lse_view<T>& view) {
   return {view.data, {view.batch(), view.heads(), view.length(), 1}, {batch, heads, length, 1}};
 }
 
+/// The other way round: log-sum-exps as the entry points take them.
+template <class T>
+lse_view<T> without_dim(const tensor_view<T>& view) {
+  return {view.data, {view.batch(), view.heads(), view.length()}, {view.stride[0], view.stride[1], view.stride[2]}};
+}
+
 /// Calls `entry(out view, lse view)` and checks that nothing is written between the rows.
 template <class T, class Entry>
 results<T> collect(const sizes& s, const Entry& entry, const layout& out_layout = {}, const layout& lse_layout = {}) {

@@ -22,15 +22,16 @@
 #include <system_error>
 #include <vector>
 
+#include "../common/progress.hpp"
+#include "../common/safetensors.hpp"
 #include "model.hpp"
-#include "progress.hpp"
-#include "safetensors.hpp"
 #include "sampler.hpp"
 #include "vocabulary.hpp"
 
 namespace {
 
 using namespace smollm2;
+using common::progress;
 
 struct arguments {
   std::string folder;

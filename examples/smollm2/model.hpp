@@ -13,9 +13,11 @@
 #include <string>
 #include <vector>
 
-#include "safetensors.hpp"
+#include "../common/safetensors.hpp"
 
 namespace smollm2 {
+
+using common::safetensors;
 
 using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 using weight_matrix = Eigen::Map<const matrix>;  // [out, in]: y = x W^T

@@ -19,13 +19,14 @@
 #include <string>
 #include <vector>
 
+#include "../common/progress.hpp"
+#include "../common/safetensors.hpp"
 #include "model.hpp"
-#include "progress.hpp"
-#include "safetensors.hpp"
 
 namespace {
 
 using namespace smollm2;
+using common::progress;
 
 struct arguments {
   std::string folder;

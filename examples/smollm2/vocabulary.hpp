@@ -10,9 +10,11 @@
 #include <utility>
 #include <vector>
 
-#include "safetensors.hpp"
+#include "../common/safetensors.hpp"
 
 namespace smollm2 {
+
+using common::safetensors;
 
 /// What each token stands for: bytes, not characters; one of several bytes may come in several tokens.
 class vocabulary {

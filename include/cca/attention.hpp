@@ -24,11 +24,12 @@ namespace cca::inline CCA_TARGET {
 /// Far context that any compressor made: `attend` puts it before the window in one softmax.
 template <class Key, class Value>
 struct far {
-  tensor_view<Key> key;               // [batch, far heads, far length, dim]
-  tensor_view<Value> value;           // [batch, far heads, far length, value dim]
-  lse_view<const std::int64_t> seen;  // [batch, query heads, query length]: the query sees far rows [0, seen)
+  tensor_view<Key> key;               ///< `[batch, far heads, far length, dim]`
+  tensor_view<Value> value;           ///< `[batch, far heads, far length, value dim]`
+  lse_view<const std::int64_t> seen;  ///< `[batch, query heads, query length]`: the query sees far rows `[0, seen)`
 };
 
+/// Counts may be mutable.
 template <class Key, class Value, class Count>
 far(tensor_view<Key>, tensor_view<Value>, lse_view<Count>) -> far<Key, Value>;
 

@@ -19,6 +19,7 @@ struct cache_shape {
   std::int64_t capacity = 0;   ///< tokens per sequence for which memory is taken at once; 0: as they come
   std::int64_t rewind = 0;     ///< tokens that `truncate` can always take back, at one raw entry each
 
+  /// Of every member.
   friend bool operator==(const cache_shape&, const cache_shape&) = default;
 };
 

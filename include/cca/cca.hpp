@@ -13,3 +13,4 @@
 #include "partition.hpp"
 #include "pooling.hpp"
 #include "tensor_view.hpp"
+#include "version.hpp"

@@ -23,8 +23,10 @@ concept executor = requires(const E& run, void (*f)(std::int64_t)) {
 
 /// Runs on the calling thread.
 struct serial_executor {
+  /// One call at a time.
   [[nodiscard]] static constexpr std::int64_t concurrency() { return 1; }
 
+  /// Runs `f(0), .. f(n - 1)` in this order.
   template <class F>
   void operator()(std::int64_t n, F&& f) const {
     for (std::int64_t i = 0; i < n; ++i) f(i);
@@ -35,10 +37,12 @@ struct serial_executor {
 /// OpenMP's threads. Declared only where the translation unit is compiled with OpenMP: without it the pragma would
 /// silently mean one thread.
 struct openmp_executor {
-  int threads = omp_get_max_threads();
+  int threads = omp_get_max_threads();  ///< how many take part, at most
 
+  /// One call per thread.
   [[nodiscard]] std::int64_t concurrency() const { return threads; }
 
+  /// Runs `f(i)` for i in `[0, n)` on OpenMP's threads.
   template <class F>
   void operator()(std::int64_t n, F&& f) const {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
@@ -51,12 +55,15 @@ struct openmp_executor {
 /// waits only for calls that have begun: so it may be one of the pool's own threads.
 template <class Pool>
 struct thread_pool_executor {
-  Pool& pool;
+  Pool& pool;  ///< the caller's; outlives the executor
 
+  /// Takes no part in the pool's lifetime.
   explicit thread_pool_executor(Pool& p) : pool(p) {}
 
+  /// The pool's threads and the calling one.
   [[nodiscard]] std::int64_t concurrency() const { return pool.NumThreads() + 1; }
 
+  /// Runs `f(i)` for i in `[0, n)` on the pool's threads and the calling one.
   template <class F>
   void operator()(std::int64_t n, F&& f) const {
     struct progress {

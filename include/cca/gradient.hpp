@@ -173,7 +173,7 @@ template <class Query, class Key, class Value, class FarKey, class FarValue, exe
 /// @param grad_query,grad_key,grad_value  written whole, of the extents of the operand; 0 for what is not pooled and for
 ///   queries that are not a group's last. With `max` pooling an element's gradient goes to the first token that has the
 ///   maximum.
-/// @param run,workspace,errors  as for `attention_gradient`
+/// @param run,workspace  as for `attention_gradient`, as are errors
 /// Source: arXiv 2412.12465, section 3.1, differentiated.
 template <class Query, class Key, class Value, class T, executor E = serial_executor>
 void pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <span>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -11,7 +10,6 @@
 
 #include "attention.hpp"
 #include "cache_shape.hpp"
-#include "detail/forward.hpp"
 #include "detail/row_store.hpp"
 #include "executor.hpp"
 #include "options.hpp"
@@ -38,7 +36,7 @@ struct cache_file;
 template <class Element = float>
 class kv_cache {
  public:
-  using element_type = Element;
+  using element_type = Element;  ///< of keys, values and cores
 
   /// @throws std::invalid_argument  naming the member of `shape` or `options` that makes no sense
   kv_cache(const cache_shape& shape, const options& options)
@@ -52,8 +50,11 @@ class kv_cache {
     }
   }
 
+  /// @{
+  /// What the cache was made with, the shape's defaults filled in.
   [[nodiscard]] const cache_shape& shape() const { return shape_; }
   [[nodiscard]] const cca::options& options() const { return options_; }
+  /// @}
 
   /// Tokens appended to sequence `b`.
   [[nodiscard]] std::int64_t length(std::int64_t b = 0) const { return at(b).length; }
@@ -67,13 +68,14 @@ class kv_cache {
     return cores == 0 ? 0 : partition_.first_query(cores - 1);
   }
 
-  /// Bytes of the cores and raw tokens held, and bytes of memory taken for keys and values.
+  /// Bytes of the cores and raw tokens held.
   [[nodiscard]] std::size_t bytes() const {
     std::int64_t rows = 0;
     for (std::int64_t b = 0; b < shape_.batch; ++b)
       rows += core_heads_ * core_count(b) + shape_.kv_heads * raw_count(b);
     return static_cast<std::size_t>(rows * (shape_.dim + shape_.value_dim)) * sizeof(Element);
   }
+  /// Bytes of memory taken for keys and values.
   [[nodiscard]] std::size_t allocated_bytes() const {
     std::size_t total = 0;
     for (const sequence& s : sequences_) total += s.cores.bytes() + s.raw.bytes();
@@ -86,6 +88,7 @@ class kv_cache {
   /// @param query  `[batch, heads, new tokens, dim]`; with `last_query` pooling the last tokens' of groups are also pooled with
   /// @param key,value  `[batch, kv_heads, new tokens, dim]` and the same with `value_dim`, of the cache's element type
   /// @param out,lse  `[batch, heads, new tokens, value_dim]` and `[batch, heads, new tokens]`, written whole
+  /// @param run  executor; the results are bitwise the same for any
   template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
   void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
               lse_view<Lse> lse, const E& run = {}) {
@@ -94,6 +97,7 @@ class kv_cache {
     step(0, query, key, value, &out, lse, run);
   }
 
+  /// Without log-sum-exps.
   template <class Query, class Key, class Value, class Out, executor E = serial_executor>
   void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
               const E& run = {}) {
@@ -110,19 +114,21 @@ class kv_cache {
     step(b, query, key, value, &out, lse, run);
   }
 
+  /// The same without log-sum-exps.
   template <class Query, class Key, class Value, class Out, executor E = serial_executor>
   void attend(std::int64_t b, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
               tensor_view<Out> out, const E& run = {}) {
     attend(b, query, key, value, out, lse_view<>{}, run);
   }
 
-  /// Appends without attending: to every sequence, or to sequence `b` alone.
+  /// Appends to every sequence without attending.
   template <class Query, class Key, class Value, executor E = serial_executor>
   void append(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, const E& run = {}) {
     require_query(query, shape_.batch);
     step<Query, Key, Value, float, float>(0, query, key, value, nullptr, {}, run);
   }
 
+  /// Appends to sequence `b` alone without attending.
   template <class Query, class Key, class Value, executor E = serial_executor>
   void append(std::int64_t b, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
               const E& run = {}) {

@@ -19,6 +19,7 @@ namespace cca::inline CCA_TARGET {
 /// @param out_a,out_b  `[batch, heads, length, dim]`, read whole
 /// @param lse_a,lse_b  `[batch, heads, length]`, natural logarithms, read whole
 /// @param out,lse  the same extents, written whole; each may be the very view of a part (not a shifted one)
+/// @param run  executor; the results are bitwise the same for any
 /// @throws std::invalid_argument  before anything is written, naming the argument, what it got and what it wants
 template <class A, class LseA, class B, class LseB, class Out, class Lse, executor E = serial_executor>
 void merge(tensor_view<A> out_a, lse_view<LseA> lse_a, tensor_view<B> out_b, lse_view<LseB> lse_b, tensor_view<Out> out,
@@ -39,7 +40,7 @@ void merge(tensor_view<A> out_a, lse_view<LseA> lse_a, tensor_view<B> out_b, lse
 
   const auto merge_row = [&](std::int64_t b, std::int64_t h, std::int64_t i) {
     constexpr double empty = -std::numeric_limits<double>::infinity();
-    const double a = static_cast<double>(*lse_a.row(b, h, i)), c = static_cast<double>(*lse_b.row(b, h, i));
+    const auto a = static_cast<double>(*lse_a.row(b, h, i)), c = static_cast<double>(*lse_b.row(b, h, i));
     const double maximum = std::isnan(a) || a > c ? a : c;  // a NaN stays
     const double base = maximum == empty ? 0.0 : maximum;
     const double weight_a = std::exp(a - base), weight_b = std::exp(c - base), sum = weight_a + weight_b;

@@ -13,12 +13,17 @@ inline constexpr std::int64_t unlimited = std::numeric_limits<std::int64_t>::max
 
 /// Half-open: `[begin, end)`. Empty when `end <= begin`.
 struct range {
-  std::int64_t begin = 0;
-  std::int64_t end = 0;
+  std::int64_t begin = 0;  ///< the first
+  std::int64_t end = 0;    ///< one behind the last
 
+  /// @{
+  /// The set of numbers that it stands for.
   [[nodiscard]] constexpr std::int64_t size() const { return std::max<std::int64_t>(end - begin, 0); }
   [[nodiscard]] constexpr bool empty() const { return end <= begin; }
   [[nodiscard]] constexpr bool contains(std::int64_t i) const { return begin <= i && i < end; }
+  /// @}
+
+  /// Of the bounds: empty ranges may differ.
   friend constexpr bool operator==(range, range) = default;
 };
 
@@ -43,8 +48,8 @@ struct range {
 /// Source: arXiv 2412.12465, section 3 (globality-aware pooling and locality-preserving attention); the window start
 /// is that of the authors' reference mask. `group_size >= 1`, `window >= 1`; positions count from 0, up to 2^62.
 struct partition {
-  std::int64_t group_size = 1;
-  std::int64_t window = unlimited;
+  std::int64_t group_size = 1;      ///< tokens per core
+  std::int64_t window = unlimited;  ///< tokens that stay raw, the current one among them
 
   /// The cores that the query at `t` sees: those of the complete groups whose tokens all lie before its window,
   /// `max(0, floor((t + 1 - window) / group_size))`. A query before the sequence (`t < 0`) sees nothing.

@@ -23,32 +23,44 @@ namespace cca::inline CCA_TARGET::reference {
 /// A tensor that owns its elements, `[batch][heads][length][dim]` in memory.
 template <class Scalar>
 struct tensor {
-  std::array<std::int64_t, 4> extent{};
-  std::vector<Scalar> data;
+  std::array<std::int64_t, 4> extent{};  ///< `[batch, heads, length, dim]`
+  std::vector<Scalar> data;              ///< in this order
 
+  /// @{
+  /// Of zeros.
   tensor() = default;
   tensor(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d)
       : extent{b, h, s, d}, data(static_cast<std::size_t>(b * h * s * d)) {}
   explicit tensor(const std::array<std::int64_t, 4>& e) : tensor(e[0], e[1], e[2], e[3]) {}
+  /// @}
 
+  /// @{
+  /// All of it.
   [[nodiscard]] auto view() { return bhsd(data.data(), extent[0], extent[1], extent[2], extent[3]); }
   [[nodiscard]] auto view() const { return bhsd(data.data(), extent[0], extent[1], extent[2], extent[3]); }
+  /// @}
 };
 
+/// What attention computes.
 template <class Scalar>
 struct result {
-  tensor<Scalar> out;  // [batch, query heads, length, value dim]
-  tensor<Scalar> lse;  // [batch, query heads, length, 1]
+  tensor<Scalar> out;  ///< `[batch, query heads, length, value dim]`
+  tensor<Scalar> lse;  ///< `[batch, query heads, length, 1]`
 };
 
 /// Of the operands of the same names; those of far rows are empty where the caller has none.
 template <class Scalar>
 struct gradient {
+  /// @{
+  /// Of the operand's extents.
   tensor<Scalar> query, key, value, far_key, far_value;
+  /// @}
 };
 
+/// One row per token.
 template <class Scalar>
 using matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+/// One token, or one number per token.
 template <class Scalar>
 using vector = Eigen::Matrix<Scalar, Eigen::Dynamic, 1>;
 
@@ -87,8 +99,8 @@ Scalar softmax(vector<Scalar>& scores) {
   return maximum + std::log(sum);
 }
 
-/// Cores of every complete group: `core_k = sum_j w_j k_j` with `w = softmax_j(scale * q_last . k_j)`, and alike for the
-/// values; or the group's mean or maximum.
+/// Keys and values of the cores of every complete group. `core_k = sum_j w_j k_j` with
+/// `w = softmax_j(scale * q_last . k_j)`, and alike for the values; or the group's mean or maximum.
 template <class Scalar, class Query, class Key, class Value>
 std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                                const options& options) {

@@ -15,21 +15,25 @@ namespace cca::inline CCA_TARGET {
 /// that of `T`.
 template <class T, std::size_t Rank = 4>
 struct tensor_view {
-  using element_type = T;
-  static constexpr std::size_t rank = Rank;
+  using element_type = T;                    ///< constant where the view only reads
+  static constexpr std::size_t rank = Rank;  ///< 4, or 3 for one number per row
 
-  T* data = nullptr;
-  std::array<std::int64_t, Rank> extent{};
-  std::array<std::int64_t, Rank> stride{};
+  T* data = nullptr;                        ///< the element whose indices are all 0
+  std::array<std::int64_t, Rank> extent{};  ///< none below 0
+  std::array<std::int64_t, Rank> stride{};  ///< elements from one index to the next
 
   /// A view of mutable elements serves where constant ones are asked for.
   constexpr operator tensor_view<const T, Rank>() const requires(!std::is_const_v<T>) { return {data, extent, stride}; }
 
+  /// @{
+  /// An extent by its name.
   [[nodiscard]] constexpr std::int64_t batch() const { return extent[0]; }
   [[nodiscard]] constexpr std::int64_t heads() const { return extent[1]; }
   [[nodiscard]] constexpr std::int64_t length() const { return extent[2]; }
   [[nodiscard]] constexpr std::int64_t dim() const requires(Rank == 4) { return extent[3]; }
+  /// @}
 
+  /// Whether there is no element.
   [[nodiscard]] constexpr bool empty() const {
     for (const std::int64_t e : extent)
       if (e == 0) return true;

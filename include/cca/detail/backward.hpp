@@ -59,7 +59,7 @@ class backward {
   void operator()(const Results& results, tensor_view<T> grad_query, T scale, const E& run, scratch& memory,
                   const Gradient&... gradients) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
-    turn::counter* passed = memory.take<turn::counter>(tasks_);
+    auto* passed = memory.take<turn::counter>(tasks_);
     std::uninitialized_value_construct_n(passed, tasks_);
     run_tasks(run, workers_, tasks_, [&](std::int64_t worker, std::int64_t task) {
       const std::int64_t chain = task / per_chain_, place = task % per_chain_, groups = heads_ / sharing_;

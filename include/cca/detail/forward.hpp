@@ -9,7 +9,6 @@
 #include "query_rows.hpp"
 #include "query_stack.hpp"
 #include "scratch.hpp"
-#include "source.hpp"
 
 namespace cca::inline CCA_TARGET::detail {
 
@@ -22,16 +21,17 @@ inline constexpr std::int64_t few_queries = 8;
 template <class T>
 class forward {
  public:
-  /// `fewest_heads` are those of the source with the fewest; `parts`, the sum of `count_parts` over the sources, is
-  /// what few queries' context is cut into.
+  /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
+  /// the sources' heads. `parts`, the sum of `count_parts` over the sources, is what few queries' context is cut into
+  /// and how long it is for many.
   forward(std::int64_t batch, std::int64_t heads, std::int64_t length, std::int64_t dim, std::int64_t value_dim,
-          std::int64_t fewest_heads, std::int64_t parts, bool staged, std::int64_t workers)
+          std::int64_t head_groups, std::int64_t parts, bool staged, std::int64_t workers)
       : batch_(batch),
         heads_(heads),
         length_(length),
         dim_(dim),
         value_dim_(value_dim),
-        groups_(fewest_heads),
+        groups_(head_groups),
         parts_(std::max<std::int64_t>(parts, 1)),
         workers_(workers),
         worker_size_(few() ? query_rows<T>::size(queries_per_group(), dim, value_dim, staged)
@@ -55,7 +55,9 @@ class forward {
 
  private:
   [[nodiscard]] bool few() const { return length_ <= few_queries; }
-  [[nodiscard]] std::int64_t lanes() const { return query_stack<T>::lanes_for(length_, dim_, value_dim_); }
+  [[nodiscard]] std::int64_t lanes() const {
+    return query_stack<T>::lanes_for(length_, std::max(length_, parts_ * part_rows), dim_, value_dim_);
+  }
   [[nodiscard]] std::int64_t queries_per_group() const { return groups_ > 0 ? heads_ / groups_ * length_ : 0; }
   [[nodiscard]] std::int64_t partials_size() const {
     return few() ? batch_ * heads_ * length_ * parts_ * partial_result<T>::size(value_dim_) : 0;
@@ -99,7 +101,7 @@ class forward {
       const auto absorb = [&](const auto& source) {
         if (source_part >= 0 && source_part < count_parts(source.length))
           absorb_part(queries, source, b, heads, source_part,
-                      [&](std::int64_t h, std::int64_t i) { return partial(b, h, i, part); });
+                      [&](std::int64_t q) { return partial(b, heads.begin + q / length_, q % length_, part); });
         source_part -= count_parts(source.length);
       };
       (absorb(sources), ...);
@@ -119,23 +121,17 @@ class forward {
   void absorb_part(query_rows<T>& queries, const Source& source, std::int64_t b, range heads, std::int64_t part,
                    const Result& result) const {
     range total;  // what some query sees: parts are counted from there
-    for (std::int64_t h = heads.begin; h < heads.end; ++h)
-      for (std::int64_t i = 0; i < length_; ++i) total = hull(total, source.sees(b, h, i));
+    for (std::int64_t q = 0; q < queries_per_group(); ++q) {
+      const range seen = source.sees(b, heads.begin + q / length_, q % length_);
+      queries.see(q, seen);
+      total = hull(total, seen);
+    }
     const range rows{total.begin + part * part_rows, std::min(total.begin + (part + 1) * part_rows, total.end)};
-    const std::int64_t sharing = heads_ / source.heads;
-    for (std::int64_t j = rows.begin; j < rows.end; j += row_block) {
-      const range block{j, std::min(j + row_block, rows.end)};
-      for (std::int64_t h = heads.begin; h < heads.end;) {
-        const std::int64_t head = h / sharing;
-        const auto [keys, values] = queries.block_of(source.rows(b, head), block);
-        for (; h < std::min((head + 1) * sharing, heads.end); ++h)
-          for (std::int64_t i = 0; i < length_; ++i) {
-            const range seen = intersection(source.sees(b, h, i), block);
-            if (!seen.empty())
-              queries.absorb((h - heads.begin) * length_ + i, keys, values, {seen.begin - j, seen.end - j},
-                             result(h, i));
-          }
-      }
+    if (rows.empty()) return;
+    const std::int64_t sharing = heads_ / source.heads;  // they divide `heads`, a group
+    for (std::int64_t h = heads.begin; h < heads.end; h += sharing) {
+      const std::int64_t first = (h - heads.begin) * length_;
+      queries.absorb(source.rows(b, h / sharing), rows, {first, first + sharing * length_}, result);
     }
   }
 

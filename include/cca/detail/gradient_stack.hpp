@@ -10,7 +10,6 @@
 #include "gradient_tile.hpp"
 #include "row.hpp"
 #include "rows.hpp"
-#include "source.hpp"
 #include "turn.hpp"
 
 namespace cca::inline CCA_TARGET::detail {

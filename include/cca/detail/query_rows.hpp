@@ -4,11 +4,11 @@
 #include <cmath>
 #include <cstdint>
 #include <numbers>
-#include <utility>
 
 #include "../partition.hpp"
 #include "row.hpp"
 #include "rows.hpp"
+#include "scratch.hpp"
 #include "source.hpp"
 
 namespace cca::inline CCA_TARGET::detail {
@@ -30,12 +30,17 @@ class partial_result {
     std::fill_n(out(), value_dim_, T(0));
   }
 
-  /// Adds `count` rows: their logits in base 2, which turn into weights, and their values.
-  void absorb(T* logits, row_span<T> values, std::int64_t count) {
+  /// Turns `count` logits in base 2 into weights, and shrinks what was added before to match.
+  void weigh(T* logits, std::int64_t count) {
     row_softmax<T> softmax = get();
     const T rescale = softmax.absorb(logits, count);
     put(softmax);
-    add_weighted_rows(logits, values, value_dim_, count, rescale, out());
+    if (rescale != T(1)) scale_row(out(), value_dim_, rescale, out());
+  }
+
+  /// Adds `count` rows of values by their weights.
+  void add(const T* weights, row_span<T> values, std::int64_t count) {
+    add_weighted_rows(weights, values, value_dim_, count, T(1), out());
   }
 
   /// Joins another part of the same query's context; of a part that has seen nothing only the sum is looked at.
@@ -67,25 +72,29 @@ class partial_result {
   std::int64_t value_dim_;
 };
 
-/// A few queries of one sequence whose heads share rows: each block of rows is read from memory once, and the queries
-/// take turns while it is in cache. The unit of work of decoding.
+/// A few queries of one sequence whose heads share rows: each row is read from memory once, and the queries take turns
+/// while it is in the first-level cache. The unit of work of decoding.
 ///
 /// Cost of a row and query: `(dim + value_dim) / width` multiply-adds and a horizontal sum. Where few queries share a
-/// row, reading its `dim + value_dim` elements takes longer.
+/// row, reading its `dim + value_dim` elements takes longer. So the keys of a block are scored while the values of the
+/// block before it are added, a slice of the one and a slice of the other in turns: that keeps the processor's own
+/// prefetching of both under way, which starts anew where a whole block of keys is followed by one of values.
 template <class T>
 class query_rows {
  public:
   static constexpr std::int64_t size(std::int64_t queries, std::int64_t dim, std::int64_t value_dim, bool staged) {
-    return queries * padded<T>(dim) + row_block + (staged ? row_block * (dim + value_dim) : 0);
+    return ranges_size(queries) + queries * (padded<T>(dim) + row_block) +
+           (staged ? slice_rows(dim, value_dim) * (dim + value_dim) : 0);
   }
 
   query_rows(T* scratch, std::int64_t queries, std::int64_t dim, std::int64_t value_dim)
       : dim_(dim),
         value_dim_(value_dim),
-        query_(scratch),
+        seen_(reinterpret_cast<range*>(scratch)),
+        query_(scratch + ranges_size(queries)),
         logits_(query_ + queries * padded<T>(dim)),
-        staged_keys_(logits_ + row_block),
-        staged_values_(staged_keys_ + row_block * dim) {}
+        staged_keys_(logits_ + queries * row_block),
+        staged_values_(staged_keys_ + slice_rows(dim, value_dim) * dim) {}
 
   /// Loads query `q`, `dim` elements.
   template <class Query>
@@ -95,22 +104,72 @@ class query_rows {
     std::fill(to + dim_, to + padded<T>(dim_), T(0));
   }
 
-  /// Lets query `q` absorb the rows `seen` of a block of at most `row_block`, of which `keys` and `values` are the first.
-  void absorb(std::int64_t q, row_span<T> keys, row_span<T> values, range seen, partial_result<T> result) {
-    dot_rows(query_ + q * padded<T>(dim_), keys.from(seen.begin), dim_, seen.size(), logits_);
-    result.absorb(logits_, values.from(seen.begin), seen.size());
-  }
+  /// Says which rows of the next head query `q` sees.
+  void see(std::int64_t q, range rows) { seen_[q] = rows; }
 
-  /// The rows `block` of a head.
-  template <class Key, class Value>
-  [[nodiscard]] std::pair<row_span<T>, row_span<T>> block_of(const context_rows<Key, Value>& rows, range block) {
-    return {stage(rows.key + block.begin * rows.key_stride, rows.key_stride, dim_, block.size(), staged_keys_),
-            stage(rows.value + block.begin * rows.value_stride, rows.value_stride, value_dim_, block.size(),
-                  staged_values_)};
+  /// Lets the queries `queries` absorb what they see of the rows `rows` of a head. `result(q)` is a `partial_result`.
+  template <class Key, class Value, class Result>
+  void absorb(const context_rows<Key, Value>& head, range rows, range queries, const Result& result) {
+    const std::int64_t step = slice_rows(dim_, value_dim_);
+    range weighted;  // the block before
+    for (std::int64_t j = rows.begin; j < rows.end || !weighted.empty(); j += row_block) {
+      const range block = intersection({j, j + row_block}, rows);
+      for (std::int64_t i = 0; i < row_block; i += step) {
+        add(head, intersection(shifted({i, i + step}, weighted.begin), weighted), weighted.begin, queries, result);
+        score(head, intersection({j + i, j + i + step}, block), j, queries);
+      }
+      for (std::int64_t q = queries.begin; q < queries.end; ++q) weigh(q, block, j, result(q));
+      weighted = block;
+    }
   }
 
  private:
+  /// Rows of keys, or of values, that are read before it is the others' turn: about 4 KiB.
+  static constexpr std::int64_t slice_rows(std::int64_t dim, std::int64_t value_dim) {
+    constexpr std::int64_t n = sums_at_a_time<T>;
+    return std::clamp(rows_ahead<T>(std::max(dim, value_dim)) / n * n, n, row_block);
+  }
+
+  /// Elements that hold the ranges, in whole cache lines.
+  static constexpr std::int64_t ranges_size(std::int64_t queries) {
+    return static_cast<std::int64_t>(scratch_bytes<range>(queries) / sizeof(T));
+  }
+
+  /// The logits of the rows `slice` of a block that begins at row `first`.
+  template <class Key, class Value>
+  void score(const context_rows<Key, Value>& head, range slice, std::int64_t first, range queries) {
+    if (slice.empty()) return;
+    const row_span<T> keys =
+        stage(head.key + slice.begin * head.key_stride, head.key_stride, dim_, slice.size(), staged_keys_);
+    for (std::int64_t q = queries.begin; q < queries.end; ++q)
+      if (const range seen = intersection(seen_[q], slice); !seen.empty())
+        dot_rows(query_ + q * padded<T>(dim_), keys.from(seen.begin - slice.begin), dim_, seen.size(),
+                 logits(q) + seen.begin - first);
+  }
+
+  /// Turns the logits of the rows `block`, which begins at row `first`, into weights.
+  void weigh(std::int64_t q, range block, std::int64_t first, partial_result<T> result) {
+    const range seen = shifted(intersection(seen_[q], block), -first);
+    if (seen.empty()) return;
+    std::fill_n(logits(q), seen.begin, -infinity<T>);
+    result.weigh(logits(q), seen.end);
+  }
+
+  /// Adds the values of the rows `slice` of a block that begins at row `first`.
+  template <class Key, class Value, class Result>
+  void add(const context_rows<Key, Value>& head, range slice, std::int64_t first, range queries, const Result& result) {
+    if (slice.empty()) return;
+    const row_span<T> values = stage(head.value + slice.begin * head.value_stride, head.value_stride, value_dim_,
+                                     slice.size(), staged_values_);
+    for (std::int64_t q = queries.begin; q < queries.end; ++q)
+      if (const range seen = intersection(seen_[q], slice); !seen.empty())
+        result(q).add(logits(q) + seen.begin - first, values.from(seen.begin - slice.begin), seen.size());
+  }
+
+  [[nodiscard]] T* logits(std::int64_t q) const { return logits_ + q * row_block; }
+
   std::int64_t dim_, value_dim_;
+  range* seen_;  // per query
   T *query_, *logits_, *staged_keys_, *staged_values_;
 };
 

@@ -6,7 +6,6 @@
 #include "../partition.hpp"
 #include "query_tile.hpp"
 #include "rows.hpp"
-#include "source.hpp"
 
 namespace cca::inline CCA_TARGET::detail {
 
@@ -17,13 +16,15 @@ class query_stack {
   using tile = query_tile<T>;
 
  public:
-  /// Queries of a stack for `length` queries per head: the more, the less memory traffic; but some 64 stacks should be
-  /// there for threads to share, and their scratch should stay within half a MiB.
-  static std::int64_t lanes_for(std::int64_t length, std::int64_t dim, std::int64_t value_dim) {
+  /// Queries of a stack for `length` queries per head over `rows` of context: the more, the less memory traffic. Where
+  /// every row is a query, too, some 64 stacks should be there for threads to share; few queries after a long context
+  /// are worth as large a stack, since each stack reads all of it. Scratch should stay within half a MiB.
+  static std::int64_t lanes_for(std::int64_t length, std::int64_t rows, std::int64_t dim, std::int64_t value_dim) {
     constexpr std::int64_t tasks = 64, budget = std::int64_t{1} << 19;
     const std::int64_t affordable = budget / (tile::size(dim, value_dim) * static_cast<std::int64_t>(sizeof(T)));
-    const std::int64_t wanted = std::clamp(length / (tasks * tile::lanes), shape::least_stack, shape::stack);
-    return tile::lanes * std::clamp<std::int64_t>(wanted, 1, std::max<std::int64_t>(affordable, 1));
+    const std::int64_t wanted = std::clamp(rows / (tasks * tile::lanes), shape::least_stack, shape::stack);
+    const std::int64_t needed = std::max((length + tile::lanes - 1) / tile::lanes, shape::least_stack);
+    return tile::lanes * std::clamp<std::int64_t>(std::min(wanted, needed), 1, std::max<std::int64_t>(affordable, 1));
   }
 
   /// Scratch elements for `lanes` queries of `dim` and values of `value_dim` elements; `staged` where rows are converted.
@@ -59,8 +60,9 @@ class query_stack {
       total = hull(total, sees[c].seen_by_any());
     }
     const auto rows = source.rows(b, h / (heads / source.heads));
-    for (std::int64_t j = total.begin; j < total.end; j += shape::block) {
-      const range block{j, std::min(j + shape::block, total.end)};
+    // Blocks begin at multiples of their length: what a query gets does not depend on the stack that it is in.
+    for (std::int64_t j = total.begin; j < total.end; j += shape::block - j % shape::block) {
+      const range block{j, std::min(j + shape::block - j % shape::block, total.end)};
       const auto keys = stage(rows.key + j * rows.key_stride, rows.key_stride, dim_, block.size(), staged_keys_);
       const auto values =
           stage(rows.value + j * rows.value_stride, rows.value_stride, value_dim_, block.size(), staged_values_);

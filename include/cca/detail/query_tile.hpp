@@ -17,9 +17,17 @@ namespace cca::inline CCA_TARGET::detail {
 
 /// A tile of queries that absorbs blocks of keys and values: the online softmax of attention with a query in every lane.
 ///
-/// Cost of a row of keys and values for all lanes: `dim + value_dim` multiply-adds per vector, one exp2, a maximum and a
-/// sum; it reads the row once. Per block, `value_dim` vectors of output are rescaled. All operations are vertical: lanes
-/// never meet, so a NaN stays with the queries that see it.
+/// Cost. A row of keys and values takes each vector of queries `dim + value_dim` multiply-adds, at 0.92 of their peak
+/// where the vectors of a tile go together (AVX2: 0.89), and about 4 more for exp2, maximum and sum. At an edge, where
+/// vectors go by themselves, each takes some `width / 2` rows in vain, and all at 0.64 of the peak (AVX2: 0.25).
+/// A stack of tiles reads its rows once, `lanes / 2` FLOP per byte of floats. With 256 queries a core of 118 GFLOP/s
+/// asks memory for 0.9 GB/s; with 64 it asks for 3.7, and loses 7 % at 16K rows and 10 % at 32K.
+/// Queries, keys, values and outputs, `2 (dim + value_dim)` elements per token, pass once besides: 1 % of the time of
+/// CCA attention at 32K tokens, 19 % of that of a window of 64.
+/// So products bound prefill, edges and operands bound short windows and sequences, and reading bounds few queries
+/// (`query_rows`). bench/TUNING.md has what this predicts beside what was measured.
+///
+/// All operations are vertical: lanes never meet, so a NaN stays with the queries that see it.
 ///
 /// The tile is a view of scratch memory, `size(dim, value_dim)` elements aligned to vectors: queries `[dim][lanes]`
 /// times `scale * log2(e)`, output `[value_dim][lanes]`, running maximum (of base-2 logits) and sum `[lanes]`.
@@ -101,8 +109,9 @@ class query_tile {
     std::array<vec<T>, N> maximum;
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n] = vec<T>::load_aligned(maximum_ + lane + n * W); });
     for_row_blocks<shape::template rows_of<N>>(block.rows.size(), [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
-      // Spread over the block: memory answers while the products run.
-      for (std::int64_t r = j + shape::block; N > 1 && block.ask_ahead && r < j + shape::block + rows(); ++r) {
+      // Spread over the block: memory answers while the products run. Vectors by themselves leave it to the first.
+      const std::int64_t ahead = (N > 1 || lane == 0) && block.ask_ahead ? rows() : 0;
+      for (std::int64_t r = j + shape::block; r < j + shape::block + ahead; ++r) {
         prefetch_row(keys, r, dim_);
         prefetch_row(values, r, value_dim_);
       }

@@ -21,22 +21,27 @@ template <class T>
   return (bytes + scratch_alignment - 1) / scratch_alignment * scratch_alignment;
 }
 
-/// Memory aligned to `scratch_alignment`, with nothing in it yet.
+/// Memory aligned to `scratch_alignment`, with nothing in it yet. Aligned by hand: glibc 2.36 does not find freed
+/// memory again for an aligned allocation, and call after call would take fresh pages.
 class aligned_memory {
  public:
   aligned_memory() = default;
   explicit aligned_memory(std::size_t bytes)
-      : bytes_(bytes), data_(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{scratch_alignment}))) {}
+      : bytes_(bytes), block_(static_cast<std::byte*>(::operator new(bytes + scratch_alignment))) {}
 
-  [[nodiscard]] std::byte* data() const { return data_.get(); }
+  [[nodiscard]] std::byte* data() const {
+    void* aligned = block_.get();
+    std::size_t space = bytes_ + scratch_alignment;
+    return static_cast<std::byte*>(std::align(scratch_alignment, bytes_, aligned, space));
+  }
   [[nodiscard]] std::size_t bytes() const { return bytes_; }
 
  private:
   struct release {
-    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{scratch_alignment}); }
+    void operator()(std::byte* p) const { ::operator delete(p); }
   };
   std::size_t bytes_ = 0;
-  std::unique_ptr<std::byte, release> data_;
+  std::unique_ptr<std::byte, release> block_;
 };
 
 /// The scratch memory of one call: the caller's workspace, or memory of its own where there is none.

@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../partition.hpp"
 #include "../tensor_view.hpp"
 
 namespace cca::inline CCA_TARGET::detail {

@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #include "../partition.hpp"
-#include "rows.hpp"
 #include "simd.hpp"
 
 namespace cca::inline CCA_TARGET::detail {

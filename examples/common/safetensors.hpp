@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <span>
 #include <stdexcept>
@@ -20,7 +22,7 @@
 #include <utility>
 #include <vector>
 
-namespace smollm2 {
+namespace common {
 
 /// A file's bytes, mapped read-only for as long as this lives.
 class mapped_file {
@@ -51,6 +53,8 @@ template <class T>
 inline constexpr std::string_view dtype = "";
 template <>
 inline constexpr std::string_view dtype<float> = "F32";
+template <>
+inline constexpr std::string_view dtype<double> = "F64";
 template <>
 inline constexpr std::string_view dtype<std::int32_t> = "I32";
 template <>
@@ -95,9 +99,14 @@ class safetensors {
     return {reinterpret_cast<const T*>(address), elements};
   }
 
-  /// A number from the file's metadata, where every value is a string.
+  /// From the file's metadata, where every value is a string; empty where it has none of this name.
+  [[nodiscard]] std::string text(const std::string& name) const {
+    return header_.value("__metadata__", nlohmann::json::object()).value(name, std::string());
+  }
+
+  /// A number from the file's metadata.
   [[nodiscard]] double number(const std::string& name) const {
-    const auto text = header_.value("__metadata__", nlohmann::json::object()).value(name, std::string());
+    const std::string text = this->text(name);
     double value = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (error != std::errc() || end != text.data() + text.size()) {
@@ -120,4 +129,39 @@ class safetensors {
   std::span<const std::byte> data_;
 };
 
-}  // namespace smollm2
+/// Collects tensors, which stay where they are, and writes them to a file.
+class safetensors_writer {
+ public:
+  void set(const std::string& name, const std::string& value) { header_["__metadata__"][name] = value; }
+
+  template <class T>
+  void add(const std::string& name, const safetensors::shape& shape, std::span<const T> elements) {
+    const std::span<const std::byte> bytes = std::as_bytes(elements);
+    header_[name] = {{"dtype", dtype<T>}, {"shape", shape}, {"data_offsets", {size_, size_ + bytes.size()}}};
+    size_ += bytes.size();
+    tensors_.push_back(bytes);
+  }
+
+  /// The file has all of it or is as it was before: it is written beside its place and put there whole.
+  void write(const std::string& path) const {
+    std::string header = header_.dump();
+    header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the tensors are aligned
+    const std::uint64_t header_size = header.size();
+    const std::string unfinished = path + ".unfinished";
+    std::ofstream file(unfinished, std::ios::binary);
+    file.write(reinterpret_cast<const char*>(&header_size), sizeof header_size);
+    file.write(header.data(), static_cast<std::streamsize>(header.size()));
+    for (const std::span<const std::byte> tensor : tensors_)
+      file.write(reinterpret_cast<const char*>(tensor.data()), static_cast<std::streamsize>(tensor.size()));
+    file.close();
+    if (!file) throw std::runtime_error("cannot write " + unfinished);
+    std::filesystem::rename(unfinished, path);
+  }
+
+ private:
+  nlohmann::json header_ = nlohmann::json::object();
+  std::size_t size_ = 0;
+  std::vector<std::span<const std::byte>> tensors_;
+};
+
+}  // namespace common

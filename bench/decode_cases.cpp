@@ -1,0 +1,246 @@
+// Decoding through a cache. A case checks its last answer against the textbook before it is timed. Its counters:
+//   byte/s     cores and window read, each byte once for all heads that share it
+//   bandwidth  the share of the speed at which a plain loop reads as many bytes
+//   dense/cca  how much longer a step over all keys and values takes
+//   append/step  a token that comes without asking, pooling included, averaged over a group
+//   speedup    of threads; read_1_thread and read_threads are the plain loop's bytes per second
+//   cache_bytes, dense_bytes  what the cache holds, and all keys and values
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <benchmark/benchmark.h>
+#include <unsupported/Eigen/CXX11/ThreadPool>
+
+#include <cca/kv_cache.hpp>
+
+#include "cases.hpp"
+#include "machine.hpp"
+#include "operands.hpp"
+#include "timing.hpp"
+
+namespace bench {
+namespace {
+
+struct decode_case {
+  std::int64_t heads = 8, kv_heads = 8, length = 0, dim = 128;
+  cca::core_heads cores = cca::core_heads::per_query_head;
+  int threads = 1;
+
+  [[nodiscard]] cca::options options() const { return {.group_size = 16, .window = 1024, .cores = cores}; }
+
+  [[nodiscard]] std::string name() const {
+    std::string text = "decode/float/D:" + std::to_string(dim) + "/H:" + std::to_string(heads);
+    if (kv_heads != heads) {
+      text += "/Hkv:" + std::to_string(kv_heads);
+      text += cores == cca::core_heads::per_kv_head ? "/cores_per_kv_head" : "/cores_per_query_head";
+    }
+    text += "/L:" + std::to_string(length) + "/g:16/s:1024";
+    return threads > 1 ? text + "/threads:" + std::to_string(threads) : text;
+  }
+};
+
+/// A cache that all but the last tokens have come to, and that last step.
+template <class T>
+class decoder {
+ public:
+  explicit decoder(const decode_case& c)
+      : case_(c),
+        data_(1, c.heads, c.kv_heads, c.length, c.length, c.dim),
+        answer_(1, c.heads, 1, c.dim),
+        cache_({.heads = c.heads, .kv_heads = c.kv_heads, .dim = c.dim, .capacity = c.length, .rewind = 16},
+               c.options()),
+        visible_(1, 1, visible_rows(), 2 * c.dim),
+        helpers_(c.threads - 1),
+        none_(0) {
+    cache_.append(tokens(data_.query, before()), tokens(data_.key, before()), tokens(data_.value, before()));
+  }
+
+  [[nodiscard]] const cca::kv_cache<T>& cache() const { return cache_; }
+  [[nodiscard]] std::size_t visible_bytes() const { return visible_.data.size() * sizeof(T); }
+  [[nodiscard]] std::size_t dense_bytes() const {
+    return (data_.key.data.size() + data_.value.data.size()) * sizeof(T);
+  }
+
+  /// The last token comes, completes a group that is pooled, and asks.
+  double step(bool threads) {
+    cache_.truncate(0, case_.length - 1);
+    return clock(threads, [&](const auto& run) {
+      cache_.attend(tokens(data_.query, last()), tokens(data_.key, last()), tokens(data_.value, last()), answer_.view(),
+                    run);
+    });
+  }
+
+  /// The same token asks all keys and values.
+  double dense_step() {
+    return seconds([&] {
+      cca::dense_attention(tokens(data_.query, last()), std::as_const(data_.key).view(),
+                           std::as_const(data_.value).view(), answer_.view());
+    });
+  }
+
+  /// The ruler: a plain loop over as many bytes as the step has to read.
+  double read(bool threads) {
+    return clock(threads, [&](const auto& run) {
+      const std::int64_t pieces = cca::detail::concurrency(run);
+      const std::int64_t count = static_cast<std::int64_t>(visible_.data.size()) / pieces;
+      run(pieces, [&](std::int64_t i) { bench::read(visible_.data.data() + i * count, count); });
+    });
+  }
+
+  /// The average of the tokens of one group that come without asking; the last of them completes it.
+  double append() {
+    const std::int64_t group = case_.options().group_size;
+    cache_.truncate(0, case_.length - group);
+    return seconds([&] {
+             for (std::int64_t t = case_.length - group; t < case_.length; ++t)
+               cache_.append(tokens(data_.query, {t, t + 1}), tokens(data_.key, {t, t + 1}),
+                             tokens(data_.value, {t, t + 1}));
+           }) /
+           static_cast<double>(group);
+  }
+
+  /// Whether the last answer is right.
+  [[nodiscard]] bool agrees() const { return bench::agrees(answer_, textbook<exact_type<T>>(), textbook<T>()); }
+
+ private:
+  [[nodiscard]] cca::range before() const { return {0, case_.length - 1}; }
+  [[nodiscard]] cca::range last() const { return {case_.length - 1, case_.length}; }
+
+  static cca::tensor_view<const T> tokens(const tensor<T>& of, cca::range part) {
+    cca::tensor_view<const T> view = of.view();
+    view.data = view.row(0, 0, part.begin);
+    view.extent[2] = part.size();
+    return view;
+  }
+
+  /// Rows of cores and window that the last token sees: each counts once for all heads that share it.
+  [[nodiscard]] std::int64_t visible_rows() const {
+    const cca::partition partition{case_.options().group_size, case_.options().window};
+    const std::int64_t core_heads = case_.cores == cca::core_heads::per_kv_head ? case_.kv_heads : case_.heads;
+    return core_heads * partition.core_count(case_.length - 1) +
+           case_.kv_heads * partition.raw(case_.length - 1).size();
+  }
+
+  /// Seconds of `f`: of the thread, or by the clock on the wall where threads help.
+  template <class F>
+  double clock(bool threads, const F& f) {
+    if (case_.threads == 1) return seconds([&] { f(cca::serial_executor{}); });
+    return elapsed_seconds([&] { f(cca::thread_pool_executor(threads ? helpers_ : none_)); });
+  }
+
+  template <class Scalar>
+  [[nodiscard]] tensor<Scalar> textbook() const {
+    const cca::options options = case_.options();
+    const auto key = data_.key.view(), value = data_.value.view();
+    const auto cores = cca::reference::pool<Scalar>(data_.query.view(), key, value, options);
+    const cca::partition partition{options.group_size, options.window};
+    const std::vector<std::int64_t> seen(static_cast<std::size_t>(case_.heads), partition.core_count(case_.length - 1));
+    const cca::far far{cores.first.view(), cores.second.view(), cca::bhs(seen.data(), 1, case_.heads, 1)};
+    return cca::reference::attend<Scalar>(tokens(data_.query, last()), key, value, far, options).out;
+  }
+
+  decode_case case_;
+  operands<T> data_;
+  tensor<T> answer_;
+  cca::kv_cache<T> cache_;
+  tensor<T> visible_;
+  Eigen::ThreadPool helpers_, none_;
+};
+
+/// A step of decoding. Whatever is compared takes turns: the step, and then the ruler, runs a few times, and is timed once
+/// what it reads is in cache as far as it fits.
+template <class T>
+void decoding(benchmark::State& state, const decode_case& c) {
+  decoder<T> decoder(c);
+  decoder.step(true);
+  if (!decoder.agrees()) return state.SkipWithError("wrong result");
+
+  const bool threads = c.threads > 1;
+  double best = std::numeric_limits<double>::infinity(), serial = best, read = best, serial_read = best, dense = best,
+         append = best;
+  const auto warm = [](double& shortest, const auto& f) {
+    f();
+    double time = f();
+    for (int i = 0; i < 2; ++i) time = std::min(time, f());
+    shortest = std::min(shortest, time);
+    return time;
+  };
+  for ([[maybe_unused]] auto _ : state) {
+    dense = std::min(dense, decoder.dense_step());
+    append = std::min(append, decoder.append());
+    state.SetIterationTime(warm(best, [&] { return decoder.step(true); }));
+    warm(read, [&] { return decoder.read(true); });
+    if (!threads) continue;
+    warm(serial, [&] { return decoder.step(false); });
+    warm(serial_read, [&] { return decoder.read(false); });
+  }
+  const auto bytes = static_cast<double>(decoder.visible_bytes());
+  state.counters["byte/s"] = bytes / best;
+  state.counters["bandwidth"] = read / best;
+  state.counters["dense/cca"] = dense / best;
+  state.counters["append/step"] = append / best;
+  state.counters["token/s"] = 1 / best;
+  state.counters["cache_bytes"] = static_cast<double>(decoder.cache().bytes());
+  state.counters["dense_bytes"] = static_cast<double>(decoder.dense_bytes());
+  if (!threads) return;
+  state.counters["speedup"] = serial / best;
+  state.counters["read_1_thread"] = bytes / serial_read;
+  state.counters["read_threads"] = bytes / read;
+}
+
+/// The bytes of a cache to which `length` tokens have come. All are views of one, for bytes do not depend on numbers.
+void cache_memory(benchmark::State& state, cca::cache_shape shape, const cca::options& options, std::int64_t length) {
+  shape.capacity = length;
+  const tensor<float> token(1, shape.heads, 1, shape.dim);
+  const auto repeated = [&](std::int64_t heads) {
+    cca::tensor_view<const float> view = token.view();
+    view.extent = {1, heads, length, shape.dim};
+    view.stride[2] = 0;
+    return view;
+  };
+  for ([[maybe_unused]] auto _ : state) {
+    cca::kv_cache<float> cache(shape, options);
+    state.SetIterationTime(
+        seconds([&] { cache.append(repeated(shape.heads), repeated(shape.kv_heads), repeated(shape.kv_heads)); }));
+    state.counters["cache_bytes"] = static_cast<double>(cache.bytes());
+  }
+}
+
+void add_decoding(const decode_case& c) {
+  add(c.name(), 0.02, [c](benchmark::State& state) { decoding<float>(state, c); });
+}
+
+void add_cache_memory() {
+  const auto add_lengths = [](const std::string& name, const cca::cache_shape& shape, const cca::options& options) {
+    for (std::int64_t length = 512; length <= 128 * 1024; length *= 2)
+      add("cache/" + name + "/L:" + std::to_string(length), 1,
+          [=](benchmark::State& state) { cache_memory(state, shape, options, length); });
+  };
+  const cca::cache_shape mha{.heads = 8, .kv_heads = 8, .dim = 128}, gqa{.heads = 32, .kv_heads = 8, .dim = 128};
+  cca::options cores{.group_size = 16, .window = 1024};
+  add_lengths("dense/D:128/Hkv:8", mha, {});
+  add_lengths("cca/D:128/H:8", mha, cores);
+  add_lengths("cca/D:128/H:32/Hkv:8/cores_per_query_head", gqa, cores);
+  cores.cores = cca::core_heads::per_kv_head;
+  add_lengths("cca/D:128/H:32/Hkv:8/cores_per_kv_head", gqa, cores);
+}
+
+}  // namespace
+
+void add_decode_cases() {
+  using enum cca::core_heads;
+  constexpr std::int64_t K = 1024;
+  for (const std::int64_t dim : {128, 64})
+    for (const std::int64_t length : {128 * K, 32 * K}) add_decoding({.length = length, .dim = dim});
+  for (const cca::core_heads cores : {per_query_head, per_kv_head})
+    add_decoding({.heads = 32, .kv_heads = 8, .length = 32 * K, .cores = cores});
+  for (const std::int64_t length : {128 * K, 32 * K}) add_decoding({.length = length, .threads = 2});
+  add_cache_memory();
+}
+
+}  // namespace bench

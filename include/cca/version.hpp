@@ -1,0 +1,31 @@
+#pragma once
+
+/// @file
+/// The version of the library, stated here alone: CMake, Conan and the package files read these three numbers.
+///
+/// Semantic versioning (semver.org). What counts is that users' code compiles and computes the same: the documented names
+/// outside of `detail`, their meaning, and the CMake targets. Before 1.0 a new minor version may break it, a new patch
+/// may not. There is no binary interface: every symbol is compiled into its user.
+
+#include <array>
+
+#include "detail/target.hpp"
+
+/// Raised by what may break users, after 1.0.
+#define CCA_VERSION_MAJOR 0
+/// Raised by what users may want; before 1.0 also by what may break them.
+#define CCA_VERSION_MINOR 1
+/// Raised by repairs alone.
+#define CCA_VERSION_PATCH 0
+
+/// For the preprocessor: `#if CCA_VERSION >= CCA_MAKE_VERSION(0, 1, 0)`. A minor version or patch is below 1000.
+#define CCA_MAKE_VERSION(major, minor, patch) ((major)*1000000 + (minor)*1000 + (patch))
+/// This version, as of `CCA_MAKE_VERSION`.
+#define CCA_VERSION CCA_MAKE_VERSION(CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH)
+
+namespace cca::inline CCA_TARGET {
+
+/// For constant expressions: `static_assert(cca::version >= std::array{0, 1, 0})`.
+inline constexpr std::array<int, 3> version{CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH};
+
+}  // namespace cca::inline CCA_TARGET

@@ -1,0 +1,13 @@
+# cmake -D VERSION=.. -P check_versions.cmake: those files that cannot read include/cca/version.hpp agree with it.
+
+file(READ ../../cmake/packaging/vcpkg/cca/vcpkg.json manifest)
+string(JSON port GET "${manifest}" version)
+if(NOT port STREQUAL VERSION)
+  message(FATAL_ERROR "the vcpkg port is of ${port}, the library of ${VERSION}")
+endif()
+
+file(STRINGS ../../CHANGELOG.md releases REGEX "^## \\[[0-9]")
+list(POP_FRONT releases latest)
+if(NOT latest MATCHES "^## .${VERSION}. - (unreleased|[0-9-]+)$")
+  message(FATAL_ERROR "CHANGELOG.md begins with '${latest}', the library is of ${VERSION}")
+endif()
