@@ -1,10 +1,11 @@
 // Attention of raw float files, for programs in other languages that compare theirs with ours:
 //
-//   cca_run key=value...     kind (cca, dense), length, dim, heads, kv_heads, group, window, threads, directory
+//   cca_run key=value...     kind (cca, dense), length, dim, heads, kv_heads, group, window, threads, gradient, directory
 //
 // reads query, key and value, `[heads][length][dim]` each, from the directory's files of these names. It says
 // how it was built, then answers every line of input: "run" computes once and prints the time, "write" writes the result
-// to the file `out` there.
+// to the file `out` there. With `gradient=1` it also reads grad_out, a run goes forward and backward, and grad_query,
+// grad_key and grad_value are written.
 
 #include <cstdint>
 #include <fstream>
@@ -25,8 +26,8 @@ namespace {
 using tensor = bench::tensor<float>;
 
 std::map<std::string, std::string> parse(int argc, char** argv) {
-  std::map<std::string, std::string> arguments{
-      {"kind", "cca"}, {"heads", "1"}, {"group", "1"}, {"threads", "1"}, {"directory", "."}};
+  std::map<std::string, std::string> arguments{{"kind", "cca"},  {"heads", "1"},    {"group", "1"},
+                                               {"threads", "1"}, {"gradient", "0"}, {"directory", "."}};
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
     const std::size_t equals = argument.find('=');
@@ -50,6 +51,55 @@ void write(const tensor& from, const std::string& path) {
   if (!file.flush()) throw std::runtime_error(path + ": cannot be written");
 }
 
+/// One call, or the gradient after it.
+class attention {
+ public:
+  attention(std::int64_t heads, std::int64_t kv_heads, std::int64_t length, std::int64_t dim, bool dense, bool gradient,
+            const cca::options& options)
+      : dense_(dense),
+        gradient_(gradient),
+        options_(options),
+        query_(1, heads, length, dim),
+        key_(1, kv_heads, length, dim),
+        value_(1, kv_heads, length, dim),
+        out_(1, heads, length, dim) {
+    if (!gradient) return;
+    lse_ = tensor(1, heads, length, 1);
+    grad_out_ = grad_query_ = out_;
+    grad_key_ = grad_value_ = key_;
+  }
+
+  void read_operands(const std::string& directory) {
+    read(query_, directory + "query");
+    read(key_, directory + "key");
+    read(value_, directory + "value");
+    if (gradient_) read(grad_out_, directory + "grad_out");
+  }
+
+  template <class E>
+  void compute(const E& run) {
+    const auto q = query_.view(), k = key_.view(), v = value_.view(), o = out_.view(), go = grad_out_.view();
+    const auto gq = grad_query_.view(), gk = grad_key_.view(), gv = grad_value_.view();
+    const auto lse = gradient_ ? cca::bhs(lse_.data.data(), 1, q.heads(), q.length()) : cca::lse_view<>{};
+    dense_ ? cca::dense_attention(q, k, v, o, lse, options_, run) : cca::attention(q, k, v, o, lse, options_, run);
+    if (!gradient_) return;
+    dense_ ? cca::dense_attention_gradient(q, k, v, o, lse, go, gq, gk, gv, options_, run)
+           : cca::attention_gradient(q, k, v, o, lse, go, gq, gk, gv, options_, run);
+  }
+
+  void write_results(const std::string& directory) const {
+    if (!gradient_) return write(out_, directory + "out");
+    write(grad_query_, directory + "grad_query");
+    write(grad_key_, directory + "grad_key");
+    write(grad_value_, directory + "grad_value");
+  }
+
+ private:
+  bool dense_, gradient_;
+  cca::options options_;
+  tensor query_, key_, value_, out_, lse_, grad_out_, grad_query_, grad_key_, grad_value_;
+};
+
 void serve(std::map<std::string, std::string> arguments) {
   const auto number = [&](const std::string& name) { return std::stoll(arguments.at(name)); };
   const std::int64_t heads = number("heads"), kv_heads = arguments.contains("kv_heads") ? number("kv_heads") : heads;
@@ -59,12 +109,9 @@ void serve(std::map<std::string, std::string> arguments) {
   cca::options options{.group_size = number("group")};
   if (arguments.contains("window")) options.window = number("window");
 
-  tensor query(1, heads, length, dim), key(1, kv_heads, length, dim), value(1, kv_heads, length, dim);
-  tensor out(1, heads, length, dim);
   const std::string directory = arguments["directory"] + "/";
-  read(query, directory + "query");
-  read(key, directory + "key");
-  read(value, directory + "value");
+  attention attention(heads, kv_heads, length, dim, dense, number("gradient") != 0, options);
+  attention.read_operands(directory);
   Eigen::ThreadPool helpers(static_cast<int>(number("threads")) - 1);
   const cca::thread_pool_executor run(helpers);
 
@@ -72,18 +119,14 @@ void serve(std::map<std::string, std::string> arguments) {
             << R"("})" << std::endl;
   for (std::string command; std::getline(std::cin, command);) {
     if (command == "write") {
-      write(out, directory + "out");
+      attention.write_results(directory);
       std::cout << "{}" << std::endl;
       continue;
     }
     const double peak = bench::fma_peak<float>();
     double thread_seconds = 0;
-    const double seconds = bench::elapsed_seconds([&] {
-      thread_seconds = bench::seconds([&] {
-        dense ? cca::dense_attention(query.view(), key.view(), value.view(), out.view(), options, run)
-              : cca::attention(query.view(), key.view(), value.view(), out.view(), options, run);
-      });
-    });
+    const double seconds =
+        bench::elapsed_seconds([&] { thread_seconds = bench::seconds([&] { attention.compute(run); }); });
     std::cout << R"({"seconds": )" << seconds << R"(, "thread_seconds": )" << thread_seconds << R"(, "peak": )" << peak
               << "}" << std::endl;
   }

@@ -1,0 +1,65 @@
+// Chooses the kernels that run here. Compiled like the program itself, for the oldest processor that it is for.
+
+#include <algorithm>
+#include <atomic>
+#include <cca/dispatch/plain.hpp>
+#include <stdexcept>
+#include <string>
+
+extern "C" {
+#if defined(__x86_64__)
+extern const cca::plain::architecture cca_dispatch_avx512, cca_dispatch_avx2_fma, cca_dispatch_sse4_2,
+    cca_dispatch_sse2;
+#else
+extern const cca::plain::architecture cca_dispatch_neon64;
+#endif
+}
+
+namespace cca::plain {
+namespace {
+
+std::atomic<const architecture*> current{nullptr};
+
+}  // namespace
+
+// The questions are for every feature that cmake/dispatch.cmake lets the compiler use, and go to the compiler's run-time
+// library: its answer for AVX and AVX-512 includes whether the operating system keeps the wide registers (XCR0).
+// xsimd 8.1 does not ask that, and takes AVX from the wrong leaf of CPUID; and `xsimd::dispatch` is noexcept to this
+// day, so that a refusal would end the program.
+std::vector<const architecture*> available() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // constructors may call before the library's own has run
+  const bool sse4_2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+  const bool avx2_fma = sse4_2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2_fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512cd") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl");
+  std::vector<const architecture*> all;
+  if (avx512) all.push_back(&cca_dispatch_avx512);
+  if (avx2_fma) all.push_back(&cca_dispatch_avx2_fma);
+  if (sse4_2) all.push_back(&cca_dispatch_sse4_2);
+  all.push_back(&cca_dispatch_sse2);
+  return all;
+#else
+  return {&cca_dispatch_neon64};
+#endif
+}
+
+const architecture& chosen() {
+  const architecture* architecture = current.load(std::memory_order_relaxed);
+  if (architecture != nullptr) return *architecture;
+  // Threads that come here at once find the same; what `choose` says meanwhile stays.
+  const plain::architecture* best = available().front();
+  return current.compare_exchange_strong(architecture, best) ? *best : *architecture;
+}
+
+void choose(std::string_view name) {
+  const std::vector<const architecture*> all = available();
+  const auto found = std::find_if(all.begin(), all.end(), [&](const architecture* a) { return a->name == name; });
+  if (found != all.end()) return current.store(*found, std::memory_order_relaxed);
+  std::string names;
+  for (const architecture* a : all) names += (names.empty() ? "" : ", ") + std::string(a->name);
+  throw std::invalid_argument("cca: architecture: got " + std::string(name) + ", wants one of " + names);
+}
+
+}  // namespace cca::plain

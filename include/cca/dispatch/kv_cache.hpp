@@ -1,0 +1,135 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <iosfwd>
+#include <memory>
+#include <optional>
+
+#include "../cache_shape.hpp"
+#include "../executor.hpp"
+#include "../options.hpp"
+#include "../tensor_view.hpp"
+#include "plain.hpp"
+#include "to_plain.hpp"
+
+namespace cca::inline CCA_TARGET::dispatch {
+
+/// `cca::kv_cache` for the processor that the program runs on; see there. It stays with the instruction set that it was
+/// made with. Queries have the cache's element type.
+template <element Element = float>
+class kv_cache {
+ public:
+  /// As in `cca::kv_cache`, and so are all members here.
+  ///@{
+  using element_type = Element;
+
+  kv_cache(const cache_shape& shape, const options& options)
+      : kv_cache(detail::cache_kernels<Element>(), [&](const auto& kernels) {
+          return kernels.make(detail::to_plain(shape), detail::to_plain(options));
+        }) {}
+
+  [[nodiscard]] const cache_shape& shape() const { return shape_; }
+  [[nodiscard]] const cca::options& options() const { return options_; }
+
+  [[nodiscard]] std::int64_t length(std::int64_t b = 0) const { return counts(b).length; }
+  [[nodiscard]] std::int64_t core_count(std::int64_t b = 0) const { return counts(b).cores; }
+  [[nodiscard]] std::int64_t raw_count(std::int64_t b = 0) const { return counts(b).raw; }
+  [[nodiscard]] std::int64_t least_length(std::int64_t b = 0) const { return counts(b).least_length; }
+  [[nodiscard]] std::size_t bytes() const { return kernels_->bytes(cache_.get())[0]; }
+  [[nodiscard]] std::size_t allocated_bytes() const { return kernels_->bytes(cache_.get())[1]; }
+
+  template <class Lse, executor E = serial_executor>
+  void attend(operand<Element> query, operand<Element> key, operand<Element> value, tensor_view<Element> out,
+              lse_view<Lse> lse, const E& run = {}) {
+    attend_at({}, query, key, value, out, lse, run);
+  }
+  template <executor E = serial_executor>
+  void attend(operand<Element> query, operand<Element> key, operand<Element> value, tensor_view<Element> out,
+              const E& run = {}) {
+    attend_at({}, query, key, value, out, lse_view<Element>{}, run);
+  }
+  template <class Lse, executor E = serial_executor>
+  void attend(std::int64_t b, operand<Element> query, operand<Element> key, operand<Element> value,
+              tensor_view<Element> out, lse_view<Lse> lse, const E& run = {}) {
+    attend_at(b, query, key, value, out, lse, run);
+  }
+  template <executor E = serial_executor>
+  void attend(std::int64_t b, operand<Element> query, operand<Element> key, operand<Element> value,
+              tensor_view<Element> out, const E& run = {}) {
+    attend_at(b, query, key, value, out, lse_view<Element>{}, run);
+  }
+
+  template <executor E = serial_executor>
+  void append(operand<Element> query, operand<Element> key, operand<Element> value, const E& run = {}) {
+    append_at({}, query, key, value, run);
+  }
+  template <executor E = serial_executor>
+  void append(std::int64_t b, operand<Element> query, operand<Element> key, operand<Element> value, const E& run = {}) {
+    append_at(b, query, key, value, run);
+  }
+
+  void truncate(std::int64_t b, std::int64_t length) { kernels_->truncate(cache_.get(), b, length); }
+  void reset(std::int64_t b) { kernels_->reset(cache_.get(), b); }
+  void reset() { kernels_->reset(cache_.get(), {}); }
+  void fork(std::int64_t from, std::int64_t to) { kernels_->fork(cache_.get(), from, to); }
+  ///@}
+
+ private:
+  template <element T>
+  friend void save(const kv_cache<T>& cache, std::ostream& stream);
+  template <element T>
+  friend kv_cache<T> load(std::istream& stream);
+
+  using functions = plain::cache_functions<Element>;
+
+  /// Takes the cache that `make(kernels)` returns.
+  template <class Make>
+  kv_cache(const functions& kernels, const Make& make) : kernels_(&kernels), cache_(make(kernels), kernels.destroy) {
+    const plain::cache_shape s = kernels.shape(cache_.get());
+    shape_ = {s.batch, s.heads, s.kv_heads, s.dim, s.value_dim, s.capacity, s.rewind};
+    const plain::options o = kernels.settings(cache_.get());
+    options_ = {.group_size = o.group_size,
+                .window = o.window,
+                .pool = static_cast<pooling>(o.pool),
+                .cores = static_cast<core_heads>(o.cores),
+                .softmax_scale = o.softmax_scale,
+                .first_position = o.first_position};
+  }
+
+  [[nodiscard]] plain::sequence_counts counts(std::int64_t b) const { return kernels_->counts(cache_.get(), b); }
+
+  template <class Lse, executor E>
+  void attend_at(const std::optional<std::int64_t>& b, operand<Element> query, operand<Element> key,
+                 operand<Element> value, tensor_view<Element> out, lse_view<Lse> lse, const E& run) {
+    using namespace detail;
+    kernels_->attend(cache_.get(), b, to_plain(query), to_plain(key), to_plain(value), to_plain(out),
+                     lse_to_plain<Element>("lse", lse), to_plain(run));
+  }
+
+  template <executor E>
+  void append_at(const std::optional<std::int64_t>& b, operand<Element> query, operand<Element> key,
+                 operand<Element> value, const E& run) {
+    using namespace detail;
+    kernels_->append(cache_.get(), b, to_plain(query), to_plain(key), to_plain(value), to_plain(run));
+  }
+
+  const functions* kernels_;
+  std::unique_ptr<void, void (*)(void*)> cache_;
+  cache_shape shape_;
+  cca::options options_;
+};
+
+/// `cca::save`: the file is the same for every instruction set.
+template <element Element>
+void save(const kv_cache<Element>& cache, std::ostream& stream) {
+  cache.kernels_->save(cache.cache_.get(), stream);
+}
+
+/// `cca::load`.
+template <element Element>
+[[nodiscard]] kv_cache<Element> load(std::istream& stream) {
+  return {detail::cache_kernels<Element>(), [&](const auto& kernels) { return kernels.load(stream); }};
+}
+
+}  // namespace cca::inline CCA_TARGET::dispatch

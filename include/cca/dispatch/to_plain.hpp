@@ -1,0 +1,82 @@
+#pragma once
+
+#include <array>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "../cache_shape.hpp"
+#include "../executor.hpp"
+#include "../options.hpp"
+#include "../tensor_view.hpp"
+#include "plain.hpp"
+
+namespace cca::inline CCA_TARGET {
+namespace dispatch {
+
+/// What kernels are compiled for.
+template <class T>
+concept element = std::same_as<T, float> || std::same_as<T, double>;
+
+/// An operand of a call whose output has elements of type `T`.
+template <class T>
+using operand = tensor_view<const std::type_identity_t<T>>;
+
+}  // namespace dispatch
+
+namespace detail {
+
+template <class T, std::size_t Rank>
+plain::view<T, Rank> to_plain(const tensor_view<T, Rank>& view) {
+  return {view.data, view.extent, view.stride};
+}
+
+inline plain::options to_plain(const options& o) {
+  return {o.group_size,    o.window,        static_cast<int>(o.pool), static_cast<int>(o.cores),
+          o.softmax_scale, o.first_position};
+}
+
+inline plain::cache_shape to_plain(const cache_shape& s) {
+  return {s.batch, s.heads, s.kv_heads, s.dim, s.value_dim, s.capacity, s.rewind};
+}
+
+template <executor E>
+plain::executor to_plain(const E& run) {
+  return {concurrency(run), &run,
+          [](const void* self, std::int64_t n, const void* task, void (*call)(const void*, std::int64_t)) {
+            (*static_cast<const E*>(self))(n, [=](std::int64_t i) { call(task, i); });
+          }};
+}
+
+/// Log-sum-exps or their gradients. Kernels are compiled for those of the output's type alone; those of another, as
+/// `lse_view<>{}` may be, can only say that they are not wanted.
+template <class To, class Lse>
+plain::view<To, 3> lse_to_plain(const char* name, const lse_view<Lse>& lse) {
+  if constexpr (std::is_convertible_v<lse_view<Lse>, lse_view<To>>) {
+    return to_plain(lse_view<To>(lse));
+  } else {
+    if (lse.data != nullptr || lse.extent != std::array<std::int64_t, 3>{})
+      refuse(name, "elements of another type", "elements of the type of the output");
+    return {};
+  }
+}
+
+template <dispatch::element T>
+const plain::functions<T>& kernels() {
+  if constexpr (std::is_same_v<T, float>)
+    return plain::chosen().of_float;
+  else
+    return plain::chosen().of_double;
+}
+
+template <dispatch::element T>
+const plain::cache_functions<T>& cache_kernels() {
+  if constexpr (std::is_same_v<T, float>)
+    return plain::chosen().cache_of_float;
+  else
+    return plain::chosen().cache_of_double;
+}
+
+}  // namespace detail
+}  // namespace cca::inline CCA_TARGET
