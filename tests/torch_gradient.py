@@ -2,7 +2,7 @@
 """Gradients of CCA attention against PyTorch's autograd of the same mathematics, written naively.
 
     pip install torch numpy
-    python tests/torch_gradient.py build/release/tests/avx2.gradient_run
+    python tests/torch_gradient.py build/release/tests/gradient_run
 
 The output, the log-sum-exp and the gradients of query, key and value, for random operands and random gradients of both
 results. The truth is autograd in double; the error (root of the mean square) may be twice that of autograd in float,
@@ -89,7 +89,7 @@ def rms(x):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", help="<instruction set>.gradient_run, built beside the tests")
+    parser.add_argument("program", help="gradient_run, built beside the tests")
     program = parser.parse_args().program
 
     random = np.random.default_rng(1)
