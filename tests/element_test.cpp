@@ -3,6 +3,9 @@
 
 #include "gradient_entry_points.hpp"
 
+#include <cca/kv_cache_file.hpp>
+#include <sstream>
+
 namespace {
 
 using namespace cca;
@@ -200,6 +203,46 @@ TYPED_TEST(ElementTest, PoolsAsFloatsDo) {
       for (std::size_t i = 0; i < 3; ++i) EXPECT_TRUE(same_numbers(c.floats.results[i].view(), grads[i]));
     }
 }
+
+/// A cache of 16 bits answers as well as its cores, which it rounds, allow; and its file is not taken for another type's.
+template <class Element, class Other>
+void check_cache() {
+  random_engine random(4);
+  const std::int64_t length = 100, dim = 24;
+  const auto tokens = [&] {
+    std::normal_distribution<float> normal;
+    std::vector<Element> all(static_cast<std::size_t>(length * dim));
+    std::generate(all.begin(), all.end(), [&] { return Element(normal(random)); });
+    return all;
+  };
+  const std::vector<Element> query = tokens(), key = tokens(), value = tokens();
+  const auto part = [&](const std::vector<Element>& of, std::int64_t first, std::int64_t count) {
+    return bhsd(of.data() + first * dim, 1, 1, count, dim);
+  };
+  const options options{.group_size = 4, .window = 16};
+  kv_cache<Element> cache({.heads = 1, .kv_heads = 1, .dim = dim}, options);
+  std::vector<float> got(static_cast<std::size_t>(length * dim));
+  for (std::int64_t t = 0; t < length; t += 10)
+    cache.attend(part(query, t, 10), part(key, t, 10), part(value, t, 10), bhsd(got.data() + t * dim, 1, 1, 10, dim));
+  const auto want =
+      reference::attention<double>(part(query, 0, length), part(key, 0, length), part(value, 0, length), options);
+  double largest = 0;
+  for (std::size_t i = 0; i < got.size(); ++i)
+    largest = std::max(largest, static_cast<double>(distance(got[i], want.out.data[i])));
+  // A core's element, of size 1, is off by half a unit in its last place; its logit by that of a sum of 24, over root 24.
+  EXPECT_LT(largest, 4 * std::pow(2.0, -std::numeric_limits<Element>::digits));
+  EXPECT_GT(largest, 0);
+
+  std::stringstream file;
+  save(cache, file);
+  EXPECT_EQ(load<Element>(file).length(), length);
+  file.clear();
+  file.seekg(0);
+  EXPECT_THROW(static_cast<void>(load<Other>(file)), std::runtime_error);
+}
+
+TEST(CacheTest, OfBfloat16) { check_cache<bfloat16, half>(); }
+TEST(CacheTest, OfHalf) { check_cache<half, bfloat16>(); }
 
 /// Every number of 16 bits, at every place in a block and in the rest after it.
 template <class Element>

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <istream>
+#include <limits>
 #include <new>
 #include <ostream>
 #include <stdexcept>
@@ -24,7 +25,7 @@ struct cache_file_header {
   std::array<char, 8> magic{'c', 'c', 'a', '-', 'k', 'v', '\r', '\n'};
   std::uint32_t byte_order = 0x01020304;
   std::uint32_t version = 1;
-  std::uint32_t element_bytes = 0;
+  std::uint16_t element_bytes = 0, element_digits = 0;  // bits of the significand: bfloat16 and half have 2 bytes both
   std::uint32_t pool = 0, cores = 0;
   std::uint32_t has_scale = 0;
   double softmax_scale = 0;
@@ -135,6 +136,7 @@ struct cache_file {
     const cache_shape& shape = cache.shape();
     cache_file_header header;
     header.element_bytes = sizeof(Element);
+    header.element_digits = std::numeric_limits<Element>::digits;
     header.pool = static_cast<std::uint32_t>(options.pool);
     header.cores = static_cast<std::uint32_t>(options.cores);
     header.has_scale = options.softmax_scale.has_value();
@@ -271,9 +273,10 @@ template <class Element>
   if (header.version != wanted.version)
     detail::refuse_file("got version " + std::to_string(header.version) + ", wants " + std::to_string(wanted.version));
   reader.end_part();
-  if (header.element_bytes != sizeof(Element))
-    detail::refuse_file("got elements of " + std::to_string(header.element_bytes) + " bytes, wants " +
-                        std::to_string(sizeof(Element)));
+  if (header.element_bytes != sizeof(Element) || header.element_digits != std::numeric_limits<Element>::digits)
+    detail::refuse_file("got elements of " + std::to_string(header.element_bytes) + " bytes and " +
+                        std::to_string(header.element_digits) + " digits, wants " + std::to_string(sizeof(Element)) +
+                        " and " + std::to_string(std::numeric_limits<Element>::digits));
   kv_cache<Element> cache = detail::cache_file::empty_cache<Element>(header);
   for (std::int64_t b = 0; b < header.batch; ++b) detail::cache_file::load_sequence(cache, reader);
   return cache;
