@@ -167,26 +167,40 @@ auto core_source(tensor_view<T> key, tensor_view<T> value, const options& option
                         std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); });
 }
 
-/// Scratch of CCA attention: the cores that some query sees, what pools them, and what attends to them.
+/// Scratch for the cores that some query of CCA attention sees.
 template <class T>
-struct cca_plan {
-  std::int64_t cores, core_heads, core_key_size, core_value_size, workers, pooler_size;
+struct core_plan {
+  std::int64_t cores, core_heads, core_key_size, core_value_size;
+
+  template <class Query, class Key, class Value>
+  core_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
+            const options& options)
+      : cores(partition{options.group_size, options.window}.core_count(key.length() - 1)),
+        core_heads(core_head_count(options, query.heads(), key.heads())),
+        core_key_size(key.batch() * core_heads * cores * key.dim()),
+        core_value_size(key.batch() * core_heads * cores * value.dim()) {}
+
+  [[nodiscard]] std::size_t bytes() const {
+    return scratch_bytes<T>(core_key_size) + scratch_bytes<T>(core_value_size);
+  }
+};
+
+/// Scratch of CCA attention: the cores, what pools them, and what attends to them.
+template <class T>
+struct cca_plan : core_plan<T> {
+  std::int64_t workers, pooler_size;
   detail::forward<T> forward;
 
   template <class Query, class Key, class Value, executor E>
   cca_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
            const options& options, const E& run)
-      : cores(partition{options.group_size, options.window}.core_count(key.length() - 1)),
-        core_heads(core_head_count(options, query.heads(), key.heads())),
-        core_key_size(key.batch() * core_heads * cores * key.dim()),
-        core_value_size(key.batch() * core_heads * cores * value.dim()),
+      : core_plan<T>(query, key, value, options),
         workers(concurrency(run)),
         pooler_size(group_pooler<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>)),
-        forward(plan<T>(query, value.dim(), key.heads(), {cores, key.length()}, !in_place<T, Key, Value>, run)) {}
+        forward(plan<T>(query, value.dim(), key.heads(), {this->cores, key.length()}, !in_place<T, Key, Value>, run)) {}
 
   [[nodiscard]] std::size_t bytes() const {
-    return scratch_bytes<T>(core_key_size) + scratch_bytes<T>(core_value_size) +
-           worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
+    return core_plan<T>::bytes() + worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
   }
 };
 

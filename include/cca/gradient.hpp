@@ -107,25 +107,21 @@ auto attend_backward(const tensor_view<Query>& query, const tensor_view<Key>& ke
 
 /// Scratch of the gradient of CCA attention: cores and their gradients, what pools them, and the engine.
 template <class T>
-struct cca_gradient_plan {
-  std::int64_t cores, core_heads, core_key_size, core_value_size, workers, pooler_size;
+struct cca_gradient_plan : core_plan<T> {
+  std::int64_t workers, pooler_size;
   detail::backward<T> backward;
 
   template <class Query, class Key, class Value, executor E>
   cca_gradient_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
                     const options& options, const E& run)
-      : cores(partition{options.group_size, options.window}.core_count(key.length() - 1)),
-        core_heads(core_head_count(options, query.heads(), key.heads())),
-        core_key_size(key.batch() * core_heads * cores * key.dim()),
-        core_value_size(key.batch() * core_heads * cores * value.dim()),
+      : core_plan<T>(query, key, value, options),
         workers(concurrency(run)),
         pooler_size(std::max(group_pooler<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>),
                              group_gradient<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>))),
         backward(backward_plan<T>(query, value.dim(), key.heads(), !in_place<T, Key, Value>, run)) {}
 
   [[nodiscard]] std::size_t bytes() const {
-    return 2 * (scratch_bytes<T>(core_key_size) + scratch_bytes<T>(core_value_size)) +
-           worker_scratch<T>::bytes(workers, pooler_size) + backward.bytes();
+    return 2 * core_plan<T>::bytes() + worker_scratch<T>::bytes(workers, pooler_size) + backward.bytes();
   }
 };
 
