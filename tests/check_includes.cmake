@@ -3,12 +3,14 @@
 
 set(order
     # The words: no arithmetic on data yet.
-    detail/target.hpp version.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp
+    detail/target.hpp version.hpp detail/matrix_units.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp
     # Vectors, rows, blocks of rows.
     detail/simd.hpp detail/convert.hpp detail/rows.hpp detail/transpose.hpp detail/row.hpp detail/tile.hpp
     detail/source.hpp detail/scratch.hpp
+    # Matrix units: their products, and operands in pairs.
+    detail/unit_product.hpp detail/pairs.hpp
     # The kernels of queries, and the engine around them.
-    detail/query_tile.hpp detail/query_rows.hpp detail/query_stack.hpp detail/forward.hpp
+    detail/query_tile.hpp detail/unit_tile.hpp detail/query_rows.hpp detail/query_stack.hpp detail/forward.hpp
     # What users call.
     pooling.hpp attention.hpp merge.hpp
     # The same backwards.

@@ -76,21 +76,23 @@ auto raw_source(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Valu
 }
 
 /// The engine for these queries and sources of `rows`, of whose heads `head_groups` is the greatest common divisor.
-template <class T, class Query, executor E>
-forward<T> plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
-                std::initializer_list<std::int64_t> rows, bool staged, const E& run) {
+/// `Element` is the operands' `product_type`.
+template <class Element, class Query, executor E>
+forward<Element> plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
+                      std::initializer_list<std::int64_t> rows, bool staged, matrix_unit unit, const E& run) {
   std::int64_t parts = 0;
-  for (const std::int64_t count : rows) parts += forward<T>::count_parts(count);
-  return {query.batch(), query.heads(), query.length(), query.dim(),     value_dim,
+  for (const std::int64_t count : rows) parts += forward<Element>::count_parts(count);
+  return {query.batch(), query.heads(), query.length(), tile_form{query.dim(), value_dim, chosen_unit<Element>(unit)},
           head_groups,   parts,         staged,         concurrency(run)};
 }
 
 template <class Query, class Key, class Value, class FarKey, class FarValue, executor E>
 auto attend_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-                 const far<FarKey, FarValue>& far, const E& run) {
+                 const far<FarKey, FarValue>& far, matrix_unit unit, const E& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
-  return plan<T>(query, value.dim(), std::gcd(key.heads(), far.key.heads()), {far.key.length(), key.length()},
-                 !in_place<T, Key, Value, FarKey, FarValue>, run);
+  return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
+      query, value.dim(), std::gcd(key.heads(), far.key.heads()), {far.key.length(), key.length()},
+      !in_place<T, Key, Value, FarKey, FarValue>, unit, run);
 }
 
 /// Operands and options of local and dense attention.
@@ -98,6 +100,7 @@ template <class Query, class Key, class Value>
 void require_raw(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
                  const options& options) {
   require_options<compute_type<Query, Key, Value>>(options);
+  require_unit<product_type<Query, Key, Value>>(options);
   require_positions(options);
   require_operand("query", query);
   require_key_value("key", "value", query, key, value);
@@ -116,6 +119,7 @@ template <class Query, class Key, class Value, class FarKey, class FarValue>
 void require_attend(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
                     const far<FarKey, FarValue>& far, const options& options) {
   require_options<compute_type<Query, Key, Value, FarKey, FarValue>>(options);
+  require_unit<product_type<Query, Key, Value, FarKey, FarValue>>(options);
   require_grouping(options);
   require_positions(options);
   require_operand("query", query);
@@ -138,7 +142,8 @@ void attend_raw(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Valu
   require_raw(query, key, value, options);
   require_results(query, value.dim(), out, lse);
 
-  const auto forward = plan<T>(query, value.dim(), key.heads(), {key.length()}, !in_place<T, Key, Value>, run);
+  const auto forward = plan<product_type<Query, Key, Value>>(query, value.dim(), key.heads(), {key.length()},
+                                                             !in_place<T, Key, Value>, options.unit, run);
   scratch memory(workspace, forward.bytes());
   forward(query, out, lse, static_cast<T>(softmax_scale(options, key.dim())), run, memory,
           raw_source(query, key, value, options));
@@ -167,8 +172,17 @@ auto core_source(tensor_view<T> key, tensor_view<T> value, const options& option
                         std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); });
 }
 
+/// Calls `f(std::type_identity<Core>)`, where `Core` is what cores are kept in: what is computed in or, for a matrix unit,
+/// what it multiplies. `Element` is the operands' `product_type`.
+template <class Element, class F>
+decltype(auto) with_core_type(matrix_unit unit, const F& f) {
+  if constexpr (is_unit_element<Element>)
+    if (chosen_unit<Element>(unit) != matrix_unit::none) return f(std::type_identity<Element>{});
+  return f(std::type_identity<compute_type<Element>>{});
+}
+
 /// Scratch for the cores that some query of CCA attention sees.
-template <class T>
+template <class Core>
 struct core_plan {
   std::int64_t cores, core_heads, core_key_size, core_value_size;
 
@@ -181,26 +195,28 @@ struct core_plan {
         core_value_size(key.batch() * core_heads * cores * value.dim()) {}
 
   [[nodiscard]] std::size_t bytes() const {
-    return scratch_bytes<T>(core_key_size) + scratch_bytes<T>(core_value_size);
+    return scratch_bytes<Core>(core_key_size) + scratch_bytes<Core>(core_value_size);
   }
 };
 
 /// Scratch of CCA attention: the cores, what pools them, and what attends to them.
-template <class T>
-struct cca_plan : core_plan<T> {
+template <class Element, class Core>
+struct cca_plan : core_plan<Core> {
+  using T = compute_type<Element>;
   std::int64_t workers, pooler_size;
-  detail::forward<T> forward;
+  detail::forward<Element> forward;
 
   template <class Query, class Key, class Value, executor E>
   cca_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
            const options& options, const E& run)
-      : core_plan<T>(query, key, value, options),
+      : core_plan<Core>(query, key, value, options),
         workers(concurrency(run)),
         pooler_size(group_pooler<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>)),
-        forward(plan<T>(query, value.dim(), key.heads(), {this->cores, key.length()}, !in_place<T, Key, Value>, run)) {}
+        forward(plan<Element>(query, value.dim(), key.heads(), {this->cores, key.length()},
+                              !in_place<T, Key, Value, Core>, options.unit, run)) {}
 
   [[nodiscard]] std::size_t bytes() const {
-    return core_plan<T>::bytes() + worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
+    return core_plan<Core>::bytes() + worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
   }
 };
 
@@ -210,16 +226,20 @@ struct cca_plan : core_plan<T> {
 template <class Query, class Key, class Value, executor E = serial_executor>
 [[nodiscard]] std::size_t workspace_size(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                          const options& options, const E& run = {}) {
-  using T = compute_type<Query, Key, Value>;
-  detail::require_options<T>(options);
-  return detail::cca_plan<T>(query, key, value, options, run).bytes() + detail::scratch_alignment;
+  using Element = detail::product_type<Query, Key, Value>;
+  detail::require_options<compute_type<Element>>(options);
+  detail::require_unit<Element>(options);
+  return detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
+    return detail::cca_plan<Element, Core>(query, key, value, options, run).bytes() + detail::scratch_alignment;
+  });
 }
 
-/// The same for `attend`, whose far context may be larger than the cores.
+/// The same for `attend`, whose far context may be larger than the cores. Of its options only the unit matters.
 template <class Query, class Key, class Value, class FarKey, class FarValue, executor E = serial_executor>
 [[nodiscard]] std::size_t workspace_size(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                                         far<FarKey, FarValue> far, const E& run = {}) {
-  return detail::attend_plan(query, key, value, far, run).bytes() + detail::scratch_alignment;
+                                         far<FarKey, FarValue> far, const E& run = {},
+                                         matrix_unit unit = matrix_unit::none) {
+  return detail::attend_plan(query, key, value, far, unit, run).bytes() + detail::scratch_alignment;
 }
 
 /// Core Context Aware attention: the query at position t sees the cores of all groups before its window and the raw
@@ -239,20 +259,24 @@ template <class Query, class Key, class Value, class FarKey, class FarValue, exe
 template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
 void attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
                lse_view<Lse> lse, const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
-  using T = compute_type<Query, Key, Value>;
+  using Element = detail::product_type<Query, Key, Value>;
+  using T = compute_type<Element>;
   detail::require_pooling_operands(query, key, value, options);
   detail::require_results(query, value.dim(), out, lse);
   detail::require_grouping(options);
 
-  const detail::cca_plan<T> plan(query, key, value, options, run);
-  detail::scratch memory(workspace, plan.bytes());
-  const auto core_key = bhsd(memory.take<T>(plan.core_key_size), key.batch(), plan.core_heads, plan.cores, key.dim());
-  const auto core_value =
-      bhsd(memory.take<T>(plan.core_value_size), key.batch(), plan.core_heads, plan.cores, value.dim());
-  detail::pool_views<T>(query, key, value, core_key, core_value, options, run,
-                        detail::worker_scratch<T>(memory, plan.workers, plan.pooler_size));
-  plan.forward(query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
-               detail::core_source(core_key, core_value, options), detail::raw_source(query, key, value, options));
+  detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
+    const detail::cca_plan<Element, Core> plan(query, key, value, options, run);
+    detail::scratch memory(workspace, plan.bytes());
+    const auto cores = [&](std::int64_t size, std::int64_t dim) {
+      return bhsd(memory.take<Core>(size), key.batch(), plan.core_heads, plan.cores, dim);
+    };
+    const auto core_key = cores(plan.core_key_size, key.dim()), core_value = cores(plan.core_value_size, value.dim());
+    detail::pool_views<T>(query, key, value, core_key, core_value, options, run,
+                          detail::worker_scratch<T>(memory, plan.workers, plan.pooler_size));
+    plan.forward(query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
+                 detail::core_source(core_key, core_value, options), detail::raw_source(query, key, value, options));
+  });
 }
 
 /// Without log-sum-exps.
@@ -315,7 +339,7 @@ void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> v
   detail::require_attend(query, key, value, far, options);
   detail::require_results(query, value.dim(), out, lse);
 
-  const auto forward = detail::attend_plan(query, key, value, far, run);
+  const auto forward = detail::attend_plan(query, key, value, far, options.unit, run);
   detail::scratch memory(workspace, forward.bytes());
   forward(query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
           detail::seen_source(far), detail::raw_source(query, key, value, options));

@@ -282,7 +282,7 @@ class kv_cache {
       raw = std::max(raw, at(b).raw.capacity());
     }
     const auto forward = detail::plan<T>(query, shape_.value_dim, shape_.kv_heads, {cores, raw, raw, count},
-                                         !detail::in_place<T, Element>, run);
+                                         !detail::in_place<T, Element>, matrix_unit::none, run);
     const std::size_t bytes = detail::worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
     if (workspace_.bytes() < bytes + detail::scratch_alignment)
       workspace_ = detail::aligned_memory(bytes + detail::scratch_alignment);

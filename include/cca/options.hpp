@@ -5,12 +5,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
+#include "detail/matrix_units.hpp"
 #include "partition.hpp"
 #include "tensor_view.hpp"
 
@@ -31,6 +34,17 @@ enum class core_heads {
   per_kv_head  ///< weights by the mean of the query heads that share the key/value head: that many times fewer cores
 };
 
+/// What multiplies operands of 16 bits. By default nothing but the vectors of floats, exactly as if floats were stored. A
+/// matrix unit is much faster; it multiplies the elements as they are stored and adds in float, so that what lies between
+/// two products, the cores and the weights of the softmax, is rounded to the operands' 16 bits, and denormals of bfloat16
+/// are taken for zeros. The softmax itself is computed in float.
+enum class matrix_unit {
+  none,         ///< products of floats
+  best,         ///< the fastest of those below that the processor has and the operating system allows, otherwise `none`
+  avx512_bf16,  ///< for bfloat16
+  amx           ///< tiles, for bfloat16, and on processors that have them for half
+};
+
 /// Settings of every entry point. The defaults mean plain causal attention.
 struct options {
   std::int64_t group_size = 1;                    ///< tokens per core, g >= 1
@@ -39,6 +53,7 @@ struct options {
   core_heads cores = core_heads::per_query_head;  ///< see `core_heads`
   std::optional<double> softmax_scale{};          ///< default `1 / sqrt(dim)` of query and key
   std::optional<std::int64_t> first_position{};   ///< position of query 0; default: the last query is the last key
+  matrix_unit unit = matrix_unit::none;           ///< for operands that are all bfloat16 or all half, see `matrix_unit`
 };
 
 namespace detail {
@@ -125,6 +140,37 @@ void require_key_value(const char* key_name, const char* value_name, const tenso
   require_extents(value_name, value, {key.batch(), key.heads(), key.length(), value.dim()});
 }
 
+/// Whether this processor multiplies such elements with the unit.
+template <class Element>
+[[nodiscard]] bool has_unit(matrix_unit unit) {
+  const matrix_units& units = present_units();
+  if (unit == matrix_unit::amx) return is_bfloat16<Element> ? units.amx_bf16 : is_half<Element> && units.amx_fp16;
+  return unit == matrix_unit::avx512_bf16 && is_bfloat16<Element> && units.avx512_bf16;
+}
+
+/// The unit that `wanted` means for operands whose `product_type` is `Element`: never `best`.
+template <class Element>
+[[nodiscard]] matrix_unit chosen_unit(matrix_unit wanted) {
+  if (wanted != matrix_unit::best) return wanted;
+  for (const matrix_unit unit : {matrix_unit::amx, matrix_unit::avx512_bf16})
+    if (has_unit<Element>(unit)) return unit;
+  return matrix_unit::none;
+}
+
+/// `Element` is the operands' `product_type`.
+template <class Element>
+void require_unit(const options& options) {
+  const matrix_unit unit = options.unit;
+  if (unit == matrix_unit::none) return;
+  const char* const names[] = {"none", "best", "avx512_bf16", "amx"};
+  const auto number = static_cast<std::size_t>(unit);
+  if (number >= std::size(names)) refuse("options.unit", std::to_string(number), "none, best, avx512_bf16 or amx");
+  if (!is_unit_element<Element>)
+    refuse("options.unit", names[number], "none: query, key and value are not all of the same 16-bit type");
+  if (unit != matrix_unit::best && !has_unit<Element>(unit))
+    refuse("options.unit", names[number], "best, or a unit that this processor has for the operands' type");
+}
+
 /// `T` is what is computed in: a scale beyond its numbers would turn every score into NaN.
 template <class T>
 void require_options(const options& options) {
@@ -166,4 +212,11 @@ inline std::int64_t core_head_count(const options& options, std::int64_t query_h
 }
 
 }  // namespace detail
+
+/// The unit that `matrix_unit::best` means for operands of these elements on this processor.
+template <class Element>
+[[nodiscard]] matrix_unit best_unit() {
+  return detail::chosen_unit<std::remove_const_t<Element>>(matrix_unit::best);
+}
+
 }  // namespace cca::inline CCA_TARGET

@@ -190,6 +190,7 @@ template <class Query, class Key, class Value>
 void require_pooling_operands(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                               const options& options) {
   require_options<compute_type<Query, Key, Value>>(options);
+  require_unit<product_type<Query, Key, Value>>(options);
   require_operand("query", query);
   require_key_value("key", "value", query, key, value);
   if (query.length() != key.length())
@@ -206,6 +207,7 @@ template <class Query, class Key, class Value>
 void require_pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, const options& options) {
   require_pooling_operands(query, key, value, options);
   require_unused(options.window == unlimited, "options.window", "none: every complete group is pooled");
+  require_unused(options.unit == matrix_unit::none, "options.unit", "none: pooling reads more than it multiplies");
   require_unused(options.pool == pooling::last_query || !options.softmax_scale, "options.softmax_scale",
                  "none: the mean and the maximum have no weights");
 }

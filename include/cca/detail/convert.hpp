@@ -4,21 +4,12 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../tensor_view.hpp"
 #include "simd.hpp"
-
-namespace Eigen {
-struct bfloat16;
-struct half;
-}  // namespace Eigen
 
 namespace cca::inline CCA_TARGET::detail {
 
-/// 16-bit elements whose bits we read ourselves, many at a time: those of Eigen, known by name alone. Other types are
-/// converted by `static_cast`, one after the other.
-template <class T>
-inline constexpr bool is_bfloat16 = std::is_same_v<T, Eigen::bfloat16>;
-template <class T>
-inline constexpr bool is_half = std::is_same_v<T, Eigen::half>;
+// 16-bit elements are converted by their bits, many at a time; other types by `static_cast`, one after the other.
 
 /// Elements converted at a time: a constant, so that compilers make vectors of the loops below even at -O2.
 inline constexpr std::int64_t convert_block = 16;

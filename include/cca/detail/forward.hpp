@@ -3,12 +3,16 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "../executor.hpp"
 #include "../tensor_view.hpp"
 #include "query_rows.hpp"
 #include "query_stack.hpp"
+#include "query_tile.hpp"
 #include "scratch.hpp"
+#include "unit_tile.hpp"
 
 namespace cca::inline CCA_TARGET::detail {
 
@@ -17,25 +21,25 @@ namespace cca::inline CCA_TARGET::detail {
 inline constexpr std::int64_t few_queries = 8;
 
 /// Attention of every query over all sources in one softmax: the engine of every entry point. It is told the shapes
-/// first, so that its scratch memory can be part of a caller's workspace.
-template <class T>
+/// first, so that its scratch memory can be part of a caller's workspace. `Element` is the operands' `product_type`.
+template <class Element>
 class forward {
+  using T = compute_type<Element>;
+
  public:
   /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
   /// the sources' heads. `parts`, the sum of `count_parts` over the sources, is what few queries' context is cut into
   /// and how long it is for many.
-  forward(std::int64_t batch, std::int64_t heads, std::int64_t length, std::int64_t dim, std::int64_t value_dim,
-          std::int64_t head_groups, std::int64_t parts, bool staged, std::int64_t workers)
+  forward(std::int64_t batch, std::int64_t heads, std::int64_t length, const tile_form& form, std::int64_t head_groups,
+          std::int64_t parts, bool staged, std::int64_t workers)
       : batch_(batch),
         heads_(heads),
         length_(length),
-        dim_(dim),
-        value_dim_(value_dim),
+        form_(form),
         groups_(head_groups),
         parts_(std::max<std::int64_t>(parts, 1)),
         workers_(workers),
-        worker_size_(few() ? query_rows<T>::size(queries_per_group(), dim, value_dim, staged)
-                           : query_stack<T>::size(lanes(), dim, value_dim, staged)) {}
+        worker_size_(worker_size(staged)) {}
 
   [[nodiscard]] static std::int64_t count_parts(std::int64_t rows) { return (rows + part_rows - 1) / part_rows; }
 
@@ -47,32 +51,46 @@ class forward {
   void operator()(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, T scale, const E& run,
                   scratch& memory, const Source&... sources) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
-    if (few())
-      attend_few(query, out, lse, scale, run, scratch, memory.take<T>(partials_size()), sources...);
-    else
-      attend_many(query, out, lse, scale, run, scratch, sources...);
+    if (few()) return attend_few(query, out, lse, scale, run, scratch, memory.take<T>(partials_size()), sources...);
+    if constexpr (is_unit_element<Element> && (of_elements<Source> && ...))
+      if (form_.unit != matrix_unit::none)
+        return attend_many<unit_tile<Element>>(query, out, lse, scale, run, scratch, sources...);
+    attend_many<query_tile<T>>(query, out, lse, scale, run, scratch, sources...);
   }
 
  private:
+  /// Whether the rows of a source are what a unit multiplies.
+  template <class Source>
+  static constexpr bool of_elements =
+      std::is_same_v<decltype(std::declval<const Source&>().rows(0, 0)), context_rows<Element, Element>>;
+
   [[nodiscard]] bool few() const { return length_ <= few_queries; }
+  [[nodiscard]] std::int64_t worker_size(bool staged) const {
+    if (few()) return query_rows<T>::size(queries_per_group(), form_.dim, form_.value_dim, staged);
+    if constexpr (is_unit_element<Element>)
+      if (form_.unit != matrix_unit::none)
+        return query_stack<unit_tile<Element>>::size(lanes<unit_tile<Element>>(), form_, staged);
+    return query_stack<query_tile<T>>::size(lanes<query_tile<T>>(), form_, staged);
+  }
+  template <class Tile>
   [[nodiscard]] std::int64_t lanes() const {
-    return query_stack<T>::lanes_for(length_, std::max(length_, parts_ * part_rows), dim_, value_dim_);
+    return query_stack<Tile>::lanes_for(length_, std::max(length_, parts_ * part_rows), form_);
   }
   [[nodiscard]] std::int64_t queries_per_group() const { return groups_ > 0 ? heads_ / groups_ * length_ : 0; }
   [[nodiscard]] std::int64_t partials_size() const {
-    return few() ? batch_ * heads_ * length_ * parts_ * partial_result<T>::size(value_dim_) : 0;
+    return few() ? batch_ * heads_ * length_ * parts_ * partial_result<T>::size(form_.value_dim) : 0;
   }
 
   /// A task is a stack of queries. Later queries see more: those of a head are begun last first, and threads finish
   /// together.
-  template <class Query, class Out, class Lse, executor E, class... Source>
+  template <class Tile, class Query, class Out, class Lse, executor E, class... Source>
   void attend_many(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, T scale, const E& run,
                    const worker_scratch<T>& scratch, const Source&... sources) const {
-    const std::int64_t lanes = this->lanes(), stacks = (length_ + lanes - 1) / lanes;
+    const std::int64_t lanes = this->lanes<Tile>(), stacks = (length_ + lanes - 1) / lanes;
     run_tasks(run, workers_, batch_ * heads_ * stacks, [&](std::int64_t worker, std::int64_t task) {
       const std::int64_t b = task / stacks / heads_, h = task / stacks % heads_;
       const std::int64_t first = (stacks - 1 - task % stacks) * lanes;
-      query_stack<T> stack(scratch[worker], dim_, value_dim_, std::min(lanes, length_ - first));
+      query_stack<Tile> stack(scratch[worker], form_, std::min(lanes, length_ - first));
       stack.begin(query.row(b, h, first), query.stride[2], scale);
       (stack.absorb(sources, b, h, heads_, first), ...);
       stack.finish(out.row(b, h, first), out.stride[2], lse.data ? lse.row(b, h, first) : nullptr, lse.stride[2]);
@@ -85,13 +103,13 @@ class forward {
                   const worker_scratch<T>& scratch, T* partials, const Source&... sources) const {
     const auto partial = [&](std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t part) {
       return partial_result<T>(
-          partials + (((b * heads_ + h) * length_ + i) * parts_ + part) * partial_result<T>::size(value_dim_),
-          value_dim_);
+          partials + (((b * heads_ + h) * length_ + i) * parts_ + part) * partial_result<T>::size(form_.value_dim),
+          form_.value_dim);
     };
     run_tasks(run, workers_, batch_ * groups_ * parts_, [&](std::int64_t worker, std::int64_t task) {
       const std::int64_t b = task / parts_ / groups_, group = task / parts_ % groups_, part = task % parts_;
       const range heads{group * heads_ / groups_, (group + 1) * heads_ / groups_};
-      query_rows<T> queries(scratch[worker], queries_per_group(), dim_, value_dim_);
+      query_rows<T> queries(scratch[worker], queries_per_group(), form_.dim, form_.value_dim);
       for (std::int64_t h = heads.begin; h < heads.end; ++h)
         for (std::int64_t i = 0; i < length_; ++i) {
           queries.load((h - heads.begin) * length_ + i, query.row(b, h, i), scale);
@@ -135,7 +153,9 @@ class forward {
     }
   }
 
-  std::int64_t batch_, heads_, length_, dim_, value_dim_, groups_, parts_, workers_, worker_size_;
+  std::int64_t batch_, heads_, length_;
+  tile_form form_;
+  std::int64_t groups_, parts_, workers_, worker_size_;
 };
 
 }  // namespace cca::inline CCA_TARGET::detail

@@ -10,6 +10,7 @@
 #include "row.hpp"
 #include "rows.hpp"
 #include "simd.hpp"
+#include "source.hpp"
 #include "tile.hpp"
 #include "transpose.hpp"
 
@@ -29,27 +30,58 @@ namespace cca::inline CCA_TARGET::detail {
 ///
 /// All operations are vertical: lanes never meet, so a NaN stays with the queries that see it.
 ///
-/// The tile is a view of scratch memory, `size(dim, value_dim)` elements aligned to vectors: queries `[dim][lanes]`
+/// The tile is a view of scratch memory, `size(form)` elements aligned to vectors: queries `[dim][lanes]`
 /// times `scale * log2(e)`, output `[value_dim][lanes]`, running maximum (of base-2 logits) and sum `[lanes]`.
 template <class T>
 class query_tile {
-  using shape = tile_shape<T>;
   static constexpr std::int64_t W = width<T>;
 
  public:
+  using shape = tile_shape<T>;
+  using number = T;
   static constexpr std::int64_t lanes = shape::lanes;
 
-  static constexpr std::int64_t size(std::int64_t dim, std::int64_t value_dim) { return (dim + value_dim + 2) * lanes; }
-  /// Scratch elements for the weights of a block; tiles that take turns share them.
-  static constexpr std::int64_t weights_size() { return shape::block * lanes; }
+  /// What tiles that take turns on a block share: the block, and memory for its weights and for rows that are converted.
+  class shared {
+   public:
+    static constexpr std::int64_t size(const tile_form& form, bool staged) {
+      return shape::block * (lanes + (staged ? form.dim + form.value_dim : 0));
+    }
 
-  query_tile(T* scratch, std::int64_t dim, std::int64_t value_dim, std::int64_t count)
-      : dim_(dim),
-        value_dim_(value_dim),
+    shared(T* scratch, const tile_form& form)
+        : form_(form),
+          weights_(scratch),
+          staged_keys_(weights_ + shape::block * lanes),
+          staged_values_(staged_keys_ + shape::block * form.dim) {}
+
+    /// Takes in the rows `block` of a head.
+    template <class Key, class Value>
+    void stage(const context_rows<Key, Value>& head, range block) {
+      const std::int64_t j = block.begin, count = block.size();
+      block_ = {
+          detail::stage(head.key + j * head.key_stride, head.key_stride, form_.dim, count, staged_keys_),
+          detail::stage(head.value + j * head.value_stride, head.value_stride, form_.value_dim, count, staged_values_),
+          block};
+    }
+
+    [[nodiscard]] const context_block<T>& block() const { return block_; }
+    [[nodiscard]] T* weights() const { return weights_; }
+
+   private:
+    tile_form form_;
+    T *weights_, *staged_keys_, *staged_values_;
+    context_block<T> block_;
+  };
+
+  static constexpr std::int64_t size(const tile_form& form) { return (form.dim + form.value_dim + 2) * lanes; }
+
+  query_tile(T* scratch, const tile_form& form, std::int64_t count)
+      : dim_(form.dim),
+        value_dim_(form.value_dim),
         count_(count),
         query_(scratch),
-        out_(query_ + dim * lanes),
-        maximum_(out_ + value_dim * lanes),
+        out_(query_ + dim_ * lanes),
+        maximum_(out_ + value_dim_ * lanes),
         sum_(maximum_ + lanes) {}
 
   [[nodiscard]] std::int64_t count() const { return count_; }
@@ -67,21 +99,19 @@ class query_tile {
     std::fill_n(sum_, lanes, T(0));
   }
 
-  /// Absorbs at most `shape::block` rows.
-  void absorb(const context_block<T>& block, const lane_ranges<T>& sees, T* weights) {
+  /// Absorbs a block of at most `shape::block` rows. The first tile of a stack asks for the rows that follow.
+  void absorb(const shared& memory, const lane_ranges<T>& sees, bool first) {
+    context_block<T> block = memory.block();
+    block.ask_ahead = first;
     for_each_part<T>(block.rows, sees, count_, [&](auto n, std::int64_t v, range part, const auto& mask) {
-      absorb_rows<n()>(v, block.part(part), mask, weights);
+      absorb_rows<n()>(v, block.part(part), mask, memory.weights());
     });
   }
 
   /// Writes `count` rows of `value_dim` elements: the weighted mean of the values, 0 where nothing was seen.
   template <class Out>
   void finish(Out* out, std::int64_t stride) {
-    for (std::int64_t i = 0; i < lanes; i += W) {
-      const vec<T> sum = vec<T>::load_aligned(sum_ + i);
-      const vec<T> inverse = xsimd::select(sum == vec<T>(T(0)), vec<T>(T(0)), vec<T>(T(1)) / sum);
-      for (T* o = out_ + i; o < maximum_; o += lanes) (inverse * vec<T>::load_aligned(o)).store_aligned(o);
-    }
+    divide_lanes(out_, sum_, lanes, value_dim_);
     transpose(out_, lanes, out, stride, value_dim_, count_);
   }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../options.hpp"
 #include "../partition.hpp"
 #include "simd.hpp"
 
@@ -41,13 +42,19 @@ struct tile_shape {
   static constexpr std::int64_t rows_of = N == 1 ? single_rows : rows;
 };
 
+/// What a tile is made for: the dims of its rows, and the unit that multiplies them.
+struct tile_form {
+  std::int64_t dim, value_dim;
+  matrix_unit unit = matrix_unit::none;
+};
+
 /// Per lane of a tile, the half-open range of rows that its query sees. A lane without a query sees nothing.
-template <class T>
+template <class T, std::int64_t Lanes = tile_shape<T>::lanes>
 struct lane_ranges {
   static constexpr std::int64_t W = width<T>;
-  range lane[tile_shape<T>::lanes] = {};
-  range any[tile_shape<T>::vectors] = {};  ///< per vector: the hull of what its queries see
-  range all[tile_shape<T>::vectors] = {};  ///< per vector: what every one of its queries sees
+  range lane[Lanes] = {};
+  range any[Lanes / W] = {};  ///< per vector: the hull of what its queries see
+  range all[Lanes / W] = {};  ///< per vector: what every one of its queries sees
 
   lane_ranges() = default;
 
@@ -157,6 +164,16 @@ CCA_INLINE void multiply(vec<T> (&sum)[R][N], const T* a, RowStride row_stride, 
           sum[r][n] = guard.guard(r, i, next, sum[r][n]);
       });
     });
+  }
+}
+
+/// Divides `[rows][lanes]` sums by the lanes' sums of weights, where 0 stays 0.
+template <class T>
+void divide_lanes(T* out, const T* sums, std::int64_t lanes, std::int64_t rows) {
+  for (std::int64_t i = 0; i < lanes; i += width<T>) {
+    const vec<T> sum = vec<T>::load_aligned(sums + i);
+    const vec<T> inverse = xsimd::select(sum == vec<T>(T(0)), vec<T>(T(0)), vec<T>(T(1)) / sum);
+    for (T* o = out + i; o < out + rows * lanes; o += lanes) (inverse * vec<T>::load_aligned(o)).store_aligned(o);
   }
 }
 
