@@ -8,13 +8,14 @@ set(order
     detail/simd.hpp detail/convert.hpp detail/rows.hpp detail/transpose.hpp detail/row.hpp detail/tile.hpp
     detail/source.hpp detail/scratch.hpp
     # Matrix units: their products, and operands in pairs.
-    detail/unit_product.hpp detail/pairs.hpp
+    detail/unit_product.hpp detail/pairs.hpp detail/unit_rows.hpp
     # The kernels of queries, and the engine around them.
     detail/query_tile.hpp detail/unit_tile.hpp detail/query_rows.hpp detail/query_stack.hpp detail/forward.hpp
     # What users call.
     pooling.hpp attention.hpp merge.hpp
     # The same backwards.
-    detail/turn.hpp detail/gradient_tile.hpp detail/gradient_stack.hpp detail/backward.hpp detail/group_gradient.hpp
+    detail/turn.hpp detail/gradient_tile.hpp detail/gradient_stack.hpp detail/unit_gradient.hpp detail/backward.hpp
+    detail/group_gradient.hpp
     gradient.hpp
     # Decoding.
     cache_shape.hpp detail/row_store.hpp kv_cache.hpp kv_cache_file.hpp

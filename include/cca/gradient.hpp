@@ -91,51 +91,58 @@ void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_vi
 }
 
 /// The engine of the gradients for these queries and sources of whose heads `head_groups` is the greatest common divisor.
-template <class T, class Query, executor E>
-backward<T> backward_plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
-                          bool staged, const E& run) {
-  return {query.batch(), query.heads(), query.length(), query.dim(), value_dim, head_groups, staged, concurrency(run)};
+/// `Element` is the operands' `product_type`.
+template <class Element, class Query, executor E>
+backward<Element> backward_plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
+                                bool staged, matrix_unit unit, const E& run) {
+  return {query.batch(), query.heads(), query.length(),  tile_form{query.dim(), value_dim, chosen_unit<Element>(unit)},
+          head_groups,   staged,        concurrency(run)};
 }
 
 template <class Query, class Key, class Value, class FarKey, class FarValue, executor E>
 auto attend_backward(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-                     const far<FarKey, FarValue>& far, const E& run) {
+                     const far<FarKey, FarValue>& far, matrix_unit unit, const E& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
-  return backward_plan<T>(query, value.dim(), std::gcd(key.heads(), far.key.heads()),
-                          !in_place<T, Key, Value, FarKey, FarValue>, run);
+  return backward_plan<product_type<Query, Key, Value, FarKey, FarValue>>(
+      query, value.dim(), std::gcd(key.heads(), far.key.heads()), !in_place<T, Key, Value, FarKey, FarValue>, unit,
+      run);
 }
 
 /// Scratch of the gradient of CCA attention: cores and their gradients, what pools them, and the engine.
-template <class T>
-struct cca_gradient_plan : core_plan<T> {
+template <class Element, class Core>
+struct cca_gradient_plan : core_plan<Core> {
+  using T = compute_type<Element>;
   std::int64_t workers, pooler_size;
-  detail::backward<T> backward;
+  detail::backward<Element> backward;
 
   template <class Query, class Key, class Value, executor E>
   cca_gradient_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
                     const options& options, const E& run)
-      : core_plan<T>(query, key, value, options),
+      : core_plan<Core>(query, key, value, options),
         workers(concurrency(run)),
         pooler_size(std::max(group_pooler<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>),
                              group_gradient<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>))),
-        backward(backward_plan<T>(query, value.dim(), key.heads(), !in_place<T, Key, Value>, run)) {}
+        backward(backward_plan<Element>(query, value.dim(), key.heads(), !in_place<T, Key, Value, Core>, options.unit,
+                                        run)) {}
 
   [[nodiscard]] std::size_t bytes() const {
-    return 2 * core_plan<T>::bytes() + worker_scratch<T>::bytes(workers, pooler_size) + backward.bytes();
+    return core_plan<Core>::bytes() + scratch_bytes<T>(this->core_key_size) + scratch_bytes<T>(this->core_value_size) +
+           worker_scratch<T>::bytes(workers, pooler_size) + backward.bytes();
   }
 };
 
 /// Local and dense attention.
-template <class Results, class Key, class Value, class T, executor E>
-void raw_gradient(const Results& results, tensor_view<Key> key, tensor_view<Value> value, tensor_view<T> grad_query,
-                  tensor_view<T> grad_key, tensor_view<T> grad_value, const options& options, const E& run,
-                  std::span<std::byte> workspace) {
+template <class Query, class Out, class Lse, class GradOut, class GradLse, class Key, class Value, class T, executor E>
+void raw_gradient(const query_results<Query, Out, Lse, GradOut, GradLse>& results, tensor_view<Key> key,
+                  tensor_view<Value> value, tensor_view<T> grad_query, tensor_view<T> grad_key,
+                  tensor_view<T> grad_value, const options& options, const E& run, std::span<std::byte> workspace) {
   const auto& query = results.query;
   require_raw(query, key, value, options);
   require_query_results<T>(results, value.dim());
   require_gradients(query, key, value, grad_query, grad_key, grad_value);
 
-  const auto backward = backward_plan<T>(query, value.dim(), key.heads(), !in_place<T, Key, Value>, run);
+  const auto backward = backward_plan<product_type<Query, Key, Value>>(query, value.dim(), key.heads(),
+                                                                       !in_place<T, Key, Value>, options.unit, run);
   scratch memory(workspace, backward.bytes());
   fill_zero(grad_key, run);
   fill_zero(grad_value, run);
@@ -149,17 +156,21 @@ void raw_gradient(const Results& results, tensor_view<Key> key, tensor_view<Valu
 template <class Query, class Key, class Value, executor E = serial_executor>
 [[nodiscard]] std::size_t gradient_workspace_size(tensor_view<Query> query, tensor_view<Key> key,
                                                   tensor_view<Value> value, const options& options, const E& run = {}) {
-  using T = compute_type<Query, Key, Value>;
-  detail::require_options<T>(options);
-  return detail::cca_gradient_plan<T>(query, key, value, options, run).bytes() + detail::scratch_alignment;
+  using Element = detail::product_type<Query, Key, Value>;
+  detail::require_options<compute_type<Element>>(options);
+  detail::require_unit<Element>(options);
+  return detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
+    return detail::cca_gradient_plan<Element, Core>(query, key, value, options, run).bytes() +
+           detail::scratch_alignment;
+  });
 }
 
 /// The same for `attend_gradient`.
 template <class Query, class Key, class Value, class FarKey, class FarValue, executor E = serial_executor>
 [[nodiscard]] std::size_t gradient_workspace_size(tensor_view<Query> query, tensor_view<Key> key,
                                                   tensor_view<Value> value, far<FarKey, FarValue> far,
-                                                  const E& run = {}) {
-  return detail::attend_backward(query, key, value, far, run).bytes() + detail::scratch_alignment;
+                                                  const E& run = {}, matrix_unit unit = matrix_unit::none) {
+  return detail::attend_backward(query, key, value, far, unit, run).bytes() + detail::scratch_alignment;
 }
 
 /// Gradients of `pool`: of the keys and values, and through the weights of the queries.
@@ -224,23 +235,28 @@ void attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_v
   detail::require_query_results<T>(results, value.dim());
   detail::require_gradients(query, key, value, grad_query, grad_key, grad_value);
 
-  const detail::cca_gradient_plan<T> plan(query, key, value, options, run);
-  detail::scratch memory(workspace, plan.bytes());
-  const auto cores = [&](std::int64_t size, std::int64_t dim) {
-    return bhsd(memory.take<T>(size), key.batch(), plan.core_heads, plan.cores, dim);
-  };
-  const auto core_key = cores(plan.core_key_size, key.dim()), core_value = cores(plan.core_value_size, value.dim());
-  const auto grad_core_key = cores(plan.core_key_size, key.dim());
-  const auto grad_core_value = cores(plan.core_value_size, value.dim());
-  const detail::worker_scratch<T> pooler(memory, plan.workers, plan.pooler_size);
-  detail::pool_views<T>(query, key, value, core_key, core_value, options, run, pooler);
-  for (const auto& sum : {grad_key, grad_value, grad_core_key, grad_core_value}) detail::fill_zero(sum, run);
-  plan.backward(
-      results, grad_query, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
-      detail::source_gradient{detail::core_source(core_key, core_value, options), grad_core_key, grad_core_value},
-      detail::source_gradient{detail::raw_source(query, key, value, options), grad_key, grad_value});
-  detail::add_pool_gradient<Query, Key, Value, T>(query, key, value, grad_core_key, grad_core_value, grad_query,
-                                                  grad_key, grad_value, options, run, pooler);
+  using Element = detail::product_type<Query, Key, Value>;
+  detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
+    const detail::cca_gradient_plan<Element, Core> plan(query, key, value, options, run);
+    detail::scratch memory(workspace, plan.bytes());
+    const auto cores = [&]<class Row>(std::type_identity<Row>) {
+      const auto rows = [&](std::int64_t size, std::int64_t dim) {
+        return bhsd(memory.take<Row>(size), key.batch(), plan.core_heads, plan.cores, dim);
+      };
+      return std::pair(rows(plan.core_key_size, key.dim()), rows(plan.core_value_size, value.dim()));
+    };
+    const auto [core_key, core_value] = cores(std::type_identity<Core>{});
+    const auto [grad_core_key, grad_core_value] = cores(std::type_identity<T>{});
+    const detail::worker_scratch<T> pooler(memory, plan.workers, plan.pooler_size);
+    detail::pool_views<T>(query, key, value, core_key, core_value, options, run, pooler);
+    for (const auto& sum : {grad_key, grad_value, grad_core_key, grad_core_value}) detail::fill_zero(sum, run);
+    plan.backward(
+        results, grad_query, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
+        detail::source_gradient{detail::core_source(core_key, core_value, options), grad_core_key, grad_core_value},
+        detail::source_gradient{detail::raw_source(query, key, value, options), grad_key, grad_value});
+    detail::add_pool_gradient<Query, Key, Value, T>(query, key, value, grad_core_key, grad_core_value, grad_query,
+                                                    grad_key, grad_value, options, run, pooler);
+  });
 }
 
 /// Without a gradient of `lse`.
@@ -320,7 +336,7 @@ void attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view
   detail::require_gradient("grad_far_key", grad_far_key, far.key.extent);
   detail::require_gradient("grad_far_value", grad_far_value, far.value.extent);
 
-  const auto backward = detail::attend_backward(query, key, value, far, run);
+  const auto backward = detail::attend_backward(query, key, value, far, options.unit, run);
   detail::scratch memory(workspace, backward.bytes());
   for (const auto& sum : {grad_key, grad_value, grad_far_key, grad_far_value}) detail::fill_zero(sum, run);
   backward(results, grad_query, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,

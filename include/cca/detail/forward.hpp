@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
-#include <utility>
 
 #include "../executor.hpp"
 #include "../tensor_view.hpp"
@@ -52,18 +50,13 @@ class forward {
                   scratch& memory, const Source&... sources) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
     if (few()) return attend_few(query, out, lse, scale, run, scratch, memory.take<T>(partials_size()), sources...);
-    if constexpr (is_unit_element<Element> && (of_elements<Source> && ...))
+    if constexpr (is_unit_element<Element> && (of_elements<Element, Source> && ...))
       if (form_.unit != matrix_unit::none)
         return attend_many<unit_tile<Element>>(query, out, lse, scale, run, scratch, sources...);
     attend_many<query_tile<T>>(query, out, lse, scale, run, scratch, sources...);
   }
 
  private:
-  /// Whether the rows of a source are what a unit multiplies.
-  template <class Source>
-  static constexpr bool of_elements =
-      std::is_same_v<decltype(std::declval<const Source&>().rows(0, 0)), context_rows<Element, Element>>;
-
   [[nodiscard]] bool few() const { return length_ <= few_queries; }
   [[nodiscard]] std::int64_t worker_size(bool staged) const {
     if (few()) return query_rows<T>::size(queries_per_group(), form_.dim, form_.value_dim, staged);

@@ -104,35 +104,34 @@ class gradient_stack {
 
  public:
   /// Queries of a stack: as many as their scratch has place within half a MiB, half of a second-level cache.
-  static std::int64_t lanes_for(std::int64_t length, std::int64_t dim, std::int64_t value_dim) {
+  static std::int64_t lanes_for(std::int64_t length, const tile_form& form) {
     constexpr std::int64_t budget = std::int64_t{1} << 19;
     const std::int64_t needed = (length + tile::lanes - 1) / tile::lanes;
     std::int64_t tiles = std::clamp<std::int64_t>(needed, 1, shape::gradient_stack);
-    while (tiles > 1 &&
-           size(tiles * tile::lanes, dim, value_dim, false) * static_cast<std::int64_t>(sizeof(T)) > budget)
-      --tiles;
+    while (tiles > 1 && size(tiles * tile::lanes, form, false) * static_cast<std::int64_t>(sizeof(T)) > budget) --tiles;
     return tiles * tile::lanes;
   }
 
   /// Scratch elements for `lanes` queries; `staged` where rows are converted.
-  static constexpr std::int64_t size(std::int64_t lanes, std::int64_t dim, std::int64_t value_dim, bool staged) {
+  static constexpr std::int64_t size(std::int64_t lanes, const tile_form& form, bool staged) {
+    const auto [dim, value_dim, unit] = form;
     return lanes / tile::lanes * tile::size(dim, value_dim) + lanes * (padded<T>(dim) + padded<T>(value_dim)) +
            2 * shape::gradient_block * lanes + (staged ? shape::gradient_block * (dim + value_dim) : 0);
   }
 
-  gradient_stack(T* scratch, std::int64_t dim, std::int64_t value_dim, std::int64_t count)
-      : dim_(dim),
-        value_dim_(value_dim),
+  gradient_stack(T* scratch, const tile_form& form, std::int64_t count)
+      : dim_(form.dim),
+        value_dim_(form.value_dim),
         tiles_((count + tile::lanes - 1) / tile::lanes),
         count_(count),
         lanes_(tiles_ * tile::lanes),
         weights_(scratch),
         slopes_(weights_ + shape::gradient_block * lanes_),
         query_(slopes_ + shape::gradient_block * lanes_),
-        grad_out_(query_ + lanes_ * padded<T>(dim)),
-        tile_memory_(grad_out_ + lanes_ * padded<T>(value_dim)),
-        staged_keys_(tile_memory_ + tiles_ * tile::size(dim, value_dim)),
-        staged_values_(staged_keys_ + shape::gradient_block * dim) {}
+        grad_out_(query_ + lanes_ * padded<T>(dim_)),
+        tile_memory_(grad_out_ + lanes_ * padded<T>(value_dim_)),
+        staged_keys_(tile_memory_ + tiles_ * tile::size(dim_, value_dim_)),
+        staged_values_(staged_keys_ + shape::gradient_block * dim_) {}
 
   /// Loads the queries of head `h` of sequence `b` from `first` on.
   template <class Results>

@@ -13,60 +13,84 @@ namespace cca::inline CCA_TARGET::detail {
 
 // How operands get into the forms that matrix units multiply: pairs of neighbours along what is added up.
 
-/// The bits of an element type of 16 bits.
+/// The exponent of infinities and NaNs.
 template <class Element>
-struct element_bits {
-  static constexpr bool bfloat = is_bfloat16<Element>;
-  static constexpr std::uint16_t exponent = bfloat ? 0x7f80 : 0x7c00;  ///< all of it: infinities and NaNs
-  /// A float times this, its lowest bits cut off and shifted to the end, is the element.
-  static constexpr float factor = bfloat ? 1.0f : 0x1p-112f;
-  static constexpr int shift = bfloat ? 16 : 13;
-  static constexpr std::int32_t half_unit = 1 << (shift - 1);
-  static constexpr std::int32_t nan = std::int32_t{0x7fff} << shift;
-};
-
-template <class Element>
-[[nodiscard]] inline std::uint16_t bits_of(const Element* x) {
-  static_assert(sizeof(Element) == 2);
-  std::uint16_t bits;
-  std::memcpy(&bits, x, sizeof bits);
-  return bits;
-}
+inline constexpr std::uint16_t largest_exponent = is_bfloat16<Element> ? 0x7f80 : 0x7c00;
 
 /// Whether none of `n` elements is infinite or NaN.
 template <class Element>
 [[nodiscard]] bool all_finite_elements(const Element* x, std::int64_t n) {
-  constexpr std::uint16_t exponent = element_bits<Element>::exponent;
+  constexpr std::uint16_t exponent = largest_exponent<Element>;
   std::uint16_t found = 0;
-  for (std::int64_t i = 0; i < n; ++i) found |= static_cast<std::uint16_t>((bits_of(x + i) & exponent) == exponent);
+  for (std::int64_t i = 0; i < n; ++i) {
+    std::uint16_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    found |= static_cast<std::uint16_t>((bits & exponent) == exponent);
+  }
   return found == 0;
 }
 
-/// Weights of two neighbouring rows as pairs of elements, rounded to nearest (a half upwards). A weight is 0 or more, or
-/// NaN, which it stays: of the larger numbers that are no weights, the unsigned minimum makes the largest NaN.
+/// Floats rounded to elements, to nearest and at half a unit away from 0: their bits in the lower half of each lane. NaN
+/// stays NaN.
 template <class Element>
-[[nodiscard]] CCA_INLINE vec<std::uint32_t> pair_weights(vec<float> even, vec<float> odd) {
-  using bits = element_bits<Element>;
-  const auto rounded = [](vec<float> x) CCA_INLINE_LAMBDA {
-    if constexpr (bits::factor != 1.0f) x = x * vec<float>(bits::factor);
-    const vec<std::uint32_t> limit(static_cast<std::uint32_t>(bits::nan - bits::half_unit));
-    return xsimd::min(cast_bits<std::uint32_t>(x), limit) + vec<std::uint32_t>(std::uint32_t{bits::half_unit});
-  };
-  const vec<std::uint32_t> low = rounded(even) >> bits::shift;
-  const vec<std::uint32_t> high = (rounded(odd) >> bits::shift) << 16;
-  return low | high;
+[[nodiscard]] CCA_INLINE vec<pair> round_to_elements(vec<float> x) {
+  if constexpr (is_bfloat16<Element>) {
+    const vec<pair> rounded = cast_bits<pair>(x) + vec<pair>(pair{0x8000});
+    // The payload of a NaN could carry over.
+    return cast_bits<pair>(xsimd::select(x == x, cast_bits<float>(rounded), x)) >> 16;
+  } else {
+#if defined(__AVX512F__)
+    return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    // 2^-112 takes a float's exponent to that of a half, denormals included. What is too large becomes infinite there.
+    const vec<float> magnitude = xsimd::abs(x);
+    const vec<float> small = xsimd::select(magnitude > vec<float>(0x1p16f), vec<float>(0x1p16f), magnitude);
+    const vec<pair> rounded = cast_bits<pair>(small * vec<float>(0x1p-112f)) + vec<pair>(pair{0x1000});
+    const vec<float> nan = cast_bits<float>(vec<pair>(pair{0x7e00} << 13));
+    const vec<pair> bits = cast_bits<pair>(xsimd::select(x == x, cast_bits<float>(rounded), nan)) >> 13;
+    return bits | (cast_bits<pair>(x) >> 16 & vec<pair>(pair{0x8000}));
+#endif
+  }
 }
 
-/// The halves of pairs as floats: the even row, or the odd one.
+/// The same of two neighbours, as pairs.
 template <class Element>
-[[nodiscard]] CCA_INLINE vec<float> weights_of(vec<std::uint32_t> pairs, bool odd) {
-  using bits = element_bits<Element>;
-  const vec<std::uint32_t> element = odd ? pairs >> 16 : pairs & vec<std::uint32_t>(0xffffu);
-  const vec<float> scaled = cast_bits<float>(element << bits::shift);
-  if constexpr (bits::bfloat) return scaled;
-  // The largest exponent of a half is not that of a float: a NaN has to be made.
-  const vec<float> nan(std::numeric_limits<float>::quiet_NaN());
-  return xsimd::select(scaled > vec<float>(0x1p-96f), nan, scaled * vec<float>(1 / bits::factor));
+[[nodiscard]] CCA_INLINE vec<pair> round_to_pairs(vec<float> even, vec<float> odd) {
+  return round_to_elements<Element>(even) | round_to_elements<Element>(odd) << 16;
+}
+
+/// Stores lanes of elements, which are in the lower halves, one after the other.
+CCA_INLINE void store_elements(vec<pair> elements, std::uint16_t* to) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(elements));
+#else
+  alignas(alignment<pair>) pair lanes[width<pair>];
+  elements.store_aligned(lanes);
+  for (std::int64_t i = 0; i < width<pair>; ++i) to[i] = static_cast<std::uint16_t>(lanes[i]);
+#endif
+}
+
+/// The elements of pairs as floats: the odd ones, or the even.
+template <class Element>
+[[nodiscard]] CCA_INLINE vec<float> elements_of(vec<pair> pairs, bool odd) {
+  const vec<pair> element = odd ? pairs >> 16 : pairs & vec<pair>(pair{0xffff});
+  if constexpr (is_bfloat16<Element>) return cast_bits<float>(element << 16);
+  const vec<float> magnitude = cast_bits<float>((element & vec<pair>(pair{0x7fff})) << 13);
+  // The largest exponent of a half is not that of a float: infinities and NaNs are left as what overflows.
+  const vec<float> x = magnitude * vec<float>(0x1p112f);
+  const vec<float> nan(std::numeric_limits<float>::quiet_NaN()), infinite(infinity<float>);
+  const vec<float> special = xsimd::select(magnitude > vec<float>(0x1p-96f), nan, infinite);
+  const vec<float> value = xsimd::select(magnitude < vec<float>(0x1p-96f), x, special);
+  return cast_bits<float>(cast_bits<pair>(value) | (element & vec<pair>(pair{0x8000})) << 16);
+}
+
+/// One element of a pair as a float: the odd one, or the even.
+template <class Element>
+[[nodiscard]] float element_of(pair both, bool odd) {
+  const auto bits = static_cast<std::uint16_t>(odd ? both >> 16 : both);
+  Element element;
+  std::memcpy(static_cast<void*>(&element), &bits, sizeof bits);
+  return static_cast<float>(element);
 }
 
 /// `to[i]` = the pair of `even[i]` and `odd[i]`, for i in `[0, n)`.

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "../tensor_view.hpp"
 
@@ -27,6 +28,11 @@ struct source {
 
 template <class Rows, class Sees>
 source(std::int64_t, std::int64_t, Rows, Sees) -> source<Rows, Sees>;
+
+/// Whether keys and values of a source are both of these elements.
+template <class Element, class Source>
+inline constexpr bool of_elements =
+    std::is_same_v<decltype(std::declval<const Source&>().rows(0, 0)), context_rows<Element, Element>>;
 
 /// The rows of a head of two views of extents `[batch, heads, length, dim]`.
 template <class Key, class Value>

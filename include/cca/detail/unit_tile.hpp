@@ -19,55 +19,50 @@
 #include "tile.hpp"
 #include "transpose.hpp"
 #include "unit_product.hpp"
+#include "unit_rows.hpp"
 
 namespace cca::inline CCA_TARGET::detail {
 
 /// Sizes of the kernels of matrix units, in rows and lanes of 16-bit elements.
 struct unit_shape {
   static constexpr std::int64_t lanes = 64;
-  static constexpr std::int64_t chunk = unit_rows;  ///< rows that are scored at once: their logits stay in cache
-  static constexpr std::int64_t block = 256;        ///< rows whose weights are kept before they multiply values
+  static constexpr std::int64_t block = 256;  ///< rows whose weights are kept before they multiply values
   static constexpr std::int64_t least_stack = 1, stack = 8;
 };
 
-/// The rows of a block in the forms in which a unit takes them, made once for all tiles of a stack, and the memory that the
-/// tiles share. Chunks begin at multiples of their length; rows that the block does not reach are zeros.
+/// A block of keys and values for the tiles of a stack, and the memory that they share.
 template <class Element>
 class unit_block {
-  static constexpr std::int64_t chunk = unit_shape::chunk, block = unit_shape::block, lanes = unit_shape::lanes;
+  static constexpr std::int64_t block = unit_shape::block, lanes = unit_shape::lanes;
 
  public:
-  /// Scratch floats. What is staged is, whichever the rows.
+  /// Scratch floats, whether or not rows have to be converted: a unit takes them as they are.
   static constexpr std::int64_t size(const tile_form& form, bool) {
-    const std::int64_t dim = whole_units(form.dim), value_dim = whole_units(form.value_dim);
-    return chunk * lanes + block / 2 * lanes + value_dim * lanes + block * dim / 2 + value_dim * block / 2 +
-           chunk / 2 * value_dim + value_dim / 2;
+    return (chunk_rows + block / 2 + whole_units(form.value_dim)) * lanes +
+           unit_rows_block<Element>::size(block, form.dim) + unit_columns_block<Element>::size(block, form.value_dim);
   }
 
   unit_block(float* scratch, const tile_form& form)
       : registers_(form.unit),
         form_(form),
         scores_(scratch),
-        weights_(reinterpret_cast<pair*>(scores_ + chunk * lanes)),
+        weights_(reinterpret_cast<pair*>(scores_ + chunk_rows * lanes)),
         products_(reinterpret_cast<float*>(weights_ + block / 2 * lanes)),
-        keys_(reinterpret_cast<std::uint16_t*>(products_ + whole_units(form.value_dim) * lanes)),
-        values_(keys_ + block * whole_units(form.dim)),
-        interleaved_(reinterpret_cast<pair*>(values_ + whole_units(form.value_dim) * block)),
-        zeros_(reinterpret_cast<std::uint16_t*>(interleaved_ + chunk / 2 * whole_units(form.value_dim))) {
-    std::fill_n(zeros_, whole_units(form.value_dim), std::uint16_t{0});
-  }
+        keys_(products_ + whole_units(form.value_dim) * lanes, form.dim),
+        values_(products_ + whole_units(form.value_dim) * lanes + unit_rows_block<Element>::size(block, form.dim),
+                block, form.value_dim) {}
 
   /// Takes in the rows `rows` of a head, within one block.
   void stage(const context_rows<Element, Element>& head, range rows) {
     head_ = head;
     rows_ = rows;
-    first_ = rows.begin - rows.begin % chunk;
-    infinite_ = {};
-    for (std::int64_t j = first_; j < rows.end; j += chunk) {
-      stage_keys(j);
-      stage_values(j);
-    }
+    keys_.stage({head.key, head.key_stride}, rows);
+    values_.stage({head.value, head.value_stride}, rows);
   }
+
+  [[nodiscard]] range rows() const { return rows_; }
+  [[nodiscard]] const unit_rows_block<Element>& keys() const { return keys_; }
+  [[nodiscard]] const unit_columns_block<Element>& values() const { return values_; }
 
   /// @{
   /// Memory for logits `[chunk][lanes]`, for weights `[block / 2][lanes]` in pairs of rows, and for the block's share of the
@@ -77,74 +72,40 @@ class unit_block {
   [[nodiscard]] float* products() const { return products_; }
   /// @}
 
-  [[nodiscard]] range rows() const { return rows_; }
-  [[nodiscard]] const Element* value(std::int64_t row) const { return head_.value + row * head_.value_stride; }
-
-  /// Rows that hold a value that is infinite or NaN: they are left out of the values below.
-  [[nodiscard]] range infinite_rows() const { return infinite_; }
-  [[nodiscard]] bool infinite(std::int64_t row) const { return !all_finite_elements(value(row), form_.value_dim); }
-
-  /// The keys of the chunk that begins at row `j`.
-  [[nodiscard]] element_rows keys(std::int64_t j) const {
-    const std::int64_t stride = whole_units(form_.dim);
-    if (!in_place(j)) return {keys_ + (j - first_) * stride, stride};
-    return {reinterpret_cast<const std::uint16_t*>(head_.key + j * head_.key_stride), head_.key_stride};
-  }
-
-  /// The values from row `j` on, the beginning of a chunk, transposed: a row for each element.
-  [[nodiscard]] element_rows values(std::int64_t j) const { return {values_ + (j - first_), block}; }
-
   /// Asks for the memory of the chunk that begins a block behind row `j`.
   void ask_ahead(std::int64_t j) const {
     const row_span<Element> keys{head_.key, head_.key_stride}, values{head_.value, head_.value_stride};
-    for (std::int64_t i = j + block; i < j + block + chunk; ++i) {
+    for (std::int64_t i = j + block; i < j + block + chunk_rows; ++i) {
       prefetch_row(keys, i, form_.dim);
       prefetch_row(values, i, form_.value_dim);
     }
   }
 
  private:
-  /// Whether the keys of a chunk are multiplied where they lie.
-  [[nodiscard]] bool in_place(std::int64_t j) const {
-    return form_.dim % unit_depth == 0 && rows_.begin <= j && j + chunk <= rows_.end;
-  }
-
-  void stage_keys(std::int64_t j) {
-    if (in_place(j)) return;
-    const std::int64_t stride = whole_units(form_.dim);
-    std::uint16_t* to = keys_ + (j - first_) * stride;
-    for (std::int64_t i = j; i < j + chunk; ++i, to += stride) {
-      const std::int64_t count = rows_.contains(i) ? form_.dim : 0;
-      std::memcpy(to, head_.key + i * head_.key_stride * (count > 0), static_cast<std::size_t>(count) * sizeof *to);
-      std::fill(to + count, to + stride, std::uint16_t{0});
-    }
-  }
-
-  void stage_values(std::int64_t j) {
-    const auto row = [&](std::int64_t i) -> const std::uint16_t* {
-      if (!rows_.contains(i)) return zeros_;
-      if (!infinite(i)) return reinterpret_cast<const std::uint16_t*>(value(i));
-      infinite_ = hull(infinite_, {i, i + 1});
-      return zeros_;
-    };
-    for (std::int64_t i = 0; i < chunk; i += 2)
-      interleave(row(j + i), row(j + i + 1), form_.value_dim, interleaved_ + i / 2 * form_.value_dim);
-    pair* to = reinterpret_cast<pair*>(values_ + (j - first_));
-    transpose(interleaved_, form_.value_dim, to, block / 2, chunk / 2, form_.value_dim);
-  }
-
   tile_registers registers_;
   tile_form form_;
   float* scores_;
   pair* weights_;
   float* products_;
-  std::uint16_t *keys_, *values_;
-  pair* interleaved_;
-  std::uint16_t* zeros_;
+  unit_rows_block<Element> keys_;
+  unit_columns_block<Element> values_;
   context_rows<Element, Element> head_{};
-  range rows_, infinite_;
-  std::int64_t first_ = 0;
+  range rows_;
 };
+
+/// Packs rows of `dim` elements as pairs `[dim / 2][lanes]`, a lane for each of `count` rows, `dim` rounded up to whole
+/// units with zeros. `load(i, d, n, to)` writes the n elements of row i from d on.
+template <class Element, class Load>
+void pack_lanes(std::int64_t count, std::int64_t dim, pair* to, const Load& load) {
+  constexpr std::int64_t lanes = unit_shape::lanes, pairs = unit_depth / 2;
+  alignas(scratch_alignment) pair step[lanes * pairs] = {};
+  for (std::int64_t d = 0; d < dim; d += unit_depth) {
+    const std::int64_t n = std::min(unit_depth, dim - d);
+    if (n < unit_depth) std::fill(std::begin(step), std::end(step), pair{0});
+    for (std::int64_t i = 0; i < count; ++i) load(i, d, n, reinterpret_cast<Element*>(step + i * pairs));
+    transpose(step, pairs, to + d / 2 * lanes, lanes, lanes, pairs);
+  }
+}
 
 /// A tile of queries like `query_tile`, for operands of 16 bits and a matrix unit: the same vertical softmax in float
 /// between two products of the unit. A lane is a query, here too.
@@ -161,7 +122,7 @@ class unit_block {
 /// the scale times log2(e) `[lanes]`.
 template <class Element>
 class unit_tile {
-  static constexpr std::int64_t W = width<float>, chunk = unit_shape::chunk;
+  static constexpr std::int64_t W = width<float>, chunk = chunk_rows;
   using vector = vec<float>;
   using lane_ranges = detail::lane_ranges<float, unit_shape::lanes>;
 
@@ -193,20 +154,12 @@ class unit_tile {
     // The scale's size is for later; a sign, or a zero, does not round.
     const float sign = scale < 0 ? -1.0f : scale > 0 ? 1.0f : 0.0f;
     std::fill_n(scale_, lanes, sign == 0 ? 1.0f : std::abs(scale) * std::numbers::log2e_v<float>);
-    // As many pairs as a step takes, of every query.
-    alignas(scratch_alignment) pair step[lanes * unit_depth / 2] = {};
-    for (std::int64_t d = 0; d < form_.dim; d += unit_depth) {
-      const std::int64_t n = std::min(unit_depth, form_.dim - d);
-      if (n < unit_depth) std::fill(std::begin(step), std::end(step), pair{0});
-      for (std::int64_t i = 0; i < count_; ++i) {
-        auto* row = reinterpret_cast<Element*>(step + i * unit_depth / 2);
-        if (sign == 1)
-          std::memcpy(static_cast<void*>(row), query + i * stride + d, static_cast<std::size_t>(n) * sizeof *row);
-        else
-          scale_row(query + i * stride + d, n, sign, row);
-      }
-      transpose(step, unit_depth / 2, query_ + d / 2 * lanes, lanes, lanes, unit_depth / 2);
-    }
+    pack_lanes<Element>(count_, form_.dim, query_, [&](std::int64_t i, std::int64_t d, std::int64_t n, Element* to) {
+      if (sign == 1)
+        std::memcpy(static_cast<void*>(to), query + i * stride + d, static_cast<std::size_t>(n) * sizeof *to);
+      else
+        scale_row(query + i * stride + d, n, sign, to);
+    });
     std::fill(out_, base_, 0.0f);
     std::fill(base_, sum_, -infinity<float>);
     std::fill(sum_, rescale_, 0.0f);
@@ -216,16 +169,18 @@ class unit_tile {
   void absorb(const shared& block, const lane_ranges& sees, bool first) {
     const range rows = intersection(block.rows(), sees.seen_by_any());
     if (rows.empty()) return;
-    const std::int64_t begin = rows.begin - rows.begin % chunk;
+    const std::int64_t begin = chunk_begin(rows.begin);
     std::fill_n(rescale_, lanes, 1.0f);
     for (std::int64_t j = begin; j < rows.end; j += chunk) {
       if (first) block.ask_ahead(j);
-      multiply<Element>(form_.unit, block.keys(j), {query_, lanes}, block.scores(), lanes, chunk, lanes, form_.dim);
+      multiply<Element>(form_.unit, block.keys().chunk(j), {query_, lanes}, block.scores(), lanes, chunk, lanes,
+                        form_.dim);
       for (std::int64_t lane = 0; lane < lanes; lane += W) weigh(block, {j, j + chunk}, (j - begin) / 2, lane, sees);
     }
     add_values(block, begin, rows.end);
-    for (std::int64_t j = block.infinite_rows().begin; j < block.infinite_rows().end; ++j)
-      if (rows.contains(j) && block.infinite(j)) add_infinite(block, j, j - begin, sees);
+    block.values().for_each_infinite(rows, [&](std::int64_t j, const Element* value) {
+      add_infinite(block.weights() + (j - begin) / 2 * lanes, (j - begin) % 2 != 0, value, j, sees);
+    });
   }
 
   /// Writes `count` rows of `value_dim` elements: the weighted mean of the values, 0 where nothing was seen.
@@ -266,7 +221,7 @@ class unit_tile {
       const vector b = exp2_rounded(fma<float>(vector::load_aligned(scores + (i + 1) * lanes), scale, offset));
       even += a;
       odd += b;
-      pair_weights<Element>(a, b).store_aligned(weights + i / 2 * lanes);
+      round_to_pairs<Element>(a, b).store_aligned(weights + i / 2 * lanes);
     }
     (vector::load_aligned(sum_ + lane) + (even + odd)).store_aligned(sum_ + lane);
   }
@@ -291,7 +246,7 @@ class unit_tile {
     if (!xsimd::any(outgrown & (base != none))) return;
     for (std::int64_t i = 0; i < pairs; ++i) {
       const auto old = vec<pair>::load_aligned(weights + i * lanes);
-      pair_weights<Element>(weights_of<Element>(old, false) * factor, weights_of<Element>(old, true) * factor)
+      round_to_pairs<Element>(elements_of<Element>(old, false) * factor, elements_of<Element>(old, true) * factor)
           .store_aligned(weights + i * lanes);
     }
   }
@@ -299,7 +254,7 @@ class unit_tile {
   /// `out = out * rescale + values^T weights`, for the rows `[begin, end)` of the block.
   void add_values(const shared& block, std::int64_t begin, std::int64_t end) {
     const std::int64_t depth = whole_units(end - begin);
-    multiply<Element>(form_.unit, block.values(begin), {block.weights(), lanes}, block.products(), lanes,
+    multiply<Element>(form_.unit, block.values().columns(begin), {block.weights(), lanes}, block.products(), lanes,
                       form_.value_dim, lanes, depth);
     for (std::int64_t lane = 0; lane < lanes; lane += W) {
       const vector rescale = vector::load_aligned(rescale_ + lane);
@@ -311,16 +266,14 @@ class unit_tile {
     }
   }
 
-  /// Adds a row of values that are not finite, to the lanes alone that see it. `i` is its place among the weights.
-  void add_infinite(const shared& block, std::int64_t row, std::int64_t i, const lane_ranges& sees) {
-    for (std::int64_t lane = 0; lane < count_; ++lane) {
-      if (!sees.lane[lane].contains(row)) continue;
-      alignas(alignment<float>) float weights[W];
-      weights_of<Element>(vec<pair>::load_aligned(block.weights() + i / 2 * lanes + lane - lane % W), i % 2 != 0)
-          .store_aligned(weights);
-      for (std::int64_t d = 0; d < form_.value_dim; ++d)
-        out_[d * lanes + lane] += weights[lane % W] * static_cast<float>(block.value(row)[d]);
-    }
+  /// Adds row `j` of values that are not finite, by its weights, to the lanes alone that see it.
+  void add_infinite(const pair* weights, bool odd, const Element* value, std::int64_t j, const lane_ranges& sees) {
+    for (std::int64_t lane = 0; lane < count_; ++lane)
+      if (sees.lane[lane].contains(j)) {
+        const float weight = element_of<Element>(weights[lane], odd);
+        for (std::int64_t d = 0; d < form_.value_dim; ++d)
+          out_[d * lanes + lane] += weight * static_cast<float>(value[d]);
+      }
   }
 
   tile_form form_;

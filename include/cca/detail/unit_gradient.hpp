@@ -1,0 +1,400 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <numbers>
+#include <type_traits>
+#include <utility>
+
+#include "../partition.hpp"
+#include "../tensor_view.hpp"
+#include "convert.hpp"
+#include "gradient_stack.hpp"
+#include "pairs.hpp"
+#include "row.hpp"
+#include "rows.hpp"
+#include "simd.hpp"
+#include "source.hpp"
+#include "tile.hpp"
+#include "transpose.hpp"
+#include "turn.hpp"
+#include "unit_product.hpp"
+#include "unit_rows.hpp"
+#include "unit_tile.hpp"
+
+namespace cca::inline CCA_TARGET::detail {
+
+/// Sizes of the backward kernels of matrix units.
+struct unit_gradient_shape {
+  static constexpr std::int64_t block = 128;  ///< rows whose gradients are summed at once
+  static constexpr std::int64_t stack = 4;    ///< tiles whose queries they are summed over
+};
+
+/// `factors`, `[row][lane]` elements, and the same in pairs of rows `[row / 2][lane]`: what a tile says of a block.
+struct unit_factors {
+  std::uint16_t* rows = nullptr;
+  pair* pairs = nullptr;
+};
+
+/// A tile of queries that goes backward, like `gradient_tile`, for operands of 16 bits and a matrix unit. The weights `P`
+/// and the gradients `dS` of the logits are computed in float and rounded to the operands' type for the products that
+/// follow. In the notation of `gradient_tile`, `dQ = scale dS^T K` here.
+///
+/// The tile is a view of scratch memory, `size(form)` floats: queries and gradients of the output in pairs
+/// `[dim / 2][lanes]`, gradients of the queries `[dim][lanes]`, log-sum-exp in base 2 and `delta` `[lanes]`.
+template <class Element>
+class unit_gradient_tile {
+  static constexpr std::int64_t W = width<float>;
+  using vector = vec<float>;
+
+ public:
+  static constexpr std::int64_t lanes = unit_shape::lanes;
+  using lane_ranges = detail::lane_ranges<float, lanes>;
+
+  static constexpr std::int64_t size(const tile_form& form) {
+    return (whole_units(form.dim) / 2 + whole_units(form.value_dim) / 2 + form.dim + 2) * lanes;
+  }
+
+  unit_gradient_tile(float* scratch, const tile_form& form, std::int64_t count)
+      : form_(form),
+        count_(count),
+        query_(reinterpret_cast<pair*>(scratch)),
+        grad_out_(query_ + whole_units(form.dim) / 2 * lanes),
+        grad_query_(reinterpret_cast<float*>(grad_out_ + whole_units(form.value_dim) / 2 * lanes)),
+        lse_(grad_query_ + form.dim * lanes),
+        delta_(lse_ + lanes) {}
+
+  [[nodiscard]] std::int64_t count() const { return count_; }
+
+  /// Loads rows of queries and of gradients of the output.
+  void begin(row_span<Element> query, row_span<Element> grad_out) {
+    const auto pack = [&](row_span<Element> rows, std::int64_t dim, pair* to) {
+      pack_lanes<Element>(count_, dim, to, [&](std::int64_t i, std::int64_t d, std::int64_t n, Element* row) {
+        std::memcpy(static_cast<void*>(row), rows.row(i) + d, static_cast<std::size_t>(n) * sizeof *row);
+      });
+    };
+    pack(query, form_.dim, query_);
+    pack(grad_out, form_.value_dim, grad_out_);
+    std::fill(grad_query_, delta_ + lanes, 0.0f);
+  }
+
+  /// As `gradient_tile::set`.
+  void set(std::int64_t i, float lse, float delta) {
+    lse_[i] = lse == -infinity<float> ? 0.0f : lse * std::numbers::log2e_v<float>;
+    delta_[i] = delta;
+  }
+
+  /// Computes `P` and `dS` of a chunk of keys and values that begins at row `j`. `weights` and `slopes` are those of the
+  /// chunk, whose rows are `stride` lanes apart; the pairs of weights are not asked for.
+  void absorb(element_rows keys, element_rows values, std::int64_t j, const lane_ranges& sees, float scale,
+              float* scores, std::uint16_t* weights, const unit_factors& slopes, std::int64_t stride) const {
+    const range rows{j, j + chunk_rows};
+    if (intersection(rows, sees.seen_by_any()).empty()) {
+      for (std::int64_t i = 0; i < chunk_rows; ++i) {
+        std::fill_n(weights + i * stride, lanes, std::uint16_t{0});
+        std::fill_n(slopes.rows + i * stride, lanes, std::uint16_t{0});
+      }
+      std::fill_n(slopes.pairs, chunk_rows / 2 * lanes, pair{0});
+      return;
+    }
+    float* grad_weights = scores + chunk_rows * lanes;
+    multiply<Element>(form_.unit, keys, {query_, lanes}, scores, lanes, chunk_rows, lanes, form_.dim);
+    multiply<Element>(form_.unit, values, {grad_out_, lanes}, grad_weights, lanes, chunk_rows, lanes, form_.value_dim);
+    for (std::int64_t lane = 0; lane < lanes; lane += W) {
+      const unit_factors to{slopes.rows + lane, slopes.pairs + lane};
+      if (intersection(sees.all[lane / W], rows) == rows)
+        differentiate(scores, lane, unmasked{}, scale, weights + lane, to, stride);
+      else
+        differentiate(scores, lane, lane_mask<float>(sees.lane + lane, rows), scale, weights + lane, to, stride);
+    }
+  }
+
+  /// `grad_query += keys^T slopes`, over `rows` rows.
+  void add_keys(element_rows columns, const pair* slopes, std::int64_t rows, float* products) {
+    multiply<Element>(form_.unit, columns, {slopes, lanes}, products, lanes, form_.dim, lanes, rows);
+    for (std::int64_t i = 0; i < form_.dim * lanes; i += W)
+      (vector::load_aligned(grad_query_ + i) + vector::load_aligned(products + i)).store_aligned(grad_query_ + i);
+  }
+
+  /// The same of row `j` alone, whose key is not finite, for the lanes that see it.
+  void add_infinite(const pair* slopes, bool odd, const Element* key, std::int64_t j, const lane_ranges& sees) {
+    for (std::int64_t lane = 0; lane < count_; ++lane)
+      if (sees.lane[lane].contains(j)) {
+        const float slope = element_of<Element>(slopes[lane], odd);
+        for (std::int64_t d = 0; d < form_.dim; ++d)
+          grad_query_[d * lanes + lane] += slope * static_cast<float>(key[d]);
+      }
+  }
+
+  /// Writes `count` rows of `dim` elements: the gradients of the queries.
+  void finish(float* grad_query, std::int64_t stride, float scale) {
+    for (float* g = grad_query_; g < lse_; g += W) (vector(scale) * vector::load_aligned(g)).store_aligned(g);
+    transpose(grad_query_, lanes, grad_query, stride, form_.dim, count_);
+  }
+
+ private:
+  /// `P = exp(S - lse)` and `dS = P (dP - delta)` for a vector of lanes, 0 where nothing is seen.
+  template <class Mask>
+  void differentiate(const float* scores, std::int64_t lane, const Mask& mask, float scale, std::uint16_t* weights,
+                     const unit_factors& slopes, std::int64_t stride) const {
+    const vector factor(scale * std::numbers::log2e_v<float>), lse = vector::load_aligned(lse_ + lane);
+    const vector delta = vector::load_aligned(delta_ + lane), none(0.0f);
+    const float* grad_weights = scores + chunk_rows * lanes;
+    for (std::int64_t i = 0; i < chunk_rows; i += 2) {
+      vec<pair> both[2];
+      unroll<2>([&](auto odd) CCA_INLINE_LAMBDA {
+        const std::int64_t at = (i + odd) * lanes + lane;
+        vector weight = exp2_rounded(fma<float>(vector::load_aligned(scores + at), factor, -lse));
+        vector slope = weight * (vector::load_aligned(grad_weights + at) - delta);
+        if constexpr (!std::is_same_v<Mask, unmasked>) {
+          weight = mask.select(i + odd, weight, none);
+          slope = mask.select(i + odd, slope, none);
+        }
+        both[odd] = round_to_elements<Element>(slope);
+        store_elements(round_to_elements<Element>(weight), weights + (i + odd) * stride);
+        store_elements(both[odd], slopes.rows + (i + odd) * stride);
+      });
+      (both[0] | both[1] << 16).store_aligned(slopes.pairs + i / 2 * lanes);
+    }
+  }
+
+  tile_form form_;
+  std::int64_t count_;
+  pair *query_, *grad_out_;
+  float *grad_query_, *lse_, *delta_;
+};
+
+/// The rows of the queries of a stack in pairs of queries, `[queries / 2][dim]`: what gradients of keys and values are
+/// summed from. Rows that are not finite are left out, as in `unit_columns_block`.
+template <class Element>
+class unit_query_rows {
+ public:
+  /// Elements are kept as well as their pairs.
+  static constexpr std::int64_t size(std::int64_t count, std::int64_t dim) { return count * whole_units(dim); }
+
+  unit_query_rows(float* scratch, std::int64_t count, std::int64_t dim)
+      : rows_(reinterpret_cast<Element*>(scratch)),
+        pairs_(reinterpret_cast<pair*>(scratch) + count / 2 * whole_units(dim)),
+        dim_(dim),
+        stride_(whole_units(dim)) {}
+
+  [[nodiscard]] Element* row(std::int64_t i) const { return rows_ + i * stride_; }
+  [[nodiscard]] row_span<Element> rows(std::int64_t from) const { return {row(from), stride_}; }
+
+  /// When all rows are written: `count` of them, followed by zeros up to `lanes`.
+  void pack(std::int64_t count, std::int64_t lanes) {
+    infinite_ = {};
+    std::memset(static_cast<void*>(row(count)), 0, static_cast<std::size_t>((lanes - count) * stride_) * sizeof *rows_);
+    for (std::int64_t i = 0; i < count; ++i)
+      if (!all_finite_elements(row(i), dim_)) infinite_ = hull(infinite_, {i, i + 1});
+    for (std::int64_t i = 0; i < lanes; i += 2) {
+      pair* to = pairs_ + i / 2 * stride_;
+      interleave(reinterpret_cast<const std::uint16_t*>(row(i)), reinterpret_cast<const std::uint16_t*>(row(i + 1)),
+                 stride_, to);
+      for (const std::int64_t odd : {0, 1})
+        if (infinite_.contains(i + odd) && !all_finite_elements(row(i + odd), dim_))
+          for (std::int64_t d = 0; d < stride_; ++d) to[d] &= odd != 0 ? pair{0xffff} : pair{0xffff0000};
+    }
+  }
+
+  /// From query `i` on, an even number.
+  [[nodiscard]] pair_rows pairs(std::int64_t i) const { return {pairs_ + i / 2 * stride_, stride_}; }
+
+  /// Calls `f(i, row i)` for the rows that are left out.
+  template <class F>
+  void for_each_infinite(const F& f) const {
+    for (std::int64_t i = infinite_.begin; i < infinite_.end; ++i)
+      if (!all_finite_elements(row(i), dim_)) f(i, row(i));
+  }
+
+ private:
+  Element* rows_;
+  pair* pairs_;
+  std::int64_t dim_, stride_;
+  range infinite_;
+};
+
+/// Queries of one head that go backward together, like `gradient_stack`, for a matrix unit.
+template <class Element>
+class unit_gradient_stack {
+  using shape = unit_gradient_shape;
+  using tile = unit_gradient_tile<Element>;
+  static constexpr std::int64_t block = shape::block;
+
+ public:
+  /// Queries of a stack: as many as their scratch has place within a MiB.
+  static std::int64_t lanes_for(std::int64_t length, const tile_form& form) {
+    constexpr std::int64_t budget = std::int64_t{1} << 20;
+    const std::int64_t needed = (length + tile::lanes - 1) / tile::lanes;
+    std::int64_t tiles = std::clamp<std::int64_t>(needed, 1, shape::stack);
+    while (tiles > 1 && size(tiles * tile::lanes, form, false) * static_cast<std::int64_t>(sizeof(float)) > budget)
+      --tiles;
+    return tiles * tile::lanes;
+  }
+
+  /// Scratch floats for `lanes` queries.
+  static constexpr std::int64_t size(std::int64_t lanes, const tile_form& form, bool) {
+    const std::int64_t dim = whole_units(form.dim), value_dim = whole_units(form.value_dim);
+    return lanes / tile::lanes * tile::size(form) + unit_query_rows<Element>::size(lanes, form.dim) +
+           unit_query_rows<Element>::size(lanes, form.value_dim) + 2 * chunk_rows * tile::lanes +
+           2 * block * lanes / 2 + block / 2 * tile::lanes + std::max(block, tile::lanes) * std::max(dim, value_dim) +
+           unit_rows_block<Element>::size(block, form.dim) + unit_rows_block<Element>::size(block, form.value_dim) +
+           unit_columns_block<Element>::size(block, form.dim);
+  }
+
+  unit_gradient_stack(float* scratch, const tile_form& form, std::int64_t count)
+      : unit_gradient_stack(memory{scratch}, form, count, (count + tile::lanes - 1) / tile::lanes * tile::lanes) {}
+
+  /// Loads the queries of head `h` of sequence `b` from `first` on.
+  template <class Results>
+  void begin(const Results& results, std::int64_t b, std::int64_t h, std::int64_t first, float scale) {
+    scale_ = scale;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      std::copy_n(results.query.row(b, h, first + i), form_.dim, query_.row(i));
+      convert(results.grad_out.row(b, h, first + i), form_.value_dim, grad_out_.row(i));
+      std::fill(query_.row(i) + form_.dim, query_.row(i + 1), Element(0));
+      std::fill(grad_out_.row(i) + form_.value_dim, grad_out_.row(i + 1), Element(0));
+    }
+    query_.pack(count_, lanes_);
+    grad_out_.pack(count_, lanes_);
+    for (std::int64_t c = 0; c < lanes_ / tile::lanes; ++c)
+      at(c).begin(query_.rows(c * tile::lanes), grad_out_.rows(c * tile::lanes));
+    for (std::int64_t i = 0; i < count_; ++i) {
+      const auto* out = results.out.row(b, h, first + i);
+      const Element* grad_out = grad_out_.row(i);
+      float delta = 0;
+      for (std::int64_t d = 0; d < form_.value_dim; ++d)
+        delta += static_cast<float>(out[d]) * static_cast<float>(grad_out[d]);
+      if (results.grad_lse.data != nullptr) delta -= static_cast<float>(*results.grad_lse.row(b, h, first + i));
+      at(i / tile::lanes).set(i % tile::lanes, static_cast<float>(*results.lse.row(b, h, first + i)), delta);
+    }
+  }
+
+  /// As `gradient_stack::absorb`.
+  template <class Source>
+  void absorb(const source_gradient<Source, float>& gradient, std::int64_t b, std::int64_t h, std::int64_t heads,
+              std::int64_t first, std::int64_t offset, turn& turn) {
+    const Source& source = gradient.source;
+    lane_ranges sees[shape::stack];
+    range any;
+    for (std::int64_t c = 0; c < lanes_ / tile::lanes; ++c) {
+      const std::int64_t start = first + c * tile::lanes, count = at(c).count();
+      sees[c] = {count, [&](std::int64_t i) { return source.sees(b, h, start + i); }};
+      // A lane without a query is left out like one that sees nothing: its weight may be NaN.
+      if (count % width<float> != 0) sees[c].all[count / width<float>] = {};
+      any = hull(any, sees[c].seen_by_any());
+    }
+    const std::int64_t head = h / (heads / source.heads);
+    const auto rows = source.rows(b, head);
+    for (std::int64_t j = any.begin; j < any.end; j += block - j % block) {
+      const range part{j, std::min(j + block - j % block, any.end)};
+      keys_.stage({rows.key, rows.key_stride}, part);
+      values_.stage({rows.value, rows.value_stride}, part);
+      columns_.stage({rows.key, rows.key_stride}, part);
+      const range seeing = absorb_block(part, sees);
+      turn.await(offset + part.end);
+      add_to_rows(query_, slopes_, scale_, form_.dim, gradient.key.row(b, head, 0), gradient.key.stride[2], part,
+                  seeing, sees);
+      add_to_rows(grad_out_, weights_, 1.0f, form_.value_dim, gradient.value.row(b, head, 0), gradient.value.stride[2],
+                  part, seeing, sees);
+      turn.pass(offset + part.end);
+    }
+    turn.pass(offset + source.length);
+  }
+
+  /// Writes the gradients of the queries.
+  void finish(float* grad_query, std::int64_t stride, float scale) {
+    for (std::int64_t c = 0; c < lanes_ / tile::lanes; ++c)
+      at(c).finish(grad_query + c * tile::lanes * stride, stride, scale);
+  }
+
+ private:
+  using lane_ranges = typename tile::lane_ranges;
+
+  /// Gives out scratch memory.
+  struct memory {
+    float* next;
+    float* take(std::int64_t count) { return std::exchange(next, next + count); }
+  };
+
+  unit_gradient_stack(memory scratch, const tile_form& form, std::int64_t count, std::int64_t lanes)
+      : registers_(form.unit),
+        form_(form),
+        count_(count),
+        lanes_(lanes),
+        tile_memory_(scratch.take(lanes / tile::lanes * tile::size(form))),
+        query_(scratch.take(unit_query_rows<Element>::size(lanes, form.dim)), lanes, form.dim),
+        grad_out_(scratch.take(unit_query_rows<Element>::size(lanes, form.value_dim)), lanes, form.value_dim),
+        scores_(scratch.take(2 * chunk_rows * tile::lanes)),
+        weights_(reinterpret_cast<std::uint16_t*>(scratch.take(block * lanes / 2))),
+        slopes_(reinterpret_cast<std::uint16_t*>(scratch.take(block * lanes / 2))),
+        slope_pairs_(reinterpret_cast<pair*>(scratch.take(block / 2 * tile::lanes))),
+        products_(
+            scratch.take(std::max(block, tile::lanes) * std::max(whole_units(form.dim), whole_units(form.value_dim)))),
+        keys_(scratch.take(unit_rows_block<Element>::size(block, form.dim)), form.dim),
+        values_(scratch.take(unit_rows_block<Element>::size(block, form.value_dim)), form.value_dim),
+        columns_(scratch.take(unit_columns_block<Element>::size(block, form.dim)), block, form.dim) {}
+
+  /// The tiles go over a block of rows; returns the lanes of the tiles that see some of it.
+  range absorb_block(range part, const lane_ranges* sees) {
+    const std::int64_t begin = chunk_begin(part.begin);
+    range seeing;
+    for (std::int64_t c = 0; c < lanes_ / tile::lanes; ++c) {
+      const range seen = intersection(part, sees[c].seen_by_any());
+      if (seen.empty()) continue;
+      // Tiles in between that see nothing have weights of 0, not of the block before.
+      seeing = hull(seeing, {c * tile::lanes, (c + 1) * tile::lanes});
+    }
+    for (std::int64_t c = seeing.begin / tile::lanes; c < seeing.end / tile::lanes; ++c) {
+      for (std::int64_t j = begin; j < part.end; j += chunk_rows) {
+        const std::int64_t to = (j - begin) * lanes_ + c * tile::lanes;
+        at(c).absorb(keys_.chunk(j), values_.chunk(j), j, sees[c], scale_, scores_, weights_ + to,
+                     {slopes_ + to, slope_pairs_ + (j - begin) / 2 * tile::lanes}, lanes_);
+      }
+      at(c).add_keys(columns_.columns(begin), slope_pairs_, whole_units(part.end - begin), products_);
+      columns_.for_each_infinite(part, [&](std::int64_t j, const Element* key) {
+        at(c).add_infinite(slope_pairs_ + (j - begin) / 2 * tile::lanes, (j - begin) % 2 != 0, key, j, sees[c]);
+      });
+    }
+    return seeing;
+  }
+
+  /// `to[j] += scale * sum_i factors[j][i] * of[i]` for the rows `part` and the lanes `seeing`.
+  void add_to_rows(const unit_query_rows<Element>& of, const std::uint16_t* factors, float scale, std::int64_t dim,
+                   float* to, std::int64_t stride, range part, range seeing, const lane_ranges* sees) {
+    if (seeing.empty()) return;
+    const std::int64_t begin = chunk_begin(part.begin), row_size = whole_units(dim);
+    multiply<Element>(form_.unit, {factors + seeing.begin, lanes_}, of.pairs(seeing.begin), products_, row_size,
+                      whole_units(part.end - begin), dim, seeing.size());
+    for (std::int64_t j = part.begin; j < part.end; ++j)
+      add_weighted_rows(&scale, {products_ + (j - begin) * row_size, 0}, dim, 1, 1.0f, to + j * stride);
+    of.for_each_infinite([&](std::int64_t i, const Element* row) {
+      for (std::int64_t j = part.begin; j < part.end; ++j)
+        if (sees[i / tile::lanes].lane[i % tile::lanes].contains(j)) {
+          const float factor = scale * element_of<Element>(factors[(j - begin) * lanes_ + i], false);
+          for (std::int64_t d = 0; d < dim; ++d) to[j * stride + d] += factor * static_cast<float>(row[d]);
+        }
+    });
+  }
+
+  [[nodiscard]] tile at(std::int64_t c) const {
+    return tile(tile_memory_ + c * tile::size(form_), form_, std::min(tile::lanes, count_ - c * tile::lanes));
+  }
+
+  tile_registers registers_;
+  tile_form form_;
+  std::int64_t count_, lanes_;
+  float scale_ = 1;
+  float* tile_memory_;
+  unit_query_rows<Element> query_, grad_out_;
+  float* scores_;
+  std::uint16_t *weights_, *slopes_;
+  pair* slope_pairs_;
+  float* products_;
+  unit_rows_block<Element> keys_, values_;
+  unit_columns_block<Element> columns_;
+};
+
+}  // namespace cca::inline CCA_TARGET::detail
