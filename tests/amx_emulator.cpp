@@ -174,13 +174,11 @@ void multiply(std::size_t t, std::size_t a, std::size_t b) {
   pairs even_odd_a, even_odd_b;
   take_apart<to_float>(state.tiles[a], even_odd_a);
   take_apart<to_float>(state.tiles[b], even_odd_b);
-  // Rounds to nearest, takes denormals for zero, and flushes them to it. That is this thread's own until it returns from
-  // the handler.
+  // Rounds to nearest, takes denormals for zero, and flushes them to it: until the handler returns, when the system
+  // restores what the thread had.
   constexpr unsigned all_masked = 0x1f80, denormals_are_zeros = 0x40, flush_to_zero = 0x8000;
-  const unsigned before = _mm_getcsr();
   _mm_setcsr(all_masked | denormals_are_zeros | flush_to_zero);
   multiply(even_odd_a, even_odd_b, columns_of(a), t);
-  _mm_setcsr(before);
 }
 
 // ------------------------------------------------------------------------------------------------------- instructions

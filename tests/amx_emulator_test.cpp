@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -265,6 +266,19 @@ TEST_F(AmxEmulatorTest, RowsAreLoadedAndStoredAtStrides) {
   release();
 }
 
+TEST_F(AmxEmulatorTest, NothingBehindTheLastRowIsRead) {
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  void* const memory = mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  auto* const end = static_cast<std::byte*>(memory) + page;
+  ASSERT_EQ(mprotect(end, page, PROT_NONE), 0);
+  configure(configuration().tile(3, 3, 20));
+  load_tile3(end - (2 * 64 + 20), 64);
+  store_tile3(end - (2 * 64 + 20), 64);
+  release();
+  munmap(memory, 2 * page);
+}
+
 [[gnu::target("amx-tile")]] void zero_tile3() { _tile_zero(3); }
 
 TEST_F(AmxEmulatorTest, TilesAreZeroAtFirstAndByTilezero) {
@@ -455,6 +469,7 @@ TEST_F(AmxDenormalTest, OfTheSumsAreFlushedAtEachStep) {
   EXPECT_EQ(dot<bfloat16_format>({{bits(0x1p-64), bits(0x1p-64)}}, {{bits(0x1p-63), bits(0x1p-63)}}), 0);
   // The difference of two numbers that are none: 1.5 and 1 of the least.
   EXPECT_EQ(dot<bfloat16_format>({{bits(0x1.8p-126), bits(-0x1p-126)}}, {{bits(1), bits(1)}}), 0);
+  EXPECT_EQ(dot<bfloat16_format>({{bits(-0x1p-126), 0}}, {{bits(1), 0}}, 1.5f * least), 0);
   // Products by themselves are not rounded: one of 3/4 of a unit in the sum's last place counts, however small it is.
   EXPECT_EQ(dot<bfloat16_format>({{bits(0x1p-120), 0}, {bits(0x1.8p-80), 0}}, {{bits(1), 0}, {bits(0x1p-64), 0}}),
             0x1.000002p-120f);
@@ -573,8 +588,19 @@ TEST_F(AmxEmulatorDeathTest, ShapesMustFit) {
 
 // A tile of bytes, tdpbssd: of AMX, but not emulated.
 void multiply_bytes() { asm volatile(".byte 0xc4, 0xe2, 0x53, 0x5e, 0xf4"); }
-// What tmm14 would be.
+// What tdpfp16ps into tmm14 would be, and tilezero with W or of 256 bits.
 void multiply_into_tile_14() { asm volatile(".byte 0xc4, 0x62, 0x53, 0x5c, 0xf4"); }
+void zero_wide() { asm volatile(".byte 0xc4, 0xe2, 0xfb, 0x49, 0xd8"); }
+void zero_long() { asm volatile(".byte 0xc4, 0xe2, 0x7f, 0x49, 0xd8"); }
+
+/// The signal arrives right before an instruction of AMX.
+[[gnu::target("amx-tile")]] void raise_before_tilerelease() {
+  long call = SYS_tgkill;
+  asm volatile("syscall\n\ttilerelease"
+               : "+a"(call)
+               : "D"(getpid()), "S"(gettid()), "d"(SIGILL)
+               : "rcx", "r11", "memory");
+}
 
 TEST_F(AmxEmulatorDeathTest, WhatIsNotAmxGoesToTheHandlerBefore) {
   const auto was_forwarded = testing::ExitedWithCode(forwarded);
@@ -582,7 +608,10 @@ TEST_F(AmxEmulatorDeathTest, WhatIsNotAmxGoesToTheHandlerBefore) {
   EXPECT_EXIT(__builtin_trap(), was_forwarded, "");
   EXPECT_EXIT(multiply_bytes(), was_forwarded, "");
   EXPECT_EXIT(multiply_into_tile_14(), was_forwarded, "");
+  EXPECT_EXIT(zero_wide(), was_forwarded, "");
+  EXPECT_EXIT(zero_long(), was_forwarded, "");
   EXPECT_EXIT(raise(SIGILL), was_forwarded, "");
+  EXPECT_EXIT(raise_before_tilerelease(), was_forwarded, "");
   release();
 }
 
