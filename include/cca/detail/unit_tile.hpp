@@ -7,6 +7,7 @@
 #include <iterator>
 #include <numbers>
 #include <type_traits>
+#include <utility>
 
 #include "../partition.hpp"
 #include "convert.hpp"
@@ -113,13 +114,16 @@ void pack_lanes(std::int64_t count, std::int64_t dim, pair* to, const Load& load
 /// Logits come unscaled from the unit: the scale and log2(e) join the subtraction of the base in one multiply-add. Weights
 /// are rounded to the operands' type, in pairs of rows.
 ///
-/// The base is a whole number at or above the maximum when it was last raised, and is raised only when the maximum has
-/// grown `slack` above it: powers of two change no bit of what was added before, and once a lane has seen a chunk or two it
-/// hardly ever has to. What one lane sees never changes a bit of another.
+/// The base of the weights is the maximum of the first rows that a lane sees, and is raised only when the maximum has grown
+/// `slack` above it, by a whole number: powers of two change no bit of what was added before, and once a lane has seen a
+/// chunk or two it hardly ever has to. What one lane sees never changes a bit of another.
+///
+/// Two sums are kept: that of the weights makes the log-sum-exp, that of the rounded weights, which multiply the values, is
+/// what the output is divided by. So rows of equal values, and those that one key dominates, come out exactly.
 ///
 /// The tile is a view of scratch memory, `size(form)` floats: queries in pairs `[dim / 2][lanes]`, output
-/// `[value_dim][lanes]`, base, sum and the factor by which the block shrinks what was added before, and
-/// the scale times log2(e) `[lanes]`.
+/// `[value_dim][lanes]`; base, both sums, those of the block, the factor by which the block shrinks what was added before,
+/// and the scale times log2(e) `[lanes]`.
 template <class Element>
 class unit_tile {
   static constexpr std::int64_t W = width<float>, chunk = chunk_rows;
@@ -134,7 +138,7 @@ class unit_tile {
   static constexpr float slack = 8;
 
   static constexpr std::int64_t size(const tile_form& form) {
-    return (whole_units(form.dim) / 2 + form.value_dim + 4) * lanes;
+    return (whole_units(form.dim) / 2 + form.value_dim + 7) * lanes;
   }
 
   unit_tile(float* scratch, const tile_form& form, std::int64_t count)
@@ -144,7 +148,10 @@ class unit_tile {
         out_(scratch + whole_units(form.dim) / 2 * lanes),
         base_(out_ + form.value_dim * lanes),
         sum_(base_ + lanes),
-        rescale_(sum_ + lanes),
+        multiplied_(sum_ + lanes),
+        block_sum_(multiplied_ + lanes),
+        block_multiplied_(block_sum_ + lanes),
+        rescale_(block_multiplied_ + lanes),
         scale_(rescale_ + lanes) {}
 
   [[nodiscard]] std::int64_t count() const { return count_; }
@@ -162,7 +169,7 @@ class unit_tile {
     });
     std::fill(out_, base_, 0.0f);
     std::fill(base_, sum_, -infinity<float>);
-    std::fill(sum_, rescale_, 0.0f);
+    std::fill(sum_, block_sum_, 0.0f);
   }
 
   /// Absorbs what the queries see of a block. The first tile of a stack asks for the rows behind it.
@@ -171,6 +178,7 @@ class unit_tile {
     if (rows.empty()) return;
     const std::int64_t begin = chunk_begin(rows.begin);
     std::fill_n(rescale_, lanes, 1.0f);
+    std::fill_n(block_sum_, 2 * lanes, 0.0f);
     for (std::int64_t j = begin; j < rows.end; j += chunk) {
       if (first) block.ask_ahead(j);
       multiply<Element>(form_.unit, block.keys().chunk(j), {query_, lanes}, block.scores(), lanes, chunk, lanes,
@@ -186,7 +194,7 @@ class unit_tile {
   /// Writes `count` rows of `value_dim` elements: the weighted mean of the values, 0 where nothing was seen.
   template <class Out>
   void finish(Out* out, std::int64_t stride) {
-    divide_lanes(out_, sum_, lanes, form_.value_dim);
+    divide_lanes(out_, multiplied_, lanes, form_.value_dim);
     transpose(out_, lanes, out, stride, form_.value_dim, count_);
   }
 
@@ -215,15 +223,17 @@ class unit_tile {
 
     const vector base = vector::load_aligned(base_ + lane);
     const vector offset = xsimd::select(base == vector(-infinity<float>), vector(0.0f), -base);
-    vector even(0.0f), odd(0.0f);
+    vector sum(0.0f), multiplied(0.0f);
     for (std::int64_t i = 0; i < chunk; i += 2) {
       const vector a = exp2_rounded(fma<float>(vector::load_aligned(scores + i * lanes), scale, offset));
       const vector b = exp2_rounded(fma<float>(vector::load_aligned(scores + (i + 1) * lanes), scale, offset));
-      even += a;
-      odd += b;
-      round_to_pairs<Element>(a, b).store_aligned(weights + i / 2 * lanes);
+      const vec<pair> both = round_to_pairs<Element>(a, b);
+      both.store_aligned(weights + i / 2 * lanes);
+      sum += a + b;
+      multiplied += elements_of<Element>(both, false) + elements_of<Element>(both, true);
     }
-    (vector::load_aligned(sum_ + lane) + (even + odd)).store_aligned(sum_ + lane);
+    for (const auto& [to, more] : {std::pair(block_sum_, sum), std::pair(block_multiplied_, multiplied)})
+      (vector::load_aligned(to + lane) + more).store_aligned(to + lane);
   }
 
   /// Sets the logits of what is not seen to -inf.
@@ -239,10 +249,12 @@ class unit_tile {
     const vector base = vector::load_aligned(base_ + lane), none(-infinity<float>);
     const auto outgrown = maximum > base + vector(slack);
     if (!xsimd::any(outgrown)) return;
-    const vector raised = xsimd::select(outgrown, xsimd::ceil(maximum), base);
+    const vector next = xsimd::select(base == none, maximum, base + xsimd::ceil(maximum - base));
+    const vector raised = xsimd::select(outgrown, next, base);
     const vector factor = xsimd::select(outgrown, exp2_rounded(base - raised), vector(1.0f));
     raised.store_aligned(base_ + lane);
-    for (float* of : {sum_, rescale_}) (vector::load_aligned(of + lane) * factor).store_aligned(of + lane);
+    for (float* of : {block_sum_, block_multiplied_, rescale_})
+      (vector::load_aligned(of + lane) * factor).store_aligned(of + lane);
     if (!xsimd::any(outgrown & (base != none))) return;
     for (std::int64_t i = 0; i < pairs; ++i) {
       const auto old = vec<pair>::load_aligned(weights + i * lanes);
@@ -258,6 +270,9 @@ class unit_tile {
                       form_.value_dim, lanes, depth);
     for (std::int64_t lane = 0; lane < lanes; lane += W) {
       const vector rescale = vector::load_aligned(rescale_ + lane);
+      for (const auto& [sum, more] : {std::pair(sum_, block_sum_), std::pair(multiplied_, block_multiplied_)})
+        fma<float>(vector::load_aligned(sum + lane), rescale, vector::load_aligned(more + lane))
+            .store_aligned(sum + lane);
       for (std::int64_t d = 0; d < form_.value_dim; ++d) {
         float* o = out_ + d * lanes + lane;
         fma<float>(vector::load_aligned(o), rescale, vector::load_aligned(block.products() + d * lanes + lane))
@@ -279,7 +294,7 @@ class unit_tile {
   tile_form form_;
   std::int64_t count_;
   pair* query_;
-  float *out_, *base_, *sum_, *rescale_, *scale_;
+  float *out_, *base_, *sum_, *multiplied_, *block_sum_, *block_multiplied_, *rescale_, *scale_;
 };
 
 }  // namespace cca::inline CCA_TARGET::detail
