@@ -10,5 +10,6 @@ std::size_t allocated_bytes();
 
 void add_decode_cases();
 void add_gradient_cases();
+void add_unit_cases();
 
 }  // namespace bench

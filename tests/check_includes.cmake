@@ -14,7 +14,7 @@ set(order
     # What users call.
     pooling.hpp attention.hpp merge.hpp
     # The same backwards.
-    detail/turn.hpp detail/gradient_tile.hpp detail/gradient_stack.hpp detail/unit_gradient.hpp detail/backward.hpp
+    detail/turn.hpp detail/gradient_tile.hpp detail/gradient_stack.hpp detail/unit_gradient_tile.hpp detail/unit_gradient_stack.hpp detail/backward.hpp
     detail/group_gradient.hpp
     gradient.hpp
     # Decoding.

@@ -11,7 +11,7 @@
 #include "gradient_stack.hpp"
 #include "scratch.hpp"
 #include "turn.hpp"
-#include "unit_gradient.hpp"
+#include "unit_gradient_stack.hpp"
 
 namespace cca::inline CCA_TARGET::detail {
 

@@ -1,170 +1,23 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <numbers>
-#include <type_traits>
 #include <utility>
 
 #include "../partition.hpp"
-#include "../tensor_view.hpp"
 #include "convert.hpp"
 #include "gradient_stack.hpp"
 #include "pairs.hpp"
 #include "row.hpp"
 #include "rows.hpp"
-#include "simd.hpp"
-#include "source.hpp"
 #include "tile.hpp"
-#include "transpose.hpp"
 #include "turn.hpp"
+#include "unit_gradient_tile.hpp"
 #include "unit_product.hpp"
 #include "unit_rows.hpp"
-#include "unit_tile.hpp"
 
 namespace cca::inline CCA_TARGET::detail {
-
-/// Sizes of the backward kernels of matrix units.
-struct unit_gradient_shape {
-  static constexpr std::int64_t block = 128;  ///< rows whose gradients are summed at once
-  static constexpr std::int64_t stack = 4;    ///< tiles whose queries they are summed over
-};
-
-/// `factors`, `[row][lane]` elements, and the same in pairs of rows `[row / 2][lane]`: what a tile says of a block.
-struct unit_factors {
-  std::uint16_t* rows = nullptr;
-  pair* pairs = nullptr;
-};
-
-/// A tile of queries that goes backward, like `gradient_tile`, for operands of 16 bits and a matrix unit. The weights `P`
-/// and the gradients `dS` of the logits are computed in float and rounded to the operands' type for the products that
-/// follow. In the notation of `gradient_tile`, `dQ = scale dS^T K` here.
-///
-/// The tile is a view of scratch memory, `size(form)` floats: queries and gradients of the output in pairs
-/// `[dim / 2][lanes]`, gradients of the queries `[dim][lanes]`, log-sum-exp in base 2 and `delta` `[lanes]`.
-template <class Element>
-class unit_gradient_tile {
-  static constexpr std::int64_t W = width<float>;
-  using vector = vec<float>;
-
- public:
-  static constexpr std::int64_t lanes = unit_shape::lanes;
-  using lane_ranges = detail::lane_ranges<float, lanes>;
-
-  static constexpr std::int64_t size(const tile_form& form) {
-    return (whole_units(form.dim) / 2 + whole_units(form.value_dim) / 2 + form.dim + 2) * lanes;
-  }
-
-  unit_gradient_tile(float* scratch, const tile_form& form, std::int64_t count)
-      : form_(form),
-        count_(count),
-        query_(reinterpret_cast<pair*>(scratch)),
-        grad_out_(query_ + whole_units(form.dim) / 2 * lanes),
-        grad_query_(reinterpret_cast<float*>(grad_out_ + whole_units(form.value_dim) / 2 * lanes)),
-        lse_(grad_query_ + form.dim * lanes),
-        delta_(lse_ + lanes) {}
-
-  [[nodiscard]] std::int64_t count() const { return count_; }
-
-  /// Loads rows of queries and of gradients of the output.
-  void begin(row_span<Element> query, row_span<Element> grad_out) {
-    const auto pack = [&](row_span<Element> rows, std::int64_t dim, pair* to) {
-      pack_lanes<Element>(count_, dim, to, [&](std::int64_t i, std::int64_t d, std::int64_t n, Element* row) {
-        std::memcpy(static_cast<void*>(row), rows.row(i) + d, static_cast<std::size_t>(n) * sizeof *row);
-      });
-    };
-    pack(query, form_.dim, query_);
-    pack(grad_out, form_.value_dim, grad_out_);
-    std::fill(grad_query_, delta_ + lanes, 0.0f);
-  }
-
-  /// As `gradient_tile::set`.
-  void set(std::int64_t i, float lse, float delta) {
-    lse_[i] = lse == -infinity<float> ? 0.0f : lse * std::numbers::log2e_v<float>;
-    delta_[i] = delta;
-  }
-
-  /// Computes `P` and `dS` of a chunk of keys and values that begins at row `j`. `weights` and `slopes` are those of the
-  /// chunk, whose rows are `stride` lanes apart; the pairs of weights are not asked for.
-  void absorb(element_rows keys, element_rows values, std::int64_t j, const lane_ranges& sees, float scale,
-              float* scores, std::uint16_t* weights, const unit_factors& slopes, std::int64_t stride) const {
-    const range rows{j, j + chunk_rows};
-    if (intersection(rows, sees.seen_by_any()).empty()) {
-      for (std::int64_t i = 0; i < chunk_rows; ++i) {
-        std::fill_n(weights + i * stride, lanes, std::uint16_t{0});
-        std::fill_n(slopes.rows + i * stride, lanes, std::uint16_t{0});
-      }
-      std::fill_n(slopes.pairs, chunk_rows / 2 * lanes, pair{0});
-      return;
-    }
-    float* grad_weights = scores + chunk_rows * lanes;
-    multiply<Element>(form_.unit, keys, {query_, lanes}, scores, lanes, chunk_rows, lanes, form_.dim);
-    multiply<Element>(form_.unit, values, {grad_out_, lanes}, grad_weights, lanes, chunk_rows, lanes, form_.value_dim);
-    for (std::int64_t lane = 0; lane < lanes; lane += W) {
-      const unit_factors to{slopes.rows + lane, slopes.pairs + lane};
-      if (intersection(sees.all[lane / W], rows) == rows)
-        differentiate(scores, lane, unmasked{}, scale, weights + lane, to, stride);
-      else
-        differentiate(scores, lane, lane_mask<float>(sees.lane + lane, rows), scale, weights + lane, to, stride);
-    }
-  }
-
-  /// `grad_query += keys^T slopes`, over `rows` rows.
-  void add_keys(element_rows columns, const pair* slopes, std::int64_t rows, float* products) {
-    multiply<Element>(form_.unit, columns, {slopes, lanes}, products, lanes, form_.dim, lanes, rows);
-    for (std::int64_t i = 0; i < form_.dim * lanes; i += W)
-      (vector::load_aligned(grad_query_ + i) + vector::load_aligned(products + i)).store_aligned(grad_query_ + i);
-  }
-
-  /// The same of row `j` alone, whose key is not finite, for the lanes that see it.
-  void add_infinite(const pair* slopes, bool odd, const Element* key, std::int64_t j, const lane_ranges& sees) {
-    for (std::int64_t lane = 0; lane < count_; ++lane)
-      if (sees.lane[lane].contains(j)) {
-        const float slope = element_of<Element>(slopes[lane], odd);
-        for (std::int64_t d = 0; d < form_.dim; ++d)
-          grad_query_[d * lanes + lane] += slope * static_cast<float>(key[d]);
-      }
-  }
-
-  /// Writes `count` rows of `dim` elements: the gradients of the queries.
-  void finish(float* grad_query, std::int64_t stride, float scale) {
-    for (float* g = grad_query_; g < lse_; g += W) (vector(scale) * vector::load_aligned(g)).store_aligned(g);
-    transpose(grad_query_, lanes, grad_query, stride, form_.dim, count_);
-  }
-
- private:
-  /// `P = exp(S - lse)` and `dS = P (dP - delta)` for a vector of lanes, 0 where nothing is seen.
-  template <class Mask>
-  void differentiate(const float* scores, std::int64_t lane, const Mask& mask, float scale, std::uint16_t* weights,
-                     const unit_factors& slopes, std::int64_t stride) const {
-    const vector factor(scale * std::numbers::log2e_v<float>), lse = vector::load_aligned(lse_ + lane);
-    const vector delta = vector::load_aligned(delta_ + lane), none(0.0f);
-    const float* grad_weights = scores + chunk_rows * lanes;
-    for (std::int64_t i = 0; i < chunk_rows; i += 2) {
-      vec<pair> both[2];
-      unroll<2>([&](auto odd) CCA_INLINE_LAMBDA {
-        const std::int64_t at = (i + odd) * lanes + lane;
-        vector weight = exp2_rounded(fma<float>(vector::load_aligned(scores + at), factor, -lse));
-        vector slope = weight * (vector::load_aligned(grad_weights + at) - delta);
-        if constexpr (!std::is_same_v<Mask, unmasked>) {
-          weight = mask.select(i + odd, weight, none);
-          slope = mask.select(i + odd, slope, none);
-        }
-        both[odd] = round_to_elements<Element>(slope);
-        store_elements(round_to_elements<Element>(weight), weights + (i + odd) * stride);
-        store_elements(both[odd], slopes.rows + (i + odd) * stride);
-      });
-      (both[0] | both[1] << 16).store_aligned(slopes.pairs + i / 2 * lanes);
-    }
-  }
-
-  tile_form form_;
-  std::int64_t count_;
-  pair *query_, *grad_out_;
-  float *grad_query_, *lse_, *delta_;
-};
 
 /// The rows of the queries of a stack in pairs of queries, `[queries / 2][dim]`: what gradients of keys and values are
 /// summed from. Rows that are not finite are left out, as in `unit_columns_block`.
