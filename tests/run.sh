@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 presets=("${@:-release}")
 packages=()
-[[ ${presets[*]} == *clang* ]] && packages=(clang libomp-dev)
+[[ ${presets[*]} == *clang* ]] && packages=(clang libclang-rt-dev libomp-dev)
 cmake/install_packages.sh "${packages[@]}"
 
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
