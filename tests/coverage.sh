@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
 # coverage.sh: builds the tests so that they count, runs them, and reports the lines and branches of include/ that they
-# reach; what they do not reach is listed. Wants gcovr (pip install gcovr).
+# reach; the lines that they do not reach are listed. Fails below 95 % of lines. cca::dispatch, which forwards to what is
+# counted, is not in it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-cmake/install_packages.sh
-command -v gcovr >/dev/null || python3 -m pip install --quiet gcovr
+cmake/install_packages.sh python3-venv
 find build/coverage -name '*.gcda' -delete 2>/dev/null || true
 cmake --preset coverage
 cmake --build --preset coverage
 ctest --preset coverage
-# Kernels are templates: a line counts as reached when any of their instances reaches it.
-gcovr --root . --filter include/ --merge-mode-functions=merge-use-line-0 --exclude-throw-branches \
-  --txt - --txt-metric line --json build/coverage/coverage.json build/coverage
+# Kernels are templates: a line counts as reached when any of their instances reaches it. Version 8 counts instances apart,
+# or loses lines of lambdas that are inlined.
+gcovr=build/coverage/gcovr
+[[ -x $gcovr/bin/gcovr ]] || { python3 -m venv $gcovr && $gcovr/bin/pip install --quiet 'gcovr==7.2'; }
+$gcovr/bin/gcovr --root . --filter include/ --merge-mode-functions=merge-use-line-0 --exclude-throw-branches \
+  --fail-under-line 95 --txt - --txt-summary --json build/coverage/coverage.json build/coverage
+echo "The lines of reference.hpp free what their statement holds when memory runs out there, which no test lets it."

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 seconds=${1:-3600}
-cmake/install_packages.sh clang ninja-build
+cmake/install_packages.sh clang libclang-rt-dev
 cmake --preset fuzz
 cmake --build --preset fuzz
 mkdir -p build/fuzz/corpus

@@ -1,9 +1,16 @@
 # The README is compiled: its first C++ block is examples/quickstart.cpp to the letter, and each other one is a statement
-# of readme_test.cpp, which runs them.
+# of readme_test.cpp, which runs them; what it prints then is in readme_test.output. The README's picture of the partition is
+# what examples/partition.cpp prints.
 
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/README.md
+                                                               ${PROJECT_SOURCE_DIR}/examples/partition.output
                                                                ${PROJECT_SOURCE_DIR}/examples/quickstart.cpp)
 file(READ ${PROJECT_SOURCE_DIR}/README.md rest)
+file(READ ${PROJECT_SOURCE_DIR}/examples/partition.output picture)
+string(FIND "${rest}" "```text\n${picture}```\n" start)
+if(start EQUAL -1)
+  message(FATAL_ERROR "README.md does not show examples/partition.output as it is")
+endif()
 file(READ ${PROJECT_SOURCE_DIR}/examples/quickstart.cpp quickstart)
 
 string(FIND "${rest}" "```cpp\n${quickstart}```\n" start)
@@ -32,4 +39,6 @@ endwhile()
 configure_file(readme_test.cpp.in readme_test.cpp @ONLY)
 cca_add_program(readme_test native ${CMAKE_CURRENT_BINARY_DIR}/readme_test.cpp)
 target_link_libraries(readme_test PRIVATE $<TARGET_NAME_IF_EXISTS:OpenMP::OpenMP_CXX>)
-add_test(NAME readme COMMAND readme_test)
+add_test(NAME readme COMMAND ${CMAKE_COMMAND} -D PROGRAM=$<TARGET_FILE:readme_test>
+                             -D GOLDEN=${CMAKE_CURRENT_SOURCE_DIR}/readme_test.output
+                             -P ${CMAKE_CURRENT_SOURCE_DIR}/golden.cmake)
