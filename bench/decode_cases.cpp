@@ -3,7 +3,8 @@
 //   bandwidth  the share of the speed at which a plain loop reads as many bytes
 //   dense/cca  how much longer a step over all keys and values takes
 //   append/step  a token that comes without asking, pooling included, averaged over a group
-//   speedup    of threads; read_1_thread and read_threads are the plain loop's bytes per second
+//   speedup    of threads, where read_1_thread and read_threads are the plain loop's bytes per second; or of a cache of 16
+//              bits over one of floats
 //   cache_bytes, dense_bytes  what the cache holds, and all keys and values
 
 #include <algorithm>
@@ -33,8 +34,8 @@ struct decode_case {
 
   [[nodiscard]] cca::options options() const { return {.group_size = 16, .window = 1024, .cores = cores}; }
 
-  [[nodiscard]] std::string name() const {
-    std::string text = "decode/float/D:" + std::to_string(dim) + "/H:" + std::to_string(heads);
+  [[nodiscard]] std::string name(const std::string& element) const {
+    std::string text = "decode/" + element + "/D:" + std::to_string(dim) + "/H:" + std::to_string(heads);
     if (kv_heads != heads) {
       text += "/Hkv:" + std::to_string(kv_heads);
       text += cores == cca::core_heads::per_kv_head ? "/cores_per_kv_head" : "/cores_per_query_head";
@@ -44,26 +45,28 @@ struct decode_case {
   }
 };
 
-/// A cache that all but the last tokens have come to, and that last step.
-template <class T>
+/// A cache that all but the last tokens have come to, and that last step. It answers in the type that it computes in.
+template <class Element>
 class decoder {
  public:
+  using T = cca::compute_type<Element>;
+
   explicit decoder(const decode_case& c)
       : case_(c),
         data_(1, c.heads, c.kv_heads, c.length, c.length, c.dim),
         answer_(1, c.heads, 1, c.dim),
         cache_({.heads = c.heads, .kv_heads = c.kv_heads, .dim = c.dim, .capacity = c.length, .rewind = 16},
                c.options()),
-        visible_(1, 1, visible_rows(), 2 * c.dim),
+        visible_(1, 1, 1, visible_elements() * static_cast<std::int64_t>(sizeof(Element)) / 4),
         helpers_(c.threads - 1),
         none_(0) {
     cache_.append(tokens(data_.query, before()), tokens(data_.key, before()), tokens(data_.value, before()));
   }
 
-  [[nodiscard]] const cca::kv_cache<T>& cache() const { return cache_; }
-  [[nodiscard]] std::size_t visible_bytes() const { return visible_.data.size() * sizeof(T); }
+  [[nodiscard]] const cca::kv_cache<Element>& cache() const { return cache_; }
+  [[nodiscard]] std::size_t visible_bytes() const { return visible_.data.size() * sizeof(float); }
   [[nodiscard]] std::size_t dense_bytes() const {
-    return (data_.key.data.size() + data_.value.data.size()) * sizeof(T);
+    return (data_.key.data.size() + data_.value.data.size()) * sizeof(Element);
   }
 
   /// The last token comes, completes a group that is pooled, and asks.
@@ -105,25 +108,28 @@ class decoder {
   }
 
   /// Whether the last answer is right.
-  [[nodiscard]] bool agrees() const { return bench::agrees(answer_, textbook<exact_type<T>>(), textbook<T>()); }
+  [[nodiscard]] bool agrees() const {
+    return bench::agrees(answer_, textbook<exact_type<T>, exact_type<T>>(), textbook<T, Element>());
+  }
 
  private:
   [[nodiscard]] cca::range before() const { return {0, case_.length - 1}; }
   [[nodiscard]] cca::range last() const { return {case_.length - 1, case_.length}; }
 
-  static cca::tensor_view<const T> tokens(const tensor<T>& of, cca::range part) {
-    cca::tensor_view<const T> view = of.view();
+  static cca::tensor_view<const Element> tokens(const tensor<Element>& of, cca::range part) {
+    cca::tensor_view<const Element> view = of.view();
     view.data = view.row(0, 0, part.begin);
     view.extent[2] = part.size();
     return view;
   }
 
-  /// Rows of cores and window that the last token sees: each counts once for all heads that share it.
-  [[nodiscard]] std::int64_t visible_rows() const {
+  /// Elements of cores and window that the last token sees: each counts once for all heads that share it.
+  [[nodiscard]] std::int64_t visible_elements() const {
     const cca::partition partition{case_.options().group_size, case_.options().window};
     const std::int64_t core_heads = case_.cores == cca::core_heads::per_kv_head ? case_.kv_heads : case_.heads;
-    return core_heads * partition.core_count(case_.length - 1) +
-           case_.kv_heads * partition.raw(case_.length - 1).size();
+    return 2 * case_.dim *
+           (core_heads * partition.core_count(case_.length - 1) +
+            case_.kv_heads * partition.raw(case_.length - 1).size());
   }
 
   /// Seconds of `f`: of the thread, or by the clock on the wall where threads help.
@@ -133,43 +139,47 @@ class decoder {
     return elapsed_seconds([&] { f(cca::thread_pool_executor(threads ? helpers_ : none_)); });
   }
 
-  template <class Scalar>
+  /// Computed in `Scalar` from cores that are kept as `Core`s.
+  template <class Scalar, class Core>
   [[nodiscard]] tensor<Scalar> textbook() const {
     const cca::options options = case_.options();
     const auto key = data_.key.view(), value = data_.value.view();
-    const auto cores = cca::reference::pool<Scalar>(data_.query.view(), key, value, options);
+    auto cores = cca::reference::pool<Scalar>(data_.query.view(), key, value, options);
+    for (tensor<Scalar>* rows : {&cores.first, &cores.second})
+      for (Scalar& x : rows->data) x = static_cast<Scalar>(static_cast<Core>(x));
     const cca::partition partition{options.group_size, options.window};
     const std::vector<std::int64_t> seen(static_cast<std::size_t>(case_.heads), partition.core_count(case_.length - 1));
-    const cca::far far{cores.first.view(), cores.second.view(), cca::bhs(seen.data(), 1, case_.heads, 1)};
+    const cca::far far{std::as_const(cores.first).view(), std::as_const(cores.second).view(),
+                       cca::bhs(seen.data(), 1, case_.heads, 1)};
     return cca::reference::attend<Scalar>(tokens(data_.query, last()), key, value, far, options).out;
   }
 
   decode_case case_;
-  operands<T> data_;
+  operands<Element> data_;
   tensor<T> answer_;
-  cca::kv_cache<T> cache_;
-  tensor<T> visible_;
+  cca::kv_cache<Element> cache_;
+  tensor<float> visible_;  // as many bytes
   Eigen::ThreadPool helpers_, none_;
 };
 
-/// A step of decoding. Whatever is compared takes turns: the step, and then the ruler, runs a few times, and is timed once
-/// what it reads is in cache as far as it fits.
-template <class T>
+/// Runs `f` a few times and times it once what it reads is in cache, as far as it fits.
+template <class F>
+double warm(double& shortest, const F& f) {
+  f();
+  const double time = std::min({f(), f(), f()});
+  shortest = std::min(shortest, time);
+  return time;
+}
+
+/// A step of decoding in floats. Whatever is compared takes turns.
 void decoding(benchmark::State& state, const decode_case& c) {
-  decoder<T> decoder(c);
+  decoder<float> decoder(c);
   decoder.step(true);
   if (!decoder.agrees()) return state.SkipWithError("wrong result");
 
   const bool threads = c.threads > 1;
   double best = std::numeric_limits<double>::infinity(), serial = best, read = best, serial_read = best, dense = best,
          append = best;
-  const auto warm = [](double& shortest, const auto& f) {
-    f();
-    double time = f();
-    for (int i = 0; i < 2; ++i) time = std::min(time, f());
-    shortest = std::min(shortest, time);
-    return time;
-  };
   for ([[maybe_unused]] auto _ : state) {
     dense = std::min(dense, decoder.dense_step());
     append = std::min(append, decoder.append());
@@ -193,6 +203,29 @@ void decoding(benchmark::State& state, const decode_case& c) {
   state.counters["read_threads"] = bytes / read;
 }
 
+/// A step through a cache of 16 bits in turns with one through a cache of floats.
+template <class Element>
+void decoding_beside_floats(benchmark::State& state, const decode_case& c) {
+  decoder<Element> decoder(c);
+  bench::decoder<float> floats(c);
+  decoder.step(false);
+  floats.step(false);
+  if (!decoder.agrees() || !floats.agrees()) return state.SkipWithError("wrong result");
+
+  double best = std::numeric_limits<double>::infinity(), of_floats = best, read = best;
+  for ([[maybe_unused]] auto _ : state) {
+    warm(of_floats, [&] { return floats.step(false); });
+    state.SetIterationTime(warm(best, [&] { return decoder.step(false); }));
+    warm(read, [&] { return decoder.read(false); });
+  }
+  const auto bytes = static_cast<double>(decoder.visible_bytes());
+  state.counters["byte/s"] = bytes / best;
+  state.counters["bandwidth"] = read / best;
+  state.counters["speedup"] = of_floats / best;
+  state.counters["token/s"] = 1 / best;
+  state.counters["cache_bytes"] = static_cast<double>(decoder.cache().bytes());
+}
+
 /// The bytes of a cache to which `length` tokens have come. All are views of one, for bytes do not depend on numbers.
 void cache_memory(benchmark::State& state, cca::cache_shape shape, const cca::options& options, std::int64_t length) {
   shape.capacity = length;
@@ -212,7 +245,12 @@ void cache_memory(benchmark::State& state, cca::cache_shape shape, const cca::op
 }
 
 void add_decoding(const decode_case& c) {
-  add(c.name(), 0.02, [c](benchmark::State& state) { decoding<float>(state, c); });
+  add(c.name("float"), 0.02, [c](benchmark::State& state) { decoding(state, c); });
+}
+
+void add_decoding_16_bits(const decode_case& c) {
+  add(c.name("bfloat16"), 0.02, [c](benchmark::State& state) { decoding_beside_floats<Eigen::bfloat16>(state, c); });
+  add(c.name("half"), 0.02, [c](benchmark::State& state) { decoding_beside_floats<Eigen::half>(state, c); });
 }
 
 void add_cache_memory() {
@@ -235,10 +273,13 @@ void add_cache_memory() {
 void add_decode_cases() {
   using enum cca::core_heads;
   constexpr std::int64_t K = 1024;
+  std::vector<decode_case> cases;
   for (const std::int64_t dim : {128, 64})
-    for (const std::int64_t length : {128 * K, 32 * K}) add_decoding({.length = length, .dim = dim});
+    for (const std::int64_t length : {128 * K, 32 * K}) cases.push_back({.length = length, .dim = dim});
   for (const cca::core_heads cores : {per_query_head, per_kv_head})
-    add_decoding({.heads = 32, .kv_heads = 8, .length = 32 * K, .cores = cores});
+    cases.push_back({.heads = 32, .kv_heads = 8, .length = 32 * K, .cores = cores});
+  for (const decode_case& c : cases) add_decoding(c);
+  for (const decode_case& c : cases) add_decoding_16_bits(c);
   for (const std::int64_t length : {128 * K, 32 * K}) add_decoding({.length = length, .threads = 2});
   add_cache_memory();
 }

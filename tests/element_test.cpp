@@ -73,11 +73,13 @@ testing::AssertionResult same_numbers(tensor_view<const float> want, const std::
   return testing::AssertionSuccess();
 }
 
-/// Sizes that reach every path: few queries and many, one tile and several, grouped heads, dims with and without tails.
+/// Sizes that reach every path: a single query, few and many, one tile and several, grouped heads, dims with and without
+/// tails.
 std::vector<sizes> some_sizes() {
   return {{.batch = 2, .heads = 4, .kv_heads = 2, .queries = 3, .keys = 90, .dim = 33, .value_dim = 20},
           {.batch = 1, .heads = 2, .kv_heads = 1, .queries = 150, .keys = 150, .dim = 64, .value_dim = 48},
-          {.batch = 1, .heads = 3, .kv_heads = 3, .queries = 40, .keys = 300, .dim = 17, .value_dim = 128}};
+          {.batch = 1, .heads = 3, .kv_heads = 3, .queries = 40, .keys = 300, .dim = 17, .value_dim = 128},
+          {.batch = 1, .heads = 2, .kv_heads = 2, .queries = 1, .keys = 1100, .dim = 201, .value_dim = 67}};
 }
 
 template <class Types>

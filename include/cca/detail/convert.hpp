@@ -11,9 +11,6 @@ namespace cca::inline CCA_TARGET::detail {
 
 // 16-bit elements are converted by their bits, many at a time; other types by `static_cast`, one after the other.
 
-/// Elements converted at a time: a constant, so that compilers make vectors of the loops below even at -O2.
-inline constexpr std::int64_t convert_block = 16;
-
 /// The upper half of a float.
 CCA_INLINE float float_of_bfloat16(std::uint16_t bits) {
   const std::uint32_t wide = std::uint32_t{bits} << 16;
@@ -40,36 +37,74 @@ CCA_INLINE float float_of_half(std::uint16_t bits) {
   return as_float(result | sign);
 }
 
-/// `to[i] = from[i]` for i in `[0, convert_block)`.
-template <class From>
-CCA_INLINE void convert_block_of(const From* from, float* to) {
-#if defined(__AVX512F__)
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  if constexpr (is_bfloat16<From>)
-    _mm512_storeu_si512(to, _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  else
-    _mm512_storeu_ps(to, _mm512_cvtph_ps(bits));
+/// Whether this instruction set converts a vector of these 16-bit elements as it is loaded.
+template <class Element>
+inline constexpr bool widens_in_registers =
+#if defined(__AVX512BW__) || (defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__))
+    is_bfloat16<Element> || is_half<Element>;
 #else
-  std::uint16_t bits[convert_block];
-  std::memcpy(bits, from, sizeof bits);
-#if defined(__F16C__)
-  if constexpr (is_half<From>) {
-    for (std::int64_t i = 0; i < convert_block; i += 8)
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-    return;
+    false;
+#endif
+
+/// Whether `load_as` makes vectors of `T` of these elements without a detour through memory.
+template <class T, class Element>
+inline constexpr bool loads_as = std::is_same_v<Element, T> ||
+                                 (std::is_same_v<T, float> && widens_in_registers<Element>);
+
+/// `width<T>` elements from `from` on. A bfloat16 takes one shuffle that puts it over zeros: widening and shifting would be
+/// two operations, on the units that shuffle and shift.
+template <class T, class Element>
+CCA_INLINE vec<T> load_as(const Element* from) {
+  static_assert(loads_as<T, Element>);
+  if constexpr (std::is_same_v<Element, T>) return vec<T>::load_unaligned(from);
+#if defined(__AVX512BW__)
+  const auto load = [from]() CCA_INLINE_LAMBDA { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); };
+  if constexpr (is_bfloat16<Element>) {
+    const __m512i place =
+        _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 16);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, place, _mm512_castsi256_si512(load())));
   }
+  if constexpr (is_half<Element>) return _mm512_cvtph_ps(load());
+#elif defined(__AVX2__) && defined(__F16C__)
+  const auto load = [from]() CCA_INLINE_LAMBDA { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); };
+  if constexpr (is_bfloat16<Element>) {
+    constexpr char z = -1;                                                                  // a zero
+    const __m256i place = _mm256_setr_epi8(z, z, 0, 1, z, z, 2, 3, z, z, 4, 5, z, z, 6, 7,  //
+                                           z, z, 8, 9, z, z, 10, 11, z, z, 12, 13, z, z, 14, 15);
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load()), place));
+  }
+  if constexpr (is_half<Element>) return _mm256_cvtph_ps(load());
 #endif
-  for (std::int64_t i = 0; i < convert_block; ++i)
-    to[i] = is_bfloat16<From> ? float_of_bfloat16(bits[i]) : float_of_half(bits[i]);
-#endif
+}
+
+/// `n` elements, 0 <= n < width, and zeros; nothing behind them is read.
+template <class T, class Element>
+CCA_INLINE vec<T> load_as(const Element* from, std::int64_t n) {
+  if constexpr (std::is_same_v<Element, T>) {
+    return load_partial(from, n);
+  } else {
+    std::uint16_t bits[width<T>] = {};  // zeros of either type
+    std::memcpy(bits, from, static_cast<std::size_t>(n) * sizeof *bits);
+    return load_as<T>(reinterpret_cast<const Element*>(bits));
+  }
 }
 
 /// `to[i] = from[i]` for i in `[0, count)`, across element types. Exact where `To` is wider; otherwise rounded to nearest.
 template <class From, class To>
 void convert(const From* from, std::int64_t count, To* to) {
   std::int64_t i = 0;
-  if constexpr (std::is_same_v<To, float> && (is_bfloat16<From> || is_half<From>))
-    for (; i + convert_block <= count; i += convert_block) convert_block_of(from + i, to + i);
+  if constexpr (std::is_same_v<To, float> && widens_in_registers<From>) {
+    for (; i + width<To> <= count; i += width<To>) load_as<To>(from + i).store_unaligned(to + i);
+  } else if constexpr (std::is_same_v<To, float> && (is_bfloat16<From> || is_half<From>)) {
+    // As many at a time as compilers make vectors of even at -O2.
+    constexpr std::int64_t block = 16;
+    for (; i + block <= count; i += block) {
+      std::uint16_t bits[block];
+      std::memcpy(bits, from + i, sizeof bits);
+      for (std::int64_t j = 0; j < block; ++j)
+        to[i + j] = is_bfloat16<From> ? float_of_bfloat16(bits[j]) : float_of_half(bits[j]);
+    }
+  }
   for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
 }
 

@@ -39,7 +39,8 @@ class partial_result {
   }
 
   /// Adds `count` rows of values by their weights.
-  void add(const T* weights, row_span<T> values, std::int64_t count) {
+  template <class Element>
+  void add(const T* weights, row_span<Element> values, std::int64_t count) {
     add_weighted_rows(weights, values, value_dim_, count, T(1), out());
   }
 
@@ -111,12 +112,14 @@ class query_rows {
   template <class Key, class Value, class Result>
   void absorb(const context_rows<Key, Value>& head, range rows, range queries, const Result& result) {
     const std::int64_t step = slice_rows(dim_, value_dim_);
+    const row_span<Key> keys{head.key, head.key_stride};
+    const row_span<Value> values{head.value, head.value_stride};
     range weighted;  // the block before
     for (std::int64_t j = rows.begin; j < rows.end || !weighted.empty(); j += row_block) {
       const range block = intersection({j, j + row_block}, rows);
       for (std::int64_t i = 0; i < row_block; i += step) {
-        add(head, intersection(shifted({i, i + step}, weighted.begin), weighted), weighted.begin, queries, result);
-        score(head, intersection({j + i, j + i + step}, block), j, queries);
+        add(values, intersection(shifted({i, i + step}, weighted.begin), weighted), weighted.begin, queries, result);
+        score(keys, intersection({j + i, j + i + step}, block), j, queries);
       }
       for (std::int64_t q = queries.begin; q < queries.end; ++q) weigh(q, block, j, result(q));
       weighted = block;
@@ -124,7 +127,8 @@ class query_rows {
   }
 
  private:
-  /// Rows of keys, or of values, that are read before it is the others' turn: about 4 KiB.
+  /// Rows of keys, or of values, that are read before it is the others' turn: about 4 KiB of them as they are computed
+  /// with. (Sums are rounded where a slice ends, so 16 bits have the slices of floats.)
   static constexpr std::int64_t slice_rows(std::int64_t dim, std::int64_t value_dim) {
     constexpr std::int64_t n = sums_at_a_time<T>;
     return std::clamp(rows_ahead<T>(std::max(dim, value_dim)) / n * n, n, row_block);
@@ -135,16 +139,30 @@ class query_rows {
     return static_cast<std::int64_t>(scratch_bytes<range>(queries) / sizeof(T));
   }
 
+  /// Calls `f` with the rows `slice` of `rows`. One query reads them as they lie and converts them in registers; for
+  /// several of them they are converted once, and what follows is asked for here.
+  template <class Element, class F>
+  static void with_rows(row_span<Element> rows, std::int64_t dim, range slice, range queries,
+                        [[maybe_unused]] T* staged, const F& f) {
+    const row_span<Element> some = rows.from(slice.begin);
+    if constexpr (loads_as<T, Element>)
+      if (in_place<T, Element> || queries.size() == 1) return f(some);
+    if constexpr (!in_place<T, Element>) {
+      for (std::int64_t i = 0; i < slice.size(); ++i) prefetch_row(some, i + rows_ahead<Element>(dim), dim);
+      f(stage(some.data, some.stride, dim, slice.size(), staged));
+    }
+  }
+
   /// The logits of the rows `slice` of a block that begins at row `first`.
-  template <class Key, class Value>
-  void score(const context_rows<Key, Value>& head, range slice, std::int64_t first, range queries) {
+  template <class Element>
+  void score(row_span<Element> rows, range slice, std::int64_t first, range queries) {
     if (slice.empty()) return;
-    const row_span<T> keys =
-        stage(head.key + slice.begin * head.key_stride, head.key_stride, dim_, slice.size(), staged_keys_);
-    for (std::int64_t q = queries.begin; q < queries.end; ++q)
-      if (const range seen = intersection(seen_[q], slice); !seen.empty())
-        dot_rows(query_ + q * padded<T>(dim_), keys.from(seen.begin - slice.begin), dim_, seen.size(),
-                 logits(q) + seen.begin - first);
+    with_rows(rows, dim_, slice, queries, staged_keys_, [&](const auto& keys) {
+      for (std::int64_t q = queries.begin; q < queries.end; ++q)
+        if (const range seen = intersection(seen_[q], slice); !seen.empty())
+          dot_rows(query_ + q * padded<T>(dim_), keys.from(seen.begin - slice.begin), dim_, seen.size(),
+                   logits(q) + seen.begin - first);
+    });
   }
 
   /// Turns the logits of the rows `block`, which begins at row `first`, into weights.
@@ -156,14 +174,14 @@ class query_rows {
   }
 
   /// Adds the values of the rows `slice` of a block that begins at row `first`.
-  template <class Key, class Value, class Result>
-  void add(const context_rows<Key, Value>& head, range slice, std::int64_t first, range queries, const Result& result) {
+  template <class Element, class Result>
+  void add(row_span<Element> rows, range slice, std::int64_t first, range queries, const Result& result) {
     if (slice.empty()) return;
-    const row_span<T> values = stage(head.value + slice.begin * head.value_stride, head.value_stride, value_dim_,
-                                     slice.size(), staged_values_);
-    for (std::int64_t q = queries.begin; q < queries.end; ++q)
-      if (const range seen = intersection(seen_[q], slice); !seen.empty())
-        result(q).add(logits(q) + seen.begin - first, values.from(seen.begin - slice.begin), seen.size());
+    with_rows(rows, value_dim_, slice, queries, staged_values_, [&](const auto& values) {
+      for (std::int64_t q = queries.begin; q < queries.end; ++q)
+        if (const range seen = intersection(seen_[q], slice); !seen.empty())
+          result(q).add(logits(q) + seen.begin - first, values.from(seen.begin - slice.begin), seen.size());
+    });
   }
 
   [[nodiscard]] T* logits(std::int64_t q) const { return logits_ + q * row_block; }

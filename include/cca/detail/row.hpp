@@ -12,22 +12,22 @@
 namespace cca::inline CCA_TARGET::detail {
 
 // One query over rows of keys: lanes run along the dim. This regime is bound by memory; its rows are read once, in
-// order, as they lie.
+// order, as they lie, and converted in registers where `loads_as` says that they can be.
 
 /// Rows that one step takes in: their logits fit a small buffer, their data the first-level cache.
 inline constexpr std::int64_t row_block = 32;
 
 /// How many rows ahead of the one in use memory is asked for: 4 KiB, beyond which the processor's own prefetching stops
 /// at the end of a page. Measured on decoding 128K rows of 128 floats: 1.3 times the speed of none.
-template <class T>
+template <class Element>
 [[nodiscard]] constexpr std::int64_t rows_ahead(std::int64_t dim) {
-  return std::max<std::int64_t>(4096 / (dim * static_cast<std::int64_t>(sizeof(T))), 1);
+  return std::max<std::int64_t>(4096 / (dim * static_cast<std::int64_t>(sizeof(Element))), 1);
 }
 
-/// Vectors for which memory is asked for at a time: those of two cache lines, for a line brings its neighbour.
-template <class T>
-inline constexpr std::int64_t vectors_asked = std::max<std::int64_t>(128 / static_cast<std::int64_t>(sizeof(vec<T>)),
-                                                                     1);
+/// Vectors of elements for which memory is asked for at a time: those of two cache lines, for a line brings its neighbour.
+template <class T, class Element>
+inline constexpr std::int64_t vectors_asked =
+    std::max<std::int64_t>(128 / (width<T> * static_cast<std::int64_t>(sizeof(Element))), 1);
 
 /// `dim` rounded up to whole vectors.
 template <class T>
@@ -39,9 +39,8 @@ template <class T>
 template <class T, class From, class To>
 void scale_row(const From* from, std::int64_t dim, T factor, To* to) {
   std::int64_t d = 0;
-  if constexpr (std::is_same_v<From, T> && std::is_same_v<To, T>)
-    for (; d + width<T> <= dim; d += width<T>)
-      (vec<T>::load_unaligned(from + d) * vec<T>(factor)).store_unaligned(to + d);
+  if constexpr (loads_as<T, From> && std::is_same_v<To, T>)
+    for (; d + width<T> <= dim; d += width<T>) (load_as<T>(from + d) * vec<T>(factor)).store_unaligned(to + d);
   for (; d < dim; ++d) to[d] = static_cast<To>(static_cast<T>(from[d]) * factor);
 }
 
@@ -68,27 +67,27 @@ CCA_INLINE void reduce_add_each(const vec<T>* x, T* to) {
 }
 
 /// The sum of its lanes is `query . key`, of a key row that others follow in steps of `stride`.
-template <class T>
-CCA_INLINE vec<T> dot_lanes(const T* query, const T* key, std::int64_t stride, std::int64_t dim) {
+template <class T, class Element>
+CCA_INLINE vec<T> dot_lanes(const T* query, const Element* key, std::int64_t stride, std::int64_t dim) {
   constexpr std::int64_t W = width<T>, sums = 4;
-  const std::int64_t full = dim - dim % W, ahead = rows_ahead<T>(dim);
+  const std::int64_t full = dim - dim % W, ahead = rows_ahead<Element>(dim);
   vec<T> sum[sums];
   unroll<sums>([&](auto i) CCA_INLINE_LAMBDA { sum[i] = vec<T>(T(0)); });
   const auto add = [&](std::int64_t d, auto i) CCA_INLINE_LAMBDA {
-    if (i % vectors_asked<T> == 0) prefetch(key, ahead, stride, d);
-    sum[i] = fma<T>(vec<T>::load_unaligned(key + d), vec<T>::load_aligned(query + d), sum[i]);
+    if (i % vectors_asked<T, Element> == 0) prefetch(key, ahead, stride, d);
+    sum[i] = fma<T>(load_as<T>(key + d), vec<T>::load_aligned(query + d), sum[i]);
   };
   std::int64_t d = 0;
   for (; d + sums * W <= full; d += sums * W) unroll<sums>([&](auto i) CCA_INLINE_LAMBDA { add(d + i * W, i); });
   for (; d < full; d += W) add(d, std::integral_constant<std::int64_t, 0>{});
-  if (full < dim) sum[1] = fma<T>(load_partial(key + full, dim - full), vec<T>::load_aligned(query + full), sum[1]);
+  if (full < dim) sum[1] = fma<T>(load_as<T>(key + full, dim - full), vec<T>::load_aligned(query + full), sum[1]);
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 /// `logits[j] = query . key_j` for j in `[0, count)`. `query` is padded with zeros to a multiple of the vector width.
 /// Row by row, in the order of memory: four rows side by side read up to 1.4 times slower.
-template <class T>
-void dot_rows(const T* query, row_span<T> keys, std::int64_t dim, std::int64_t count, T* logits) {
+template <class T, class Element = T>
+void dot_rows(const T* query, row_span<Element> keys, std::int64_t dim, std::int64_t count, T* logits) {
   constexpr std::int64_t n = sums_at_a_time<T>;
   std::int64_t j = 0;
   for (; j + n <= count; j += n) {
@@ -100,10 +99,11 @@ void dot_rows(const T* query, row_span<T> keys, std::int64_t dim, std::int64_t c
 }
 
 /// `sum[d] = sum[d] * rescale + sum_j weights[j] * rows[j][d]` for d in `[0, dim)`, j in `[0, count)`.
-template <class T>
-void add_weighted_rows(const T* weights, row_span<T> rows, std::int64_t dim, std::int64_t count, T rescale, T* sum) {
+template <class T, class Element = T>
+void add_weighted_rows(const T* weights, row_span<Element> rows, std::int64_t dim, std::int64_t count, T rescale,
+                       T* sum) {
   constexpr std::int64_t W = width<T>, vectors = 8;
-  const std::int64_t full = dim - dim % W, ahead = rows_ahead<T>(dim);
+  const std::int64_t full = dim - dim % W, ahead = rows_ahead<Element>(dim);
   for_row_blocks<vectors>(dim / W, [&](auto n, std::int64_t first) CCA_INLINE_LAMBDA {
     constexpr std::int64_t N = n();
     const std::int64_t d = first * W;
@@ -112,8 +112,8 @@ void add_weighted_rows(const T* weights, row_span<T> rows, std::int64_t dim, std
     for (std::int64_t j = 0; j < count; ++j) {
       const vec<T> weight(weights[j]);
       unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
-        if (i % vectors_asked<T> == 0) prefetch(rows.row(j), ahead, rows.stride, d + i * W);
-        partial[i] = fma<T>(weight, vec<T>::load_unaligned(rows.row(j) + d + i * W), partial[i]);
+        if (i % vectors_asked<T, Element> == 0) prefetch(rows.row(j), ahead, rows.stride, d + i * W);
+        partial[i] = fma<T>(weight, load_as<T>(rows.row(j) + d + i * W), partial[i]);
       });
     }
     unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
@@ -124,7 +124,7 @@ void add_weighted_rows(const T* weights, row_span<T> rows, std::int64_t dim, std
   if (full == dim) return;
   vec<T> partial(T(0));
   for (std::int64_t j = 0; j < count; ++j)
-    partial = fma<T>(vec<T>(weights[j]), load_partial(rows.row(j) + full, dim - full), partial);
+    partial = fma<T>(vec<T>(weights[j]), load_as<T>(rows.row(j) + full, dim - full), partial);
   store_partial(sum + full, fma<T>(load_partial(sum + full, dim - full), vec<T>(rescale), partial), dim - full);
 }
 
@@ -154,6 +154,7 @@ struct row_softmax {
   }
 
   /// Raises the maximum to the largest of `count` logits, padded with -inf to whole vectors; a NaN is none of them.
+  /// Mostly none is larger: a branch that is foreseen, where every block would wait for the lanes of the one before.
   void raise(const T* logits, std::int64_t count) {
     constexpr std::int64_t W = width<T>;
     vec<T> largest(maximum);
@@ -161,6 +162,7 @@ struct row_softmax {
       const vec<T> x = vec<T>::load_aligned(logits + j);
       largest = xsimd::select(x > largest, x, largest);
     }
+    if (!xsimd::any(largest > vec<T>(maximum))) return;
     alignas(alignment<T>) T lanes[W];
     largest.store_aligned(lanes);
     maximum = *std::max_element(lanes, lanes + W);
