@@ -5,6 +5,7 @@
 #include "gradient_entry_points.hpp"
 
 // After support.hpp, which has a say in how Eigen is compiled.
+#include <cca/dispatch/to_plain.hpp>
 #include <iostream>
 #include <thread>
 
@@ -642,6 +643,13 @@ TEST(UnitRefusals, Name) {
       std::string::npos);
   EXPECT_NE(refusal([&] { pool(of(b), of(b), of(b), out, out, {.unit = matrix_unit::best}); }).find("options.unit"),
             std::string::npos);
+  EXPECT_NE(refusal([] {
+              kv_cache<bfloat16>({.heads = 1, .kv_heads = 1, .dim = 4}, {.unit = matrix_unit::best});
+            }).find("options.unit"),
+            std::string::npos);
+  EXPECT_NE(
+      refusal([] { static_cast<void>(detail::to_plain(options{.unit = matrix_unit::best})); }).find("options.unit"),
+      std::string::npos);
   detail::matrix_units& present = detail::present_units();
   const detail::matrix_units had = std::exchange(present, {});
   EXPECT_EQ(refusal([&] { dense_attention(of(b), of(b), of(b), out, {.unit = matrix_unit::amx}); }),

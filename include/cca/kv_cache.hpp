@@ -234,6 +234,7 @@ class kv_cache {
     detail::require_options<compute_type<Element>>(options);
     detail::require_grouping(options);
     detail::require_unused(!options.first_position, "options.first_position", "none: a cache knows its positions");
+    detail::require_unused(options.unit == matrix_unit::none, "options.unit", "none: a cache attends in float");
     return options;
   }
 

@@ -33,6 +33,7 @@ plain::view<T, Rank> to_plain(const tensor_view<T, Rank>& view) {
 }
 
 inline plain::options to_plain(const options& o) {
+  require_unused(o.unit == matrix_unit::none, "options.unit", "none: kernels are compiled for float and double alone");
   return {o.group_size,    o.window,        static_cast<int>(o.pool), static_cast<int>(o.cores),
           o.softmax_scale, o.first_position};
 }
