@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # compilers.sh [xsimd include folder...]: has every compiler of this machine check a translation unit that calls the whole
 # library, and one with all headers, in each C++ standard and for each instruction set, with the xsimd that is installed
-# and with those in the folders named. Installs the compilers that the distribution has, except with CCA_INSTALL=no. It
-# takes minutes; ends with what failed.
+# and with those in the folders named; EIGEN_INCLUDE names another Eigen. Installs the compilers that the distribution has
+# (g++ 12 is the newest of Debian 12), except with CCA_INSTALL=no. It takes minutes; ends with what failed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,10 +10,11 @@ if [[ ${CCA_INSTALL:-yes} == yes ]]; then
   cmake/install_packages.sh clang-14 clang-16 clang-19 libc++-19-dev libc++abi-19-dev
 fi
 
-compilers=(g++)
-for compiler in g++-{12,13,14,15} clang++-{14,15,16,17,18,19,20,21}; do
+compilers=()
+for compiler in g++-{12,13,14,15,16} clang++-{14,15,16,17,18,19,20,21}; do
   command -v "$compiler" >/dev/null && compilers+=("$compiler")
 done
+[[ " ${compilers[*]}" == *" g++-"* ]] || compilers+=(g++)
 
 declare -A flags=(
   [sse2]="-march=x86-64"

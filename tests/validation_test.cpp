@@ -141,6 +141,37 @@ TEST(Validation, RefusesOffsetsThatOverflow) {
         });
 }
 
+/// Also where they hold no element, or the same one everywhere.
+TEST(Validation, RefusesExtentsWhoseProductOverflows) {
+  constexpr std::int64_t many = std::int64_t{1} << 40;
+  const auto expected = [](const auto& view) {
+    const std::string extents = detail::to_string(view.extent);
+    return refusal{{}, "extents " + extents.substr(0, extents.rfind(',')), "fewer than 2^62 bytes of elements"};
+  };
+  for (const std::int64_t length : {0, 1})
+    for_each_tensor(
+        true, true,
+        [&](auto& view) {
+          view.extent[0] = view.extent[1] = many;
+          view.extent[2] = length;
+          view.stride[0] = view.stride[1] = 0;
+        },
+        expected);
+  for (const entry entry : all_entries) {
+    prepared call(entry);
+    const auto empty = [&](auto& view) {
+      view.extent[0] = view.extent[1] = many;
+      view.extent[2] = 0;
+    };
+    for (auto& view : call.a.operands) empty(view);
+    for (auto& view : call.a.results) empty(view);
+    empty(call.a.seen);
+    refusal refusal = expected(call.a.operands[0]);
+    refusal.argument = names(entry)[0];
+    expect_refused(call, refusal);
+  }
+}
+
 TEST(Validation, RefusesResultsThatOverlap) {
   const auto overlapping = [](const auto&) { return refusal{{}, "strides ", "elements that do not overlap"}; };
   for (std::size_t dimension = 0; dimension < 3; ++dimension) {

@@ -81,6 +81,14 @@ std::optional<std::int64_t> reach(const tensor_view<T, Rank>& view) {
   return static_cast<std::int64_t>(total);
 }
 
+/// Whether rows, tasks and bytes of memory can be counted, also those of a view without elements or with strides of 0.
+template <class T, std::size_t Rank>
+bool countable(const tensor_view<T, Rank>& view) {
+  long double bytes = sizeof(T);
+  for (const std::int64_t e : view.extent) bytes *= static_cast<long double>(std::max<std::int64_t>(e, 1));
+  return bytes < 0x1p62L;
+}
+
 /// A view that can be read: extents, strides and pointer make sense.
 template <class T, std::size_t Rank>
 void require_operand(const char* name, const tensor_view<T, Rank>& view) {
@@ -90,6 +98,7 @@ void require_operand(const char* name, const tensor_view<T, Rank>& view) {
     if (view.dim() < 1) refuse(name, "dim " + std::to_string(view.dim()), "a dim of at least 1");
     if (view.stride[3] != 1) refuse(name, "strides " + to_string(view.stride), "an inner stride of 1");
   }
+  if (!countable(view)) refuse(name, "extents " + to_string(view.extent), "fewer than 2^62 bytes of elements");
   if (view.empty()) return;
   if (view.data == nullptr) refuse(name, "a null pointer", "elements " + to_string(view.extent));
   if (!reach(view).has_value())
