@@ -3,8 +3,7 @@
 
 #include "gradient_entry_points.hpp"
 
-#include <cca/kv_cache_file.hpp>
-#include <sstream>
+#include <cca/kv_cache.hpp>
 
 namespace {
 
@@ -206,45 +205,62 @@ TYPED_TEST(ElementTest, PoolsAsFloatsDo) {
     }
 }
 
-/// A cache of 16 bits answers as well as its cores, which it rounds, allow; and its file is not taken for another type's.
-template <class Element, class Other>
+/// A cache of 16 bits answers, to the bit, as one of floats of the same numbers whose cores are of the same type, with many
+/// queries and with one.
+template <class Element, class Core>
 void check_cache() {
   random_engine random(4);
-  const std::int64_t length = 100, dim = 24;
-  const auto tokens = [&] {
-    std::normal_distribution<float> normal;
-    std::vector<Element> all(static_cast<std::size_t>(length * dim));
-    std::generate(all.begin(), all.end(), [&] { return Element(normal(random)); });
-    return all;
-  };
-  const std::vector<Element> query = tokens(), key = tokens(), value = tokens();
-  const auto part = [&](const std::vector<Element>& of, std::int64_t first, std::int64_t count) {
-    return bhsd(of.data() + first * dim, 1, 1, count, dim);
-  };
-  const options options{.group_size = 4, .window = 16};
-  kv_cache<Element> cache({.heads = 1, .kv_heads = 1, .dim = dim}, options);
-  std::vector<float> got(static_cast<std::size_t>(length * dim));
-  for (std::int64_t t = 0; t < length; t += 10)
-    cache.attend(part(query, t, 10), part(key, t, 10), part(value, t, 10), bhsd(got.data() + t * dim, 1, 1, 10, dim));
-  const auto want =
-      reference::attention<double>(part(query, 0, length), part(key, 0, length), part(value, 0, length), options);
-  double largest = 0;
-  for (std::size_t i = 0; i < got.size(); ++i)
-    largest = std::max(largest, static_cast<double>(distance(got[i], want.out.data[i])));
-  // A core's element, of size 1, is off by half a unit in its last place; its logit by that of a sum of 24, over root 24.
-  EXPECT_LT(largest, 4 * std::pow(2.0, -std::numeric_limits<Element>::digits));
-  EXPECT_GT(largest, 0);
-
-  std::stringstream file;
-  save(cache, file);
-  EXPECT_EQ(load<Element>(file).length(), length);
-  file.clear();
-  file.seekg(0);
-  EXPECT_THROW(static_cast<void>(load<Other>(file)), std::runtime_error);
+  for (const std::int64_t kv_heads : {1, 3})
+    for (const core_heads cores : all_core_heads) {
+      const std::int64_t heads = 3, length = 300, dim = 40, value_dim = 67;
+      const auto tokens = [&](std::int64_t h, std::int64_t d) {
+        std::normal_distribution<float> normal;
+        std::vector<Element> all(static_cast<std::size_t>(h * length * d));
+        std::generate(all.begin(), all.end(), [&] { return Element(normal(random)); });
+        return all;
+      };
+      const std::vector<Element> query = tokens(heads, dim), key = tokens(kv_heads, dim),
+                                 value = tokens(kv_heads, value_dim);
+      const auto answers = [&]<class T>(kv_cache<T, Core> cache) {
+        const auto floats = [](const std::vector<Element>& of) { return std::vector<T>(of.begin(), of.end()); };
+        const std::vector<T> q = floats(query), k = floats(key), v = floats(value);
+        const auto part = [&](const std::vector<T>& of, std::int64_t h, std::int64_t d, std::int64_t t,
+                              std::int64_t count) {
+          auto view = bhsd(of.data(), 1, h, length, d);
+          view.data = view.row(0, 0, t);
+          view.extent[2] = count;
+          return view;
+        };
+        std::vector<float> out(static_cast<std::size_t>(heads * length * value_dim));
+        const auto attend = [&](std::int64_t t, std::int64_t count) {
+          auto to = bhsd(out.data(), 1, heads, length, value_dim);
+          to.data = to.row(0, 0, t);
+          to.extent[2] = count;
+          cache.attend(part(q, heads, dim, t, count), part(k, kv_heads, dim, t, count),
+                       part(v, kv_heads, value_dim, t, count), to);
+        };
+        std::int64_t t = 0;
+        for (; t < length / 2; t += 10) attend(t, 10);
+        for (; t < length; t += 3) attend(t, 1), attend(t + 1, 2);
+        return out;
+      };
+      const cache_shape shape{.heads = heads, .kv_heads = kv_heads, .dim = dim, .value_dim = value_dim};
+      const options options{.group_size = 4, .window = 16, .cores = cores};
+      const std::vector<float> got = answers(kv_cache<Element, Core>(shape, options)),
+                               want = answers(kv_cache<float, Core>(shape, options));
+      for (std::size_t i = 0; i < got.size(); ++i) ASSERT_TRUE(same_bits(got[i], want[i])) << i;
+    }
 }
 
-TEST(CacheTest, OfBfloat16) { check_cache<bfloat16, half>(); }
-TEST(CacheTest, OfHalf) { check_cache<half, bfloat16>(); }
+TEST(CacheTest, OfBfloat16) {
+  check_cache<bfloat16, bfloat16>();
+  check_cache<bfloat16, float>();
+}
+TEST(CacheTest, OfHalf) {
+  check_cache<half, half>();
+  check_cache<half, float>();
+}
+TEST(CacheTest, OfBfloat16AndHalf) { check_cache<bfloat16, half>(); }
 
 /// Every number of 16 bits, at every place in a block and in the rest after it.
 template <class Element>

@@ -19,15 +19,15 @@ struct token_views {
 };
 
 /// `cache.append` and `cache.attend`, for all sequences and for sequence `b`.
-template <class T>
-void append(kv_cache<T>& cache, const token_views<T>& tokens, const any_executor& run = {});
-template <class T>
-void append(kv_cache<T>& cache, std::int64_t b, const token_views<T>& tokens, const any_executor& run = {});
-template <class T>
-void attend(kv_cache<T>& cache, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
+template <class T, class Core>
+void append(kv_cache<T, Core>& cache, const token_views<T>& tokens, const any_executor& run = {});
+template <class T, class Core>
+void append(kv_cache<T, Core>& cache, std::int64_t b, const token_views<T>& tokens, const any_executor& run = {});
+template <class T, class Core>
+void attend(kv_cache<T, Core>& cache, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
             const any_executor& run = {});
-template <class T>
-void attend(kv_cache<T>& cache, std::int64_t b, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
+template <class T, class Core>
+void attend(kv_cache<T, Core>& cache, std::int64_t b, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
             const any_executor& run = {});
 
 /// What a cache is made from.
@@ -35,8 +35,8 @@ struct cache_setup {
   cache_shape shape{};
   cca::options options{};
 
-  template <class T = float>
-  [[nodiscard]] kv_cache<T> make() const {
+  template <class T = float, class Core = T>
+  [[nodiscard]] kv_cache<T, Core> make() const {
     return {shape, options};
   }
 
@@ -122,13 +122,14 @@ sizes sizes_of(const token_views<T>& tokens) {
 }
 
 /// Results of a step in memory of their own.
-template <class T>
-results<T> attend(kv_cache<T>& cache, const token_views<T>& tokens, const any_executor& run = {}) {
+template <class T, class Core>
+results<T> attend(kv_cache<T, Core>& cache, const token_views<T>& tokens, const any_executor& run = {}) {
   return collect<T>(sizes_of(tokens),
                     [&](tensor_view<T> out, lse_view<T> lse) { attend(cache, tokens, out, lse, run); });
 }
-template <class T>
-results<T> attend(kv_cache<T>& cache, std::int64_t b, const token_views<T>& tokens, const any_executor& run = {}) {
+template <class T, class Core>
+results<T> attend(kv_cache<T, Core>& cache, std::int64_t b, const token_views<T>& tokens,
+                  const any_executor& run = {}) {
   return collect<T>(sizes_of(tokens),
                     [&](tensor_view<T> out, lse_view<T> lse) { attend(cache, b, tokens, out, lse, run); });
 }
@@ -145,8 +146,8 @@ results<T> sequence_of(const results<T>& all, std::int64_t b) {
 }
 
 /// All that a cache holds: equal for caches that answer alike from now on.
-template <class T>
-std::string content(const kv_cache<T>& cache) {
+template <class T, class Core>
+std::string content(const kv_cache<T, Core>& cache) {
   std::ostringstream stream;
   save(cache, stream);
   return std::move(stream).str();

@@ -20,13 +20,26 @@ reference::tensor<Scalar> last_rows(const reference::tensor<Scalar>& all, std::i
   return last;
 }
 
-/// The textbook of a step: attention over the whole sequence, of which the step is the last `count` queries.
-template <class T>
-auto textbook(const token_views<T>& whole, std::int64_t count, const options& options) {
+/// The textbook of a step: attention over the whole sequence, of which the step is the last `count` queries. The plain one
+/// keeps cores in `Core`, as the cache does.
+template <class Core, class T>
+auto textbook_of(const token_views<T>& whole, std::int64_t count, const options& options) {
   return [=]<class Scalar>() {
-    const auto all = reference::attention<Scalar>(whole.query, whole.key, whole.value, options);
+    auto cores = reference::pool<Scalar>(whole.query, whole.key, whole.value, options);
+    if constexpr (std::is_same_v<Scalar, T>)
+      for (reference::tensor<Scalar>* rows : {&cores.first, &cores.second})
+        for (Scalar& x : rows->data) x = static_cast<Scalar>(static_cast<Core>(x));
+    const partition partition{options.group_size, options.window};
+    const auto all = reference::attend<Scalar>(
+        whole.query, whole.key, whole.value, cores.first.view(), cores.second.view(), options,
+        [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); },
+        [&](std::int64_t t) { return partition.raw(t); });
     return reference::result<Scalar>{last_rows(all.out, count), last_rows(all.lse, count)};
   };
+}
+template <class T>
+auto textbook(const token_views<T>& whole, std::int64_t count, const options& options) {
+  return textbook_of<T>(whole, count, options);
 }
 
 /// Calls that run the tasks in other orders, and on several threads.
@@ -61,11 +74,14 @@ struct known_sequence {
 
 /// A cache, and beside it all tokens of its sequences: whatever is done to it, it has to answer and to count as if it had
 /// all of them, too.
-template <class T>
+template <class T, class Core>
 class cache_life {
  public:
   explicit cache_life(std::uint64_t seed)
-      : random_(seed), setup_(random_setup(random_)), cache_(setup_.make<T>()), label_("seed " + std::to_string(seed)) {
+      : random_(seed),
+        setup_(random_setup(random_)),
+        cache_(setup_.make<T, Core>()),
+        label_("seed " + std::to_string(seed)) {
     for (std::int64_t b = 0; b < setup_.shape.batch; ++b)
       known_.push_back({.tokens = random_tokens<T>(setup_, 1, longest, random_)});
   }
@@ -139,7 +155,7 @@ class cache_life {
       case operation::reload: {
         const std::string file = content(cache_);
         std::istringstream stream(file);
-        cache_ = load<T>(stream);
+        cache_ = load<T, Core>(stream);
         EXPECT_EQ(content(cache_), file);
       }
     }
@@ -179,7 +195,7 @@ class cache_life {
       s.oldest = std::max(s.oldest, s.length - setup_.raw_limit());
       if (answers)
         rule_.add(sequence_of(*answers, b - batch.begin),
-                  textbook(tokens_of(s.tokens, {0, s.length}), count, setup_.options), label);
+                  textbook_of<Core>(tokens_of(s.tokens, {0, s.length}), count, setup_.options), label);
     }
   }
 
@@ -203,7 +219,7 @@ class cache_life {
   void expect_counts() {
     const bool grouped = setup_.options.window != unlimited;
     const std::int64_t core_heads = detail::core_head_count(setup_.options, setup_.shape.heads, setup_.shape.kv_heads);
-    std::int64_t rows = 0;
+    std::int64_t core_rows = 0, raw_rows = 0;
     for (std::int64_t b = 0; b < setup_.shape.batch; ++b) {
       const known_sequence<T>& s = known(b);
       const std::int64_t cores = grouped ? s.length / setup_.options.group_size : 0, raw = s.length - s.oldest;
@@ -212,10 +228,13 @@ class cache_life {
       EXPECT_EQ(cache_.raw_count(b), raw);
       EXPECT_LE(raw, setup_.raw_limit());
       EXPECT_EQ(cache_.least_length(b), least_length(s));
-      rows += core_heads * cores + setup_.shape.kv_heads * raw;
+      core_rows += core_heads * cores;
+      raw_rows += setup_.shape.kv_heads * raw;
     }
-    const std::int64_t elements = rows * (setup_.shape.dim + setup_.value_dim());
-    EXPECT_EQ(cache_.bytes(), static_cast<std::size_t>(elements) * sizeof(T));
+    const auto bytes = [&](std::int64_t rows, std::size_t element) {
+      return static_cast<std::size_t>(rows * (setup_.shape.dim + setup_.value_dim())) * element;
+    };
+    EXPECT_EQ(cache_.bytes(), bytes(core_rows, sizeof(Core)) + bytes(raw_rows, sizeof(T)));
     EXPECT_GE(cache_.allocated_bytes(), cache_.bytes());
     EXPECT_EQ(cache_.shape().capacity, setup_.shape.capacity);
     EXPECT_EQ(cache_.shape().batch, setup_.shape.batch);
@@ -223,20 +242,24 @@ class cache_life {
 
   random_engine random_;
   cache_setup setup_;
-  kv_cache<T> cache_;
+  kv_cache<T, Core> cache_;
   std::string label_;
   std::vector<known_sequence<T>> known_;
   attention_rule<T> rule_;
 };
 
-using ElementTypes = testing::Types<float, double>;
-template <class T>
+/// Elements and cores.
+using ElementTypes =
+    testing::Types<std::pair<float, float>, std::pair<double, double>, std::pair<float, Eigen::bfloat16>,
+                   std::pair<float, Eigen::half>, std::pair<double, float>>;
+template <class Types>
 class KvCacheOf : public testing::Test {};
 TYPED_TEST_SUITE(KvCacheOf, ElementTypes);
 
 TYPED_TEST(KvCacheOf, AnswersLikeRecomputationAfterAnyOperations) {
   operation_coverage done;
-  for (std::uint64_t seed = 1; seed <= 200 && !this->HasFailure(); ++seed) cache_life<TypeParam>(seed).live(40, done);
+  for (std::uint64_t seed = 1; seed <= 200 && !this->HasFailure(); ++seed)
+    cache_life<typename TypeParam::first_type, typename TypeParam::second_type>(seed).live(40, done);
   EXPECT_EQ(std::ssize(done), operation_count * (1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9))
       << "not every length mod group size";
 }

@@ -29,14 +29,21 @@ struct cache_file;
 /// Tokens are appended one or many at a time; a group is pooled as soon as its last token arrives, with that token's
 /// query. Attending gives what `attention` gives for the whole sequence, within rounding, however it was cut.
 ///
-/// @tparam Element  of keys, values and cores; computed with in `compute_type`.
+/// @tparam Element  of keys and values; computed with in `compute_type`
+/// @tparam Core  of cores, which are rounded to it once: with `float` cores beside `Eigen::bfloat16` tokens they stay as
+///   they were computed, with `Eigen::bfloat16` cores beside `float` tokens far context takes half the bytes
 /// Every method that throws leaves the cache as it was: `std::invalid_argument` for what it refuses, naming the argument,
 /// and `std::bad_alloc`. One thread at a time may use a cache.
 /// Source: arXiv 2412.12465, section 3.4 (inference).
-template <class Element = float>
+template <class Element = float, class Core = Element>
 class kv_cache {
+  static_assert(detail::is_core_element<Core>, "cores are float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(std::is_same_v<Element, double> || !std::is_same_v<Core, double>,
+                "cores are computed in float unless keys and values are double: as double they would hold no more");
+
  public:
-  using element_type = Element;  ///< of keys, values and cores
+  using element_type = Element;  ///< of keys and values
+  using core_type = Core;        ///< of cores
 
   /// @throws std::invalid_argument  naming the member of `shape` or `options` that makes no sense
   kv_cache(const cache_shape& shape, const options& options)
@@ -70,10 +77,11 @@ class kv_cache {
 
   /// Bytes of the cores and raw tokens held.
   [[nodiscard]] std::size_t bytes() const {
-    std::int64_t rows = 0;
+    std::size_t column = 0;  // one element of every row
     for (std::int64_t b = 0; b < shape_.batch; ++b)
-      rows += core_heads_ * core_count(b) + shape_.kv_heads * raw_count(b);
-    return static_cast<std::size_t>(rows * (shape_.dim + shape_.value_dim)) * sizeof(Element);
+      column += static_cast<std::size_t>(core_heads_ * core_count(b)) * sizeof(Core) +
+                static_cast<std::size_t>(shape_.kv_heads * raw_count(b)) * sizeof(Element);
+    return column * static_cast<std::size_t>(shape_.dim + shape_.value_dim);
   }
   /// Bytes of memory taken for keys and values.
   [[nodiscard]] std::size_t allocated_bytes() const {
@@ -187,8 +195,8 @@ class kv_cache {
 
   struct sequence {
     std::int64_t length = 0;
-    std::int64_t oldest = 0;           // of the raw tokens held, [oldest, length)
-    detail::row_store<Element> cores;  // row b: group b
+    std::int64_t oldest = 0;        // of the raw tokens held, [oldest, length)
+    detail::row_store<Core> cores;  // row b: group b
     ring raw;
   };
 
@@ -283,7 +291,7 @@ class kv_cache {
       raw = std::max(raw, at(b).raw.capacity());
     }
     const auto forward = detail::plan<T>(query, shape_.value_dim, shape_.kv_heads, {cores, raw, raw, count},
-                                         !detail::in_place<T, Element>, matrix_unit::none, run);
+                                         !detail::in_place<T, Element, Core>, matrix_unit::none, run);
     const std::size_t bytes = detail::worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
     if (workspace_.bytes() < bytes + detail::scratch_alignment)
       workspace_ = detail::aligned_memory(bytes + detail::scratch_alignment);

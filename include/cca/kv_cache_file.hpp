@@ -10,6 +10,7 @@
 #include <ostream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -18,6 +19,32 @@
 namespace cca::inline CCA_TARGET {
 namespace detail {
 
+/// Tells elements apart: by their bytes and, since bfloat16 and half have 2 of them both, the bits of their significands.
+/// Where cores are of another type, its numbers are in the upper bytes: a file of one type is what it was, and is read by,
+/// before there were two.
+struct element_code {
+  std::uint16_t bytes = 0, digits = 0;
+
+  template <class Element, class Core>
+  static constexpr element_code of() {
+    const auto both = [](std::size_t of_element, std::size_t of_core) {
+      return static_cast<std::uint16_t>(of_element + (std::is_same_v<Element, Core> ? 0 : of_core << 8));
+    };
+    return {both(sizeof(Element), sizeof(Core)),
+            both(std::numeric_limits<Element>::digits, std::numeric_limits<Core>::digits)};
+  }
+
+  friend bool operator==(const element_code&, const element_code&) = default;
+};
+
+inline std::string to_string(const element_code& code) {
+  const auto numbers = [&](int shift) {
+    return std::to_string(code.bytes >> shift & 0xff) + " bytes and " + std::to_string(code.digits >> shift & 0xff) +
+           " digits";
+  };
+  return "elements of " + numbers(0) + (code.bytes >> 8 > 0 ? ", cores of " + numbers(8) : "");
+}
+
 /// A file of a cache: this header, then per sequence its length and first raw token, then the rows of its cores and of its
 /// raw tokens, `[head][keys | values][row][dim]`; behind each a checksum of all so far. Numbers are as in memory, in the
 /// byte order that `byte_order` tells.
@@ -25,7 +52,7 @@ struct cache_file_header {
   std::array<char, 8> magic{'c', 'c', 'a', '-', 'k', 'v', '\r', '\n'};
   std::uint32_t byte_order = 0x01020304;
   std::uint32_t version = 1;
-  std::uint16_t element_bytes = 0, element_digits = 0;  // bits of the significand: bfloat16 and half have 2 bytes both
+  element_code elements;
   std::uint32_t pool = 0, cores = 0;
   std::uint32_t has_scale = 0;
   double softmax_scale = 0;
@@ -130,13 +157,12 @@ class cache_reader {
 
 /// What of a cache goes into a file and how it comes back.
 struct cache_file {
-  template <class Element>
-  static cache_file_header header_of(const kv_cache<Element>& cache) {
+  template <class Element, class Core>
+  static cache_file_header header_of(const kv_cache<Element, Core>& cache) {
     const options& options = cache.options();
     const cache_shape& shape = cache.shape();
     cache_file_header header;
-    header.element_bytes = sizeof(Element);
-    header.element_digits = std::numeric_limits<Element>::digits;
+    header.elements = element_code::of<Element, Core>();
     header.pool = static_cast<std::uint32_t>(options.pool);
     header.cores = static_cast<std::uint32_t>(options.cores);
     header.has_scale = options.softmax_scale.has_value();
@@ -154,8 +180,8 @@ struct cache_file {
   }
 
   /// A cache as the header says, but without sequences yet: they bring their memory with them.
-  template <class Element>
-  static kv_cache<Element> empty_cache(const cache_file_header& header) {
+  template <class Element, class Core>
+  static kv_cache<Element, Core> empty_cache(const cache_file_header& header) {
     if (header.batch < 0) refuse_file("got " + std::to_string(header.batch) + " sequences, wants none below 0");
     cache_shape shape{0, header.heads, header.kv_heads, header.dim, header.value_dim, header.capacity, header.rewind};
     options options{.group_size = header.group_size,
@@ -164,14 +190,14 @@ struct cache_file {
                     .cores = static_cast<core_heads>(header.cores)};
     if (header.has_scale) options.softmax_scale = header.softmax_scale;
     try {
-      return kv_cache<Element>(shape, options);
+      return kv_cache<Element, Core>(shape, options);
     } catch (const std::invalid_argument& error) {
       refuse_file(error.what());
     }
   }
 
-  template <class Element>
-  static void save_sequence(const kv_cache<Element>& cache, std::int64_t b, cache_writer& writer) {
+  template <class Element, class Core>
+  static void save_sequence(const kv_cache<Element, Core>& cache, std::int64_t b, cache_writer& writer) {
     const auto& sequence = cache.at(b);
     const cache_shape& shape = cache.shape();
     const std::array<std::int64_t, 2> numbers{sequence.length, sequence.oldest};
@@ -193,8 +219,8 @@ struct cache_file {
   }
 
   /// Reads a sequence and adds it to the cache.
-  template <class Element>
-  static void load_sequence(kv_cache<Element>& cache, cache_reader& reader) {
+  template <class Element, class Core>
+  static void load_sequence(kv_cache<Element, Core>& cache, cache_reader& reader) {
     const cache_shape& shape = cache.shape();
     std::array<std::int64_t, 2> numbers{};
     reader.get(numbers.data(), 2);
@@ -207,7 +233,7 @@ struct cache_file {
 
     auto sequence = cache.new_sequence();
     const std::int64_t cores = cache.group_count(length);
-    const std::vector<Element> core_rows = read_rows<Element>(reader, cache.core_heads_, cores, shape);
+    const std::vector<Core> core_rows = read_rows<Core>(reader, cache.core_heads_, cores, shape);
     const std::vector<Element> raw_rows = read_rows<Element>(reader, shape.kv_heads, held.size(), shape);
     reader.end_part();
     try {
@@ -249,8 +275,8 @@ struct cache_file {
 
 /// Writes a cache to a binary stream.
 /// @throws std::runtime_error  when the stream fails
-template <class Element>
-void save(const kv_cache<Element>& cache, std::ostream& stream) {
+template <class Element, class Core>
+void save(const kv_cache<Element, Core>& cache, std::ostream& stream) {
   detail::cache_writer writer(stream);
   const detail::cache_file_header header = detail::cache_file::header_of(cache);
   writer.put(&header, 1);
@@ -260,10 +286,10 @@ void save(const kv_cache<Element>& cache, std::ostream& stream) {
 }
 
 /// Reads a cache from a binary stream, and nothing behind it.
-/// @throws std::runtime_error  for a file that is foreign, of another version, byte order or element type, damaged or
-///   cut short: nothing in it is relied on before its checksum and its meaning are checked
-template <class Element>
-[[nodiscard]] kv_cache<Element> load(std::istream& stream) {
+/// @throws std::runtime_error  for a file that is foreign, of another version or byte order, of other elements or cores,
+///   damaged or cut short: nothing in it is relied on before its checksum and its meaning are checked
+template <class Element, class Core = Element>
+[[nodiscard]] kv_cache<Element, Core> load(std::istream& stream) {
   detail::cache_reader reader(stream);
   detail::cache_file_header header;
   const detail::cache_file_header wanted;
@@ -273,11 +299,9 @@ template <class Element>
   if (header.version != wanted.version)
     detail::refuse_file("got version " + std::to_string(header.version) + ", wants " + std::to_string(wanted.version));
   reader.end_part();
-  if (header.element_bytes != sizeof(Element) || header.element_digits != std::numeric_limits<Element>::digits)
-    detail::refuse_file("got elements of " + std::to_string(header.element_bytes) + " bytes and " +
-                        std::to_string(header.element_digits) + " digits, wants " + std::to_string(sizeof(Element)) +
-                        " and " + std::to_string(std::numeric_limits<Element>::digits));
-  kv_cache<Element> cache = detail::cache_file::empty_cache<Element>(header);
+  if (const auto elements = detail::element_code::of<Element, Core>(); header.elements != elements)
+    detail::refuse_file("got " + to_string(header.elements) + ", wants " + to_string(elements));
+  auto cache = detail::cache_file::empty_cache<Element, Core>(header);
   for (std::int64_t b = 0; b < header.batch; ++b) detail::cache_file::load_sequence(cache, reader);
   return cache;
 }
