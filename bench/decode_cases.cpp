@@ -46,7 +46,7 @@ struct decode_case {
 };
 
 /// A cache that all but the last tokens have come to, and that last step. It answers in the type that it computes in.
-template <class Element>
+template <class Element, class Core = Element>
 class decoder {
  public:
   using T = cca::compute_type<Element>;
@@ -57,13 +57,13 @@ class decoder {
         answer_(1, c.heads, 1, c.dim),
         cache_({.heads = c.heads, .kv_heads = c.kv_heads, .dim = c.dim, .capacity = c.length, .rewind = 16},
                c.options()),
-        visible_(1, 1, 1, visible_elements() * static_cast<std::int64_t>(sizeof(Element)) / 4),
+        visible_(1, 1, 1, visible_size() / static_cast<std::int64_t>(sizeof(float))),
         helpers_(c.threads - 1),
         none_(0) {
     cache_.append(tokens(data_.query, before()), tokens(data_.key, before()), tokens(data_.value, before()));
   }
 
-  [[nodiscard]] const cca::kv_cache<Element>& cache() const { return cache_; }
+  [[nodiscard]] const cca::kv_cache<Element, Core>& cache() const { return cache_; }
   [[nodiscard]] std::size_t visible_bytes() const { return visible_.data.size() * sizeof(float); }
   [[nodiscard]] std::size_t dense_bytes() const {
     return (data_.key.data.size() + data_.value.data.size()) * sizeof(Element);
@@ -109,7 +109,7 @@ class decoder {
 
   /// Whether the last answer is right.
   [[nodiscard]] bool agrees() const {
-    return bench::agrees(answer_, textbook<exact_type<T>, exact_type<T>>(), textbook<T, Element>());
+    return bench::agrees(answer_, textbook<exact_type<T>, exact_type<T>>(), textbook<T, Core>());
   }
 
  private:
@@ -123,13 +123,14 @@ class decoder {
     return view;
   }
 
-  /// Elements of cores and window that the last token sees: each counts once for all heads that share it.
-  [[nodiscard]] std::int64_t visible_elements() const {
+  /// Bytes of cores and window that the last token sees: each counts once for all heads that share it.
+  [[nodiscard]] std::int64_t visible_size() const {
     const cca::partition partition{case_.options().group_size, case_.options().window};
     const std::int64_t core_heads = case_.cores == cca::core_heads::per_kv_head ? case_.kv_heads : case_.heads;
-    return 2 * case_.dim *
-           (core_heads * partition.core_count(case_.length - 1) +
-            case_.kv_heads * partition.raw(case_.length - 1).size());
+    const auto cores = static_cast<std::int64_t>(sizeof(Core)) * core_heads * partition.core_count(case_.length - 1),
+               raw =
+                   static_cast<std::int64_t>(sizeof(Element)) * case_.kv_heads * partition.raw(case_.length - 1).size();
+    return 2 * case_.dim * (cores + raw);
   }
 
   /// Seconds of `f`: of the thread, or by the clock on the wall where threads help.
@@ -139,14 +140,14 @@ class decoder {
     return elapsed_seconds([&] { f(cca::thread_pool_executor(threads ? helpers_ : none_)); });
   }
 
-  /// Computed in `Scalar` from cores that are kept as `Core`s.
-  template <class Scalar, class Core>
+  /// Computed in `Scalar` from cores that are kept as `Stored`.
+  template <class Scalar, class Stored>
   [[nodiscard]] tensor<Scalar> textbook() const {
     const cca::options options = case_.options();
     const auto key = data_.key.view(), value = data_.value.view();
     auto cores = cca::reference::pool<Scalar>(data_.query.view(), key, value, options);
     for (tensor<Scalar>* rows : {&cores.first, &cores.second})
-      for (Scalar& x : rows->data) x = static_cast<Scalar>(static_cast<Core>(x));
+      for (Scalar& x : rows->data) x = static_cast<Scalar>(static_cast<Stored>(x));
     const cca::partition partition{options.group_size, options.window};
     const std::vector<std::int64_t> seen(static_cast<std::size_t>(case_.heads), partition.core_count(case_.length - 1));
     const cca::far far{std::as_const(cores.first).view(), std::as_const(cores.second).view(),
@@ -157,7 +158,7 @@ class decoder {
   decode_case case_;
   operands<Element> data_;
   tensor<T> answer_;
-  cca::kv_cache<Element> cache_;
+  cca::kv_cache<Element, Core> cache_;
   tensor<float> visible_;  // as many bytes
   Eigen::ThreadPool helpers_, none_;
 };
@@ -203,10 +204,10 @@ void decoding(benchmark::State& state, const decode_case& c) {
   state.counters["read_threads"] = bytes / read;
 }
 
-/// A step through a cache of 16 bits in turns with one through a cache of floats.
-template <class Element>
+/// A step through a cache of 16 bits, or of cores of 16 bits, in turns with one through a cache of floats.
+template <class Element, class Core>
 void decoding_beside_floats(benchmark::State& state, const decode_case& c) {
-  decoder<Element> decoder(c);
+  decoder<Element, Core> decoder(c);
   bench::decoder<float> floats(c);
   decoder.step(false);
   floats.step(false);
@@ -248,9 +249,9 @@ void add_decoding(const decode_case& c) {
   add(c.name("float"), 0.02, [c](benchmark::State& state) { decoding(state, c); });
 }
 
-void add_decoding_16_bits(const decode_case& c) {
-  add(c.name("bfloat16"), 0.02, [c](benchmark::State& state) { decoding_beside_floats<Eigen::bfloat16>(state, c); });
-  add(c.name("half"), 0.02, [c](benchmark::State& state) { decoding_beside_floats<Eigen::half>(state, c); });
+template <class Element, class Core = Element>
+void add_decoding_beside_floats(const std::string& element, const decode_case& c) {
+  add(c.name(element), 0.02, [c](benchmark::State& state) { decoding_beside_floats<Element, Core>(state, c); });
 }
 
 void add_cache_memory() {
@@ -279,7 +280,12 @@ void add_decode_cases() {
   for (const cca::core_heads cores : {per_query_head, per_kv_head})
     cases.push_back({.heads = 32, .kv_heads = 8, .length = 32 * K, .cores = cores});
   for (const decode_case& c : cases) add_decoding(c);
-  for (const decode_case& c : cases) add_decoding_16_bits(c);
+  for (const decode_case& c : cases) {
+    add_decoding_beside_floats<Eigen::bfloat16>("bfloat16", c);
+    add_decoding_beside_floats<Eigen::half>("half", c);
+  }
+  add_decoding_beside_floats<float, Eigen::bfloat16>("float_cores_bfloat16", cases[0]);
+  add_decoding_beside_floats<Eigen::bfloat16, float>("bfloat16_cores_float", cases[0]);
   for (const std::int64_t length : {128 * K, 32 * K}) add_decoding({.length = length, .threads = 2});
   add_cache_memory();
 }

@@ -60,9 +60,10 @@ CCA_INLINE vec<T> load_as(const Element* from) {
 #if defined(__AVX512BW__)
   const auto load = [from]() CCA_INLINE_LAMBDA { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); };
   if constexpr (is_bfloat16<Element>) {
-    const __m512i place =
-        _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 16);
-    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, place, _mm512_castsi256_si512(load())));
+    // Word 16 is the first of the upper half, which is zeros.
+    const __m512i element = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i place = _mm512_or_si512(_mm512_slli_epi32(element, 16), _mm512_set1_epi32(16));
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(place, _mm512_zextsi256_si512(load())));
   }
   if constexpr (is_half<Element>) return _mm512_cvtph_ps(load());
 #elif defined(__AVX2__) && defined(__F16C__)
