@@ -35,6 +35,14 @@ import numpy as np
 DIM, GROUP, WINDOW = 128, 16, 1024
 
 
+def rounded(x, element):
+    """Floats that `element` holds: to nearest, ties to even."""
+    if element == "float":
+        return x
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+
+
 # The partition of the paper, arXiv 2412.12465: cores [0, core_count(t)), then tokens [core_count(t) * group, t].
 def core_count(t):
     return np.maximum(0, (t + 1 - WINDOW) // GROUP)
@@ -63,7 +71,7 @@ def torch_masked_cca(torch, query, key, value):
     length = key.shape[2]
     groups = length // GROUP
     j, group = torch.arange(length), torch.arange(groups)
-    mask = torch.zeros(length, groups + length)  # of floats: PyTorch turns one of bools into that in every call
+    mask = torch.zeros(length, groups + length, dtype=query.dtype)  # PyTorch turns one of bools into that in every call
     for t in torch.arange(length).unsqueeze(1).split(1024):  # a copy of it would count as memory
         cores = ((t + 1 - WINDOW) // GROUP).clamp(min=0)
         unseen = torch.cat([group >= cores, (j < cores * GROUP) | (j > t)], 1)
@@ -91,13 +99,13 @@ def torch_flex_cca(torch, query, key, value):
 PEERS = {"torch causal": torch_causal, "torch masked CCA": torch_masked_cca, "torch FlexAttention CCA": torch_flex_cca}
 
 
-def work(peer, directory, length):
+def work(peer, directory, length, element):
     """The process of a peer."""
     import torch
 
     torch.set_num_threads(1)
     operands = [
-        torch.from_numpy(np.fromfile(directory / name, np.float32)).view(1, 1, length, DIM)
+        torch.from_numpy(np.fromfile(directory / name, np.float32)).view(1, 1, length, DIM).to(getattr(torch, element))
         for name in ("query", "key", "value")
     ]
     call = out = None
@@ -107,7 +115,7 @@ def work(peer, directory, length):
         for command in sys.stdin:
             answer = {}
             if command.strip() == "write":
-                out.numpy().tofile(directory / "out")
+                out.float().numpy().tofile(directory / "out")
             else:
                 call = call or PEERS[peer](torch, *operands)  # on the first run: what it makes is its memory, too
                 out = None
@@ -217,31 +225,34 @@ def scores(length, dense):
     return int((cores + t + 1 - cores * GROUP).sum())
 
 
-def tolerance(name, length, exact, value):
+def tolerance(name, length, exact, value, element):
     """By row: what rounding may do."""
-    if name.endswith("f16"):  # keys and values are rounded; errors average as values do
-        return np.finfo(np.float16).eps * np.abs(exact).max(axis=1)
+    if name.endswith("f16") or element == "bfloat16":  # weights, cores and results are rounded; errors average as values do
+        eps = np.finfo(np.float16).eps if element == "float" else 2**-7
+        return eps * np.abs(exact).max(axis=1)
     # The rounding errors of a sum of `length` terms add up like a random walk.
     return np.full(len(exact), math.sqrt(length) * np.finfo(np.float32).eps * np.abs(value).max())
 
 
 def compare(length, arguments, directory):
     """One row per contestant for sequences of `length` tokens."""
+    element = arguments.element
+    size = 4 if element == "float" else 2
     generator = np.random.default_rng(length)
-    operands = [generator.standard_normal((length, DIM), np.float32) for _ in range(3)]
+    operands = [rounded(generator.standard_normal((length, DIM), np.float32), element) for _ in range(3)]
     for name, x in zip(("query", "key", "value"), operands):
         x.tofile(directory / name)
 
-    ours = [str(arguments.build / "bench/cca_run"), f"directory={directory}", f"length={length}", f"dim={DIM}"]
+    ours = [str(arguments.build / "bench/cca_run"), f"directory={directory}", f"length={length}", f"dim={DIM}", f"element={element}"]
     contestants = {
         "cca dense": [*ours, "kind=dense"],
         "cca": [*ours, "kind=cca", f"group={GROUP}", f"window={WINDOW}"],
     }
     for peer in PEERS:
         if peer != "torch masked CCA" or length <= arguments.masked_limit:
-            contestants[peer] = [sys.executable, __file__, "--worker", peer, str(directory), str(length)]
+            contestants[peer] = [sys.executable, __file__, "--worker", peer, str(directory), str(length), element]
     ggml = arguments.build / "bench/ggml_run"
-    for kind in ("f32", "f16") if ggml.exists() else ():
+    for kind in ("f32", "f16") if ggml.exists() and element == "float" else ():
         contestants[f"ggml {kind}"] = [str(ggml), *ours[1:], f"type={kind}"]
 
     running, failures = [], {}
@@ -259,7 +270,7 @@ def compare(length, arguments, directory):
             failures[name] = str(failure)
             print(f"{length:>7} {name}: {failure}", file=sys.stderr)
             continue
-        if not (errors[name] <= tolerance(name, length, expected, operands[2])).all():
+        if not (errors[name] <= tolerance(name, length, expected, operands[2], element)).all():
             raise SystemExit(f"{name} is wrong by {errors[name].max()} at length {length}")
         contestant.times.clear()
         running.append(contestant)
@@ -285,7 +296,7 @@ def compare(length, arguments, directory):
                 "peak": max(contestant.peaks) or None,
                 "error": float(errors[contestant.name].max()),
                 # All but PyTorch hold the output from the start.
-                "memory": contestant.close() - 4 * DIM * length * contestant.name.startswith("torch"),
+                "memory": contestant.close() - size * DIM * length * contestant.name.startswith("torch"),
             }
         )
         r = results[-1]
@@ -468,7 +479,7 @@ def plot(results, output, formats):
 
 def main():
     if sys.argv[1:2] == ["--worker"]:
-        return work(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+        return work(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
     if sys.argv[1:] == ["--gemm"]:
         return print(gemm_flops())
 
@@ -486,12 +497,15 @@ def main():
         metavar="LABEL=PROGRAM",
         help="builds of cca_bench, or the JSON of their runs, whose fractions of the peak are plotted",
     )
+    parser.add_argument(
+        "--element", choices=["float", "bfloat16"], default="float", help="bfloat16: by the matrix unit, nothing is drawn"
+    )
     parser.add_argument("--filter", default=".", help="cases of cca_bench")
     parser.add_argument("--plot", action="store_true", help="only draw the results.json that is there")
     parser.add_argument("--formats", nargs="+", default=["svg"], help="of the plots: svg, png, pdf")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    file = arguments.output / "results.json"
+    file = arguments.output / ("results.json" if arguments.element == "float" else f"results_{arguments.element}.json")
     if arguments.plot:
         return plot(json.loads(file.read_text()), arguments.output, arguments.formats)
     if arguments.build is None:
@@ -512,7 +526,8 @@ def main():
         label, program = build.split("=", 1)
         results["bench"][label] = bench(program, arguments.filter)
     file.write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, arguments.output, arguments.formats)
+    if arguments.element == "float":
+        plot(results, arguments.output, arguments.formats)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@
 
 // After support.hpp, which has a say in how Eigen is compiled.
 #include <cca/dispatch/to_plain.hpp>
+#include <cca/kv_cache_file.hpp>
 #include <iostream>
+#include <sstream>
 #include <thread>
 
 #include "amx_emulator.hpp"
@@ -610,6 +612,59 @@ TYPED_TEST(UnitTest, Workspace) {
   }
 }
 
+/// A cache answers a whole prompt to the bit as `attention` does, and a prompt in pieces, a lone token among them, within
+/// the rule. It comes back from a file with the unit that is asked for.
+TYPED_TEST(UnitTest, Cache) {
+  random_engine random(15);
+  const unit_call<TypeParam> c(example(entry::attention, {.batch = 2,
+                                                          .heads = 4,
+                                                          .kv_heads = 2,
+                                                          .queries = 90,
+                                                          .keys = 90,
+                                                          .dim = 24,
+                                                          .value_dim = 40}),
+                               random);
+  const sizes& s = c.p.sizes;
+  const tensor<TypeParam> grad_out({s.batch, s.heads, s.queries, s.value_dim});
+  const tensor<float, 3> grad_lse({s.batch, s.heads, s.queries});
+  const textbook<TypeParam> plain(c, grad_out.view(), grad_lse.view());
+  const auto exact = reference::attention<double>(c.operand(0), c.operand(1), c.operand(2), c.p.options);
+  const auto rows = [](auto view, range part) {
+    view.data = view.row(0, 0, part.begin);
+    view.extent[2] = part.size();
+    return view;
+  };
+  error_rule<float> out_rule, lse_rule;
+  for (const matrix_unit unit : units<TypeParam>())
+    for (const std::vector<std::int64_t>& pieces : {std::vector<std::int64_t>{90}, {40, 1, 33, 16}}) {
+      options options = c.p.options;
+      options.unit = unit;
+      kv_cache<TypeParam> cache(
+          {.batch = s.batch, .heads = s.heads, .kv_heads = s.kv_heads, .dim = s.dim, .value_dim = s.value_dim}, options);
+      const auto got = collect<float>(s, [&](tensor_view<float> out, lse_view<float> lse) {
+        std::int64_t begin = 0;
+        for (const std::int64_t count : pieces) {
+          const range part{begin, begin + count};
+          lse_view<float> lse_part = lse;
+          lse_part.data = lse.row(0, 0, begin);
+          lse_part.extent[2] = count;
+          cache.attend(rows(c.operand(0), part), rows(c.operand(1), part), rows(c.operand(2), part), rows(out, part),
+                       lse_part);
+          begin += count;
+          std::stringstream file;
+          save(cache, file);
+          cache = load<TypeParam>(file, unit);
+        }
+      });
+      EXPECT_EQ(cache.options().unit, unit);
+      EXPECT_TRUE(pieces.size() > 1 || same_bits(got, c.forward(unit)));
+      out_rule.add(got.out.view(), plain.result.out.view(), exact.out.view(), "cache");
+      lse_rule.add(with_dim(got.lse.view()), plain.result.lse.view(), exact.lse.view(), "cache");
+    }
+  EXPECT_TRUE(out_rule.holds());
+  EXPECT_TRUE(lse_rule.holds());
+}
+
 /// The units differ in the order of their sums alone: by much less than what they round.
 TYPED_TEST(UnitTest, BestIsOneOfThem) {
   random_engine random(14);
@@ -634,7 +689,7 @@ TEST(UnitRefusals, Name) {
   };
   const auto out = bhsd(f.data(), 1, 1, 16, 4);
   EXPECT_EQ(refusal([&] { dense_attention(of(f), of(f), of(f), out, {.unit = matrix_unit::best}); }),
-            "cca: options.unit: got best, wants none: query, key and value are not all of the same 16-bit type");
+            "cca: options.unit: got best, wants none: the operands are not all of the same 16-bit type");
   EXPECT_NE(
       refusal([&] { dense_attention(of(b), of(f), of(b), out, {.unit = matrix_unit::best}); }).find("options.unit"),
       std::string::npos);
@@ -643,10 +698,12 @@ TEST(UnitRefusals, Name) {
       std::string::npos);
   EXPECT_NE(refusal([&] { pool(of(b), of(b), of(b), out, out, {.unit = matrix_unit::best}); }).find("options.unit"),
             std::string::npos);
-  EXPECT_NE(refusal([] {
-              kv_cache<bfloat16>({.heads = 1, .kv_heads = 1, .dim = 4}, {.unit = matrix_unit::best});
-            }).find("options.unit"),
+  const cache_shape shape{.heads = 1, .kv_heads = 1, .dim = 4};
+  EXPECT_NE(refusal([&] { kv_cache<bfloat16, float>(shape, {.unit = matrix_unit::best}); }).find("options.unit"),
             std::string::npos);
+  kv_cache<bfloat16> cache(shape, {.unit = matrix_unit::best});
+  EXPECT_NE(refusal([&] { cache.attend(of(f), of(b), of(b), out); }).find("options.unit"), std::string::npos);
+  EXPECT_EQ(cache.length(), 0);
   EXPECT_NE(
       refusal([] { static_cast<void>(detail::to_plain(options{.unit = matrix_unit::best})); }).find("options.unit"),
       std::string::npos);

@@ -1,11 +1,8 @@
 #pragma once
 
-#include <fmt/core.h>
-
-#include <cca/cca.hpp>
-#include <cca/gradient.hpp>
+#include <cca/options.hpp>
+#include <cca/tensor_view.hpp>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <type_traits>
 
@@ -27,16 +24,7 @@ struct attention_choice {
 };
 
 /// Reads "dense", "cca", "mean", "max" (CCA with these poolings) or "window".
-inline attention_choice choose_attention(const std::string& name, std::int64_t group_size, std::int64_t window) {
-  const cca::options options{.group_size = group_size, .window = window};
-  if (name == "dense") return {context_kind::dense, {}};
-  if (name == "window") return {context_kind::window, options};
-  attention_choice choice{context_kind::cca, options};
-  if (name == "mean") choice.options.pool = cca::pooling::mean;
-  if (name == "max") choice.options.pool = cca::pooling::max;
-  if (name == "cca" || name == "mean" || name == "max") return choice;
-  throw std::invalid_argument(fmt::format("attention: got '{}', wants dense, cca, mean, max or window", name));
-}
+attention_choice choose_attention(const std::string& name, std::int64_t group_size, std::int64_t window);
 
 /// Heads that lie side by side in every row of a matrix: `[query heads | key heads | value heads]`, each `head_dim`
 /// columns wide.
@@ -68,6 +56,7 @@ struct head_layout {
   }
 };
 
+/// Of float or double, compiled once for all programs: the kernels take their time.
 template <class T>
 class attention_layer {
  public:
@@ -75,39 +64,11 @@ class attention_layer {
 
   /// @param qkv  `[batch * length, columns of the layout]`
   /// @param out  `[batch * length, heads * head_dim]`, written
-  void forward(const executor& run, const head_layout& layout, const matrix<T>& qkv, matrix<T>& out) {
-    out.resize(qkv.rows(), layout.heads * layout.head_dim);
-    lse_.resize(layout.heads, qkv.rows());
-    const auto query = layout.query(qkv), key = layout.key(qkv), value = layout.value(qkv);
-    const auto result = layout.view(out, 0, layout.heads);
-    switch (choice_.kind) {
-      case context_kind::dense:
-        return cca::dense_attention(query, key, value, result, lse(layout), choice_.options, run);
-      case context_kind::cca:
-        return cca::attention(query, key, value, result, lse(layout), choice_.options, run);
-      case context_kind::window:
-        return cca::local_attention(query, key, value, result, lse(layout), choice_.options, run);
-    }
-  }
+  void forward(const executor& run, const head_layout& layout, const matrix<T>& qkv, matrix<T>& out);
 
   /// @param grad_qkv  written
   void backward(const executor& run, const head_layout& layout, const matrix<T>& qkv, const matrix<T>& out,
-                const matrix<T>& grad_out, matrix<T>& grad_qkv) {
-    grad_qkv.resize(qkv.rows(), qkv.cols());
-    const auto gradient = [&](auto&& function) {
-      function(layout.query(qkv), layout.key(qkv), layout.value(qkv), layout.view(out, 0, layout.heads), lse(layout),
-               layout.view(grad_out, 0, layout.heads), layout.query(grad_qkv), layout.key(grad_qkv),
-               layout.value(grad_qkv), choice_.options, run);
-    };
-    switch (choice_.kind) {
-      case context_kind::dense:
-        return gradient([](auto&&... operands) { cca::dense_attention_gradient(operands...); });
-      case context_kind::cca:
-        return gradient([](auto&&... operands) { cca::attention_gradient(operands...); });
-      case context_kind::window:
-        return gradient([](auto&&... operands) { cca::local_attention_gradient(operands...); });
-    }
-  }
+                const matrix<T>& grad_out, matrix<T>& grad_qkv);
 
  private:
   [[nodiscard]] cca::lse_view<T> lse(const head_layout& layout) {

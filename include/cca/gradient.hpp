@@ -29,6 +29,12 @@ void require_gradient(const char* name, const tensor_view<T>& gradient, const st
   require_extents(name, gradient, extents);
 }
 
+template <class T, class... Operand>
+constexpr void require_gradient_type() {
+  static_assert(std::is_same_v<T, compute_type<Operand...>>,
+                "gradients are of the type that is computed in: float, or double if an operand is");
+}
+
 template <class Query, class Key, class Value, class T>
 void require_gradients(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
                        const tensor_view<T>& grad_query, const tensor_view<T>& grad_key,
@@ -136,6 +142,7 @@ template <class Query, class Out, class Lse, class GradOut, class GradLse, class
 void raw_gradient(const query_results<Query, Out, Lse, GradOut, GradLse>& results, tensor_view<Key> key,
                   tensor_view<Value> value, tensor_view<T> grad_query, tensor_view<T> grad_key,
                   tensor_view<T> grad_value, const options& options, const E& run, std::span<std::byte> workspace) {
+  require_gradient_type<T, Query, Key, Value>();
   const auto& query = results.query;
   require_raw(query, key, value, options);
   require_query_results<T>(results, value.dim());
@@ -188,7 +195,7 @@ void pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<V
                    tensor_view<const std::type_identity_t<T>> grad_core_value, tensor_view<T> grad_query,
                    tensor_view<T> grad_key, tensor_view<T> grad_value, const options& options, const E& run = {},
                    std::span<std::byte> workspace = {}) {
-  static_assert(std::is_same_v<T, compute_type<Query, Key, Value>>);
+  detail::require_gradient_type<T, Query, Key, Value>();
   detail::require_pool(query, key, value, options);
   const auto [core_key, core_value] = detail::core_extents(query, key, value, options);
   detail::require_operand("grad_core_key", grad_core_key);
@@ -229,6 +236,7 @@ void attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_v
                         lse_view<Lse> lse, tensor_view<GradOut> grad_out, lse_view<GradLse> grad_lse,
                         tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
                         const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+  detail::require_gradient_type<T, Query, Key, Value>();
   const detail::query_results results{query, out, lse, grad_out, grad_lse};
   detail::require_pooling_operands(query, key, value, options);
   detail::require_grouping(options);
@@ -327,8 +335,7 @@ void attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view
                      lse_view<GradLse> grad_lse, tensor_view<T> grad_query, tensor_view<T> grad_key,
                      tensor_view<T> grad_value, tensor_view<T> grad_far_key, tensor_view<T> grad_far_value,
                      const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
-  static_assert(std::is_same_v<T, compute_type<Query, Key, Value, FarKey, FarValue>>,
-                "gradients are of the type that is computed in: float, or double if an operand is");
+  detail::require_gradient_type<T, Query, Key, Value, FarKey, FarValue>();
   const detail::query_results results{query, out, lse, grad_out, grad_lse};
   detail::require_attend(query, key, value, far, options);
   detail::require_query_results<T>(results, value.dim());

@@ -27,7 +27,9 @@ struct cache_file;
 /// tokens of the window, `floor(n / g)` cores and at most `s + g + rewind` raw entries after n tokens.
 ///
 /// Tokens are appended one or many at a time; a group is pooled as soon as its last token arrives, with that token's
-/// query. Attending gives what `attention` gives for the whole sequence, within rounding, however it was cut.
+/// query. Attending gives what `attention` gives for the whole sequence, within rounding, however it was cut. With a
+/// matrix unit, which queries, tokens and cores all of the same 16-bit type can have, a prompt is attended to by the unit;
+/// up to `detail::few_queries` at a time, which are bound by memory, by floats.
 ///
 /// @tparam Element  of keys and values; computed with in `compute_type`
 /// @tparam Core  of cores, which are rounded to it once: with `float` cores beside `Eigen::bfloat16` tokens they stay as
@@ -242,7 +244,7 @@ class kv_cache {
     detail::require_options<compute_type<Element>>(options);
     detail::require_grouping(options);
     detail::require_unused(!options.first_position, "options.first_position", "none: a cache knows its positions");
-    detail::require_unused(options.unit == matrix_unit::none, "options.unit", "none: a cache attends in float");
+    detail::require_unit<detail::product_type<Element, Core>>(options);
     return options;
   }
 
@@ -266,6 +268,8 @@ class kv_cache {
         std::is_same_v<std::remove_const_t<Key>, Element> && std::is_same_v<std::remove_const_t<Value>, Element>,
         "keys and values have the cache's element type: attention then sees them as the cache keeps them");
     using T = compute_type<Query, Element>;
+    using Product = detail::product_type<Query, Element, Core>;
+    if (out != nullptr) detail::require_unit<Product>(options_);
     const std::int64_t count = query.length(), batch = query.batch();
     detail::require_operand("key", key);
     detail::require_operand("value", value);
@@ -290,8 +294,8 @@ class kv_cache {
       cores = std::max(cores, at(b).cores.capacity());
       raw = std::max(raw, at(b).raw.capacity());
     }
-    const auto forward = detail::plan<T>(query, shape_.value_dim, shape_.kv_heads, {cores, raw, raw, count},
-                                         !detail::in_place<T, Element, Core>, matrix_unit::none, run);
+    const auto forward = detail::plan<Product>(query, shape_.value_dim, shape_.kv_heads, {cores, raw, raw, count},
+                                         !detail::in_place<T, Element, Core>, options_.unit, run);
     const std::size_t bytes = detail::worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
     if (workspace_.bytes() < bytes + detail::scratch_alignment)
       workspace_ = detail::aligned_memory(bytes + detail::scratch_alignment);

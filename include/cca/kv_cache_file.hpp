@@ -181,13 +181,14 @@ struct cache_file {
 
   /// A cache as the header says, but without sequences yet: they bring their memory with them.
   template <class Element, class Core>
-  static kv_cache<Element, Core> empty_cache(const cache_file_header& header) {
+  static kv_cache<Element, Core> empty_cache(const cache_file_header& header, matrix_unit unit) {
     if (header.batch < 0) refuse_file("got " + std::to_string(header.batch) + " sequences, wants none below 0");
     cache_shape shape{0, header.heads, header.kv_heads, header.dim, header.value_dim, header.capacity, header.rewind};
     options options{.group_size = header.group_size,
                     .window = header.window,
                     .pool = static_cast<pooling>(header.pool),
-                    .cores = static_cast<core_heads>(header.cores)};
+                    .cores = static_cast<core_heads>(header.cores),
+                    .unit = unit};
     if (header.has_scale) options.softmax_scale = header.softmax_scale;
     try {
       return kv_cache<Element, Core>(shape, options);
@@ -286,10 +287,13 @@ void save(const kv_cache<Element, Core>& cache, std::ostream& stream) {
 }
 
 /// Reads a cache from a binary stream, and nothing behind it.
+/// @param unit  as in `options`: a file does not say, for it may come from another machine
+/// @throws std::invalid_argument  for a unit that is not there for these elements
 /// @throws std::runtime_error  for a file that is foreign, of another version or byte order, of other elements or cores,
 ///   damaged or cut short: nothing in it is relied on before its checksum and its meaning are checked
 template <class Element, class Core = Element>
-[[nodiscard]] kv_cache<Element, Core> load(std::istream& stream) {
+[[nodiscard]] kv_cache<Element, Core> load(std::istream& stream, matrix_unit unit = matrix_unit::none) {
+  detail::require_unit<detail::product_type<Element, Core>>({.unit = unit});
   detail::cache_reader reader(stream);
   detail::cache_file_header header;
   const detail::cache_file_header wanted;
@@ -301,7 +305,7 @@ template <class Element, class Core = Element>
   reader.end_part();
   if (const auto elements = detail::element_code::of<Element, Core>(); header.elements != elements)
     detail::refuse_file("got " + to_string(header.elements) + ", wants " + to_string(elements));
-  auto cache = detail::cache_file::empty_cache<Element, Core>(header);
+  auto cache = detail::cache_file::empty_cache<Element, Core>(header, unit);
   for (std::int64_t b = 0; b < header.batch; ++b) detail::cache_file::load_sequence(cache, reader);
   return cache;
 }

@@ -175,7 +175,7 @@ void require_unit(const options& options) {
   const auto number = static_cast<std::size_t>(unit);
   if (number >= std::size(names)) refuse("options.unit", std::to_string(number), "none, best, avx512_bf16 or amx");
   if (!is_unit_element<Element>)
-    refuse("options.unit", names[number], "none: query, key and value are not all of the same 16-bit type");
+    refuse("options.unit", names[number], "none: the operands are not all of the same 16-bit type");
   if (unit != matrix_unit::best && !has_unit<Element>(unit))
     refuse("options.unit", names[number], "best, or a unit that this processor has for the operands' type");
 }
