@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Puts each of the bugs of mutations.toml into a copy of the library and shows that a test fails.
 
-    python3 tests/mutate.py [--jobs N] [--arch native] [--only TEXT] [--work DIRECTORY]
+    python3 tests/mutate.py [--jobs N] [--arch native] [--only TEXT] [--first N] [--work DIRECTORY]
 
 Takes the tests that a bug names one after the other, until one fails to pass. Ends with the bugs that none caught.
 """
@@ -56,6 +56,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--arch", default="native", help="instruction set, as of CCA_TEST_ARCHS")
     parser.add_argument("--only", default="", help="bugs whose file or invariant holds this text")
+    parser.add_argument("--first", type=int, default=1, help="the bug of those to begin with, counted from 1")
     parser.add_argument("--work", type=Path, help="directory to keep the builds in")
     arguments = parser.parse_args()
 
@@ -73,7 +74,7 @@ def main():
             if not passes(build, f"{arguments.arch}.{test}", arguments.jobs):
                 sys.exit(f"{test} fails without a bug")
         missed = []
-        for i, m in enumerate(mutations, 1):
+        for i, m in list(enumerate(mutations, 1))[arguments.first - 1 :]:
             header = headers / m["file"]
             text = header.read_text()
             start = time.monotonic()
@@ -84,7 +85,8 @@ def main():
                 missed.append(m)
             print(f"{i}/{len(mutations)} {m['file']}: {m['invariant']}: {caught or 'NOT CAUGHT'}"
                   f" ({time.monotonic() - start:.0f} s)", flush=True)
-    print(f"{len(mutations) - len(missed)} of {len(mutations)} caught")
+    tried = len(mutations) - arguments.first + 1
+    print(f"{tried - len(missed)} of {tried} caught")
     for m in missed:
         print(f"not caught: {m['file']}: {m['find']} -> {m['replace']}")
     sys.exit(bool(missed))
