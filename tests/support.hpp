@@ -85,7 +85,7 @@ T canary() {
 }
 
 template <class T>
-requires std::is_arithmetic_v<T>
+requires std::is_arithmetic_v<T> || (sizeof(T) == 2)  // 16-bit elements
 bool same_bits(T a, T b) { return std::memcmp(&a, &b, sizeof(T)) == 0; }
 
 /// Calls `f(b, h, i)` for every row of a view.

@@ -5,7 +5,6 @@
 #include "gradient_entry_points.hpp"
 
 // After support.hpp, which has a say in how Eigen is compiled.
-#include <cca/dispatch/to_plain.hpp>
 #include <cca/kv_cache_file.hpp>
 #include <iostream>
 #include <sstream>
@@ -616,14 +615,10 @@ TYPED_TEST(UnitTest, Workspace) {
 /// the rule. It comes back from a file with the unit that is asked for.
 TYPED_TEST(UnitTest, Cache) {
   random_engine random(15);
-  const unit_call<TypeParam> c(example(entry::attention, {.batch = 2,
-                                                          .heads = 4,
-                                                          .kv_heads = 2,
-                                                          .queries = 90,
-                                                          .keys = 90,
-                                                          .dim = 24,
-                                                          .value_dim = 40}),
-                               random);
+  const unit_call<TypeParam> c(
+      example(entry::attention,
+              {.batch = 2, .heads = 4, .kv_heads = 2, .queries = 90, .keys = 90, .dim = 24, .value_dim = 40}),
+      random);
   const sizes& s = c.p.sizes;
   const tensor<TypeParam> grad_out({s.batch, s.heads, s.queries, s.value_dim});
   const tensor<float, 3> grad_lse({s.batch, s.heads, s.queries});
@@ -640,7 +635,8 @@ TYPED_TEST(UnitTest, Cache) {
       options options = c.p.options;
       options.unit = unit;
       kv_cache<TypeParam> cache(
-          {.batch = s.batch, .heads = s.heads, .kv_heads = s.kv_heads, .dim = s.dim, .value_dim = s.value_dim}, options);
+          {.batch = s.batch, .heads = s.heads, .kv_heads = s.kv_heads, .dim = s.dim, .value_dim = s.value_dim},
+          options);
       const auto got = collect<float>(s, [&](tensor_view<float> out, lse_view<float> lse) {
         std::int64_t begin = 0;
         for (const std::int64_t count : pieces) {
@@ -704,9 +700,6 @@ TEST(UnitRefusals, Name) {
   kv_cache<bfloat16> cache(shape, {.unit = matrix_unit::best});
   EXPECT_NE(refusal([&] { cache.attend(of(f), of(b), of(b), out); }).find("options.unit"), std::string::npos);
   EXPECT_EQ(cache.length(), 0);
-  EXPECT_NE(
-      refusal([] { static_cast<void>(detail::to_plain(options{.unit = matrix_unit::best})); }).find("options.unit"),
-      std::string::npos);
   detail::matrix_units& present = detail::present_units();
   const detail::matrix_units had = std::exchange(present, {});
   EXPECT_EQ(refusal([&] { dense_attention(of(b), of(b), of(b), out, {.unit = matrix_unit::amx}); }),

@@ -17,7 +17,8 @@
 
 /// The functions of the library for the processor that the program runs on, whatever it was compiled for: link
 /// `cca::dispatch`, and `cca::attention` becomes `cca::dispatch::attention`. Parameters, results and errors are those of
-/// the function of the same name in `cca`; the elements of a call are all float or all double.
+/// the function of the same name in `cca`; operands and outputs of a call have elements of one type: float, double,
+/// `Eigen::bfloat16` or `Eigen::half`. (Matrix units are found at run time with the headers alone, too.)
 namespace cca::inline CCA_TARGET::dispatch {
 
 /// The instruction set in use, "avx512", "avx2_fma", "sse4_2", "sse2" or "neon64": the newest that the processor and the
@@ -41,15 +42,15 @@ template <element T, class Lse, executor E = serial_executor>
 void attention(operand<T> query, operand<T> key, operand<T> value, tensor_view<T> out, lse_view<Lse> lse,
                const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
   using namespace detail;
-  kernels<T>().attention(to_plain(query), to_plain(key), to_plain(value), to_plain(out), lse_to_plain<T>("lse", lse),
-                         to_plain(options), to_plain(run), workspace);
+  kernels<T>().calls.attention(to_plain(query), to_plain(key), to_plain(value), to_plain(out),
+                               lse_to_plain<compute_type<T>>("lse", lse), to_plain(options), to_plain(run), workspace);
 }
 
 /// Without log-sum-exps.
 template <element T, executor E = serial_executor>
 void attention(operand<T> query, operand<T> key, operand<T> value, tensor_view<T> out, const options& options,
                const E& run = {}, std::span<std::byte> workspace = {}) {
-  dispatch::attention(query, key, value, out, lse_view<T>{}, options, run, workspace);
+  dispatch::attention(query, key, value, out, lse_view<>{}, options, run, workspace);
 }
 
 /// See `cca::local_attention`.
@@ -57,15 +58,16 @@ template <element T, class Lse, executor E = serial_executor>
 void local_attention(operand<T> query, operand<T> key, operand<T> value, tensor_view<T> out, lse_view<Lse> lse,
                      const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
   using namespace detail;
-  kernels<T>().local_attention(to_plain(query), to_plain(key), to_plain(value), to_plain(out),
-                               lse_to_plain<T>("lse", lse), to_plain(options), to_plain(run), workspace);
+  kernels<T>().calls.local_attention(to_plain(query), to_plain(key), to_plain(value), to_plain(out),
+                                     lse_to_plain<compute_type<T>>("lse", lse), to_plain(options), to_plain(run),
+                                     workspace);
 }
 
 /// Without log-sum-exps.
 template <element T, executor E = serial_executor>
 void local_attention(operand<T> query, operand<T> key, operand<T> value, tensor_view<T> out, const options& options,
                      const E& run = {}, std::span<std::byte> workspace = {}) {
-  dispatch::local_attention(query, key, value, out, lse_view<T>{}, options, run, workspace);
+  dispatch::local_attention(query, key, value, out, lse_view<>{}, options, run, workspace);
 }
 
 /// See `cca::dense_attention`.
@@ -73,15 +75,16 @@ template <element T, class Lse, executor E = serial_executor>
 void dense_attention(operand<T> query, operand<T> key, operand<T> value, tensor_view<T> out, lse_view<Lse> lse,
                      const options& options = {}, const E& run = {}, std::span<std::byte> workspace = {}) {
   using namespace detail;
-  kernels<T>().dense_attention(to_plain(query), to_plain(key), to_plain(value), to_plain(out),
-                               lse_to_plain<T>("lse", lse), to_plain(options), to_plain(run), workspace);
+  kernels<T>().calls.dense_attention(to_plain(query), to_plain(key), to_plain(value), to_plain(out),
+                                     lse_to_plain<compute_type<T>>("lse", lse), to_plain(options), to_plain(run),
+                                     workspace);
 }
 
 /// Without log-sum-exps.
 template <element T, executor E = serial_executor>
 void dense_attention(operand<T> query, operand<T> key, operand<T> value, tensor_view<T> out,
                      const options& options = {}, const E& run = {}, std::span<std::byte> workspace = {}) {
-  dispatch::dense_attention(query, key, value, out, lse_view<T>{}, options, run, workspace);
+  dispatch::dense_attention(query, key, value, out, lse_view<>{}, options, run, workspace);
 }
 
 /// See `cca::attend`.
@@ -89,16 +92,16 @@ template <class FarKey, class FarValue, element T, class Lse, executor E = seria
 void attend(operand<T> query, operand<T> key, operand<T> value, far<FarKey, FarValue> far, tensor_view<T> out,
             lse_view<Lse> lse, const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
   using namespace detail;
-  kernels<T>().attend(to_plain(query), to_plain(key), to_plain(value), to_plain(operand<T>(far.key)),
-                      to_plain(operand<T>(far.value)), to_plain(far.seen), to_plain(out), lse_to_plain<T>("lse", lse),
-                      to_plain(options), to_plain(run), workspace);
+  kernels<T>().calls.attend(to_plain(query), to_plain(key), to_plain(value), to_plain(operand<T>(far.key)),
+                            to_plain(operand<T>(far.value)), to_plain(far.seen), to_plain(out),
+                            lse_to_plain<compute_type<T>>("lse", lse), to_plain(options), to_plain(run), workspace);
 }
 
 /// Without log-sum-exps.
 template <class FarKey, class FarValue, element T, executor E = serial_executor>
 void attend(operand<T> query, operand<T> key, operand<T> value, far<FarKey, FarValue> far, tensor_view<T> out,
             const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
-  dispatch::attend(query, key, value, far, out, lse_view<T>{}, options, run, workspace);
+  dispatch::attend(query, key, value, far, out, lse_view<>{}, options, run, workspace);
 }
 
 /// See `cca::pool`.
@@ -106,172 +109,162 @@ template <element T, executor E = serial_executor>
 void pool(operand<T> query, operand<T> key, operand<T> value, tensor_view<T> core_key, tensor_view<T> core_value,
           const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
   using namespace detail;
-  kernels<T>().pool(to_plain(query), to_plain(key), to_plain(value), to_plain(core_key), to_plain(core_value),
-                    to_plain(options), to_plain(run), workspace);
+  kernels<T>().calls.pool(to_plain(query), to_plain(key), to_plain(value), to_plain(core_key), to_plain(core_value),
+                          to_plain(options), to_plain(run), workspace);
 }
 
 /// See `cca::merge`.
 template <element T, executor E = serial_executor>
-void merge(operand<T> out_a, lse_view<const std::type_identity_t<T>> lse_a, operand<T> out_b,
-           lse_view<const std::type_identity_t<T>> lse_b, tensor_view<T> out, lse_view<T> lse, const E& run = {}) {
+void merge(operand<T> out_a, lse_operand<T> lse_a, operand<T> out_b, lse_operand<T> lse_b, tensor_view<T> out,
+           lse_view<compute_type<T>> lse, const E& run = {}) {
   using namespace detail;
-  kernels<T>().merge(to_plain(out_a), to_plain(lse_a), to_plain(out_b), to_plain(lse_b), to_plain(out), to_plain(lse),
-                     to_plain(run));
+  kernels<T>().calls.merge(to_plain(out_a), to_plain(lse_a), to_plain(out_b), to_plain(lse_b), to_plain(out),
+                           to_plain(lse), to_plain(run));
 }
 
 /// See `cca::workspace_size`.
-template <class Query, executor E = serial_executor>
-[[nodiscard]] std::size_t workspace_size(tensor_view<Query> query, operand<std::remove_const_t<Query>> key,
-                                         operand<std::remove_const_t<Query>> value, const options& options,
+template <class T, executor E = serial_executor>
+[[nodiscard]] std::size_t workspace_size(tensor_view<T> query, operand<T> key, operand<T> value, const options& options,
                                          const E& run = {}) {
   using namespace detail;
-  using T = std::remove_const_t<Query>;
-  return kernels<T>().workspace_size(to_plain(operand<T>(query)), to_plain(key), to_plain(value), to_plain(options),
-                                     to_plain(run));
+  return kernels<T>().calls.workspace_size(to_plain(operand<T>(query)), to_plain(key), to_plain(value),
+                                           to_plain(options), to_plain(run));
 }
 
 /// The same for `attend`.
-template <class Query, class FarKey, class FarValue, executor E = serial_executor>
-[[nodiscard]] std::size_t workspace_size(tensor_view<Query> query, operand<std::remove_const_t<Query>> key,
-                                         operand<std::remove_const_t<Query>> value, far<FarKey, FarValue> far,
-                                         const E& run = {}) {
+template <class T, class FarKey, class FarValue, executor E = serial_executor>
+[[nodiscard]] std::size_t workspace_size(tensor_view<T> query, operand<T> key, operand<T> value,
+                                         far<FarKey, FarValue> far, const E& run = {},
+                                         matrix_unit unit = matrix_unit::none) {
   using namespace detail;
-  using T = std::remove_const_t<Query>;
-  return kernels<T>().attend_workspace_size(to_plain(operand<T>(query)), to_plain(key), to_plain(value),
-                                            to_plain(operand<T>(far.key)), to_plain(operand<T>(far.value)),
-                                            to_plain(far.seen), to_plain(run));
+  return kernels<T>().calls.attend_workspace_size(to_plain(operand<T>(query)), to_plain(key), to_plain(value),
+                                                  to_plain(operand<T>(far.key)), to_plain(operand<T>(far.value)),
+                                                  to_plain(far.seen), to_plain(run), static_cast<int>(unit));
 }
 
 /// See `cca::attention_gradient`.
-template <class GradLse, element T, executor E = serial_executor>
-void attention_gradient(operand<T> query, operand<T> key, operand<T> value, operand<T> out,
-                        lse_view<const std::type_identity_t<T>> lse, operand<T> grad_out, lse_view<GradLse> grad_lse,
-                        tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
-                        const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+template <class GradLse, class T, executor E = serial_executor>
+void attention_gradient(tensor_view<T> query, operand<T> key, operand<T> value, operand<T> out, lse_operand<T> lse,
+                        operand<T> grad_out, lse_view<GradLse> grad_lse, gradient<T> grad_query, gradient<T> grad_key,
+                        gradient<T> grad_value, const options& options, const E& run = {},
+                        std::span<std::byte> workspace = {}) {
   using namespace detail;
-  kernels<T>().attention_gradient(to_plain(query), to_plain(key), to_plain(value), to_plain(out), to_plain(lse),
-                                  to_plain(grad_out), lse_to_plain<const T>("grad_lse", grad_lse), to_plain(grad_query),
-                                  to_plain(grad_key), to_plain(grad_value), to_plain(options), to_plain(run),
-                                  workspace);
+  kernels<T>().calls.attention_gradient(
+      to_plain(operand<T>(query)), to_plain(key), to_plain(value), to_plain(out), to_plain(lse), to_plain(grad_out),
+      lse_to_plain<const compute_type<T>>("grad_lse", grad_lse), to_plain(grad_query), to_plain(grad_key),
+      to_plain(grad_value), to_plain(options), to_plain(run), workspace);
 }
 
 /// Without a gradient of `lse`.
-template <element T, executor E = serial_executor>
-void attention_gradient(operand<T> query, operand<T> key, operand<T> value, operand<T> out,
-                        lse_view<const std::type_identity_t<T>> lse, operand<T> grad_out, tensor_view<T> grad_query,
-                        tensor_view<T> grad_key, tensor_view<T> grad_value, const options& options, const E& run = {},
-                        std::span<std::byte> workspace = {}) {
-  dispatch::attention_gradient(query, key, value, out, lse, grad_out, lse_view<T>{}, grad_query, grad_key, grad_value,
+template <class T, executor E = serial_executor>
+void attention_gradient(tensor_view<T> query, operand<T> key, operand<T> value, operand<T> out, lse_operand<T> lse,
+                        operand<T> grad_out, gradient<T> grad_query, gradient<T> grad_key, gradient<T> grad_value,
+                        const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+  dispatch::attention_gradient(query, key, value, out, lse, grad_out, lse_view<>{}, grad_query, grad_key, grad_value,
                                options, run, workspace);
 }
 
 /// See `cca::local_attention_gradient`.
-template <class GradLse, element T, executor E = serial_executor>
-void local_attention_gradient(operand<T> query, operand<T> key, operand<T> value, operand<T> out,
-                              lse_view<const std::type_identity_t<T>> lse, operand<T> grad_out,
-                              lse_view<GradLse> grad_lse, tensor_view<T> grad_query, tensor_view<T> grad_key,
-                              tensor_view<T> grad_value, const options& options, const E& run = {},
-                              std::span<std::byte> workspace = {}) {
+template <class GradLse, class T, executor E = serial_executor>
+void local_attention_gradient(tensor_view<T> query, operand<T> key, operand<T> value, operand<T> out,
+                              lse_operand<T> lse, operand<T> grad_out, lse_view<GradLse> grad_lse,
+                              gradient<T> grad_query, gradient<T> grad_key, gradient<T> grad_value,
+                              const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
   using namespace detail;
-  kernels<T>().local_attention_gradient(to_plain(query), to_plain(key), to_plain(value), to_plain(out), to_plain(lse),
-                                        to_plain(grad_out), lse_to_plain<const T>("grad_lse", grad_lse),
-                                        to_plain(grad_query), to_plain(grad_key), to_plain(grad_value),
-                                        to_plain(options), to_plain(run), workspace);
+  kernels<T>().calls.local_attention_gradient(
+      to_plain(operand<T>(query)), to_plain(key), to_plain(value), to_plain(out), to_plain(lse), to_plain(grad_out),
+      lse_to_plain<const compute_type<T>>("grad_lse", grad_lse), to_plain(grad_query), to_plain(grad_key),
+      to_plain(grad_value), to_plain(options), to_plain(run), workspace);
 }
 
 /// Without a gradient of `lse`.
-template <element T, executor E = serial_executor>
-void local_attention_gradient(operand<T> query, operand<T> key, operand<T> value, operand<T> out,
-                              lse_view<const std::type_identity_t<T>> lse, operand<T> grad_out,
-                              tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
-                              const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
-  dispatch::local_attention_gradient(query, key, value, out, lse, grad_out, lse_view<T>{}, grad_query, grad_key,
+template <class T, executor E = serial_executor>
+void local_attention_gradient(tensor_view<T> query, operand<T> key, operand<T> value, operand<T> out,
+                              lse_operand<T> lse, operand<T> grad_out, gradient<T> grad_query, gradient<T> grad_key,
+                              gradient<T> grad_value, const options& options, const E& run = {},
+                              std::span<std::byte> workspace = {}) {
+  dispatch::local_attention_gradient(query, key, value, out, lse, grad_out, lse_view<>{}, grad_query, grad_key,
                                      grad_value, options, run, workspace);
 }
 
 /// See `cca::dense_attention_gradient`.
-template <class GradLse, element T, executor E = serial_executor>
-void dense_attention_gradient(operand<T> query, operand<T> key, operand<T> value, operand<T> out,
-                              lse_view<const std::type_identity_t<T>> lse, operand<T> grad_out,
-                              lse_view<GradLse> grad_lse, tensor_view<T> grad_query, tensor_view<T> grad_key,
-                              tensor_view<T> grad_value, const options& options = {}, const E& run = {},
-                              std::span<std::byte> workspace = {}) {
+template <class GradLse, class T, executor E = serial_executor>
+void dense_attention_gradient(tensor_view<T> query, operand<T> key, operand<T> value, operand<T> out,
+                              lse_operand<T> lse, operand<T> grad_out, lse_view<GradLse> grad_lse,
+                              gradient<T> grad_query, gradient<T> grad_key, gradient<T> grad_value,
+                              const options& options = {}, const E& run = {}, std::span<std::byte> workspace = {}) {
   using namespace detail;
-  kernels<T>().dense_attention_gradient(to_plain(query), to_plain(key), to_plain(value), to_plain(out), to_plain(lse),
-                                        to_plain(grad_out), lse_to_plain<const T>("grad_lse", grad_lse),
-                                        to_plain(grad_query), to_plain(grad_key), to_plain(grad_value),
-                                        to_plain(options), to_plain(run), workspace);
+  kernels<T>().calls.dense_attention_gradient(
+      to_plain(operand<T>(query)), to_plain(key), to_plain(value), to_plain(out), to_plain(lse), to_plain(grad_out),
+      lse_to_plain<const compute_type<T>>("grad_lse", grad_lse), to_plain(grad_query), to_plain(grad_key),
+      to_plain(grad_value), to_plain(options), to_plain(run), workspace);
 }
 
 /// Without a gradient of `lse`.
-template <element T, executor E = serial_executor>
-void dense_attention_gradient(operand<T> query, operand<T> key, operand<T> value, operand<T> out,
-                              lse_view<const std::type_identity_t<T>> lse, operand<T> grad_out,
-                              tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
-                              const options& options = {}, const E& run = {}, std::span<std::byte> workspace = {}) {
-  dispatch::dense_attention_gradient(query, key, value, out, lse, grad_out, lse_view<T>{}, grad_query, grad_key,
+template <class T, executor E = serial_executor>
+void dense_attention_gradient(tensor_view<T> query, operand<T> key, operand<T> value, operand<T> out,
+                              lse_operand<T> lse, operand<T> grad_out, gradient<T> grad_query, gradient<T> grad_key,
+                              gradient<T> grad_value, const options& options = {}, const E& run = {},
+                              std::span<std::byte> workspace = {}) {
+  dispatch::dense_attention_gradient(query, key, value, out, lse, grad_out, lse_view<>{}, grad_query, grad_key,
                                      grad_value, options, run, workspace);
 }
 
 /// See `cca::attend_gradient`.
-template <class FarKey, class FarValue, class GradLse, element T, executor E = serial_executor>
-void attend_gradient(operand<T> query, operand<T> key, operand<T> value, far<FarKey, FarValue> far, operand<T> out,
-                     lse_view<const std::type_identity_t<T>> lse, operand<T> grad_out, lse_view<GradLse> grad_lse,
-                     tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
-                     tensor_view<T> grad_far_key, tensor_view<T> grad_far_value, const options& options,
-                     const E& run = {}, std::span<std::byte> workspace = {}) {
+template <class FarKey, class FarValue, class GradLse, class T, executor E = serial_executor>
+void attend_gradient(tensor_view<T> query, operand<T> key, operand<T> value, far<FarKey, FarValue> far, operand<T> out,
+                     lse_operand<T> lse, operand<T> grad_out, lse_view<GradLse> grad_lse, gradient<T> grad_query,
+                     gradient<T> grad_key, gradient<T> grad_value, gradient<T> grad_far_key, gradient<T> grad_far_value,
+                     const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
   using namespace detail;
-  kernels<T>().attend_gradient(to_plain(query), to_plain(key), to_plain(value), to_plain(operand<T>(far.key)),
-                               to_plain(operand<T>(far.value)), to_plain(far.seen), to_plain(out), to_plain(lse),
-                               to_plain(grad_out), lse_to_plain<const T>("grad_lse", grad_lse), to_plain(grad_query),
-                               to_plain(grad_key), to_plain(grad_value), to_plain(grad_far_key),
-                               to_plain(grad_far_value), to_plain(options), to_plain(run), workspace);
+  kernels<T>().calls.attend_gradient(to_plain(operand<T>(query)), to_plain(key), to_plain(value),
+                                     to_plain(operand<T>(far.key)), to_plain(operand<T>(far.value)), to_plain(far.seen),
+                                     to_plain(out), to_plain(lse), to_plain(grad_out),
+                                     lse_to_plain<const compute_type<T>>("grad_lse", grad_lse), to_plain(grad_query),
+                                     to_plain(grad_key), to_plain(grad_value), to_plain(grad_far_key),
+                                     to_plain(grad_far_value), to_plain(options), to_plain(run), workspace);
 }
 
 /// Without a gradient of `lse`.
-template <class FarKey, class FarValue, element T, executor E = serial_executor>
-void attend_gradient(operand<T> query, operand<T> key, operand<T> value, far<FarKey, FarValue> far, operand<T> out,
-                     lse_view<const std::type_identity_t<T>> lse, operand<T> grad_out, tensor_view<T> grad_query,
-                     tensor_view<T> grad_key, tensor_view<T> grad_value, tensor_view<T> grad_far_key,
-                     tensor_view<T> grad_far_value, const options& options, const E& run = {},
-                     std::span<std::byte> workspace = {}) {
-  dispatch::attend_gradient(query, key, value, far, out, lse, grad_out, lse_view<T>{}, grad_query, grad_key, grad_value,
+template <class FarKey, class FarValue, class T, executor E = serial_executor>
+void attend_gradient(tensor_view<T> query, operand<T> key, operand<T> value, far<FarKey, FarValue> far, operand<T> out,
+                     lse_operand<T> lse, operand<T> grad_out, gradient<T> grad_query, gradient<T> grad_key,
+                     gradient<T> grad_value, gradient<T> grad_far_key, gradient<T> grad_far_value,
+                     const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+  dispatch::attend_gradient(query, key, value, far, out, lse, grad_out, lse_view<>{}, grad_query, grad_key, grad_value,
                             grad_far_key, grad_far_value, options, run, workspace);
 }
 
 /// See `cca::pool_gradient`.
-template <element T, executor E = serial_executor>
-void pool_gradient(operand<T> query, operand<T> key, operand<T> value, operand<T> grad_core_key,
-                   operand<T> grad_core_value, tensor_view<T> grad_query, tensor_view<T> grad_key,
-                   tensor_view<T> grad_value, const options& options, const E& run = {},
+template <class T, executor E = serial_executor>
+void pool_gradient(tensor_view<T> query, operand<T> key, operand<T> value, gradient_operand<T> grad_core_key,
+                   gradient_operand<T> grad_core_value, gradient<T> grad_query, gradient<T> grad_key,
+                   gradient<T> grad_value, const options& options, const E& run = {},
                    std::span<std::byte> workspace = {}) {
   using namespace detail;
-  kernels<T>().pool_gradient(to_plain(query), to_plain(key), to_plain(value), to_plain(grad_core_key),
-                             to_plain(grad_core_value), to_plain(grad_query), to_plain(grad_key), to_plain(grad_value),
-                             to_plain(options), to_plain(run), workspace);
+  kernels<T>().calls.pool_gradient(to_plain(operand<T>(query)), to_plain(key), to_plain(value), to_plain(grad_core_key),
+                                   to_plain(grad_core_value), to_plain(grad_query), to_plain(grad_key),
+                                   to_plain(grad_value), to_plain(options), to_plain(run), workspace);
 }
 
 /// See `cca::gradient_workspace_size`.
-template <class Query, executor E = serial_executor>
-[[nodiscard]] std::size_t gradient_workspace_size(tensor_view<Query> query, operand<std::remove_const_t<Query>> key,
-                                                  operand<std::remove_const_t<Query>> value, const options& options,
-                                                  const E& run = {}) {
+template <class T, executor E = serial_executor>
+[[nodiscard]] std::size_t gradient_workspace_size(tensor_view<T> query, operand<T> key, operand<T> value,
+                                                  const options& options, const E& run = {}) {
   using namespace detail;
-  using T = std::remove_const_t<Query>;
-  return kernels<T>().gradient_workspace_size(to_plain(operand<T>(query)), to_plain(key), to_plain(value),
-                                              to_plain(options), to_plain(run));
+  return kernels<T>().calls.gradient_workspace_size(to_plain(operand<T>(query)), to_plain(key), to_plain(value),
+                                                    to_plain(options), to_plain(run));
 }
 
 /// The same for `attend_gradient`.
-template <class Query, class FarKey, class FarValue, executor E = serial_executor>
-[[nodiscard]] std::size_t gradient_workspace_size(tensor_view<Query> query, operand<std::remove_const_t<Query>> key,
-                                                  operand<std::remove_const_t<Query>> value, far<FarKey, FarValue> far,
-                                                  const E& run = {}) {
+template <class T, class FarKey, class FarValue, executor E = serial_executor>
+[[nodiscard]] std::size_t gradient_workspace_size(tensor_view<T> query, operand<T> key, operand<T> value,
+                                                  far<FarKey, FarValue> far, const E& run = {},
+                                                  matrix_unit unit = matrix_unit::none) {
   using namespace detail;
-  using T = std::remove_const_t<Query>;
-  return kernels<T>().attend_gradient_workspace_size(to_plain(operand<T>(query)), to_plain(key), to_plain(value),
-                                                     to_plain(operand<T>(far.key)), to_plain(operand<T>(far.value)),
-                                                     to_plain(far.seen), to_plain(run));
+  return kernels<T>().calls.attend_gradient_workspace_size(
+      to_plain(operand<T>(query)), to_plain(key), to_plain(value), to_plain(operand<T>(far.key)),
+      to_plain(operand<T>(far.value)), to_plain(far.seen), to_plain(run), static_cast<int>(unit));
 }
 
 }  // namespace cca::inline CCA_TARGET::dispatch

@@ -287,6 +287,7 @@ void save(const kv_cache<Element, Core>& cache, std::ostream& stream) {
 }
 
 /// Reads a cache from a binary stream, and nothing behind it.
+/// @param stream  read from where it stands to the end of the cache
 /// @param unit  as in `options`: a file does not say, for it may come from another machine
 /// @throws std::invalid_argument  for a unit that is not there for these elements
 /// @throws std::runtime_error  for a file that is foreign, of another version or byte order, of other elements or cores,

@@ -205,14 +205,18 @@ class gradient_stack {
     add_products(weights_, lanes_, grad_outs(), grad_value, value_stride, count, value_dim_, pairs);
   }
 
-  /// `out . grad_out` of one query.
+  /// `out . grad_out` of one query, in pieces that are converted where they have to be: so the sum has one order for every
+  /// type.
   template <class Out>
   [[nodiscard]] T dot(const Out* out, const T* grad_out) const {
+    constexpr std::int64_t piece = 64;
     T sum = T(0);
-    if constexpr (in_place<T, Out>)
-      dot_rows(grad_out, {out, 0}, value_dim_, 1, &sum);
-    else
-      for (std::int64_t d = 0; d < value_dim_; ++d) sum += static_cast<T>(out[d]) * grad_out[d];
+    for (std::int64_t d = 0; d < value_dim_; d += piece) {
+      const std::int64_t count = std::min(piece, value_dim_ - d);
+      T converted[piece], more;
+      dot_rows(grad_out + d, stage(out + d, 0, count, 1, converted), count, 1, &more);
+      sum += more;
+    }
     return sum;
   }
 

@@ -1,6 +1,7 @@
 // Compiled once per instruction set, see cmake/dispatch.cmake. Of each object only the table at the end is seen from
 // outside: what it instantiates of the standard library has the same name in each, and the linker would keep any one.
 
+#include <Eigen/Core>
 #include <cca/cca.hpp>
 #include <cca/dispatch/plain.hpp>
 #include <cca/gradient.hpp>
@@ -35,13 +36,15 @@ template <class T, std::size_t Rank>
 tensor_view<T, Rank> typed(const plain::view<T, Rank>& view) {
   return {view.data, view.extent, view.stride};
 }
+matrix_unit typed(int unit) { return static_cast<matrix_unit>(unit); }
 options typed(const plain::options& o) {
   return {.group_size = o.group_size,
           .window = o.window,
           .pool = static_cast<pooling>(o.pool),
           .cores = static_cast<core_heads>(o.cores),
           .softmax_scale = o.softmax_scale,
-          .first_position = o.first_position};
+          .first_position = o.first_position,
+          .unit = typed(o.unit)};
 }
 cache_shape typed(const plain::cache_shape& s) {
   return {s.batch, s.heads, s.kv_heads, s.dim, s.value_dim, s.capacity, s.rewind};
@@ -65,9 +68,9 @@ constexpr plain::functions<T> functions{
     .workspace_size = [](const auto&... all) { return workspace_size(typed(all)...); },
     .attend_workspace_size =
         [](const auto& query, const auto& key, const auto& value, const auto& far_key, const auto& far_value,
-           const auto& seen, const auto& run) {
+           const auto& seen, const auto&... rest) {
           return workspace_size(typed(query), typed(key), typed(value),
-                                far{typed(far_key), typed(far_value), typed(seen)}, typed(run));
+                                far{typed(far_key), typed(far_value), typed(seen)}, typed(rest)...);
         },
     .attention_gradient = [](const auto&... all) { attention_gradient(typed(all)...); },
     .local_attention_gradient = [](const auto&... all) { local_attention_gradient(typed(all)...); },
@@ -82,9 +85,9 @@ constexpr plain::functions<T> functions{
     .gradient_workspace_size = [](const auto&... all) { return gradient_workspace_size(typed(all)...); },
     .attend_gradient_workspace_size =
         [](const auto& query, const auto& key, const auto& value, const auto& far_key, const auto& far_value,
-           const auto& seen, const auto& run) {
+           const auto& seen, const auto&... rest) {
           return gradient_workspace_size(typed(query), typed(key), typed(value),
-                                         far{typed(far_key), typed(far_value), typed(seen)}, typed(run));
+                                         far{typed(far_key), typed(far_value), typed(seen)}, typed(rest)...);
         }};
 
 template <class T>
@@ -121,8 +124,8 @@ constexpr plain::cache_functions<T> cache_functions{
     .settings =
         [](const void* cache) {
           const options& o = cache_at<T>(cache).options();
-          return plain::options{o.group_size,    o.window,        static_cast<int>(o.pool), static_cast<int>(o.cores),
-                                o.softmax_scale, o.first_position};
+          return plain::options{o.group_size,    o.window,         static_cast<int>(o.pool), static_cast<int>(o.cores),
+                                o.softmax_scale, o.first_position, static_cast<int>(o.unit)};
         },
     .counts =
         [](const void* cache, std::int64_t b) {
@@ -134,7 +137,10 @@ constexpr plain::cache_functions<T> cache_functions{
           return std::array{cache_at<T>(cache).bytes(), cache_at<T>(cache).allocated_bytes()};
         },
     .save = [](const void* cache, std::ostream& stream) { save(cache_at<T>(cache), stream); },
-    .load = [](std::istream& stream) -> void* { return new kv_cache<T>(load<T>(stream)); }};
+    .load = [](std::istream& stream, int unit) -> void* { return new kv_cache<T>(load<T>(stream, typed(unit))); }};
+
+template <class T>
+constexpr plain::kernels<T> kernels{functions<T>, cache_functions<T>};
 
 }  // namespace
 }  // namespace cca::inline CCA_TARGET
@@ -142,7 +148,7 @@ constexpr plain::cache_functions<T> cache_functions{
 extern "C" {
 extern const cca::plain::architecture CCA_TABLE_OF(CCA_TARGET);
 // Constant-initialised: nothing of this object runs before it is chosen.
-constinit const cca::plain::architecture CCA_TABLE_OF(CCA_TARGET){CCA_NAME(CCA_TARGET), cca::functions<float>,
-                                                                  cca::functions<double>, cca::cache_functions<float>,
-                                                                  cca::cache_functions<double>};
+constinit const cca::plain::architecture CCA_TABLE_OF(CCA_TARGET){CCA_NAME(CCA_TARGET), cca::kernels<float>,
+                                                                  cca::kernels<double>, cca::kernels<Eigen::bfloat16>,
+                                                                  cca::kernels<Eigen::half>};
 }

@@ -25,7 +25,7 @@ class kv_cache {
   using element_type = Element;
 
   kv_cache(const cache_shape& shape, const options& options)
-      : kv_cache(detail::cache_kernels<Element>(), [&](const auto& kernels) {
+      : kv_cache(detail::kernels<Element>().cache, [&](const auto& kernels) {
           return kernels.make(detail::to_plain(shape), detail::to_plain(options));
         }) {}
 
@@ -47,7 +47,7 @@ class kv_cache {
   template <executor E = serial_executor>
   void attend(operand<Element> query, operand<Element> key, operand<Element> value, tensor_view<Element> out,
               const E& run = {}) {
-    attend_at({}, query, key, value, out, lse_view<Element>{}, run);
+    attend_at({}, query, key, value, out, lse_view<>{}, run);
   }
   template <class Lse, executor E = serial_executor>
   void attend(std::int64_t b, operand<Element> query, operand<Element> key, operand<Element> value,
@@ -57,7 +57,7 @@ class kv_cache {
   template <executor E = serial_executor>
   void attend(std::int64_t b, operand<Element> query, operand<Element> key, operand<Element> value,
               tensor_view<Element> out, const E& run = {}) {
-    attend_at(b, query, key, value, out, lse_view<Element>{}, run);
+    attend_at(b, query, key, value, out, lse_view<>{}, run);
   }
 
   template <executor E = serial_executor>
@@ -79,7 +79,7 @@ class kv_cache {
   template <element T>
   friend void save(const kv_cache<T>& cache, std::ostream& stream);
   template <element T>
-  friend kv_cache<T> load(std::istream& stream);
+  friend kv_cache<T> load(std::istream& stream, matrix_unit unit);
 
   using functions = plain::cache_functions<Element>;
 
@@ -94,7 +94,8 @@ class kv_cache {
                 .pool = static_cast<pooling>(o.pool),
                 .cores = static_cast<core_heads>(o.cores),
                 .softmax_scale = o.softmax_scale,
-                .first_position = o.first_position};
+                .first_position = o.first_position,
+                .unit = static_cast<matrix_unit>(o.unit)};
   }
 
   [[nodiscard]] plain::sequence_counts counts(std::int64_t b) const { return kernels_->counts(cache_.get(), b); }
@@ -104,7 +105,7 @@ class kv_cache {
                  operand<Element> value, tensor_view<Element> out, lse_view<Lse> lse, const E& run) {
     using namespace detail;
     kernels_->attend(cache_.get(), b, to_plain(query), to_plain(key), to_plain(value), to_plain(out),
-                     lse_to_plain<Element>("lse", lse), to_plain(run));
+                     lse_to_plain<compute_type<Element>>("lse", lse), to_plain(run));
   }
 
   template <executor E>
@@ -128,8 +129,9 @@ void save(const kv_cache<Element>& cache, std::ostream& stream) {
 
 /// `cca::load`.
 template <element Element>
-[[nodiscard]] kv_cache<Element> load(std::istream& stream) {
-  return {detail::cache_kernels<Element>(), [&](const auto& kernels) { return kernels.load(stream); }};
+[[nodiscard]] kv_cache<Element> load(std::istream& stream, matrix_unit unit = matrix_unit::none) {
+  return {detail::kernels<Element>().cache,
+          [&](const auto& kernels) { return kernels.load(stream, static_cast<int>(unit)); }};
 }
 
 }  // namespace cca::inline CCA_TARGET::dispatch

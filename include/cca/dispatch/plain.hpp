@@ -12,7 +12,22 @@
 // What crosses between a program and the kernels that were compiled for its processor: the same types in every
 // translation unit, hence outside of the inline namespace of detail/target.hpp, and without functions of their own.
 
+namespace Eigen {
+struct bfloat16;
+struct half;
+}  // namespace Eigen
+
 namespace cca::plain {
+
+/// What elements are computed in, as `compute_type`: the type of log-sum-exps and gradients.
+template <class T>
+struct computed {
+  using type = float;
+};
+template <>
+struct computed<double> {
+  using type = double;
+};
 
 /// A `tensor_view`.
 template <class T, std::size_t Rank = 4>
@@ -28,6 +43,7 @@ struct options {
   int pool, cores;
   std::optional<double> softmax_scale;
   std::optional<std::int64_t> first_position;
+  int unit;
 };
 
 /// `cache_shape`.
@@ -47,10 +63,13 @@ using workspace = std::span<std::byte>;
 /// Everything is passed as the function of the same name in `cca` takes it.
 template <class T>
 struct functions {
+  using number = typename computed<T>::type;
   using in = const view<const T>&;
   using to = const view<T>&;
-  using lse_in = const view<const T, 3>&;
-  using lse_to = const view<T, 3>&;
+  using gradient_in = const view<const number>&;
+  using gradient_to = const view<number>&;
+  using lse_in = const view<const number, 3>&;
+  using lse_to = const view<number, 3>&;
   using seen_in = const view<const std::int64_t, 3>&;
   using with = const options&;
   using on = const executor&;
@@ -64,21 +83,26 @@ struct functions {
   void (*pool)(in query, in key, in value, to core_key, to core_value, with, on, memory);
   void (*merge)(in out_a, lse_in lse_a, in out_b, lse_in lse_b, to out, lse_to lse, on);
   std::size_t (*workspace_size)(in query, in key, in value, with, on);
-  std::size_t (*attend_workspace_size)(in query, in key, in value, in far_key, in far_value, seen_in seen, on);
+  std::size_t (*attend_workspace_size)(in query, in key, in value, in far_key, in far_value, seen_in seen, on,
+                                       const int& unit);
 
   void (*attention_gradient)(in query, in key, in value, in out, lse_in lse, in grad_out, lse_in grad_lse,
-                             to grad_query, to grad_key, to grad_value, with, on, memory);
+                             gradient_to grad_query, gradient_to grad_key, gradient_to grad_value, with, on, memory);
   void (*local_attention_gradient)(in query, in key, in value, in out, lse_in lse, in grad_out, lse_in grad_lse,
-                                   to grad_query, to grad_key, to grad_value, with, on, memory);
+                                   gradient_to grad_query, gradient_to grad_key, gradient_to grad_value, with, on,
+                                   memory);
   void (*dense_attention_gradient)(in query, in key, in value, in out, lse_in lse, in grad_out, lse_in grad_lse,
-                                   to grad_query, to grad_key, to grad_value, with, on, memory);
+                                   gradient_to grad_query, gradient_to grad_key, gradient_to grad_value, with, on,
+                                   memory);
   void (*attend_gradient)(in query, in key, in value, in far_key, in far_value, seen_in seen, in out, lse_in lse,
-                          in grad_out, lse_in grad_lse, to grad_query, to grad_key, to grad_value, to grad_far_key,
-                          to grad_far_value, with, on, memory);
-  void (*pool_gradient)(in query, in key, in value, in grad_core_key, in grad_core_value, to grad_query, to grad_key,
-                        to grad_value, with, on, memory);
+                          in grad_out, lse_in grad_lse, gradient_to grad_query, gradient_to grad_key,
+                          gradient_to grad_value, gradient_to grad_far_key, gradient_to grad_far_value, with, on,
+                          memory);
+  void (*pool_gradient)(in query, in key, in value, gradient_in grad_core_key, gradient_in grad_core_value,
+                        gradient_to grad_query, gradient_to grad_key, gradient_to grad_value, with, on, memory);
   std::size_t (*gradient_workspace_size)(in query, in key, in value, with, on);
-  std::size_t (*attend_gradient_workspace_size)(in query, in key, in value, in far_key, in far_value, seen_in seen, on);
+  std::size_t (*attend_gradient_workspace_size)(in query, in key, in value, in far_key, in far_value, seen_in seen, on,
+                                                const int& unit);
 };
 
 /// What a cache says about one of its sequences.
@@ -94,8 +118,8 @@ struct cache_functions {
 
   void* (*make)(const cache_shape&, const options&);
   void (*destroy)(void* cache);
-  void (*attend)(void* cache, sequence b, in query, in key, in value, const view<T>& out, const view<T, 3>& lse,
-                 const executor&);
+  void (*attend)(void* cache, sequence b, in query, in key, in value, const view<T>& out,
+                 const view<typename computed<T>::type, 3>& lse, const executor&);
   void (*append)(void* cache, sequence b, in query, in key, in value, const executor&);
   void (*truncate)(void* cache, std::int64_t b, std::int64_t length);
   void (*reset)(void* cache, sequence b);
@@ -105,16 +129,22 @@ struct cache_functions {
   sequence_counts (*counts)(const void* cache, std::int64_t b);
   std::array<std::size_t, 2> (*bytes)(const void* cache);  // held, allocated
   void (*save)(const void* cache, std::ostream&);
-  void* (*load)(std::istream&);
+  void* (*load)(std::istream&, int unit);
+};
+
+template <class T>
+struct kernels {
+  functions<T> calls;
+  cache_functions<T> cache;
 };
 
 /// The kernels of one instruction set, named as in detail/target.hpp.
 struct architecture {
   const char* name;
-  functions<float> of_float;
-  functions<double> of_double;
-  cache_functions<float> cache_of_float;
-  cache_functions<double> cache_of_double;
+  kernels<float> of_float;
+  kernels<double> of_double;
+  kernels<Eigen::bfloat16> of_bfloat16;
+  kernels<Eigen::half> of_half;
 };
 
 /// The kernels in use: by default the newest that the processor and the operating system run.

@@ -17,11 +17,22 @@ namespace dispatch {
 
 /// What kernels are compiled for.
 template <class T>
-concept element = std::same_as<T, float> || std::same_as<T, double>;
+concept element = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, Eigen::bfloat16> ||
+    std::same_as<T, Eigen::half>;
 
-/// An operand of a call whose output has elements of type `T`.
+/// An operand of a call of which another one has elements of type `T`.
 template <class T>
-using operand = tensor_view<const std::type_identity_t<T>>;
+using operand = tensor_view<const std::type_identity_t<std::remove_const_t<T>>>;
+
+/// Gradients, and what a call takes of them.
+template <class T>
+using gradient = tensor_view<compute_type<T>>;
+template <class T>
+using gradient_operand = operand<compute_type<T>>;
+
+/// Log-sum-exps that a call takes.
+template <class T>
+using lse_operand = lse_view<const compute_type<T>>;
 
 }  // namespace dispatch
 
@@ -33,9 +44,8 @@ plain::view<T, Rank> to_plain(const tensor_view<T, Rank>& view) {
 }
 
 inline plain::options to_plain(const options& o) {
-  require_unused(o.unit == matrix_unit::none, "options.unit", "none: kernels are compiled for float and double alone");
-  return {o.group_size,    o.window,        static_cast<int>(o.pool), static_cast<int>(o.cores),
-          o.softmax_scale, o.first_position};
+  return {o.group_size,    o.window,         static_cast<int>(o.pool), static_cast<int>(o.cores),
+          o.softmax_scale, o.first_position, static_cast<int>(o.unit)};
 }
 
 inline plain::cache_shape to_plain(const cache_shape& s) {
@@ -50,33 +60,29 @@ plain::executor to_plain(const E& run) {
           }};
 }
 
-/// Log-sum-exps or their gradients. Kernels are compiled for those of the output's type alone; those of another, as
-/// `lse_view<>{}` may be, can only say that they are not wanted.
+/// Log-sum-exps or their gradients. Kernels are compiled for those of the type that is computed in alone; those of another,
+/// as `lse_view<>{}` may be, can only say that they are not wanted.
 template <class To, class Lse>
 plain::view<To, 3> lse_to_plain(const char* name, const lse_view<Lse>& lse) {
   if constexpr (std::is_convertible_v<lse_view<Lse>, lse_view<To>>) {
     return to_plain(lse_view<To>(lse));
   } else {
     if (lse.data != nullptr || lse.extent != std::array<std::int64_t, 3>{})
-      refuse(name, "elements of another type", "elements of the type of the output");
+      refuse(name, "elements of another type", "elements of the type that is computed in");
     return {};
   }
 }
 
-template <dispatch::element T>
-const plain::functions<T>& kernels() {
-  if constexpr (std::is_same_v<T, float>)
-    return plain::chosen().of_float;
-  else
-    return plain::chosen().of_double;
-}
-
-template <dispatch::element T>
-const plain::cache_functions<T>& cache_kernels() {
-  if constexpr (std::is_same_v<T, float>)
-    return plain::chosen().cache_of_float;
-  else
-    return plain::chosen().cache_of_double;
+/// For operands of elements `Element`, constant or not.
+template <class Element>
+const auto& kernels() {
+  using T = std::remove_const_t<Element>;
+  static_assert(dispatch::element<T>, "kernels are compiled for float, double, Eigen::bfloat16 and Eigen::half");
+  const plain::architecture& chosen = plain::chosen();
+  if constexpr (std::is_same_v<T, float>) return chosen.of_float;
+  if constexpr (std::is_same_v<T, double>) return chosen.of_double;
+  if constexpr (is_bfloat16<T>) return chosen.of_bfloat16;
+  if constexpr (is_half<T>) return chosen.of_half;
 }
 
 }  // namespace detail

@@ -1,0 +1,218 @@
+// Operands of 16 bits through cca::dispatch: on every architecture, to the bit, what the floats of the same numbers give
+// through it. (dispatch_test.cpp compares those with the program's own kernels.)
+
+#include <cca/dispatch.hpp>
+#include <sstream>
+
+#include "support.hpp"
+
+namespace cca::test {
+namespace {
+
+template <class To, class From, std::size_t Rank>
+tensor<To, Rank> converted(const tensor<From, Rank>& from) {
+  tensor<To, Rank> to(from.view().extent);
+  for_each_row(from.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+    std::transform(from.row(b, h, i), from.row(b, h, i) + row_size(from.view()), to.row(b, h, i),
+                   [](From x) { return static_cast<To>(static_cast<float>(x)); });
+  });
+  return to;
+}
+
+/// A tensor of 16 bits, and the same numbers as floats.
+template <class Element>
+struct both {
+  tensor<Element> elements;
+  tensor<float> floats;
+
+  both(const std::array<std::int64_t, 4>& extent, random_engine& random)
+      : elements(extent), floats((elements.randomize(random), converted<float>(elements))) {}
+};
+
+/// What `call(operand, out, lse)` writes where `operand(x)` picks the elements, and where it picks the floats.
+template <class Element, class Call>
+testing::AssertionResult same_results(const sizes& s, const Call& call) {
+  const std::array<std::int64_t, 4> extent{s.batch, s.heads, s.queries, s.value_dim};
+  tensor<Element> out(extent);
+  tensor<float> want(extent);
+  tensor<float, 3> lse({s.batch, s.heads, s.queries}), want_lse({s.batch, s.heads, s.queries});
+  call([](auto& x) { return x.elements.view(); }, out.view(), lse.view());
+  call([](auto& x) { return x.floats.view(); }, want.view(), want_lse.view());
+  if (!out.canaries_intact()) return out.canaries_intact();
+  if (!same_bits(lse.view(), want_lse.view())) return testing::AssertionFailure() << "other log-sum-exps";
+  return same_bits(converted<float>(out).view(), converted<float>(converted<Element>(want)).view());
+}
+
+template <class Element>
+class DispatchElement : public testing::Test {
+ protected:
+  void TearDown() override { dispatch::use(before_); }
+
+  random_engine random{1};
+
+ private:
+  std::string_view before_ = dispatch::architecture();
+};
+using elements_of_16_bits = testing::Types<Eigen::bfloat16, Eigen::half>;
+TYPED_TEST_SUITE(DispatchElement, elements_of_16_bits);
+
+constexpr sizes example_sizes{
+    .batch = 2, .heads = 4, .kv_heads = 2, .queries = 53, .keys = 53, .dim = 19, .value_dim = 21};
+constexpr options example_options{.group_size = 3, .window = 7, .cores = core_heads::per_kv_head};
+
+template <class Element>
+struct operands_of_16_bits {
+  const sizes s = example_sizes;
+  both<Element> query, key, value, far_key, far_value;
+  tensor<std::int64_t, 3> seen{{s.batch, s.heads, s.queries}};
+
+  explicit operands_of_16_bits(random_engine& random)
+      : query({s.batch, s.heads, s.queries, s.dim}, random),
+        key({s.batch, s.kv_heads, s.keys, s.dim}, random),
+        value({s.batch, s.kv_heads, s.keys, s.value_dim}, random),
+        far_key({s.batch, s.kv_heads, 9, s.dim}, random),
+        far_value({s.batch, s.kv_heads, 9, s.value_dim}, random) {
+    seen.fill(5);
+  }
+};
+
+TYPED_TEST(DispatchElement, GivesWhatFloatsGive) {
+  const operands_of_16_bits<TypeParam> o(this->random);
+  const options raw{.window = 7}, dense{};
+  for (const std::string_view name : dispatch::architectures()) {
+    SCOPED_TRACE(name);
+    dispatch::use(name);
+    EXPECT_TRUE(same_results<TypeParam>(o.s, [&](const auto& of, auto out, auto lse) {
+      dispatch::attention(of(o.query), of(o.key), of(o.value), out, lse, example_options);
+    }));
+    EXPECT_TRUE(same_results<TypeParam>(o.s, [&](const auto& of, auto out, auto lse) {
+      dispatch::local_attention(of(o.query), of(o.key), of(o.value), out, lse, raw);
+    }));
+    EXPECT_TRUE(same_results<TypeParam>(o.s, [&](const auto& of, auto out, auto lse) {
+      dispatch::dense_attention(of(o.query), of(o.key), of(o.value), out, lse, dense);
+    }));
+    EXPECT_TRUE(same_results<TypeParam>(o.s, [&](const auto& of, auto out, auto lse) {
+      const auto query = of(o.query), key = of(o.key), value = of(o.value);
+      const far far{of(o.far_key), of(o.far_value), o.seen.view()};
+      std::vector<std::byte> workspace(dispatch::workspace_size(query, key, value, far));
+      dispatch::attend(query, key, value, far, out, lse, raw, serial_executor{}, workspace);
+    }));
+    sizes cores = o.s;
+    cores.heads = o.s.kv_heads;
+    cores.queries = o.s.keys / 3;
+    cores.value_dim = o.s.dim;
+    EXPECT_TRUE(same_results<TypeParam>(cores, [&](const auto& of, auto out, auto) {
+      std::vector<std::remove_reference_t<decltype(*out.data)>> values(static_cast<std::size_t>(2 * 2 * 17 * 21));
+      dispatch::pool(of(o.query), of(o.key), of(o.value), out, bhsd(values.data(), 2, 2, 17, 21),
+                     {.group_size = 3, .cores = core_heads::per_kv_head});
+    }));
+  }
+}
+
+TYPED_TEST(DispatchElement, GradientsAreThoseOfFloats) {
+  const operands_of_16_bits<TypeParam> o(this->random);
+  const sizes& s = o.s;
+  const both<TypeParam> out({s.batch, s.heads, s.queries, s.value_dim}, this->random),
+      grad_out({s.batch, s.heads, s.queries, s.value_dim}, this->random);
+  tensor<float, 3> lse({s.batch, s.heads, s.queries});
+  lse.randomize(this->random);
+  const auto lse_in = std::as_const(lse).view();
+  for (const std::string_view name : dispatch::architectures()) {
+    SCOPED_TRACE(name);
+    dispatch::use(name);
+    const auto same = [&](const auto& call) {
+      std::vector<tensor<float>> got, want;
+      for (auto* results : {&got, &want})
+        for (const auto* operand : {&o.query, &o.key, &o.value, &o.far_key, &o.far_value})
+          results->emplace_back(operand->floats.view().extent).fill(0);
+      call([](auto& x) { return x.elements.view(); }, got);
+      call([](auto& x) { return x.floats.view(); }, want);
+      for (std::size_t i = 0; i < got.size(); ++i) EXPECT_TRUE(same_bits(got[i].view(), want[i].view())) << i;
+    };
+    same([&](const auto& of, auto& grad) {
+      dispatch::attention_gradient(of(o.query), of(o.key), of(o.value), of(out), lse_in, of(grad_out), grad[0].view(),
+                                   grad[1].view(), grad[2].view(), example_options);
+    });
+    same([&](const auto& of, auto& grad) {
+      dispatch::attend_gradient(of(o.query), of(o.key), of(o.value), far{of(o.far_key), of(o.far_value), o.seen.view()},
+                                of(out), lse_in, of(grad_out), grad[0].view(), grad[1].view(), grad[2].view(),
+                                grad[3].view(), grad[4].view(), {.window = 7});
+    });
+    same([&](const auto& of, auto& grad) {
+      dispatch::dense_attention_gradient(of(o.query), of(o.key), of(o.value), of(out), lse_in, of(grad_out), lse_in,
+                                         grad[0].view(), grad[1].view(), grad[2].view());
+    });
+  }
+}
+
+/// Tokens by the piece; and a file of one architecture is read by all.
+TYPED_TEST(DispatchElement, CachesAnswerAsThoseOfFloatsWithCoresOf16Bits) {
+  const operands_of_16_bits<TypeParam> o(this->random);
+  const sizes& s = o.s;
+  const cache_shape shape{
+      .batch = s.batch, .heads = s.heads, .kv_heads = s.kv_heads, .dim = s.dim, .value_dim = s.value_dim};
+  const auto rows = [](auto view, range part) {
+    view.data = view.row(0, 0, part.begin);
+    view.extent[2] = part.size();
+    return view;
+  };
+  std::vector<tensor<TypeParam>> answers;
+  for (const std::string_view name : dispatch::architectures()) {
+    SCOPED_TRACE(name);
+    dispatch::use(name);
+    dispatch::kv_cache<TypeParam> cache(shape, example_options);
+    tensor<TypeParam>& out = answers.emplace_back(std::array{s.batch, s.heads, s.queries, s.value_dim});
+    for (const range part : {range{0, 40}, range{40, 41}, range{41, 53}}) {
+      cache.attend(rows(o.query.elements.view(), part), rows(o.key.elements.view(), part),
+                   rows(o.value.elements.view(), part), rows(out.view(), part));
+      std::stringstream file;
+      save(cache, file);
+      cache = dispatch::load<TypeParam>(file);
+    }
+    EXPECT_EQ(cache.length(), 53);
+    // One rounding of the result, and one of each core.
+    tensor<TypeParam> whole({s.batch, s.heads, s.queries, s.value_dim});
+    dispatch::attention(o.query.elements.view(), o.key.elements.view(), o.value.elements.view(), whole.view(),
+                        example_options);
+    const double eps = std::is_same_v<TypeParam, Eigen::half> ? 0x1p-10 : 0x1p-7;
+    for_each_row(whole.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+      for (std::int64_t d = 0; d < s.value_dim; ++d)
+        EXPECT_NEAR(static_cast<float>(out.row(b, h, i)[d]), static_cast<float>(whole.row(b, h, i)[d]), 4 * eps);
+    });
+  }
+}
+
+/// The option arrives: by the unit other numbers come out, near those of floats; a unit that is not there is refused as by
+/// the headers.
+TYPED_TEST(DispatchElement, TakesMatrixUnits) {
+  const operands_of_16_bits<TypeParam> o(this->random);
+  const auto query = o.query.elements.view(), key = o.key.elements.view(), value = o.value.elements.view();
+  const auto result = [&](matrix_unit unit) {
+    options options = example_options;
+    options.unit = unit;
+    tensor<TypeParam> out({o.s.batch, o.s.heads, o.s.queries, o.s.value_dim});
+    std::vector<std::byte> workspace(dispatch::workspace_size(query, key, value, options));
+    dispatch::attention(query, key, value, out.view(), options, serial_executor{}, workspace);
+    return out;
+  };
+  const bool present = best_unit<TypeParam>() != matrix_unit::none;
+  for (const std::string_view name : dispatch::architectures()) {
+    SCOPED_TRACE(name);
+    dispatch::use(name);
+    const auto floats = result(matrix_unit::none), by_unit = result(matrix_unit::best);
+    EXPECT_EQ(static_cast<bool>(same_bits(floats.view(), by_unit.view())), !present);
+    for_each_row(floats.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+      for (std::int64_t d = 0; d < o.s.value_dim; ++d)
+        EXPECT_NEAR(static_cast<float>(by_unit.row(b, h, i)[d]), static_cast<float>(floats.row(b, h, i)[d]), 0x1p-5);
+    });
+    if (best_unit<TypeParam>() != matrix_unit::amx) {
+      EXPECT_THROW(static_cast<void>(result(matrix_unit::amx)), std::invalid_argument);
+    }
+    dispatch::kv_cache<TypeParam> cache({.heads = 1, .kv_heads = 1, .dim = 4}, {.unit = matrix_unit::best});
+    EXPECT_EQ(cache.options().unit, matrix_unit::best);
+  }
+  if (!present) GTEST_SKIP() << "no unit for such elements here";
+}
+
+}  // namespace
+}  // namespace cca::test
