@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# emulated.sh [preset]: runs the test of cca::dispatch, in a program for plain x86-64, on emulated processors that lack
+# emulated.sh [preset]: runs the tests of cca::dispatch, in programs for plain x86-64, on emulated processors that lack
 # AVX, FMA or the operating system's support for them: it has to run there, and to choose the newest kernels that do.
-# Emulators know no AVX-512. Takes minutes; ends with the number of processors that passed and failed.
+# Emulators know no AVX-512. Takes minutes; ends with the number of runs that passed and failed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,19 +9,21 @@ cmake/install_packages.sh qemu-user
 
 preset=${1:-release}
 cmake --preset "$preset"
-cmake --build --preset "$preset" --target baseline.dispatch_test
+cmake --build --preset "$preset" --target baseline.dispatch_test dispatch_element_test
 
 passed=0 failed=0
 # on PROCESSOR ARCHITECTURE
 on() {
   echo "== $1 runs $2"
-  # Warnings tell of features of the processor that the emulator lacks.
-  if CCA_EXPECTED_ARCHITECTURE=$2 qemu-x86_64 -cpu "$1" "build/$preset/tests/baseline.dispatch_test" \
-    --gtest_brief=1 2> >(grep -v 'warning: TCG' >&2); then
-    passed=$((passed + 1))
-  else
-    failed=$((failed + 1))
-  fi
+  for test in baseline.dispatch_test dispatch_element_test; do
+    # Warnings tell of features of the processor that the emulator lacks.
+    if CCA_EXPECTED_ARCHITECTURE=$2 qemu-x86_64 -cpu "$1" "build/$preset/tests/$test" --gtest_brief=1 \
+      2> >(grep -v 'warning: TCG' >&2); then
+      passed=$((passed + 1))
+    else
+      failed=$((failed + 1))
+    fi
+  done
 }
 on core2duo sse2
 on Nehalem sse4_2
