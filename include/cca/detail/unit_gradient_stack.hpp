@@ -97,6 +97,7 @@ class unit_gradient_stack {
            unit_columns_block<Element>::size(block, form.dim);
   }
 
+  // NOLINTNEXTLINE(readability-non-const-parameter): `memory` gives it out
   unit_gradient_stack(float* scratch, const tile_form& form, std::int64_t count)
       : unit_gradient_stack(memory{scratch}, form, count, (count + tile::lanes - 1) / tile::lanes * tile::lanes) {}
 

@@ -78,7 +78,9 @@ class tile_registers {
 /// 32 x 32 numbers of `c`: four tiles that share the four which are loaded for each step. The instructions are spelled out
 /// since g++ 12 and clang 14 differ in what they ask for before they let one write them, and do not know those of half.
 template <class Element>
-inline void multiply_tiles(element_rows a, pair_rows b, float* c, std::int64_t c_stride, std::int64_t steps) {
+inline void multiply_tiles(element_rows a, pair_rows b,
+                           float* c,  // NOLINT(readability-non-const-parameter): the instructions write there
+                           std::int64_t c_stride, std::int64_t steps) {
   const std::uint16_t* rows = a.data;
   const pair* lanes = b.data;
   const std::int64_t a_bytes = a.stride * 2, b_bytes = b.stride * 4, c_bytes = c_stride * 4;
@@ -118,34 +120,35 @@ inline void multiply_tiles(element_rows a, pair_rows b, float* c, std::int64_t c
 }
 
 /// `R` rows of `c` by `N` vectors of 16 lanes: as the register block `multiply` of floats, with a pair for an element.
-template <int R, int N>
+template <std::int64_t R, std::int64_t N>
 __attribute__((target("avx512f,avx512bw,avx512bf16"))) void multiply_vectors(element_rows a, pair_rows b, float* c,
                                                                              std::int64_t c_stride,
                                                                              std::int64_t pairs) {
   __m512 sum[R][N];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (std::int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[r][n] = _mm512_setzero_ps();
+    for (std::int64_t n = 0; n < N; ++n) sum[r][n] = _mm512_setzero_ps();
   const std::uint16_t* element = a.data;
   const pair* lanes = b.data;
   for (std::int64_t i = 0; i < pairs; ++i, element += 2, lanes += b.stride) {
     __m512i operand[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) operand[n] = _mm512_load_si512(lanes + n * 16);
+    for (std::int64_t n = 0; n < N; ++n) operand[n] = _mm512_load_si512(lanes + n * 16);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
+    for (std::int64_t r = 0; r < R; ++r) {
       int both;
       std::memcpy(&both, element + r * a.stride, sizeof both);
       const __m512i broadcast = _mm512_set1_epi32(both);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], (__m512bh)broadcast, (__m512bh)operand[n]);
+      for (std::int64_t n = 0; n < N; ++n)
+        sum[r][n] = _mm512_dpbf16_ps(sum[r][n], (__m512bh)broadcast, (__m512bh)operand[n]);
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (std::int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) _mm512_store_ps(c + r * c_stride + n * 16, sum[r][n]);
+    for (std::int64_t n = 0; n < N; ++n) _mm512_store_ps(c + r * c_stride + n * 16, sum[r][n]);
 }
 
 /// `c[i][j] = sum_k a[i][k] b[k][j]` in float, for i in `[0, rows)`, j in `[0, lanes)` and k in `[0, depth)`, where
@@ -162,10 +165,10 @@ void multiply(matrix_unit unit, element_rows a, pair_rows b, float* c, std::int6
     return;
   }
   for_row_blocks<4>((lanes + 15) / 16, [&](auto n, std::int64_t vector) {
-    constexpr int N = static_cast<int>(n());
+    constexpr std::int64_t N = n();
     for_row_blocks<N == 1 ? 12 : 6>(rows, [&](auto r, std::int64_t i) {
-      multiply_vectors<static_cast<int>(r()), N>({a.row(i), a.stride}, {b.data + vector * 16, b.stride},
-                                                 c + i * c_stride + vector * 16, c_stride, (depth + 1) / 2);
+      multiply_vectors<r(), N>({a.row(i), a.stride}, {b.data + vector * 16, b.stride}, c + i * c_stride + vector * 16,
+                               c_stride, (depth + 1) / 2);
     });
   });
 }
