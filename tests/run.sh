@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # run.sh [preset...]: installs what is missing, then configures, builds and tests each preset of CMakePresets.json
-# (`release` when none is named). Ends with the number of tests that passed and failed; a build that fails is one failed
+# (`tests` when none is named). Ends with the number of tests that passed and failed; a build that fails is one failed
 # test.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-presets=("${@:-release}")
+presets=("${@:-tests}")
 packages=()
 [[ ${presets[*]} == *clang* ]] && packages=(clang libclang-rt-dev libomp-dev)
 cmake/install_packages.sh "${packages[@]}"
