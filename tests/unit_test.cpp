@@ -611,6 +611,34 @@ TYPED_TEST(UnitTest, Workspace) {
   }
 }
 
+/// A key of -inf has no weight, so its value's gradient is 0; lanes that no query fills, where it meets zeros, add nothing.
+TYPED_TEST(UnitTest, EmptyLanesReachNothing) {
+  random_engine random(16);
+  unit_call<TypeParam> c(
+      example(entry::local,
+              {.batch = 1, .heads = 1, .kv_heads = 1, .queries = 37, .keys = 37, .dim = 32, .value_dim = 16}),
+      random);
+  c.p.options = {.window = 37};
+  *c.operands[1].row(0, 0, 3) = TypeParam(-std::numeric_limits<float>::infinity());
+  for (std::int64_t i = 0; i < 37; ++i) *c.operands[0].row(0, 0, i) = TypeParam(1.0f);
+  tensor<TypeParam> grad_out({1, 1, 37, 16});
+  grad_out.randomize(random);
+  tensor<float, 3> grad_lse({1, 1, 37});
+  grad_lse.fill(0);
+  for (const matrix_unit unit : units<TypeParam>()) {
+    const results<float> got = c.forward(unit);
+    const auto grad = c.gradient(unit, got, grad_out, grad_lse);
+    for (std::int64_t j = 0; j < 37; ++j)
+      for (std::int64_t d = 0; d < 16; ++d) {
+        EXPECT_TRUE(std::isfinite(got.out.row(0, 0, j)[d])) << j;
+        EXPECT_TRUE(std::isfinite(grad[2].row(0, 0, j)[d])) << j;
+        if (j == 3) {
+          EXPECT_EQ(grad[2].row(0, 0, j)[d], 0.0f);
+        }
+      }
+  }
+}
+
 /// A cache answers a whole prompt to the bit as `attention` does, and a prompt in pieces, a lone token among them, within
 /// the rule. It comes back from a file with the unit that is asked for.
 TYPED_TEST(UnitTest, Cache) {
