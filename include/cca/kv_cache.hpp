@@ -39,7 +39,7 @@ struct cache_file;
 /// Source: arXiv 2412.12465, section 3.4 (inference).
 template <class Element = float, class Core = Element>
 class kv_cache {
-  static_assert(detail::is_core_element<Core>, "cores are float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(detail::is_element<Core>, "cores are float, double, Eigen::bfloat16 or Eigen::half");
   static_assert(std::is_same_v<Element, double> || !std::is_same_v<Core, double>,
                 "cores are computed in float unless keys and values are double: as double they would hold no more");
 

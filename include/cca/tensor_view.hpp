@@ -104,6 +104,10 @@ inline constexpr bool is_half = std::is_same_v<T, Eigen::half>;
 template <class T>
 inline constexpr bool is_unit_element = is_bfloat16<T> || is_half<T>;
 
+/// Elements that cores are kept in and that `cca::dispatch` has kernels for.
+template <class T>
+inline constexpr bool is_element = std::is_same_v<T, float> || std::is_same_v<T, double> || is_unit_element<T>;
+
 template <class T, class... Elements>
 inline constexpr bool all_are = (std::is_same_v<std::remove_const_t<Elements>, T> && ...);
 

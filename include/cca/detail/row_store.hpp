@@ -2,20 +2,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 #include <utility>
 
 #include "../partition.hpp"
-#include "convert.hpp"
 #include "scratch.hpp"
 #include "source.hpp"
 
 namespace cca::inline CCA_TARGET::detail {
-
-/// What cores may be kept in.
-template <class Core>
-inline constexpr bool is_core_element =
-    std::is_same_v<Core, float> || std::is_same_v<Core, double> || is_bfloat16<Core> || is_half<Core>;
 
 /// Rows of keys and values of all heads of a sequence, `[head][capacity][dim]` each. A row beyond what was written holds
 /// nothing yet.

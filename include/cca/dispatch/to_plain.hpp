@@ -1,7 +1,6 @@
 #pragma once
 
 #include <array>
-#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -17,8 +16,7 @@ namespace dispatch {
 
 /// What kernels are compiled for.
 template <class T>
-concept element = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, Eigen::bfloat16> ||
-    std::same_as<T, Eigen::half>;
+concept element = detail::is_element<T>;
 
 /// An operand of a call of which another one has elements of type `T`.
 template <class T>
