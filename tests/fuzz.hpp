@@ -1,8 +1,8 @@
 #pragma once
 
-// One call of an entry point and its gradient as a string of bytes says: sizes, layouts, options, data, and now and then
-// an argument that makes no sense. Whatever the bytes, the call has to agree with the textbook and touch nothing but its
-// arguments, or to refuse and write nothing. fuzz_main.cpp lets libFuzzer look for bytes that break it; fuzz_test.cpp
+// One call of an entry point and its gradient, or the life of a cache, as a string of bytes says: sizes, layouts, options,
+// data, and now and then an argument that makes no sense. Whatever the bytes, the call has to agree with the textbook and
+// touch nothing but its arguments, or to refuse and write nothing. fuzz_main.cpp lets libFuzzer look for bytes that break it; fuzz_test.cpp
 // plays random ones, and all that ever did.
 
 #include <cstdio>
@@ -11,8 +11,9 @@
 #include <memory>
 #include <stdexcept>
 
-#include "gradient_entry_points.hpp"
 #include "guarded_pages.hpp"
+#include "kv_cache_life.hpp"
+#include "unit_entry_points.hpp"
 
 namespace cca::test {
 
@@ -42,9 +43,14 @@ class byte_source {
   std::size_t size_, next_ = 0;
 };
 
-/// A problem that every entry point takes.
-inline problem draw_problem(byte_source& bytes) {
-  problem p{.entry = bytes.choice(gradient_entries), .sizes = {}, .options = {}};
+inline std::int64_t draw(byte_source& bytes, std::int64_t least, std::int64_t greatest) {
+  return bytes.draw(least, greatest);
+}
+
+/// A problem that one of the entry points takes.
+template <class Entries>
+problem draw_problem(byte_source& bytes, const Entries& entries) {
+  problem p{.entry = bytes.choice(entries), .sizes = {}, .options = {}};
   sizes& s = p.sizes;
   s.batch = bytes.once_in(8) ? 0 : bytes.draw(1, 2);
   s.kv_heads = bytes.draw(1, 3);
@@ -84,17 +90,22 @@ inline problem draw_problem(byte_source& bytes) {
   return p;
 }
 
-/// Arguments in memory between pages that fault, at their beginning or their end.
-template <class T>
+/// Arguments in memory between pages that fault, at their beginning or their end. Each operand is there as numbers of 16
+/// bits, too, where `Element` is such a type.
+template <class T, class Element>
 class guarded_arguments {
  public:
   guarded_arguments(const problem& p, byte_source& bytes) : problem_(p) {
     const auto next = [&](const extents& e) {
-      return place<T>(pages(used_++), bytes.once_in(2), e, bytes.choice(std::array{0, 0, 1, 5}));
+      const bool at_end = bytes.once_in(2);
+      const std::int64_t padding = bytes.choice(std::array{0, 0, 1, 5});
+      if (sizeof(Element) == 2) short_.push_back(place<Element>(pages(used_++), at_end, e, padding));
+      return place<T>(pages(used_++), at_end, e, padding);
     };
     for (const extents& e : gradient_operand_extents(p)) operands_.push_back(next(e));
     for (const extents& e : gradient_result_extents(p)) results_.push_back(next(e));
     for (const extents& e : result_extents(p)) forward_results_.push_back(next(e));
+    short_.resize(operands_.size());
     seen_ = tensor<std::int64_t, 3>({p.sizes.batch, p.sizes.heads, p.entry == entry::attend ? p.sizes.queries : 0});
     for_each_row(seen_.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
       *seen_.row(b, h, i) = bytes.draw(0, p.far_length);
@@ -109,6 +120,11 @@ class guarded_arguments {
       *poisoned.row(0, 0, bytes.byte() % poisoned.length()) = std::numeric_limits<T>::quiet_NaN();
       has_nan = true;
     }
+    for (std::size_t i = 0; sizeof(Element) == 2 && i < short_.size(); ++i)
+      for_each_row(operands_[i], [&](std::int64_t b, std::int64_t h, std::int64_t t) {
+        const T* from = operands_[i].row(b, h, t);
+        std::transform(from, from + operands_[i].dim(), short_[i].row(b, h, t), [](T x) { return Element(x); });
+      });
   }
 
   bool has_nan = false;
@@ -130,6 +146,22 @@ class guarded_arguments {
     return a;
   }
 
+  /// The same arguments, which may have been spoilt, with the operands of 16 bits: `number()` needs no more.
+  [[nodiscard]] unit_arguments<Element> in_short(const arguments<T>& a) const {
+    const auto operand = [&](std::size_t i) {
+      return tensor_view<const Element>{short_[i].data, a.operands[i].extent, a.operands[i].stride};
+    };
+    unit_arguments<Element> s{.operands = {}, .seen = a.seen, .results = a.results};
+    const std::size_t count = operand_extents(problem_).size();
+    for (std::size_t i = 0; i < count; ++i) s.operands.push_back(operand(i));
+    if (a.operands.size() == count) return s;
+    s.out = a.operands[count];
+    s.lse = without_dim(a.operands[count + 1]);
+    s.grad_out = operand(count + 2);
+    s.grad_lse = without_dim(a.operands[count + 3]);
+    return s;
+  }
+
  private:
   static const guarded_pages& pages(std::size_t i) {
     static std::vector<std::unique_ptr<guarded_pages>> all;
@@ -140,49 +172,55 @@ class guarded_arguments {
   problem problem_;
   std::size_t used_ = 0;
   std::vector<tensor_view<T>> operands_, results_, forward_results_;
+  std::vector<tensor_view<Element>> short_;
   tensor<std::int64_t, 3> seen_{{0, 0, 0}};
 };
 
-[[noreturn]] inline void finding(const problem& p, const std::string& what) {
+/// `about` says what the call was.
+template <class About>
+[[noreturn]] void finding(const About& about, const std::string& what) {
   std::ostringstream text;
-  text << what << "\n  " << p;
+  text << what << "\n  " << about;
   std::fprintf(stderr, "%s\n", text.str().c_str());
   std::abort();
 }
 
-/// Both have the same NaNs, and numbers within a tolerance of the largest one.
-template <class T, class Exact>
-void compare(const problem& p, const std::string& what, const tensor_view<T>& got,
-             const reference::tensor<Exact>& exact) {
+/// Relative to the largest number of a result, or to 1.
+template <class T>
+constexpr long double tolerance_of = std::is_same_v<T, float> ? 1e-4L : 1e-12L;
+
+/// Both have the same NaNs, and numbers within a tolerance.
+template <class About, class T, class Exact>
+void compare(const About& about, const std::string& what, const tensor_view<T>& got,
+             const reference::tensor<Exact>& exact, long double tolerance) {
   const auto want = exact.view();
-  if (got.extent != want.extent) finding(p, what + ": other extents");
+  if (got.extent != want.extent) finding(about, what + ": other extents");
   long double size = 1;
   for (const Exact x : exact.data)
     if (std::isfinite(x)) size = std::max(size, std::fabs(static_cast<long double>(x)));
-  const long double tolerance = size * (std::is_same_v<T, float> ? 1e-4L : 1e-12L);
   for_each_row(want, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
     for (std::int64_t d = 0; d < want.dim(); ++d)
-      if (!(distance(got.row(b, h, i)[d], want.row(b, h, i)[d]) <= tolerance))
-        finding(p, what + ": " + std::to_string(got.row(b, h, i)[d]) + " where " +
-                       std::to_string(want.row(b, h, i)[d]) + " is right, at " +
-                       cca::detail::to_string<4>({b, h, i, d}));
+      if (!(distance(got.row(b, h, i)[d], want.row(b, h, i)[d]) <= size * tolerance))
+        finding(about, what + ": " + std::to_string(got.row(b, h, i)[d]) + " where " +
+                           std::to_string(want.row(b, h, i)[d]) + " is right, at " +
+                           cca::detail::to_string<4>({b, h, i, d}));
   });
 }
 
 template <class T>
-void compare_forward(const problem& p, const arguments<T>& a) {
+void compare_forward(const problem& p, const arguments<T>& a, long double tolerance) {
   const auto& in = a.operands;
   if (p.entry == entry::pool) {
     const auto cores = reference::pool<double>(in[0], in[1], in[2], p.options);
-    compare(p, "core_key", a.results[0], cores.first);
-    return compare(p, "core_value", a.results[1], cores.second);
+    compare(p, "core_key", a.results[0], cores.first, tolerance);
+    return compare(p, "core_value", a.results[1], cores.second, tolerance);
   }
   const reference::result<double> want =
       p.entry == entry::attention ? reference::attention<double>(in[0], in[1], in[2], p.options)
       : p.entry == entry::attend  ? reference::attend<double>(in[0], in[1], in[2], far{in[3], in[4], a.seen}, p.options)
                                   : reference::local_attention<double>(in[0], in[1], in[2], p.options);
-  compare(p, "out", a.results[0], want.out);
-  compare(p, "lse", a.results[1], want.lse);
+  compare(p, "out", a.results[0], want.out, tolerance);
+  compare(p, "lse", a.results[1], want.lse, tolerance);
 }
 
 /// Makes one argument wrong; returns what it did, or nothing where the argument does not matter for this problem.
@@ -246,21 +284,19 @@ void check_refusal(problem p, arguments<T> a, byte_source& bytes, const Call& ca
   finding(p, "accepted: " + what);
 }
 
-template <class T>
-void fuzz_call(byte_source& bytes) {
-  const problem p = draw_problem(bytes);
-  const guarded_arguments<T> memory(p, bytes);
-  const auto forward = [](const problem& q, const arguments<T>& a) { call(q, a); };
-  const auto backward = [](const problem& q, const arguments<T>& a) { call_gradient(q, a); };
+/// A call and its gradient, `forward(problem, arguments)` and `backward(problem, arguments)`.
+template <class T, class Memory, class Forward, class Backward>
+void fuzz_call(const problem& p, const Memory& memory, byte_source& bytes, long double tolerance,
+               const Forward& forward, const Backward& backward) {
   try {
     forward(p, memory.forward());
-    compare_forward(p, memory.forward());
+    compare_forward(p, memory.forward(), tolerance);
     const arguments<T> gradient = memory.gradient();
     backward(p, gradient);
     if (!memory.has_nan) {
       const auto want = textbook_gradient<double>(p, gradient);
       for (std::size_t i = 0; i < want.size(); ++i)
-        compare(p, "gradient " + std::to_string(i), gradient.results[i], want[i]);
+        compare(p, "gradient " + std::to_string(i), gradient.results[i], want[i], tolerance);
     }
     if (bytes.once_in(2)) check_refusal(p, memory.forward(), bytes, forward);
     if (bytes.once_in(2)) check_refusal(p, gradient, bytes, backward);
@@ -269,9 +305,63 @@ void fuzz_call(byte_source& bytes) {
   }
 }
 
+template <class T>
+void fuzz_entry_point(byte_source& bytes) {
+  const problem p = draw_problem(bytes, gradient_entries);
+  fuzz_call<T>(
+      p, guarded_arguments<T, T>(p, bytes), bytes, tolerance_of<T>,
+      [](const problem& q, const arguments<T>& a) { call(q, a); },
+      [](const problem& q, const arguments<T>& a) { call_gradient(q, a); });
+}
+
+/// Operands of 16 bits, converted or multiplied as they are.
+template <class Element>
+void fuzz_unit(byte_source& bytes) {
+  problem p = draw_problem(bytes, unit_entries);
+  const bool unit = bytes.once_in(2);
+  // Cores are rounded to 16 bits, too: what that changes in a logit has to stay below the tolerance.
+  if (unit && p.options.softmax_scale) *p.options.softmax_scale /= 10;
+  const guarded_arguments<float, Element> memory(p, bytes);
+  const auto asked = [unit](problem q) {
+    if (unit) q.options.unit = matrix_unit::best;
+    return q;
+  };
+  fuzz_call<float>(
+      p, memory, bytes, unit ? 0.05L : tolerance_of<float>,
+      [&](const problem& q, const arguments<float>& a) { call(asked(q), memory.in_short(a)); },
+      [&](const problem& q, const arguments<float>& a) { call_gradient(asked(q), memory.in_short(a)); });
+}
+
+template <class T>
+void fuzz_cache(byte_source& bytes) {
+  const auto judge = [](const results<T>& got, const auto& textbook, const std::string& label) {
+    const reference::result<double> want = textbook.template operator()<double>();
+    compare(label, "out", got.out.view(), want.out, tolerance_of<T>);
+    compare(label, "lse", with_dim(got.lse.view()), want.lse, tolerance_of<T>);
+  };
+  cache_life<T, T, byte_source, decltype(judge)> life(bytes, "cache", judge);
+  life.live(static_cast<int>(bytes.draw(1, 30)), [](const auto&...) {});
+}
+
+/// What a cache should be is expected as in a test: a failure there is a finding, too.
 inline void fuzz(const std::uint8_t* data, std::size_t size) {
   byte_source bytes(data, size);
-  bytes.once_in(2) ? fuzz_call<float>(bytes) : fuzz_call<double>(bytes);
+  switch (bytes.draw(0, 5)) {
+    case 0:
+      return fuzz_entry_point<double>(bytes);
+    case 1:
+      return fuzz_entry_point<float>(bytes);
+    case 2:
+      return fuzz_cache<float>(bytes);
+    case 3:
+      return fuzz_cache<double>(bytes);
+#if defined(CCA_FUZZ_UNITS)  // whose kernels are compiled for the newest instruction set alone
+    case 4:
+      return fuzz_unit<Eigen::bfloat16>(bytes);
+    case 5:
+      return fuzz_unit<Eigen::half>(bytes);
+#endif
+  }
 }
 
 }  // namespace cca::test

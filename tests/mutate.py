@@ -7,6 +7,7 @@ Takes the tests that a bug names one after the other, until one fails to pass. E
 """
 
 import argparse
+import filecmp
 import os
 import shutil
 import subprocess
@@ -19,6 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def copy_changed(original, copy):
+    """A new date for what has changed: of an older one that comes back, a build that was kept would not know."""
+    if not (os.path.exists(copy) and filecmp.cmp(original, copy, shallow=False)):
+        shutil.copyfile(original, copy)
+
+
 def prepare(work, arch):
     """A copy of the sources, configured; what is unchanged since the last time keeps its date, and is not built again."""
     source = work / "source"
@@ -26,9 +33,9 @@ def prepare(work, arch):
     for name in ("include", "tests", "cmake", "CMakeLists.txt", "README.md", "examples"):
         original, copy = ROOT / name, source / name
         if original.is_dir():
-            shutil.copytree(original, copy, dirs_exist_ok=True)
+            shutil.copytree(original, copy, copy_function=copy_changed, dirs_exist_ok=True)
         else:
-            shutil.copy2(original, copy)
+            copy_changed(original, copy)
     configure = ["cmake", "-S", source, "-B", work / "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Debug"]
     options = [f"-DCCA_TEST_ARCHS={arch}", "-DCCA_BUILD_BENCHMARKS=OFF", "-DCCA_BUILD_EXAMPLES=OFF"]
     # Without warnings, which are errors here: what a bug leaves unused is no reason not to build it.

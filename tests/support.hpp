@@ -40,8 +40,8 @@ inline std::int64_t draw(random_engine& random, std::int64_t least, std::int64_t
 }
 
 /// One of the choices.
-template <class Choices>
-const auto& draw_from(random_engine& random, const Choices& choices) {
+template <class Random, class Choices>
+const auto& draw_from(Random& random, const Choices& choices) {
   return choices[static_cast<std::size_t>(draw(random, 0, std::ssize(choices) - 1))];
 }
 

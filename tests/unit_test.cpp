@@ -2,7 +2,7 @@
 // the same operands by the rule of all errors here, where the plain textbook keeps what a unit keeps in 16 bits: cores, the
 // weights that multiply values, and the gradients of the logits. Units that the processor lacks are emulated, if they can be.
 
-#include "gradient_entry_points.hpp"
+#include "unit_entry_points.hpp"
 
 // After support.hpp, which has a say in how Eigen is compiled.
 #include <cca/kv_cache_file.hpp>
@@ -56,17 +56,26 @@ struct unit_call {
   [[nodiscard]] tensor_view<const Element> operand(std::size_t i) const { return operands[i].view(); }
   [[nodiscard]] auto far_rows() const { return far{operand(3), operand(4), seen.view()}; }
 
+  [[nodiscard]] unit_arguments<Element> arguments() const {
+    unit_arguments<Element> a{.operands = {}, .seen = seen.view(), .results = {}};
+    for (const tensor<Element>& t : operands) a.operands.push_back(t.view());
+    return a;
+  }
+
+  [[nodiscard]] problem with(matrix_unit unit) const {
+    problem asked = p;
+    asked.options.unit = unit;
+    return asked;
+  }
+
   [[nodiscard]] results<float> forward(matrix_unit unit, const any_executor& run = {},
                                        const layout& layout = {}) const {
-    options options = p.options;
-    options.unit = unit;
     return collect<float>(
         p.sizes,
         [&](tensor_view<float> out, lse_view<float> lse) {
-          if (p.entry == entry::attend)
-            return attend(operand(0), operand(1), operand(2), far_rows(), out, lse, options, run);
-          if (p.entry == entry::attention) return attention(operand(0), operand(1), operand(2), out, lse, options, run);
-          local_attention(operand(0), operand(1), operand(2), out, lse, options, run);
+          unit_arguments<Element> a = arguments();
+          a.results = {out, with_dim(lse)};
+          call(with(unit), a, run);
         },
         layout);
   }
@@ -75,22 +84,15 @@ struct unit_call {
   [[nodiscard]] std::vector<tensor<float>> gradient(matrix_unit unit, const results<float>& of,
                                                     const tensor<Element>& grad_out, const tensor<float, 3>& grad_lse,
                                                     const any_executor& run = {}) const {
-    options options = p.options;
-    options.unit = unit;
     std::vector<tensor<float>> grad;
     for (const extents& e : gradient_result_extents(p)) grad.emplace_back(e);
-    const auto to = [&](std::size_t i) { return grad[i].view(); };
-    const tensor_view<const float> out = of.out.view();
-    const lse_view<const float> lse = of.lse.view(), dlse = grad_lse.view();
-    const tensor_view<const Element> dout = grad_out.view();
-    if (p.entry == entry::attend)
-      attend_gradient(operand(0), operand(1), operand(2), far_rows(), out, lse, dout, dlse, to(0), to(1), to(2), to(3),
-                      to(4), options, run);
-    else if (p.entry == entry::attention)
-      attention_gradient(operand(0), operand(1), operand(2), out, lse, dout, dlse, to(0), to(1), to(2), options, run);
-    else
-      local_attention_gradient(operand(0), operand(1), operand(2), out, lse, dout, dlse, to(0), to(1), to(2), options,
-                               run);
+    unit_arguments<Element> a = arguments();
+    for (tensor<float>& g : grad) a.results.push_back(g.view());
+    a.out = of.out.view();
+    a.lse = of.lse.view();
+    a.grad_out = grad_out.view();
+    a.grad_lse = grad_lse.view();
+    call_gradient(with(unit), a, run);
     for (const tensor<float>& g : grad) EXPECT_TRUE(g.canaries_intact());
     return grad;
   }
@@ -265,11 +267,9 @@ class UnitTest : public testing::Test {
 using unit_elements = testing::Types<bfloat16, half>;
 TYPED_TEST_SUITE(UnitTest, unit_elements);
 
-constexpr std::array entries{entry::local, entry::attention, entry::attend};
-
 TYPED_TEST(UnitTest, EveryHeadDim) {
   random_engine random(1);
-  for (const entry entry : entries) {
+  for (const entry entry : unit_entries) {
     rules<TypeParam> rules;
     rules.far_ = entry == entry::attend;
     for (std::size_t i = 0; i < head_dims.size(); ++i) {
@@ -282,7 +282,7 @@ TYPED_TEST(UnitTest, EveryHeadDim) {
 
 TYPED_TEST(UnitTest, EveryLengthAroundTilesAndChunks) {
   random_engine random(2);
-  for (const entry entry : entries) {
+  for (const entry entry : unit_entries) {
     rules<TypeParam> rules;
     rules.far_ = entry == entry::attend;
     for (const std::int64_t length : {9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 66, 96, 127, 128, 129, 130, 255, 257, 300})
@@ -296,7 +296,7 @@ TYPED_TEST(UnitTest, EveryLengthAroundTilesAndChunks) {
 /// Windows and groups of any size, fewer queries than keys, heads that share, layouts, scales of either sign.
 TYPED_TEST(UnitTest, EveryConvention) {
   random_engine random(3);
-  for (const entry entry : entries) {
+  for (const entry entry : unit_entries) {
     rules<TypeParam> rules;
     rules.far_ = entry == entry::attend;
     for (int times = 0; times < 30; ++times) {
@@ -523,7 +523,7 @@ TYPED_TEST(UnitTest, Denormals) {
 /// Bitwise the same for any executor, and the caller's tiles are as they were: from many fresh threads.
 TYPED_TEST(UnitTest, AnyExecutor) {
   random_engine random(10);
-  for (const entry entry : entries) {
+  for (const entry entry : unit_entries) {
     const problem p = example(entry, {.batch = 2, .heads = 2, .queries = 70, .keys = 70, .dim = 16, .value_dim = 16});
     const unit_call<TypeParam> c(p, random);
     tensor<TypeParam> grad_out({2, 2, 70, 16});
