@@ -69,9 +69,9 @@ check_all() {
 for compiler in "${compilers[@]}"; do
   check_all "$compiler"
   for folder in "$@"; do check_all "$compiler" -isystem "$folder"; done
-  # Only where the library is installed, and of an age with the compiler.
+  # Only where the library is installed, and of an age with the compiler: of one that is too old it warns.
   if [[ $compiler == clang* ]] && echo '#include <version>' |
-    "$compiler" -std=c++20 -stdlib=libc++ -fsyntax-only -x c++ - 2>/dev/null; then
+    "$compiler" -std=c++20 -stdlib=libc++ -Werror -fsyntax-only -x c++ - 2>/dev/null; then
     check_all "$compiler" -stdlib=libc++
   fi
 done
