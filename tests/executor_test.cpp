@@ -1,6 +1,7 @@
 // Results depend neither on who runs the tasks nor on what else is in the batch: they are the same to the bit.
 
 #include "executors.hpp"
+#include "passes.hpp"
 
 // After support.hpp, which has a say in how Eigen is compiled.
 #include <mutex>
@@ -10,46 +11,48 @@ namespace {
 
 // ----------------------------------------------------------------------------------------------------- executors
 
-template <class T>
-class Executor : public testing::Test {
- protected:
-  using shape = detail::tile_shape<T>;
-  static constexpr std::int64_t stack = shape::least_stack * shape::lanes;  // of sequences as short as those here
-};
+template <class Pass>
+class ExecutorOf : public testing::Test {};
 
-TYPED_TEST_SUITE(Executor, precisions);
+TYPED_TEST_SUITE(ExecutorOf, passes);
 
-TYPED_TEST(Executor, ResultsAreTheSameForAny) {
-  using T = TypeParam;
+TYPED_TEST(ExecutorOf, ResultsAreTheSameForAny) {
+  using T = typename TypeParam::element;
+  constexpr std::int64_t stack = TypeParam::stack;
   random_engine random(1);
   const auto all = executors();
   // One long head, many heads, and few queries over a context that is cut into parts.
-  const std::array shapes{sizes{.queries = 5 * this->stack + 7, .keys = 5 * this->stack + 7, .dim = 4, .value_dim = 4},
-                          sizes{.batch = 2,
-                                .heads = 12,
-                                .kv_heads = 4,
-                                .queries = this->stack / 2 + 3,
-                                .keys = this->stack / 2 + 3,
-                                .dim = 4,
-                                .value_dim = 4},
-                          sizes{.heads = 4, .kv_heads = 2, .queries = 2, .keys = 5000, .dim = 4, .value_dim = 4}};
-  for (const entry entry : all_entries)
+  const std::array shapes{
+      sizes{.queries = 5 * stack + 7, .keys = 5 * stack + 7, .dim = 4, .value_dim = 4},
+      sizes{.batch = 2, .heads = 12, .kv_heads = 3, .queries = stack + 3, .keys = stack + 3, .dim = 4, .value_dim = 4},
+      sizes{.heads = 4, .kv_heads = 2, .queries = 2, .keys = 5000, .dim = 4, .value_dim = 4}};
+  std::vector<problem> problems;
+  for (const entry entry : TypeParam::entries)
     for (const sizes& s : shapes) {
       problem p = example(entry, s);
       if (s.queries < s.keys && entry == entry::attention) continue;  // which has a query for every key
       if (s.queries < s.keys && entry == entry::local) p.options.window = s.keys - 5;
-      argument_memory<T> serial = argument_memory<T>(p).randomize(random);
-      call(p, serial.arguments());
-      for (const auto& [name, run] : all)
-        for (const bool given : {false, true}) {
-          argument_memory<T> memory = serial;
-          for (tensor<T>& result : memory.results) result.fill(canary<T>());
-          const arguments<T> a = memory.arguments();
-          std::vector<std::byte> workspace(given ? workspace_size(p, a, run) : 0);
-          call(p, a, run, workspace);
-          ASSERT_TRUE(same_bits(a.results, serial.arguments().results)) << p << ", " << name;
-        }
+      problems.push_back(p);
     }
+  // Two heads of one kind share one of the other kind, but not with the same heads.
+  problems.push_back(example(
+      entry::attend, {.heads = 6, .kv_heads = 3, .queries = 3 * stack, .keys = 3 * stack, .dim = 40, .value_dim = 40}));
+  problems.back().far_heads = 2;
+  for (const problem& p : problems) {
+    typename TypeParam::memory serial(p);
+    serial.randomize(random);
+    TypeParam::call(p, serial.arguments());
+    for (const auto& [name, run] : all)
+      for (const bool given : {false, true}) {
+        auto memory = serial;
+        for (tensor<T>& result : memory.results) result.fill(canary<T>());
+        const arguments<T> a = memory.arguments();
+        // Large numbers of any type, so that what is read before it is written shows.
+        std::vector<std::byte> workspace(given ? TypeParam::workspace_size(p, a, run) : 0, std::byte{0x7f});
+        TypeParam::call(p, a, run, workspace);
+        ASSERT_TRUE(same_bits(a.results, serial.arguments().results)) << p << ", " << name;
+      }
+  }
 }
 
 /// A callable with no `concurrency()` is an executor, too, and may run as many tasks at once as it likes.
@@ -98,49 +101,56 @@ tensor_view<T, Rank> part(tensor_view<T, Rank> view, std::int64_t b, range heads
   return view;
 }
 
-TYPED_TEST(Executor, ASequenceAloneIsTheSameAsInABatch) {
-  using T = TypeParam;
+TYPED_TEST(ExecutorOf, ASequenceAloneIsTheSameAsInABatch) {
+  using T = typename TypeParam::element;
   random_engine random(3);
-  for (const entry entry : all_entries)
-    for (const auto& [heads, kv_heads] : std::array<std::pair<std::int64_t, std::int64_t>, 2>{{{3, 3}, {6, 2}}})
-      for (const std::int64_t length : {std::int64_t{1}, std::int64_t{3}, std::int64_t{6}, this->stack + 5}) {
-        problem p = example(entry, {.batch = 3,
-                                    .heads = heads,
-                                    .kv_heads = kv_heads,
-                                    .queries = length,
-                                    .keys = length,
-                                    .dim = 7,
-                                    .value_dim = 5});
-        argument_memory<T> batch = argument_memory<T>(p).randomize(random);
-        const arguments<T> together = batch.arguments();
-        call(p, together);
-        // Each key/value head with its queries, of each sequence, by itself.
-        for (std::int64_t b = 0; b < 3; ++b)
-          for (std::int64_t h = 0; h < kv_heads; ++h) {
-            problem alone = p;
-            alone.sizes.batch = alone.sizes.kv_heads = alone.far_heads = 1;
-            alone.sizes.heads = heads / kv_heads;
-            const auto heads_of = [h, kv_heads = kv_heads](std::int64_t all) {
-              return range{h * all / kv_heads, (h + 1) * all / kv_heads};
-            };
-            argument_memory<T> memory(alone);
-            arguments<T> a = memory.arguments();
-            std::vector<tensor_view<T>> expected;
-            for (std::size_t o = 0; o < a.operands.size(); ++o)
-              a.operands[o] = part(together.operands[o], b, heads_of(together.operands[o].heads()));
-            for (const tensor_view<T>& result : together.results)
-              expected.push_back(part(result, b, heads_of(result.heads())));
-            if (entry == entry::attend) a.seen = part(together.seen, b, heads_of(heads));
-            call(alone, a);
-            ASSERT_TRUE(same_bits(a.results, expected)) << p << ", sequence " << b << ", head " << h;
-          }
-      }
+  for (const entry entry : TypeParam::entries)
+    for (const core_heads cores : all_core_heads)
+      for (const auto& [heads, kv_heads] : std::array<std::pair<std::int64_t, std::int64_t>, 2>{{{3, 3}, {6, 2}}})
+        for (const std::int64_t length : {std::int64_t{1}, std::int64_t{3}, std::int64_t{6}, TypeParam::stack + 5}) {
+          problem p = example(entry, {.batch = 3,
+                                      .heads = heads,
+                                      .kv_heads = kv_heads,
+                                      .queries = length,
+                                      .keys = length,
+                                      .dim = 7,
+                                      .value_dim = 5});
+          if (entry == entry::attention || entry == entry::pool) p.options.cores = cores;
+          typename TypeParam::memory batch(p);
+          const arguments<T> together = batch.randomize(random).arguments();
+          TypeParam::call(p, together);
+          // Each key/value head with its queries, of each sequence, by itself.
+          for (std::int64_t b = 0; b < 3; ++b)
+            for (std::int64_t h = 0; h < kv_heads; ++h) {
+              problem alone = p;
+              alone.sizes.batch = alone.sizes.kv_heads = alone.far_heads = 1;
+              alone.sizes.heads = heads / kv_heads;
+              const auto heads_of = [h, kv_heads = kv_heads](std::int64_t all) {
+                return range{h * all / kv_heads, (h + 1) * all / kv_heads};
+              };
+              typename TypeParam::memory memory(alone);
+              arguments<T> a = memory.arguments();
+              std::vector<tensor_view<T>> expected;
+              for (std::size_t o = 0; o < a.operands.size(); ++o)
+                a.operands[o] = part(together.operands[o], b, heads_of(together.operands[o].heads()));
+              for (const tensor_view<T>& result : together.results)
+                expected.push_back(part(result, b, heads_of(result.heads())));
+              if (entry == entry::attend) a.seen = part(together.seen, b, heads_of(heads));
+              TypeParam::call(alone, a);
+              ASSERT_TRUE(same_bits(a.results, expected)) << p << ", sequence " << b << ", head " << h;
+            }
+        }
 }
 
 // ----------------------------------------------------------------------------------------------- zero sizes, races
 
+template <class T>
+class ForwardExecutor : public testing::Test {};
+
+TYPED_TEST_SUITE(ForwardExecutor, precisions);
+
 /// Batch, heads, keys and queries of 0 in every combination: nothing is divided by them, and nothing is seen.
-TYPED_TEST(Executor, SizesMayBe0) {
+TYPED_TEST(ForwardExecutor, SizesMayBe0) {
   using T = TypeParam;
   const auto all = executors();
   for (const entry entry : all_entries)
@@ -186,17 +196,17 @@ TYPED_TEST(Executor, SizesMayBe0) {
 }
 
 /// No memory is shared between calls.
-TYPED_TEST(Executor, CallsMayOverlap) {
-  using T = TypeParam;
+TYPED_TEST(ExecutorOf, CallsMayOverlap) {
+  using memory = typename TypeParam::memory;
   random_engine random(5);
-  for (const entry entry : all_entries) {
+  for (const entry entry : TypeParam::entries) {
     const problem p = example(entry, {.heads = 2, .queries = 200, .keys = 200, .dim = 9, .value_dim = 9});
-    std::array memories{argument_memory<T>(p).randomize(random), argument_memory<T>(p).randomize(random)};
+    std::array memories{memory(p).randomize(random), memory(p).randomize(random)};
     auto expected = memories;
-    for (auto& memory : expected) call(p, memory.arguments());
+    for (memory& one : expected) TypeParam::call(p, one.arguments());
     for (int repeat = 0; repeat < 5; ++repeat) {
       std::vector<std::jthread> threads;
-      for (auto& memory : memories) threads.emplace_back([&] { call(p, memory.arguments()); });
+      for (memory& one : memories) threads.emplace_back([&] { TypeParam::call(p, one.arguments()); });
       threads.clear();
       for (std::size_t i = 0; i < memories.size(); ++i)
         ASSERT_TRUE(same_bits(memories[i].arguments().results, expected[i].arguments().results)) << p;

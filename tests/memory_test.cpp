@@ -1,33 +1,40 @@
-// What the entry points read and write: their operands, their results and their workspace, to the byte, wherever those
-// lie in memory.
+// What the entry points and their gradients read and write: their operands, their results and their workspace, to the
+// byte, wherever those lie in memory.
 
 #include <memory>
 #include <numeric>
 
 #include "allocations.hpp"
-#include "entry_points.hpp"
+#include "executors.hpp"
 #include "guarded_pages.hpp"
+#include "passes.hpp"
 
 namespace cca::test {
 namespace {
 
-template <class T>
-class Memory : public testing::Test {
- protected:
-  using shape = detail::tile_shape<T>;
-  static constexpr std::int64_t lanes = shape::lanes, block = shape::block;
-  static constexpr std::int64_t stack = shape::least_stack * lanes;  // of sequences as short as those here
-};
+template <class Pass>
+class Memory : public testing::Test {};
 
-TYPED_TEST_SUITE(Memory, precisions);
+TYPED_TEST_SUITE(Memory, passes);
+
+/// Random arguments one after the other, alone in memory, and the results of a serial call.
+template <class Pass>
+typename Pass::memory called(const problem& p, random_engine& random) {
+  typename Pass::memory memory(p);
+  memory.randomize(random);
+  Pass::call(p, memory.arguments());
+  return memory;
+}
 
 // --------------------------------------------------------------------------------------------------- guard pages
 
 /// The arguments of a call and its workspace, each between guards of its own.
-template <class T>
+template <class Pass>
 class guarded_arguments {
+  using T = typename Pass::element;
+
  public:
-  arguments<T> place_all(const problem& p, const argument_memory<T>& content, bool end, std::int64_t padding) const {
+  arguments<T> place_all(const typename Pass::memory& content, bool end, std::int64_t padding) const {
     arguments<T> a;
     const guarded_pages* next = pages_.data();
     for (const tensor<T>& operand : content.operands) {
@@ -35,7 +42,8 @@ class guarded_arguments {
       copy(operand.view(), view);
       a.operands.push_back(view);
     }
-    for (const extents& e : result_extents(p)) a.results.push_back(place<T>(*next++, end, e, padding));
+    for (const tensor<T>& result : content.results)
+      a.results.push_back(place<T>(*next++, end, result.view().extent, padding));
     const auto rows = content.seen.view().extent;
     const auto seen = place<std::int64_t>(*next++, end, {rows[0], rows[1], rows[2], 1}, padding);
     for_each_row(
@@ -52,40 +60,43 @@ class guarded_arguments {
   }
 
  private:
-  std::array<guarded_pages, 8> pages_;  // five operands, two results and the counts of far rows
-  guarded_pages workspace_{std::size_t{1} << 22};
+  std::array<guarded_pages, 15> pages_;  // nine operands, five results and the counts of far rows
+  guarded_pages workspace_{std::size_t{1} << 23};
 };
 
-TYPED_TEST(Memory, NothingIsTouchedBesideOperandsAndResults) {
-  using T = TypeParam;
-  const std::int64_t greatest = this->lanes + 2, longest = 2 * this->stack + 1;
-  std::vector<std::pair<std::int64_t, std::int64_t>> sizes_of;  // lengths and dims
+/// Lengths and dims around those of the kernels' loops.
+template <class Pass>
+std::vector<std::pair<std::int64_t, std::int64_t>> edges() {
+  using T = typename Pass::element;
+  const std::int64_t greatest = Pass::lanes + 2;
+  std::vector<std::pair<std::int64_t, std::int64_t>> all;
   for (std::int64_t length = 1; length <= greatest; ++length)
-    for (const std::int64_t dim : {1, 6, 13}) sizes_of.emplace_back(length, dim);
-  for (const std::int64_t edge : {this->block, this->stack, longest})
-    for (std::int64_t length = edge - 1; length <= edge + 1; ++length) sizes_of.emplace_back(length, 5);
+    for (const std::int64_t dim : {1, 6, 13}) all.emplace_back(length, dim);
+  for (const std::int64_t edge : {Pass::block, Pass::stack, 2 * Pass::stack + 1})
+    for (std::int64_t length = edge - 1; length <= edge + 1; ++length) all.emplace_back(length, 5);
   for (std::int64_t dim = 1; dim <= greatest; ++dim)
-    for (const std::int64_t length : {3, 6}) sizes_of.emplace_back(length, dim);
+    for (const std::int64_t length : {3, 6}) all.emplace_back(length, dim);
   // Pooling takes eight vectors of a row at a time.
-  for (std::int64_t dim = 8 * detail::width<T> - 1; dim <= 8 * detail::width<T> + 1; ++dim)
-    sizes_of.emplace_back(6, dim);
+  for (std::int64_t dim = 8 * detail::width<T> - 1; dim <= 8 * detail::width<T> + 1; ++dim) all.emplace_back(6, dim);
+  return all;
+}
 
-  const guarded_arguments<T> guarded;
+TYPED_TEST(Memory, NothingIsTouchedBesideTheArguments) {
+  const std::int64_t greatest = TypeParam::lanes + 2;
+  const guarded_arguments<TypeParam> guarded;
   random_engine random(1);
-  for (const auto& [length, dim] : sizes_of)
-    for (const entry entry : all_entries) {
+  for (const auto& [length, dim] : edges<TypeParam>())
+    for (const entry entry : TypeParam::entries) {
       const problem p = example(entry, {.heads = 2,
                                         .queries = length,
                                         .keys = length,
                                         .dim = dim,
                                         .value_dim = dim <= greatest ? greatest + 1 - dim : dim});
-      argument_memory<T> plain = argument_memory<T>(p).randomize(random);
-      call(p, plain.arguments());
+      auto plain = called<TypeParam>(p, random);
       for (const bool end : {false, true})
         for (const std::int64_t padding : {0, 3}) {
-          const arguments<T> a = guarded.place_all(p, plain, end, padding);
-          const auto workspace = guarded.workspace(end, workspace_size(p, a));
-          call(p, a, {}, workspace);
+          const auto a = guarded.place_all(plain, end, padding);
+          TypeParam::call(p, a, {}, guarded.workspace(end, TypeParam::workspace_size(p, a)));
           ASSERT_TRUE(same_bits(a.results, plain.arguments().results)) << p << ", padding " << padding;
         }
     }
@@ -94,11 +105,12 @@ TYPED_TEST(Memory, NothingIsTouchedBesideOperandsAndResults) {
 // --------------------------------------------------------------------------------------------------- the workspace
 
 /// The fewest bytes of a workspace, from `begin` on, that a call is content with.
-template <class T>
-std::size_t fewest_bytes(const problem& p, const arguments<T>& a, std::byte* begin, std::size_t enough) {
+template <class Pass, class T>
+std::size_t fewest_bytes(const problem& p, const arguments<T>& a, const any_executor& run, std::byte* begin,
+                         std::size_t enough) {
   const auto refuses = [&](std::size_t bytes) {
     try {
-      call(p, a, {}, std::span(begin, bytes));
+      Pass::call(p, a, run, std::span(begin, bytes));
       return false;
     } catch (const std::invalid_argument& refusal) {
       const std::string text = refusal.what();
@@ -115,54 +127,58 @@ std::size_t fewest_bytes(const problem& p, const arguments<T>& a, std::byte* beg
       high = middle;
   }
   EXPECT_FALSE(refuses(low));
-  EXPECT_TRUE(low == 1 || refuses(low - 1));
+  if (low == 1) return low;
+  for (const tensor_view<T>& result : a.results)
+    for_each_row(result, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+      std::fill_n(result.row(b, h, i), result.dim(), canary<T>());
+    });
+  EXPECT_TRUE(refuses(low - 1)) << p;
+  for (const tensor_view<T>& result : a.results)
+    for_each_row(result, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+      for (std::int64_t d = 0; d < result.dim(); ++d)
+        EXPECT_TRUE(same_bits(result.row(b, h, i)[d], canary<T>())) << p << " writes before it refuses";
+    });
   return low;
 }
 
+/// For threads, too. The fewest bytes depend on how far the first is from an aligned one: all that are said, at the worst.
 TYPED_TEST(Memory, TheWorkspaceIsAsLargeAsSaid) {
-  using T = TypeParam;
-  const guarded_arguments<T> guarded;
+  const guarded_arguments<TypeParam> guarded;
   random_engine random(2);
-  for (const entry entry : {entry::dense, entry::local, entry::attention, entry::attend, entry::pool})
-    for (const std::int64_t length : {std::int64_t{1}, std::int64_t{4}, this->lanes + 1, 2 * this->stack + 1})
+  for (const entry entry : TypeParam::entries)
+    for (const std::int64_t length : {std::int64_t{1}, std::int64_t{4}, TypeParam::lanes + 1, 2 * TypeParam::stack + 1})
       for (const std::int64_t dim : {1, 16, 17}) {
+        if (entry == entry::merge) continue;  // which needs none
         const problem p =
             example(entry, {.heads = 2, .queries = length, .keys = length, .dim = dim, .value_dim = dim + 2});
-        argument_memory<T> plain = argument_memory<T>(p).randomize(random);
-        call(p, plain.arguments());
-        const arguments<T> a = guarded.place_all(p, plain, true, 0);
-        const std::size_t said = workspace_size(p, a);
-        // The fewest bytes depend on how far the first is from an aligned one: all that are said, at the worst.
+        auto plain = called<TypeParam>(p, random);
+        const auto a = guarded.place_all(plain, true, 0);
+        const any_executor run = dim == 17 ? any_executor{7, thread_per_task} : any_executor{};
         for (const std::size_t misalignment : {0u, 1u, 63u}) {
+          const std::size_t said = TypeParam::workspace_size(p, a, run);
           const std::size_t fewest =
-              fewest_bytes(p, a, guarded.workspace(false, said + 64).data() + misalignment, said);
+              fewest_bytes<TypeParam>(p, a, run, guarded.workspace(false, said + 64).data() + misalignment, said);
           ASSERT_LE(fewest, said) << p;
-          if (misalignment == 0) {
-            // Aligned to the end of a page, so that not even a vector more may be written.
-            const auto exact = guarded.workspace(true, fewest);
-            ASSERT_EQ(reinterpret_cast<std::uintptr_t>(exact.data()) % 64, 0u) << p;
-            call(p, a, {}, exact);
-          } else {
-            const auto odd = guarded.workspace(true, fewest);
-            call(p, a, {}, odd);
-          }
+          // At the end of a page, so that not even a vector more may be written.
+          const auto exact = guarded.workspace(true, fewest);
+          ASSERT_TRUE(misalignment != 0 || reinterpret_cast<std::uintptr_t>(exact.data()) % 64 == 0) << p;
+          TypeParam::call(p, a, run, exact);
           ASSERT_TRUE(same_bits(a.results, plain.arguments().results)) << p << ", misaligned by " << misalignment;
         }
       }
 }
 
 TYPED_TEST(Memory, NothingIsAllocatedWhereThereIsAWorkspace) {
-  using T = TypeParam;
   random_engine random(3);
-  for (const entry entry : all_entries)
-    for (const std::int64_t length : {std::int64_t{1}, this->stack + 3}) {
+  for (const entry entry : TypeParam::entries)
+    for (const std::int64_t length : {std::int64_t{1}, TypeParam::stack + 3}) {
       const problem p = example(entry, {.heads = 2, .queries = length, .keys = length, .dim = 9, .value_dim = 5});
-      argument_memory<T> memory = argument_memory<T>(p).randomize(random);
-      const arguments<T> a = memory.arguments();
-      std::vector<std::byte> workspace(workspace_size(p, a));
+      typename TypeParam::memory memory(p);
+      const auto a = memory.randomize(random).arguments();
+      std::vector<std::byte> workspace(TypeParam::workspace_size(p, a));
       const any_executor run;
       const std::int64_t before = allocation_count();
-      call(p, a, run, workspace);
+      TypeParam::call(p, a, run, workspace);
       EXPECT_EQ(allocation_count() - before, 0) << p;
     }
 }
@@ -171,11 +187,10 @@ TYPED_TEST(Memory, NothingIsAllocatedWhereThereIsAWorkspace) {
 
 /// NaNs between the rows do not get in, nothing is written there, and an operand with stride 0 is its row repeated.
 TYPED_TEST(Memory, AnyLayoutIsReadAndWrittenWhereItsElementsAre) {
-  using T = TypeParam;
   random_engine random(4);
-  for (const entry entry : all_entries)
+  for (const entry entry : TypeParam::entries)
     for (int i = 0; i < 60; ++i) {
-      const std::int64_t kv_heads = draw(random, 1, 2), keys = draw(random, 1, this->lanes + 9);
+      const std::int64_t kv_heads = draw(random, 1, 2), keys = draw(random, 1, TypeParam::lanes + 9);
       const problem p = example(entry, {.batch = draw(random, 1, 3),
                                         .heads = kv_heads * draw(random, 1, 3),
                                         .kv_heads = kv_heads,
@@ -183,18 +198,17 @@ TYPED_TEST(Memory, AnyLayoutIsReadAndWrittenWhereItsElementsAre) {
                                         .keys = keys,
                                         .dim = draw(random, 1, 20),
                                         .value_dim = draw(random, 1, 20)});
-      argument_memory<T> memory(
-          p, [&](bool operand) { return operand ? random_operand_layout(random) : random_layout(random); });
-      memory.randomize(random);
-      const arguments<T> a = memory.arguments();
-      call(p, a);
+      typename TypeParam::memory memory(
+          p, [&](bool may_broadcast) { return may_broadcast ? random_operand_layout(random) : random_layout(random); });
+      const auto a = memory.randomize(random).arguments();
+      TypeParam::call(p, a);
       ASSERT_TRUE(memory.canaries_intact()) << p;
-      argument_memory<T> plain(p);
+      typename TypeParam::memory plain(p);
       for (std::size_t o = 0; o < a.operands.size(); ++o) copy(a.operands[o], plain.operands[o].view());
       for_each_row(a.seen, [&](std::int64_t b, std::int64_t h, std::int64_t q) {
         *plain.seen.row(b, h, q) = *a.seen.row(b, h, q);
       });
-      call(p, plain.arguments());
+      TypeParam::call(p, plain.arguments());
       ASSERT_TRUE(same_bits(a.results, plain.arguments().results)) << p;
     }
 }
@@ -202,14 +216,13 @@ TYPED_TEST(Memory, AnyLayoutIsReadAndWrittenWhereItsElementsAre) {
 /// A view into the midst of a larger tensor: cache tails, other sequences, other heads and other columns are NaN, and
 /// stay as they are.
 TYPED_TEST(Memory, NeighboursInALargerTensorDoNotMatter) {
-  using T = TypeParam;
+  using T = typename TypeParam::element;
   random_engine random(5);
-  for (const entry entry : all_entries)
-    for (const std::int64_t length : {std::int64_t{2}, this->lanes + 1}) {
+  for (const entry entry : TypeParam::entries)
+    for (const std::int64_t length : {std::int64_t{2}, TypeParam::lanes + 1}) {
       const problem p =
           example(entry, {.batch = 2, .heads = 2, .queries = length, .keys = length, .dim = 7, .value_dim = 5});
-      argument_memory<T> plain = argument_memory<T>(p).randomize(random);
-      call(p, plain.arguments());
+      auto plain = called<TypeParam>(p, random);
 
       std::vector<tensor<T>> larger;
       const auto within = [&](const extents& e) {
@@ -223,8 +236,8 @@ TYPED_TEST(Memory, NeighboursInALargerTensorDoNotMatter) {
         copy(operand.view(), view);
         a.operands.push_back(view);
       }
-      for (const extents& e : result_extents(p)) a.results.push_back(within(e));
-      call(p, a);
+      for (const tensor<T>& result : plain.results) a.results.push_back(within(result.view().extent));
+      TypeParam::call(p, a);
       ASSERT_TRUE(same_bits(a.results, plain.arguments().results)) << p;
       for (std::size_t i = 0; i < larger.size(); ++i) {
         // With the elements of the view made canaries again, there is nothing else.
@@ -242,10 +255,10 @@ TYPED_TEST(Memory, NeighboursInALargerTensorDoNotMatter) {
 
 // -------------------------------------------------------------------------------------------------- large offsets
 
-/// Strides beyond 2^31 and 2^32 elements: one operand or result after the other is spread over address space of which
-/// only the rows are ever touched.
+/// Strides beyond 2^31 and 2^32 elements: one argument after the other is spread over address space of which only the
+/// rows are ever touched.
 TYPED_TEST(Memory, StridesMayExceed32Bits) {
-  using T = TypeParam;
+  using T = typename TypeParam::element;
   random_engine random(6);
   // A stride that is cut to 32 bits becomes negative, small, or 0.
   constexpr std::array<std::int64_t, 3> strides{(std::int64_t{1} << 31) + 1, (std::int64_t{1} << 32) + 9,
@@ -254,7 +267,7 @@ TYPED_TEST(Memory, StridesMayExceed32Bits) {
   constexpr std::size_t bytes = sizeof(T) * ((std::size_t{1} << 32) + 9) * most;
   if (mapping(bytes, PROT_READ | PROT_WRITE).data() == nullptr)
     GTEST_SKIP() << "the system does not give " << bytes << " bytes of address space";
-  for (const entry entry : all_entries)
+  for (const entry entry : TypeParam::entries)
     for (const std::size_t dimension : {0u, 1u, 2u})
       for (const auto& [stride, length] : std::array<std::pair<std::int64_t, std::int64_t>, 4>{
                {{strides[0], 3}, {strides[0], most}, {strides[1], most}, {strides[2], 3}}}) {
@@ -265,27 +278,23 @@ TYPED_TEST(Memory, StridesMayExceed32Bits) {
         p.far_length = length;
         if (p.options.group_size > 1) p.options.group_size = 1;
         if (p.options.window != unlimited) p.options.window = 1;
-        argument_memory<T> plain = argument_memory<T>(p).randomize(random);
-        call(p, plain.arguments());
+        auto plain = called<TypeParam>(p, random);
         const std::size_t operands = plain.operands.size();
         for (std::size_t spread = 0; spread < operands + plain.results.size(); ++spread) {
           const mapping memory(bytes, PROT_READ | PROT_WRITE);
-          const auto spread_out = [&memory, dimension, stride = stride](tensor_view<T> view) {
-            view.data = reinterpret_cast<T*>(memory.data());
-            view.stride[dimension] = stride;
-            return view;
-          };
-          arguments<T> a = plain.arguments();
+          auto other = plain;
+          arguments<T> a = other.arguments();
+          tensor_view<T> view = spread < operands ? other.operands[spread].view() : a.results[spread - operands];
+          view.data = reinterpret_cast<T*>(memory.data());
+          view.stride[dimension] = stride;
           if (spread < operands) {
-            const auto view = spread_out(plain.operands[spread].view());
             copy(plain.operands[spread].view(), view);
             a.operands[spread] = view;
           } else {
-            a.results[spread - operands] = spread_out(plain.results[spread - operands].view());
+            a.results[spread - operands] = view;
           }
-          const argument_memory<T> expected = plain;
-          call(p, a);
-          ASSERT_TRUE(same_bits<T>(a.results, argument_memory<T>(expected).arguments().results))
+          TypeParam::call(p, a);
+          ASSERT_TRUE(same_bits(a.results, plain.arguments().results))
               << p << ", argument " << spread << " with stride " << stride << " in dimension " << dimension;
         }
       }
@@ -293,23 +302,21 @@ TYPED_TEST(Memory, StridesMayExceed32Bits) {
 
 /// Query and window far along see what those near by see, when all keys come before them.
 TYPED_TEST(Memory, PositionsMayExceed32Bits) {
-  using T = TypeParam;
   random_engine random(7);
   for (const entry entry : {entry::local, entry::attend})
-    for (const std::int64_t queries : {std::int64_t{2}, this->lanes + 3})
+    for (const std::int64_t queries : {std::int64_t{2}, TypeParam::lanes + 3})
       for (const std::int64_t group_size : {1, 5}) {
-        problem p = example(entry, {.queries = queries, .keys = this->block + 7, .dim = 4, .value_dim = 4});
+        problem p = example(entry, {.queries = queries, .keys = TypeParam::block + 7, .dim = 4, .value_dim = 4});
         const auto shift = [&](std::int64_t position) {
           p.options = {.group_size = group_size, .window = position + 11, .first_position = position};
         };
         shift(p.sizes.keys);
-        argument_memory<T> near = argument_memory<T>(p).randomize(random);
-        call(p, near.arguments());
+        auto near = called<TypeParam>(p, random);
         for (const std::int64_t position :
              {(std::int64_t{1} << 31) - 2, std::int64_t{1} << 31, std::int64_t{1} << 32, std::int64_t{1} << 40}) {
           shift(position);
-          argument_memory<T> far = near;
-          call(p, far.arguments());
+          auto far = near;
+          TypeParam::call(p, far.arguments());
           ASSERT_TRUE(same_bits(far.arguments().results, near.arguments().results)) << p;
         }
       }
