@@ -1,6 +1,8 @@
 # cmake -P check_includes.cmake [include folder]: every header includes only headers above it in this list, which is the
 # order in which the library is read, and xsimd and Eigen come in at one place each.
 
+cmake_minimum_required(VERSION 3.25)
+
 set(order
     # The words: no arithmetic on data yet.
     detail/target.hpp version.hpp detail/matrix_units.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp

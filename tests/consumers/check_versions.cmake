@@ -1,5 +1,7 @@
 # cmake -D VERSION=.. -P check_versions.cmake: those files that cannot read include/cca/version.hpp agree with it.
 
+cmake_minimum_required(VERSION 3.25)
+
 file(READ ../../cmake/packaging/vcpkg/cca/vcpkg.json manifest)
 string(JSON port GET "${manifest}" version)
 if(NOT port STREQUAL VERSION)
