@@ -23,7 +23,7 @@ TYPED_TEST(ExecutorOf, ResultsAreTheSameForAny) {
   const auto all = executors();
   // One long head, many heads, and few queries over a context that is cut into parts.
   const std::array shapes{
-      sizes{.queries = 5 * stack + 7, .keys = 5 * stack + 7, .dim = 4, .value_dim = 4},
+      sizes{.queries = 7 * stack + 7, .keys = 7 * stack + 7, .dim = 4, .value_dim = 4},
       sizes{.batch = 2, .heads = 12, .kv_heads = 3, .queries = stack + 3, .keys = stack + 3, .dim = 4, .value_dim = 4},
       sizes{.heads = 4, .kv_heads = 2, .queries = 2, .keys = 5000, .dim = 4, .value_dim = 4}};
   std::vector<problem> problems;

@@ -72,8 +72,8 @@ std::vector<std::pair<std::int64_t, std::int64_t>> edges() {
   std::vector<std::pair<std::int64_t, std::int64_t>> all;
   for (std::int64_t length = 1; length <= greatest; ++length)
     for (const std::int64_t dim : {1, 6, 13}) all.emplace_back(length, dim);
-  for (const std::int64_t edge : {Pass::block, Pass::stack, 2 * Pass::stack + 1})
-    for (std::int64_t length = edge - 1; length <= edge + 1; ++length) all.emplace_back(length, 5);
+  for (const std::int64_t edge : {Pass::block, Pass::stack, 2 * Pass::stack})
+    for (std::int64_t length = edge - 1; length <= edge + 2; ++length) all.emplace_back(length, 5);
   for (std::int64_t dim = 1; dim <= greatest; ++dim)
     for (const std::int64_t length : {3, 6}) all.emplace_back(length, dim);
   // Pooling takes eight vectors of a row at a time.
