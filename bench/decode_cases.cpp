@@ -32,7 +32,7 @@ struct decode_case {
   cca::core_heads cores = cca::core_heads::per_query_head;
   int threads = 1;
 
-  [[nodiscard]] cca::options options() const { return {.group_size = 16, .window = 1024, .cores = cores}; }
+  [[nodiscard]] cca::options options() const { return {.group_size = 16, .window = 1024, .core_heads = cores}; }
 
   [[nodiscard]] std::string name(const std::string& element) const {
     std::string text = "decode/" + element + "/D:" + std::to_string(dim) + "/H:" + std::to_string(heads);
@@ -150,7 +150,7 @@ class decoder {
       for (Scalar& x : rows->data) x = static_cast<Scalar>(static_cast<Stored>(x));
     const cca::partition partition{options.group_size, options.window};
     const std::vector<std::int64_t> seen(static_cast<std::size_t>(case_.heads), partition.core_count(case_.length - 1));
-    const cca::far far{std::as_const(cores.first).view(), std::as_const(cores.second).view(),
+    const cca::far_context far{std::as_const(cores.first).view(), std::as_const(cores.second).view(),
                        cca::bhs(seen.data(), 1, case_.heads, 1)};
     return cca::reference::attend<Scalar>(tokens(data_.query, last()), key, value, far, options).out;
   }
@@ -265,7 +265,7 @@ void add_cache_memory() {
   add_lengths("dense/D:128/Hkv:8", mha, {});
   add_lengths("cca/D:128/H:8", mha, cores);
   add_lengths("cca/D:128/H:32/Hkv:8/cores_per_query_head", gqa, cores);
-  cores.cores = cca::core_heads::per_kv_head;
+  cores.core_heads = cca::core_heads::per_kv_head;
   add_lengths("cca/D:128/H:32/Hkv:8/cores_per_kv_head", gqa, cores);
 }
 

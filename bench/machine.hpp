@@ -10,7 +10,7 @@
 
 #include <benchmark/benchmark.h>
 
-#include <cca/detail/simd.hpp>
+#include <cca/detail/simd/simd.hpp>
 
 /// The rulers: what one core of this machine can do in this build. Its clock and its neighbours wobble, so each takes a
 /// few milliseconds and is laid on again around whatever it measures.

@@ -56,7 +56,7 @@ double unit_peak(cca::matrix_unit unit, const std::vector<Element>& from) {
   using namespace cca::detail;
   constexpr std::int64_t rows = 32, lanes = 64, depth = 128, times = 200;
   alignas(64) static std::uint16_t a[rows * depth];
-  alignas(64) static pair b[depth / 2 * lanes];
+  alignas(64) static packed_pair b[depth / 2 * lanes];
   alignas(64) static float c[rows * lanes];
   std::memcpy(a, from.data(), sizeof a);
   std::memcpy(b, from.data() + rows * depth, sizeof b);

@@ -7,18 +7,18 @@ namespace {
 
 /// A caller's far context: rows and, query by query, how many of them are seen.
 template <class T>
-struct far_context {
+struct far_rows {
   tensor<T> key, value;
   tensor<std::int64_t, 3> seen;
 
-  [[nodiscard]] far<const T, const T> view() const { return {key.view(), value.view(), seen.view()}; }
+  [[nodiscard]] cca::far_context<const T, const T> view() const { return {key.view(), value.view(), seen.view()}; }
 };
 
 /// Random rows. The counts are in no order: a later query may see less.
 template <class T>
-far_context<T> random_far(const sizes& s, std::int64_t heads, std::int64_t length, random_engine& random,
+far_rows<T> random_far(const sizes& s, std::int64_t heads, std::int64_t length, random_engine& random,
                           const std::array<layout, 3>& layouts = {}) {
-  far_context<T> f{tensor<T>({s.batch, heads, length, s.dim}, layouts[0]),
+  far_rows<T> f{tensor<T>({s.batch, heads, length, s.dim}, layouts[0]),
                    tensor<T>({s.batch, heads, length, s.value_dim}, layouts[1]),
                    tensor<std::int64_t, 3>({s.batch, s.heads, s.queries}, layouts[2])};
   f.key.randomize(random);
@@ -28,7 +28,7 @@ far_context<T> random_far(const sizes& s, std::int64_t heads, std::int64_t lengt
 }
 
 template <class T>
-results<T> run(const sizes& s, const operands<T>& o, const far_context<T>& f, const options& options,
+results<T> run(const sizes& s, const operands<T>& o, const far_rows<T>& f, const options& options,
                const layout& out_layout = {}, const layout& lse_layout = {}) {
   const problem p{.entry = entry::attend, .sizes = s, .options = options};
   const auto kernel = [&](tensor_view<T> out, lse_view<T> lse) {
@@ -50,7 +50,7 @@ results<T> run_near(entry entry, const sizes& s, const operands<T>& o, const opt
 }
 
 template <class T>
-void add(attention_rule<T>& rule, const sizes& s, const operands<T>& o, const far_context<T>& f, const options& options,
+void add(attention_rule<T>& rule, const sizes& s, const operands<T>& o, const far_rows<T>& f, const options& options,
          const layout& out_layout = {}, const layout& lse_layout = {}) {
   const auto textbook = [&]<class Scalar>() {
     return reference::attend<Scalar>(o.query.view(), o.key.view(), o.value.view(), f.view(), options);
@@ -84,7 +84,7 @@ TYPED_TEST(Attend, IsExactForAnyCompressor) {
     options options{.group_size = draw(random, 1, 9), .window = draw(random, 1, keys + 1)};
     if (draw(random, 0, 1) == 0) options.first_position = draw(random, -5, keys + 5);
     const operands<T> o = random_operands<T>(s, random, random_operand_layouts(random));
-    const far_context<T> f =
+    const far_rows<T> f =
         random_far<T>(s, far_heads, draw(random, 1, 2 * this->block), random, random_operand_layouts(random));
     add(rule, s, o, f, options, random_layout(random), random_layout(random));
   }
@@ -130,7 +130,7 @@ TYPED_TEST(Attend, SeesWhatItIsTold) {
     for (std::int64_t keys = 1; keys <= 40; ++keys) {
       const sizes s{.queries = queries, .keys = keys, .value_dim = far_length + keys};
       operands<T> o = random_operands<T>(s, random);
-      far_context<T> f = random_far<T>(s, 1, far_length, random);
+      far_rows<T> f = random_far<T>(s, 1, far_length, random);
       o.query.fill(0);
       o.value.fill(0);
       f.value.fill(0);
@@ -158,7 +158,7 @@ TYPED_TEST(Attend, WithoutFarContextIsLocal) {
   const options options{.group_size = 4, .window = 10};
   const results<T> local = run_near(entry::local, s, o, options);
   EXPECT_TRUE(same_bits(run(s, o, random_far<T>(s, 1, 0, random), options), local)) << "no far rows";
-  far_context<T> unseen = random_far<T>(s, 1, 20, random);
+  far_rows<T> unseen = random_far<T>(s, 1, 20, random);
   unseen.seen.fill(0);
   EXPECT_TRUE(same_bits(run(s, o, unseen, options), local)) << "none of them seen";
 }
@@ -168,7 +168,7 @@ TYPED_TEST(Attend, WithoutNearContextIsTheFarOne) {
   random_engine random(5);
   const sizes s{.batch = 2, .heads = 4, .kv_heads = 2, .queries = 30, .keys = 0, .dim = 6, .value_dim = 5};
   const operands<T> o = random_operands<T>(s, random);
-  const far_context<T> f = random_far<T>(s, 1, 50, random);
+  const far_rows<T> f = random_far<T>(s, 1, 50, random);
   attention_rule<T> rule;
   add(rule, s, o, f, {});
   EXPECT_TRUE(rule.holds());
@@ -182,12 +182,12 @@ TYPED_TEST(Attend, ToCoresIsAttention) {
   for (const pooling pool : all_poolings)
     for (const core_heads cores : all_core_heads)
       for (const std::int64_t group_size : {1, 4, 7}) {
-        const options pooled{.group_size = group_size, .window = 10, .pool = pool, .cores = cores};
+        const options pooled{.group_size = group_size, .window = 10, .pool = pool, .core_heads = cores};
         const results<T> expected = run_near(entry::attention, s, o, pooled);
 
         const bool per_query = pool == pooling::last_query && cores == core_heads::per_query_head;
-        far_context<T> f = random_far<T>(s, per_query ? s.heads : s.kv_heads, s.keys / group_size, random);
-        const options groups{.group_size = group_size, .pool = pool, .cores = cores};
+        far_rows<T> f = random_far<T>(s, per_query ? s.heads : s.kv_heads, s.keys / group_size, random);
+        const options groups{.group_size = group_size, .pool = pool, .core_heads = cores};
         call<T>({.entry = entry::pool, .sizes = s, .options = groups},
                 {.operands = {o.query.view(), o.key.view(), o.value.view()},
                  .results = {f.key.view(), f.value.view()},
@@ -204,7 +204,7 @@ TYPED_TEST(Attend, HeedsEveryOption) {
   random_engine random(7);
   const sizes s{.queries = 20, .keys = 30, .dim = 6, .value_dim = 5};
   const operands<T> o = random_operands<T>(s, random);
-  const far_context<T> f = random_far<T>(s, 1, 9, random);
+  const far_rows<T> f = random_far<T>(s, 1, 9, random);
   const results<T> before = run(s, o, f, {.group_size = 2, .window = 5});
   for (const options& options : {options{.group_size = 2, .window = 6}, options{.group_size = 3, .window = 5},
                                  options{.group_size = 2, .window = 5, .softmax_scale = 0.5},

@@ -223,7 +223,7 @@ TYPED_TEST(Attention, SharesHeadsAsIfTheyWereRepeated) {
       // Where every query head has a key/value head of its own, both kinds of cores are the same.
       options cores{.group_size = 4, .window = 3};
       const results<T> per_query_head = run(entry::attention, wide, repeated, cores);
-      cores.cores = core_heads::per_kv_head;
+      cores.core_heads = core_heads::per_kv_head;
       EXPECT_TRUE(same_bits(run(entry::attention, wide, repeated, cores), per_query_head));
     }
 }
@@ -295,7 +295,7 @@ TYPED_TEST(Attention, IsExactForGroupedQueries) {
       for (const core_heads cores : all_core_heads) {
         const sizes s{
             .batch = 2, .heads = 2 * ratio, .kv_heads = 2, .queries = 45, .keys = 45, .dim = 6, .value_dim = 9};
-        const options options{.group_size = 4, .window = 11, .pool = pool, .cores = cores};
+        const options options{.group_size = 4, .window = 11, .pool = pool, .core_heads = cores};
         EXPECT_TRUE(exact(entry::attention, s, random_operands<T>(s, random), options));
       }
 }
@@ -308,7 +308,7 @@ TYPED_TEST(Attention, IsExactForAnyScale) {
     const operands<T> o = random_operands<T>(s, random);
     for (const core_heads cores : all_core_heads)
       EXPECT_TRUE(
-          exact(entry::attention, s, o, {.group_size = 6, .window = 20, .cores = cores, .softmax_scale = scale}));
+          exact(entry::attention, s, o, {.group_size = 6, .window = 20, .core_heads = cores, .softmax_scale = scale}));
     EXPECT_TRUE(exact(entry::local, s, o, {.window = 20, .softmax_scale = scale}));
     EXPECT_TRUE(exact(entry::dense, s, o, {.softmax_scale = scale}));
   }
@@ -368,7 +368,7 @@ TYPED_TEST(Attention, IsExactInAnyLayout) {
     }
     if (entry == entry::attention) {
       options.pool = draw_from(random, all_poolings);
-      options.cores = draw_from(random, all_core_heads);
+      options.core_heads = draw_from(random, all_core_heads);
     } else if (draw(random, 0, 1) == 0) {
       options.first_position = draw(random, -5, keys + 5);
     }
@@ -455,7 +455,7 @@ TYPED_TEST(Attention, NeverLooksAhead) {
   for (const std::int64_t group_size : {1, 2, 5, 16, 40})
     for (const pooling pool : all_poolings)
       expect(entry::attention, {.group_size = group_size, .window = 7, .pool = pool});
-  expect(entry::attention, {.group_size = 5, .window = 7, .cores = core_heads::per_kv_head});
+  expect(entry::attention, {.group_size = 5, .window = 7, .core_heads = core_heads::per_kv_head});
 }
 
 // --------------------------------------------------------------------------------------------------------- options
@@ -484,7 +484,7 @@ TYPED_TEST(Attention, HeedsEveryOption) {
   expect_change(entry::attention, pooled, {.group_size = 3, .window = 6});
   expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .pool = pooling::mean});
   expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .pool = pooling::max});
-  expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .cores = core_heads::per_kv_head});
+  expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .core_heads = core_heads::per_kv_head});
   expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .softmax_scale = 0.5});
 }
 

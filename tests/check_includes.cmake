@@ -4,30 +4,35 @@
 cmake_minimum_required(VERSION 3.25)
 
 set(order
-    # The words: no arithmetic on data yet.
-    detail/target.hpp version.hpp detail/matrix_units.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp
-    # Vectors, rows, blocks of rows.
-    detail/simd.hpp detail/convert.hpp detail/rows.hpp detail/transpose.hpp detail/row.hpp detail/tile.hpp
-    detail/source.hpp detail/scratch.hpp
-    # Matrix units: their products, and operands in pairs.
-    detail/unit_product.hpp detail/pairs.hpp detail/unit_rows.hpp
-    # The kernels of queries, and the engine around them.
-    detail/query_tile.hpp detail/unit_tile.hpp detail/query_rows.hpp detail/query_stack.hpp detail/forward.hpp
+    # Words that callers use: no arithmetic on data yet.
+    detail/base/target.hpp version.hpp element.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp
+    # Words that kernels use, and the checks of what callers say.
+    detail/base/processor.hpp detail/base/refuse.hpp detail/product/choose_unit.hpp detail/base/validate.hpp
+    detail/base/scratch.hpp detail/base/turn.hpp
+    # Vectors.
+    detail/simd/simd.hpp detail/simd/convert.hpp detail/simd/transpose.hpp detail/context/row_span.hpp
+    detail/simd/dot.hpp detail/simd/register_block.hpp
+    # Who sees which rows.
+    detail/context/source.hpp detail/context/visible.hpp detail/context/row_store.hpp
+    # From scores to weights.
+    detail/softmax/score_rule.hpp detail/softmax/row_softmax.hpp
+    # What multiplies.
+    detail/product/unit_product.hpp detail/product/pairs.hpp detail/product/unit_rows.hpp
+    # The kernels of queries, and the engines around them.
+    detail/engine/query_tile.hpp detail/engine/unit_tile.hpp detail/engine/few_queries.hpp
+    detail/engine/query_stack.hpp detail/engine/forward.hpp
+    detail/engine/gradient_tile.hpp detail/engine/gradient_stack.hpp detail/engine/unit_gradient_tile.hpp
+    detail/engine/unit_gradient_stack.hpp detail/engine/backward.hpp
     # What users call.
-    pooling.hpp attention.hpp merge.hpp
-    # The same backwards.
-    detail/turn.hpp detail/gradient_tile.hpp detail/gradient_stack.hpp detail/unit_gradient_tile.hpp detail/unit_gradient_stack.hpp detail/backward.hpp
-    detail/group_gradient.hpp
-    gradient.hpp
-    # Decoding.
-    cache_shape.hpp detail/row_store.hpp kv_cache.hpp kv_cache_file.hpp
+    pooling.hpp attention.hpp merge.hpp detail/pool/group_gradient.hpp gradient.hpp
+    cache_shape.hpp kv_cache.hpp kv_cache_file.hpp
     # The textbook and the whole.
     reference.hpp cca.hpp
     # Compiled kernels behind the same functions.
     dispatch/plain.hpp dispatch/to_plain.hpp dispatch/kv_cache.hpp dispatch.hpp)
 
 # Where what is not ours comes in.
-set(home_of_xsimd detail/simd.hpp)
+set(home_of_xsimd detail/simd/simd.hpp)
 set(home_of_Eigen reference.hpp)
 
 set(root ${CMAKE_CURRENT_LIST_DIR}/../include)

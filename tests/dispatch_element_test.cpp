@@ -58,7 +58,7 @@ TYPED_TEST_SUITE(DispatchElement, elements_of_16_bits);
 
 constexpr sizes example_sizes{
     .batch = 2, .heads = 4, .kv_heads = 2, .queries = 53, .keys = 53, .dim = 19, .value_dim = 21};
-constexpr options example_options{.group_size = 3, .window = 7, .cores = core_heads::per_kv_head};
+constexpr options example_options{.group_size = 3, .window = 7, .core_heads = core_heads::per_kv_head};
 
 template <class Element>
 struct operands_of_16_bits {
@@ -93,7 +93,7 @@ TYPED_TEST(DispatchElement, GivesWhatFloatsGive) {
     }));
     EXPECT_TRUE(same_results<TypeParam>(o.s, [&](const auto& of, auto out, auto lse) {
       const auto query = of(o.query), key = of(o.key), value = of(o.value);
-      const far far{of(o.far_key), of(o.far_value), o.seen.view()};
+      const far far_context{of(o.far_key), of(o.far_value), o.seen.view()};
       std::vector<std::byte> workspace(dispatch::workspace_size(query, key, value, far));
       dispatch::attend(query, key, value, far, out, lse, raw, serial_executor{}, workspace);
     }));
@@ -104,7 +104,7 @@ TYPED_TEST(DispatchElement, GivesWhatFloatsGive) {
     EXPECT_TRUE(same_results<TypeParam>(cores, [&](const auto& of, auto out, auto) {
       std::vector<std::remove_reference_t<decltype(*out.data)>> values(static_cast<std::size_t>(2 * 2 * 17 * 21));
       dispatch::pool(of(o.query), of(o.key), of(o.value), out, bhsd(values.data(), 2, 2, 17, 21),
-                     {.group_size = 3, .cores = core_heads::per_kv_head});
+                     {.group_size = 3, .core_heads = core_heads::per_kv_head});
     }));
   }
 }
@@ -134,7 +134,7 @@ TYPED_TEST(DispatchElement, GradientsAreThoseOfFloats) {
                                    grad[1].view(), grad[2].view(), example_options);
     });
     same([&](const auto& of, auto& grad) {
-      dispatch::attend_gradient(of(o.query), of(o.key), of(o.value), far{of(o.far_key), of(o.far_value), o.seen.view()},
+      dispatch::attend_gradient(of(o.query), of(o.key), of(o.value), far_context{of(o.far_key), of(o.far_value), o.seen.view()},
                                 of(out), lse_in, of(grad_out), grad[0].view(), grad[1].view(), grad[2].view(),
                                 grad[3].view(), grad[4].view(), {.window = 7});
     });

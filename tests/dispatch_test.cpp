@@ -47,7 +47,7 @@ void dispatched_call(const problem& p, const arguments<T>& a, const any_executor
       return attention_of([&](const auto&... rest) { dispatch::attention(in[0], in[1], in[2], rest...); });
     case entry::attend:
       return attention_of([&](const auto&... rest) {
-        dispatch::attend(in[0], in[1], in[2], far{in[3], in[4], a.seen}, rest...);
+        dispatch::attend(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, rest...);
       });
     case entry::pool:
       return dispatch::pool(in[0], in[1], in[2], first, second, p.options, run, memory);
@@ -60,7 +60,7 @@ template <class T>
 std::size_t dispatched_workspace_size(const problem& p, const arguments<T>& a, const any_executor& run) {
   const auto& in = a.operands;
   if (p.entry == entry::merge) return 0;
-  if (p.entry == entry::attend) return dispatch::workspace_size(in[0], in[1], in[2], far{in[3], in[4], a.seen}, run);
+  if (p.entry == entry::attend) return dispatch::workspace_size(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, run);
   return dispatch::workspace_size(in[0], in[1], in[2], p.options, run);
 }
 
@@ -97,7 +97,7 @@ void dispatched_gradient(const problem& p, const arguments<T>& a, const any_exec
       });
     default:
       return gradient_of([&](const auto&... incoming) {
-        dispatch::attend_gradient(in[0], in[1], in[2], far{in[3], in[4], a.seen}, incoming..., grad[0], grad[1],
+        dispatch::attend_gradient(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, incoming..., grad[0], grad[1],
                                   grad[2], grad[3], grad[4], p.options, run, memory);
       });
   }
@@ -107,7 +107,7 @@ template <class T>
 std::size_t dispatched_gradient_workspace_size(const problem& p, const arguments<T>& a, const any_executor& run) {
   const auto& in = a.operands;
   if (p.entry == entry::attend)
-    return dispatch::gradient_workspace_size(in[0], in[1], in[2], far{in[3], in[4], a.seen}, run);
+    return dispatch::gradient_workspace_size(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, run);
   return dispatch::gradient_workspace_size(in[0], in[1], in[2], p.options, run);
 }
 
@@ -119,7 +119,7 @@ problem odd_example(entry entry) {
   problem p = example(entry, example_sizes);
   if (entry == entry::merge) return p;
   p.options.softmax_scale = 0.3;
-  if (entry == entry::attention || entry == entry::pool) p.options.cores = core_heads::per_kv_head;
+  if (entry == entry::attention || entry == entry::pool) p.options.core_heads = core_heads::per_kv_head;
   if (entry == entry::dense || entry == entry::local || entry == entry::attend) p.options.first_position = 9;
   return p;
 }

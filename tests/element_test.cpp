@@ -114,7 +114,7 @@ struct element_call {
   [[nodiscard]] auto k() const { return view_of(key, operand(1).extent); }
   [[nodiscard]] auto v() const { return view_of(value, operand(2).extent); }
   [[nodiscard]] auto far_rows() const {
-    return far{view_of(far_key, operand(3).extent), view_of(far_value, operand(4).extent), floats.seen.view()};
+    return far_context{view_of(far_key, operand(3).extent), view_of(far_value, operand(4).extent), floats.seen.view()};
   }
 
   void forward(tensor_view<out_type> out, lse_view<float> lse) const {
@@ -182,7 +182,7 @@ TYPED_TEST(ElementTest, PoolsAsFloatsDo) {
       problem p = example(entry::pool, some_sizes()[1]);
       p.options.group_size = 40;  // more than the rows that are converted at a time
       p.options.pool = pooling;
-      p.options.cores = cores;
+      p.options.core_heads = cores;
       call c(p, random);
       SCOPED_TRACE(testing::Message() << p);
       argument_memory<float> floats(p);
@@ -245,7 +245,7 @@ void check_cache() {
         return out;
       };
       const cache_shape shape{.heads = heads, .kv_heads = kv_heads, .dim = dim, .value_dim = value_dim};
-      const options options{.group_size = 4, .window = 16, .cores = cores};
+      const options options{.group_size = 4, .window = 16, .core_heads = cores};
       const std::vector<float> got = answers(kv_cache<Element, Core>(shape, options)),
                                want = answers(kv_cache<float, Core>(shape, options));
       for (std::size_t i = 0; i < got.size(); ++i) ASSERT_TRUE(same_bits(got[i], want[i])) << i;

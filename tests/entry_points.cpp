@@ -15,7 +15,7 @@ void call(const problem& p, const arguments<T>& a, const any_executor& run, std:
     case entry::attention:
       return attention(in[0], in[1], in[2], first, without_dim(second), p.options, run, workspace);
     case entry::attend:
-      return attend(in[0], in[1], in[2], far{in[3], in[4], a.seen}, first, without_dim(second), p.options, run,
+      return attend(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, first, without_dim(second), p.options, run,
                     workspace);
     case entry::pool:
       return pool(in[0], in[1], in[2], first, second, p.options, run, workspace);
@@ -28,7 +28,7 @@ template <class T>
 std::size_t workspace_size(const problem& p, const arguments<T>& a, const any_executor& run) {
   const auto& in = a.operands;
   if (p.entry == entry::merge) return 0;
-  if (p.entry == entry::attend) return cca::workspace_size(in[0], in[1], in[2], far{in[3], in[4], a.seen}, run);
+  if (p.entry == entry::attend) return cca::workspace_size(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, run);
   return cca::workspace_size(in[0], in[1], in[2], p.options, run);
 }
 

@@ -115,7 +115,7 @@ TYPED_TEST(ExecutorOf, ASequenceAloneIsTheSameAsInABatch) {
                                       .keys = length,
                                       .dim = 7,
                                       .value_dim = 5});
-          if (entry == entry::attention || entry == entry::pool) p.options.cores = cores;
+          if (entry == entry::attention || entry == entry::pool) p.options.core_heads = cores;
           typename TypeParam::memory batch(p);
           const arguments<T> together = batch.randomize(random).arguments();
           TypeParam::call(p, together);

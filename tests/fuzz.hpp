@@ -73,7 +73,7 @@ problem draw_problem(byte_source& bytes, const Entries& entries) {
       s.queries = s.keys;
       o.group_size = bytes.draw(1, 20);
       o.pool = bytes.choice(all_poolings);
-      o.cores = bytes.choice(all_core_heads);
+      o.core_heads = bytes.choice(all_core_heads);
       if (p.entry == entry::pool && o.pool != pooling::last_query) o.softmax_scale.reset();
       break;
     case entry::attend:
@@ -217,7 +217,7 @@ void compare_forward(const problem& p, const arguments<T>& a, long double tolera
   }
   const reference::result<double> want =
       p.entry == entry::attention ? reference::attention<double>(in[0], in[1], in[2], p.options)
-      : p.entry == entry::attend  ? reference::attend<double>(in[0], in[1], in[2], far{in[3], in[4], a.seen}, p.options)
+      : p.entry == entry::attend  ? reference::attend<double>(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, p.options)
                                   : reference::local_attention<double>(in[0], in[1], in[2], p.options);
   compare(p, "out", a.results[0], want.out, tolerance);
   compare(p, "lse", a.results[1], want.lse, tolerance);

@@ -40,7 +40,7 @@ void call_gradient(const problem& p, const arguments<T>& a, const any_executor& 
       });
     case entry::attend:
       return gradient_of([&](const auto&... incoming) {
-        attend_gradient(in[0], in[1], in[2], far{in[3], in[4], a.seen}, incoming..., grad[0], grad[1], grad[2], grad[3],
+        attend_gradient(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, incoming..., grad[0], grad[1], grad[2], grad[3],
                         grad[4], p.options, run, workspace);
       });
     default:
@@ -52,7 +52,7 @@ template <class T>
 std::size_t gradient_workspace_size(const problem& p, const arguments<T>& a, const any_executor& run) {
   const auto& in = a.operands;
   if (p.entry == entry::attend)
-    return cca::gradient_workspace_size(in[0], in[1], in[2], far{in[3], in[4], a.seen}, run);
+    return cca::gradient_workspace_size(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, run);
   return cca::gradient_workspace_size(in[0], in[1], in[2], p.options, run);
 }
 

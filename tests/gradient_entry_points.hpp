@@ -123,7 +123,7 @@ std::vector<reference::tensor<Scalar>> textbook_gradient(const problem& p, const
     if (p.entry == entry::attention)
       return reference::attention_gradient<Scalar>(in[0], in[1], in[2], grad_out, grad_lse, p.options);
     if (p.entry == entry::attend)
-      return reference::attend_gradient<Scalar>(in[0], in[1], in[2], far{in[3], in[4], a.seen}, grad_out, grad_lse,
+      return reference::attend_gradient<Scalar>(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, grad_out, grad_lse,
                                                 p.options);
     return reference::local_attention_gradient<Scalar>(in[0], in[1], in[2], grad_out, grad_lse, p.options);
   };

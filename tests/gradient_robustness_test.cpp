@@ -113,9 +113,9 @@ TYPED_TEST(GradientRobustness, NaNsShowExactlyWhereTheyAreSeen) {
     for (const core_heads cores : all_core_heads) {
       problems.push_back({.entry = entry::attention,
                           .sizes = whole,
-                          .options = {.group_size = 6, .window = 15, .pool = pool, .cores = cores}});
+                          .options = {.group_size = 6, .window = 15, .pool = pool, .core_heads = cores}});
       problems.push_back(
-          {.entry = entry::pool, .sizes = whole, .options = {.group_size = 7, .pool = pool, .cores = cores}});
+          {.entry = entry::pool, .sizes = whole, .options = {.group_size = 7, .pool = pool, .core_heads = cores}});
     }
   problems.push_back({.entry = entry::attention, .sizes = whole, .options = {.group_size = 1, .window = 30}});
 
@@ -386,12 +386,12 @@ TEST(GradientRefuses, Options) {
       {all, "softmax_scale", [](options& o) { o.softmax_scale = std::numeric_limits<double>::infinity(); }},
       {all, "softmax_scale", [](options& o) { o.softmax_scale = 1e300; }},
       {all, "pool", [](options& o) { o.pool = static_cast<pooling>(3); }},
-      {all, "cores", [](options& o) { o.cores = static_cast<core_heads>(-1); }},
+      {all, "cores", [](options& o) { o.core_heads = static_cast<cca::core_heads>(-1); }},
       {with_raw, "first_position", [](options& o) { o.first_position = unlimited; }},
       {with_query_per_key, "first_position", [](options& o) { o.first_position = 3; }},
       // Whatever would have no effect.
       {with_raw, "pool", [](options& o) { o.pool = pooling::mean; }},
-      {with_raw, "cores", [](options& o) { o.cores = core_heads::per_kv_head; }},
+      {with_raw, "cores", [](options& o) { o.core_heads = core_heads::per_kv_head; }},
       {{entry::dense, entry::pool}, "window", [](options& o) { o.window = 5; }},
       {{entry::dense}, "group_size", [](options& o) { o.group_size = 5; }},
       {with_window, "group_size", [](options& o) { o.group_size = 5, o.window = unlimited; }},

@@ -36,7 +36,7 @@ int main(int count, char** arguments) {
                                  .options = {.group_size = group_size,
                                              .window = window,
                                              .pool = static_cast<cca::pooling>(pool),
-                                             .cores = static_cast<cca::core_heads>(cores)}});
+                                             .core_heads = static_cast<cca::core_heads>(cores)}});
   // In memory: query, key, value, out, lse, grad_out, grad_lse.
   for (const std::size_t given : {0u, 1u, 2u, 5u, 6u})
     transfer(memory.operands[given], [](float* row, std::size_t size) { return std::fread(row, 4, size, stdin); });

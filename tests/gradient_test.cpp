@@ -27,7 +27,7 @@ double loss(const problem& p, const arguments<double>& a) {
   const auto result = [&] {
     if (p.entry == entry::attention) return reference::attention<double>(in[0], in[1], in[2], p.options);
     if (p.entry == entry::attend)
-      return reference::attend<double>(in[0], in[1], in[2], far{in[3], in[4], a.seen}, p.options);
+      return reference::attend<double>(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, p.options);
     return reference::local_attention<double>(in[0], in[1], in[2], p.options);
   }();
   return dot(first, result.out.view()) + dot(second, result.lse.view());
@@ -84,7 +84,7 @@ TEST(TextbookGradient, OfAttentionIsThatOfFiniteDifferences) {
         const sizes s{.heads = heads, .kv_heads = kv_heads, .queries = 9, .keys = 9, .dim = 3, .value_dim = 2};
         expect_differences({.entry = entry::attention,
                             .sizes = s,
-                            .options = {.group_size = 2, .window = 3, .pool = pool, .cores = cores}},
+                            .options = {.group_size = 2, .window = 3, .pool = pool, .core_heads = cores}},
                            random);
       }
   const sizes s{.batch = 2, .queries = 8, .keys = 8, .dim = 2, .value_dim = 3};
@@ -131,7 +131,7 @@ TEST(TextbookGradient, OfPoolingIsThatOfFiniteDifferences) {
           const sizes s{
               .batch = 2, .heads = heads, .kv_heads = kv_heads, .queries = 7, .keys = 7, .dim = 3, .value_dim = 2};
           expect_differences(
-              {.entry = entry::pool, .sizes = s, .options = {.group_size = group_size, .pool = pool, .cores = cores}},
+              {.entry = entry::pool, .sizes = s, .options = {.group_size = group_size, .pool = pool, .core_heads = cores}},
               random);
         }
 }
@@ -276,7 +276,7 @@ TYPED_TEST(Gradient, IsExactForGroupedQueries) {
           const std::int64_t window = entry == entry::pool ? unlimited : 11;
           EXPECT_TRUE(exact<T>({.entry = entry,
                                 .sizes = s,
-                                .options = {.group_size = 4, .window = window, .pool = pool, .cores = cores}},
+                                .options = {.group_size = 4, .window = window, .pool = pool, .core_heads = cores}},
                                random));
         }
 }
@@ -347,7 +347,7 @@ TYPED_TEST(Gradient, IsExactForAnyScale) {
     for (const core_heads cores : all_core_heads)
       EXPECT_TRUE(exact<T>({.entry = entry::attention,
                             .sizes = s,
-                            .options = {.group_size = 6, .window = 20, .cores = cores, .softmax_scale = scale}},
+                            .options = {.group_size = 6, .window = 20, .core_heads = cores, .softmax_scale = scale}},
                            random));
     EXPECT_TRUE(
         exact<T>({.entry = entry::local, .sizes = s, .options = {.window = 20, .softmax_scale = scale}}, random));
@@ -435,7 +435,7 @@ TYPED_TEST(Gradient, IsExactInAnyLayout) {
       if (entry == entry::local || entry == entry::attention) p.options.window = draw(random, 1, keys + 1);
       if (entry == entry::attention || entry == entry::pool) {
         p.options.pool = draw_from(random, all_poolings);
-        p.options.cores = draw_from(random, all_core_heads);
+        p.options.core_heads = draw_from(random, all_core_heads);
       } else if (draw(random, 0, 1) == 0) {
         p.options.first_position = draw(random, -5, keys + 5);
       }
@@ -530,7 +530,7 @@ TYPED_TEST(Gradient, OfEarlierOutputsIsExactlyZero) {
       for (const core_heads cores : all_core_heads)
         problems.push_back({.entry = entry::attention,
                             .sizes = s,
-                            .options = {.group_size = group_size, .window = 7, .pool = pool, .cores = cores}});
+                            .options = {.group_size = group_size, .window = 7, .pool = pool, .core_heads = cores}});
   for (const problem& p : problems) {
     const gradient_memory<T> whole = gradient_memory<T>(p).randomize(random);
     for (std::int64_t t = 1; t < length; t += draw(random, 1, 9)) {
@@ -594,14 +594,14 @@ TYPED_TEST(Gradient, HeedsEveryOption) {
   expect_change(entry::attention, cca, {.group_size = 3, .window = 6}, all);
   expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .pool = pooling::mean}, all);
   expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .pool = pooling::max}, all);
-  expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .cores = core_heads::per_kv_head}, all);
+  expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .core_heads = core_heads::per_kv_head}, all);
   expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .softmax_scale = 0.5}, all);
 
   const options pooled{.group_size = 3};
   expect_change(entry::pool, pooled, {.group_size = 4}, all);
   expect_change(entry::pool, pooled, {.group_size = 3, .pool = pooling::mean}, all);
   expect_change(entry::pool, pooled, {.group_size = 3, .pool = pooling::max}, all);
-  expect_change(entry::pool, pooled, {.group_size = 3, .cores = core_heads::per_kv_head}, all);
+  expect_change(entry::pool, pooled, {.group_size = 3, .core_heads = core_heads::per_kv_head}, all);
   expect_change(entry::pool, pooled, {.group_size = 3, .softmax_scale = 0.5}, all);
 }
 

@@ -59,7 +59,7 @@ TEST(KvCacheFile, ComesBackBitByBit) {
   std::vector<options> all{{}, {.group_size = 3, .window = 4}, {.group_size = 1, .window = 1, .softmax_scale = 0.5}};
   for (const pooling pool : all_poolings)
     for (const core_heads cores : all_core_heads)
-      all.push_back({.group_size = 4, .window = 7, .pool = pool, .cores = cores});
+      all.push_back({.group_size = 4, .window = 7, .pool = pool, .core_heads = cores});
   for (const options& options : all)
     for (const std::int64_t capacity : {0, 64}) {
       example e(options, capacity);
@@ -218,7 +218,7 @@ TEST(KvCacheFile, AForgedHeaderIsRefused) {
   expect_refused([](auto& h) { h.version = 2; }, "got version 2");
   expect_refused([](auto& h) { h.elements.bytes = 8; }, "got elements of 8 bytes");
   expect_refused([](auto& h) { h.pool = 3; }, "options.pool");
-  expect_refused([](auto& h) { h.cores = 2; }, "options.cores");
+  expect_refused([](auto& h) { h.cores = 2; }, "options.core_heads");
   expect_refused(
       [](auto& h) {
         h.has_scale = 1;

@@ -107,7 +107,7 @@ class cache_life {
                       .options = {.group_size = draw(random, 1, 9),
                                   .window = draw(random, 1, 20),
                                   .pool = draw_from(random, all_poolings),
-                                  .cores = draw_from(random, all_core_heads)}};
+                                  .core_heads = draw_from(random, all_core_heads)}};
     if (draw(random, 0, 3) == 0) setup.options.softmax_scale = -0.3;
     if (draw(random, 0, 15) == 0) setup.options = {};
     return setup;

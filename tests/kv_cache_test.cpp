@@ -56,7 +56,7 @@ TYPED_TEST(KvCacheOf, AnswersLikeRecomputationAfterAnyOperations) {
 const std::array<options, 6> example_options{{{.group_size = 1, .window = 1},
                                               {.group_size = 3, .window = 4},
                                               {.group_size = 4, .window = 2},
-                                              {.group_size = 5, .window = 1, .cores = core_heads::per_kv_head},
+                                              {.group_size = 5, .window = 1, .core_heads = core_heads::per_kv_head},
                                               {.group_size = 2, .window = 7, .pool = pooling::mean},
                                               {.group_size = 4, .window = 8, .pool = pooling::max}}};
 
@@ -149,7 +149,7 @@ TEST(KvCache, EveryOptionChangesTheOutputOfEveryStep) {
   changed[1].window = 7;
   changed[2].pool = pooling::mean;
   changed[3].pool = pooling::max;
-  changed[4].cores = core_heads::per_kv_head;
+  changed[4].core_heads = core_heads::per_kv_head;
   changed[5].softmax_scale = 0.4;
   const operands<float> prompt = random_tokens(example_cache(common), 1, 60, random);
   for (const std::int64_t count : {1, 5, 20, 60})
@@ -552,7 +552,7 @@ TEST(KvCache, RefusesShapesAndOptionsThatMakeNoSense) {
   expect_refused("options.group_size", [](auto& s) { s.options.window = unlimited; });
   expect_refused("options.window", [](auto& s) { s.options.window = 0; });
   expect_refused("options.pool", [](auto& s) { s.options.pool = static_cast<pooling>(7); });
-  expect_refused("options.cores", [](auto& s) { s.options.cores = static_cast<core_heads>(7); });
+  expect_refused("options.core_heads", [](auto& s) { s.options.core_heads = static_cast<cca::core_heads>(7); });
   expect_refused("options.softmax_scale", [](auto& s) { s.options.softmax_scale = NAN; });
   expect_refused("options.first_position", [](auto& s) { s.options.first_position = 0; });
 }

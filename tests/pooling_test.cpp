@@ -11,7 +11,7 @@ struct cores {
 };
 
 std::int64_t core_head_count(const sizes& s, const options& options) {
-  return options.pool == pooling::last_query && options.cores == core_heads::per_query_head ? s.heads : s.kv_heads;
+  return options.pool == pooling::last_query && options.core_heads == core_heads::per_query_head ? s.heads : s.kv_heads;
 }
 
 template <class T>
@@ -77,7 +77,7 @@ TYPED_TEST(Pool, IsExactForEveryGroupSize) {
         const sizes s{
             .batch = 2, .heads = 6, .kv_heads = 2, .queries = length, .keys = length, .dim = 10, .value_dim = 7};
         core_rule<T> rule;
-        rule.add(s, random_operands<T>(s, random), {.group_size = group_size, .pool = pool, .cores = cores});
+        rule.add(s, random_operands<T>(s, random), {.group_size = group_size, .pool = pool, .core_heads = cores});
         EXPECT_TRUE(rule.holds());
       }
 }
@@ -124,7 +124,7 @@ TYPED_TEST(Pool, IsExactInAnyLayout) {
     rule.add(s, random_operands<T>(s, random, random_operand_layouts(random)),
              {.group_size = draw(random, 1, 80),
               .pool = draw_from(random, all_poolings),
-              .cores = draw_from(random, all_core_heads)},
+              .core_heads = draw_from(random, all_core_heads)},
              {random_layout(random), random_layout(random)});
   }
   EXPECT_TRUE(rule.holds());
@@ -171,7 +171,7 @@ TYPED_TEST(Pool, ReadsCompleteGroupsAndTheirLastQueries) {
   poison(poisoned.value, incomplete);
   poison(poisoned.query, [&](std::int64_t i) { return incomplete(i) || i % group_size != group_size - 1; });
   for (const core_heads cores : all_core_heads) {
-    const options options{.group_size = group_size, .cores = cores};
+    const options options{.group_size = group_size, .core_heads = cores};
     EXPECT_TRUE(same_bits(run(s, poisoned, options), run(s, o, options)));
   }
   poison(poisoned.query, [](std::int64_t) { return true; });
@@ -189,7 +189,7 @@ TYPED_TEST(Pool, KeepsGroupsApart) {
   const sizes s{.heads = 4, .kv_heads = 2, .queries = length, .keys = length, .dim = 6, .value_dim = 6};
   const operands<T> o = random_operands<T>(s, random);
   for (const core_heads cores : all_core_heads) {
-    const options options{.group_size = group_size, .cores = cores};
+    const options options{.group_size = group_size, .core_heads = cores};
     const auto before = run(s, o, options);
     for (std::int64_t j = 0; j < length; ++j) {
       operands<T> changed = o;
@@ -214,7 +214,7 @@ TYPED_TEST(Pool, HeedsEveryOption) {
   for (const options& options :
        {options{.group_size = 4}, options{.group_size = 3, .pool = pooling::mean},
         options{.group_size = 3, .pool = pooling::max}, options{.group_size = 3, .softmax_scale = 0.3},
-        options{.group_size = 3, .cores = core_heads::per_kv_head}}) {
+        options{.group_size = 3, .core_heads = core_heads::per_kv_head}}) {
     const auto after = run(s, o, options);
     for (std::int64_t d = 0; d < s.dim; ++d) {
       EXPECT_NE(after.key.row(0, 0, 0)[d], before.key.row(0, 0, 0)[d]) << describe(options);

@@ -267,7 +267,7 @@ testing::AssertionResult exact(const problem& p, const Adjust& adjust, int draws
       const auto &q = a.operands[0], &k = a.operands[1], &v = a.operands[2];
       if (p.entry == entry::attention) return reference::attention<Scalar>(q, k, v, p.options);
       if (p.entry == entry::attend)
-        return reference::attend<Scalar>(q, k, v, far{a.operands[3], a.operands[4], a.seen}, p.options);
+        return reference::attend<Scalar>(q, k, v, far_context{a.operands[3], a.operands[4], a.seen}, p.options);
       return reference::local_attention<Scalar>(q, k, v, p.options);
     };
     const auto plain = textbook.template operator()<T>();

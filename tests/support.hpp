@@ -191,7 +191,7 @@ inline std::string describe(const sizes& s) {
 inline std::string describe(const options& o) {
   std::ostringstream text;
   text << "group size " << o.group_size << ", window " << o.window << ", pooling " << static_cast<int>(o.pool)
-       << ", core heads " << static_cast<int>(o.cores);
+       << ", core heads " << static_cast<int>(o.core_heads);
   if (o.softmax_scale) text << ", scale " << *o.softmax_scale;
   if (o.first_position) text << ", first position " << *o.first_position;
   return text.str();

@@ -54,7 +54,7 @@ struct unit_call {
   unit_call(const problem& of, random_engine& random) : unit_call(of, random, [] { return layout{}; }) {}
 
   [[nodiscard]] tensor_view<const Element> operand(std::size_t i) const { return operands[i].view(); }
-  [[nodiscard]] auto far_rows() const { return far{operand(3), operand(4), seen.view()}; }
+  [[nodiscard]] auto far_rows() const { return far_context{operand(3), operand(4), seen.view()}; }
 
   [[nodiscard]] unit_arguments<Element> arguments() const {
     unit_arguments<Element> a{.operands = {}, .seen = seen.view(), .results = {}};
@@ -309,7 +309,7 @@ TYPED_TEST(UnitTest, EveryConvention) {
       p.options.window = draw(random, 1, s.keys + 5);
       if (entry != entry::attend) p.options.group_size = draw(random, 1, 9);
       if (entry == entry::attention) {
-        p.options.cores = draw_from(random, all_core_heads);
+        p.options.core_heads = draw_from(random, all_core_heads);
         p.options.pool = draw_from(random, all_poolings);
       }
       if (times % 3 == 0) p.options.softmax_scale = draw_from(random, std::array{-0.3, 0.0, 0.02, 0.7});

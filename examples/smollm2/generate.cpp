@@ -63,7 +63,7 @@ std::vector<variant> variants(const arguments& arguments) {
                   arguments.shared_cores ? ", shared cores" : ""),
       {.group_size = arguments.group_size,
        .window = arguments.window,
-       .cores = arguments.shared_cores ? cca::core_heads::per_kv_head : cca::core_heads::per_query_head}};
+       .core_heads = arguments.shared_cores ? cca::core_heads::per_kv_head : cca::core_heads::per_query_head}};
   if (arguments.compare) return {dense, core_aware};
   return {arguments.dense ? dense : core_aware};
 }

@@ -10,20 +10,24 @@
 #include <string>
 #include <type_traits>
 
-#include "detail/forward.hpp"
-#include "detail/scratch.hpp"
-#include "detail/source.hpp"
+#include "detail/base/scratch.hpp"
+#include "detail/base/validate.hpp"
+#include "detail/context/source.hpp"
+#include "detail/engine/forward.hpp"
+#include "detail/product/choose_unit.hpp"
+#include "detail/softmax/score_rule.hpp"
+#include "element.hpp"
 #include "executor.hpp"
 #include "options.hpp"
 #include "partition.hpp"
 #include "pooling.hpp"
 #include "tensor_view.hpp"
 
-namespace cca::inline CCA_TARGET {
+namespace cca { inline namespace CCA_TARGET {
 
 /// Far context that any compressor made: `attend` puts it before the window in one softmax.
 template <class Key, class Value>
-struct far {
+struct far_context {
   tensor_view<Key> key;               ///< `[batch, far heads, far length, dim]`
   tensor_view<Value> value;           ///< `[batch, far heads, far length, value dim]`
   lse_view<const std::int64_t> seen;  ///< `[batch, query heads, query length]`: the query sees far rows `[0, seen)`
@@ -31,39 +35,9 @@ struct far {
 
 /// Counts may be mutable.
 template <class Key, class Value, class Count>
-far(tensor_view<Key>, tensor_view<Value>, lse_view<Count>) -> far<Key, Value>;
+far_context(tensor_view<Key>, tensor_view<Value>, lse_view<Count>) -> far_context<Key, Value>;
 
 namespace detail {
-
-template <class Query, class Out, class Lse>
-void require_results(const tensor_view<Query>& query, std::int64_t value_dim, const tensor_view<Out>& out,
-                     const lse_view<Lse>& lse) {
-  require_output("out", out);
-  require_extents("out", out, {query.batch(), query.heads(), query.length(), value_dim});
-  static_assert(std::is_floating_point_v<Lse>, "lse is float or double");
-  const bool wanted = lse.data != nullptr || lse.extent != std::array<std::int64_t, 3>{};
-  if (!wanted) return;
-  require_output("lse", lse);
-  require_extents("lse", lse, {query.batch(), query.heads(), query.length()});
-}
-
-/// Positions are exact up to 2^62: the partition adds a group and a window to them.
-inline void require_positions(const options& options) {
-  const std::int64_t position = options.first_position.value_or(0);
-  if (!(-(std::int64_t{1} << 62) <= position && position <= (std::int64_t{1} << 62)))
-    refuse("options.first_position", std::to_string(position), "a position between -2^62 and 2^62");
-}
-
-inline void require_seen(const lse_view<const std::int64_t>& seen, std::int64_t length) {
-  for (std::int64_t b = 0; b < seen.batch(); ++b)
-    for (std::int64_t h = 0; h < seen.heads(); ++h)
-      for (std::int64_t i = 0; i < seen.length(); ++i) {
-        const std::int64_t count = *seen.row(b, h, i);
-        if (!(0 <= count && count <= length))
-          refuse("far.seen", std::to_string(count) + " at " + to_string<3>({b, h, i}),
-                 "a count in [0, " + std::to_string(length) + "]");
-      }
-}
 
 /// The tokens that query `i` sees raw.
 template <class Query, class Key, class Value>
@@ -88,10 +62,10 @@ forward<Element> plan(const tensor_view<Query>& query, std::int64_t value_dim, s
 
 template <class Query, class Key, class Value, class FarKey, class FarValue, executor E>
 auto attend_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-                 const far<FarKey, FarValue>& far, matrix_unit unit, const E& run) {
+                 const far_context<FarKey, FarValue>& context, matrix_unit unit, const E& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
-      query, value.dim(), std::gcd(key.heads(), far.key.heads()), {far.key.length(), key.length()},
+      query, value.dim(), std::gcd(key.heads(), context.key.heads()), {context.key.length(), key.length()},
       !in_place<T, Key, Value, FarKey, FarValue>, unit, run);
 }
 
@@ -105,7 +79,7 @@ void require_raw(const tensor_view<Query>& query, const tensor_view<Key>& key, c
   require_operand("query", query);
   require_key_value("key", "value", query, key, value);
   require_unused(options.pool == pooling::last_query, "options.pool", "none: nothing is pooled");
-  require_unused(options.cores == core_heads::per_query_head, "options.cores", "none: nothing is pooled");
+  require_unused(options.core_heads == core_heads::per_query_head, "options.core_heads", "none: nothing is pooled");
 }
 
 /// What dense attention has no use for.
@@ -117,21 +91,21 @@ inline void require_dense(const options& options) {
 /// Operands and options of `attend`.
 template <class Query, class Key, class Value, class FarKey, class FarValue>
 void require_attend(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-                    const far<FarKey, FarValue>& far, const options& options) {
+                    const far_context<FarKey, FarValue>& context, const options& options) {
   require_options<compute_type<Query, Key, Value, FarKey, FarValue>>(options);
   require_unit<product_type<Query, Key, Value, FarKey, FarValue>>(options);
   require_grouping(options);
   require_positions(options);
   require_operand("query", query);
   require_key_value("key", "value", query, key, value);
-  require_key_value("far.key", "far.value", query, far.key, far.value);
-  if (far.value.dim() != value.dim())
-    refuse("far.value", "dim " + std::to_string(far.value.dim()), "the value's dim " + std::to_string(value.dim()));
-  require_operand("far.seen", far.seen);
-  require_extents("far.seen", far.seen, {query.batch(), query.heads(), query.length()});
-  require_seen(far.seen, far.key.length());
+  require_key_value("far.key", "far.value", query, context.key, context.value);
+  if (context.value.dim() != value.dim())
+    refuse("far.value", "dim " + std::to_string(context.value.dim()), "the value's dim " + std::to_string(value.dim()));
+  require_operand("far.seen", context.seen);
+  require_extents("far.seen", context.seen, {query.batch(), query.heads(), query.length()});
+  require_seen(context.seen, context.key.length());
   require_unused(options.pool == pooling::last_query, "options.pool", "none: the caller pools");
-  require_unused(options.cores == core_heads::per_query_head, "options.cores", "none: the caller pools");
+  require_unused(options.core_heads == core_heads::per_query_head, "options.core_heads", "none: the caller pools");
 }
 
 /// The raw part of the context alone: local and dense attention.
@@ -145,8 +119,7 @@ void attend_raw(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Valu
   const auto forward = plan<product_type<Query, Key, Value>>(query, value.dim(), key.heads(), {key.length()},
                                                              !in_place<T, Key, Value>, options.unit, run);
   scratch memory(workspace, forward.bytes());
-  forward(query, out, lse, static_cast<T>(softmax_scale(options, key.dim())), run, memory,
-          raw_source(query, key, value, options));
+  forward(query, out, lse, make_score_rule<T>(options, key.dim()), run, memory, raw_source(query, key, value, options));
 }
 
 /// The far part `[0, seen)` of a caller's rows or of cores.
@@ -159,9 +132,10 @@ auto far_source(tensor_view<Key> key, tensor_view<Value> value, Seen seen) {
 
 /// A caller's far rows.
 template <class Key, class Value>
-auto seen_source(const far<Key, Value>& far) {
-  return far_source(far.key, far.value,
-                    [seen = far.seen](std::int64_t b, std::int64_t h, std::int64_t i) { return *seen.row(b, h, i); });
+auto seen_source(const far_context<Key, Value>& context) {
+  return far_source(context.key, context.value, [seen = context.seen](std::int64_t b, std::int64_t h, std::int64_t i) {
+    return *seen.row(b, h, i);
+  });
 }
 
 /// Cores.
@@ -181,7 +155,7 @@ decltype(auto) with_core_type(matrix_unit unit, const F& f) {
   return f(std::type_identity<compute_type<Element>>{});
 }
 
-/// Scratch for the cores that some query of CCA attention sees.
+/// Scratch for the cores that some query of CCA attention visible.
 template <class Core>
 struct core_plan {
   std::int64_t cores, core_heads, core_key_size, core_value_size;
@@ -237,9 +211,9 @@ template <class Query, class Key, class Value, executor E = serial_executor>
 /// The same for `attend`, whose far context may be larger than the cores. Of its options only the unit matters.
 template <class Query, class Key, class Value, class FarKey, class FarValue, executor E = serial_executor>
 [[nodiscard]] std::size_t workspace_size(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                                         far<FarKey, FarValue> far, const E& run = {},
+                                         far_context<FarKey, FarValue> context, const E& run = {},
                                          matrix_unit unit = matrix_unit::none) {
-  return detail::attend_plan(query, key, value, far, unit, run).bytes() + detail::scratch_alignment;
+  return detail::attend_plan(query, key, value, context, unit, run).bytes() + detail::scratch_alignment;
 }
 
 /// Core Context Aware attention: the query at position t sees the cores of all groups before its window and the raw
@@ -274,7 +248,7 @@ void attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value
     const auto core_key = cores(plan.core_key_size, key.dim()), core_value = cores(plan.core_value_size, value.dim());
     detail::pool_views<T>(query, key, value, core_key, core_value, options, run,
                           detail::worker_scratch<T>(memory, plan.workers, plan.pooler_size));
-    plan.forward(query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
+    plan.forward(query, out, lse, detail::make_score_rule<T>(options, key.dim()), run, memory,
                  detail::core_source(core_key, core_value, options), detail::raw_source(query, key, value, options));
   });
 }
@@ -328,28 +302,29 @@ void dense_attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view
 /// far rows `[0, far.seen(b, h, i))` and the tokens of `local_attention` with the same options. An empty key and value
 /// leave the far context alone.
 ///
-/// `far` has heads that divide the query's; every `seen` lies in `[0, far length]`. Other parameters and errors as for
+/// `far_context` has heads that divide the query's; every `seen` lies in `[0, far length]`. Other parameters and errors as for
 /// `local_attention`.
 template <class Query, class Key, class Value, class FarKey, class FarValue, class Out, class Lse,
           executor E = serial_executor>
-void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, far<FarKey, FarValue> far,
-            tensor_view<Out> out, lse_view<Lse> lse, const options& options, const E& run = {},
-            std::span<std::byte> workspace = {}) {
+void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+            far_context<FarKey, FarValue> context, tensor_view<Out> out, lse_view<Lse> lse, const options& options,
+            const E& run = {}, std::span<std::byte> workspace = {}) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
-  detail::require_attend(query, key, value, far, options);
+  detail::require_attend(query, key, value, context, options);
   detail::require_results(query, value.dim(), out, lse);
 
-  const auto forward = detail::attend_plan(query, key, value, far, options.unit, run);
+  const auto forward = detail::attend_plan(query, key, value, context, options.unit, run);
   detail::scratch memory(workspace, forward.bytes());
-  forward(query, out, lse, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
-          detail::seen_source(far), detail::raw_source(query, key, value, options));
+  forward(query, out, lse, detail::make_score_rule<T>(options, key.dim()), run, memory, detail::seen_source(context),
+          detail::raw_source(query, key, value, options));
 }
 
 /// Without log-sum-exps.
 template <class Query, class Key, class Value, class FarKey, class FarValue, class Out, executor E = serial_executor>
-void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, far<FarKey, FarValue> far,
-            tensor_view<Out> out, const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
-  attend(query, key, value, far, out, lse_view<>{}, options, run, workspace);
+void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+            far_context<FarKey, FarValue> context, tensor_view<Out> out, const options& options, const E& run = {},
+            std::span<std::byte> workspace = {}) {
+  attend(query, key, value, context, out, lse_view<>{}, options, run, workspace);
 }
 
-}  // namespace cca::inline CCA_TARGET
+}}  // namespace cca::CCA_TARGET

@@ -4,10 +4,11 @@
 #include <cstdint>
 #include <string>
 
-#include "detail/target.hpp"
+#include "detail/base/target.hpp"
+#include "detail/base/validate.hpp"
 #include "options.hpp"
 
-namespace cca::inline CCA_TARGET {
+namespace cca { inline namespace CCA_TARGET {
 
 /// What a cache holds, fixed at its construction.
 struct cache_shape {
@@ -58,4 +59,4 @@ inline constexpr long double max_elements = 0x1p58L;
 }
 
 }  // namespace detail
-}  // namespace cca::inline CCA_TARGET
+}}  // namespace cca::CCA_TARGET

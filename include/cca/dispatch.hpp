@@ -11,6 +11,7 @@
 #include "dispatch/kv_cache.hpp"
 #include "dispatch/plain.hpp"
 #include "dispatch/to_plain.hpp"
+#include "element.hpp"
 #include "executor.hpp"
 #include "options.hpp"
 #include "tensor_view.hpp"
@@ -19,7 +20,7 @@
 /// `cca::dispatch`, and `cca::attention` becomes `cca::dispatch::attention`. Parameters, results and errors are those of
 /// the function of the same name in `cca`; operands and outputs of a call have elements of one type: float, double,
 /// `Eigen::bfloat16` or `Eigen::half`. (Matrix units are found at run time with the headers alone, too.)
-namespace cca::inline CCA_TARGET::dispatch {
+namespace cca { inline namespace CCA_TARGET { namespace dispatch {
 
 /// The instruction set in use, "avx512", "avx2_fma", "sse4_2", "sse2" or "neon64": the newest that the processor and the
 /// operating system run, unless `use` was called.
@@ -89,19 +90,20 @@ void dense_attention(operand<T> query, operand<T> key, operand<T> value, tensor_
 
 /// See `cca::attend`.
 template <class FarKey, class FarValue, element T, class Lse, executor E = serial_executor>
-void attend(operand<T> query, operand<T> key, operand<T> value, far<FarKey, FarValue> far, tensor_view<T> out,
-            lse_view<Lse> lse, const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+void attend(operand<T> query, operand<T> key, operand<T> value, far_context<FarKey, FarValue> context,
+            tensor_view<T> out, lse_view<Lse> lse, const options& options, const E& run = {},
+            std::span<std::byte> workspace = {}) {
   using namespace detail;
-  kernels<T>().calls.attend(to_plain(query), to_plain(key), to_plain(value), to_plain(operand<T>(far.key)),
-                            to_plain(operand<T>(far.value)), to_plain(far.seen), to_plain(out),
+  kernels<T>().calls.attend(to_plain(query), to_plain(key), to_plain(value), to_plain(operand<T>(context.key)),
+                            to_plain(operand<T>(context.value)), to_plain(context.seen), to_plain(out),
                             lse_to_plain<compute_type<T>>("lse", lse), to_plain(options), to_plain(run), workspace);
 }
 
 /// Without log-sum-exps.
 template <class FarKey, class FarValue, element T, executor E = serial_executor>
-void attend(operand<T> query, operand<T> key, operand<T> value, far<FarKey, FarValue> far, tensor_view<T> out,
-            const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
-  dispatch::attend(query, key, value, far, out, lse_view<>{}, options, run, workspace);
+void attend(operand<T> query, operand<T> key, operand<T> value, far_context<FarKey, FarValue> context,
+            tensor_view<T> out, const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+  dispatch::attend(query, key, value, context, out, lse_view<>{}, options, run, workspace);
 }
 
 /// See `cca::pool`.
@@ -134,12 +136,12 @@ template <class T, executor E = serial_executor>
 /// The same for `attend`.
 template <class T, class FarKey, class FarValue, executor E = serial_executor>
 [[nodiscard]] std::size_t workspace_size(tensor_view<T> query, operand<T> key, operand<T> value,
-                                         far<FarKey, FarValue> far, const E& run = {},
+                                         far_context<FarKey, FarValue> context, const E& run = {},
                                          matrix_unit unit = matrix_unit::none) {
   using namespace detail;
-  return kernels<T>().calls.attend_workspace_size(to_plain(operand<T>(query)), to_plain(key), to_plain(value),
-                                                  to_plain(operand<T>(far.key)), to_plain(operand<T>(far.value)),
-                                                  to_plain(far.seen), to_plain(run), static_cast<int>(unit));
+  return kernels<T>().calls.attend_workspace_size(
+      to_plain(operand<T>(query)), to_plain(key), to_plain(value), to_plain(operand<T>(context.key)),
+      to_plain(operand<T>(context.value)), to_plain(context.seen), to_plain(run), static_cast<int>(unit));
 }
 
 /// See `cca::attention_gradient`.
@@ -212,14 +214,15 @@ void dense_attention_gradient(tensor_view<T> query, operand<T> key, operand<T> v
 
 /// See `cca::attend_gradient`.
 template <class FarKey, class FarValue, class GradLse, class T, executor E = serial_executor>
-void attend_gradient(tensor_view<T> query, operand<T> key, operand<T> value, far<FarKey, FarValue> far, operand<T> out,
-                     lse_operand<T> lse, operand<T> grad_out, lse_view<GradLse> grad_lse, gradient<T> grad_query,
-                     gradient<T> grad_key, gradient<T> grad_value, gradient<T> grad_far_key, gradient<T> grad_far_value,
-                     const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+void attend_gradient(tensor_view<T> query, operand<T> key, operand<T> value, far_context<FarKey, FarValue> context,
+                     operand<T> out, lse_operand<T> lse, operand<T> grad_out, lse_view<GradLse> grad_lse,
+                     gradient<T> grad_query, gradient<T> grad_key, gradient<T> grad_value, gradient<T> grad_far_key,
+                     gradient<T> grad_far_value, const options& options, const E& run = {},
+                     std::span<std::byte> workspace = {}) {
   using namespace detail;
   kernels<T>().calls.attend_gradient(to_plain(operand<T>(query)), to_plain(key), to_plain(value),
-                                     to_plain(operand<T>(far.key)), to_plain(operand<T>(far.value)), to_plain(far.seen),
-                                     to_plain(out), to_plain(lse), to_plain(grad_out),
+                                     to_plain(operand<T>(context.key)), to_plain(operand<T>(context.value)),
+                                     to_plain(context.seen), to_plain(out), to_plain(lse), to_plain(grad_out),
                                      lse_to_plain<const compute_type<T>>("grad_lse", grad_lse), to_plain(grad_query),
                                      to_plain(grad_key), to_plain(grad_value), to_plain(grad_far_key),
                                      to_plain(grad_far_value), to_plain(options), to_plain(run), workspace);
@@ -227,12 +230,12 @@ void attend_gradient(tensor_view<T> query, operand<T> key, operand<T> value, far
 
 /// Without a gradient of `lse`.
 template <class FarKey, class FarValue, class T, executor E = serial_executor>
-void attend_gradient(tensor_view<T> query, operand<T> key, operand<T> value, far<FarKey, FarValue> far, operand<T> out,
-                     lse_operand<T> lse, operand<T> grad_out, gradient<T> grad_query, gradient<T> grad_key,
-                     gradient<T> grad_value, gradient<T> grad_far_key, gradient<T> grad_far_value,
+void attend_gradient(tensor_view<T> query, operand<T> key, operand<T> value, far_context<FarKey, FarValue> context,
+                     operand<T> out, lse_operand<T> lse, operand<T> grad_out, gradient<T> grad_query,
+                     gradient<T> grad_key, gradient<T> grad_value, gradient<T> grad_far_key, gradient<T> grad_far_value,
                      const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
-  dispatch::attend_gradient(query, key, value, far, out, lse, grad_out, lse_view<>{}, grad_query, grad_key, grad_value,
-                            grad_far_key, grad_far_value, options, run, workspace);
+  dispatch::attend_gradient(query, key, value, context, out, lse, grad_out, lse_view<>{}, grad_query, grad_key,
+                            grad_value, grad_far_key, grad_far_value, options, run, workspace);
 }
 
 /// See `cca::pool_gradient`.
@@ -259,12 +262,12 @@ template <class T, executor E = serial_executor>
 /// The same for `attend_gradient`.
 template <class T, class FarKey, class FarValue, executor E = serial_executor>
 [[nodiscard]] std::size_t gradient_workspace_size(tensor_view<T> query, operand<T> key, operand<T> value,
-                                                  far<FarKey, FarValue> far, const E& run = {},
+                                                  far_context<FarKey, FarValue> context, const E& run = {},
                                                   matrix_unit unit = matrix_unit::none) {
   using namespace detail;
   return kernels<T>().calls.attend_gradient_workspace_size(
-      to_plain(operand<T>(query)), to_plain(key), to_plain(value), to_plain(operand<T>(far.key)),
-      to_plain(operand<T>(far.value)), to_plain(far.seen), to_plain(run), static_cast<int>(unit));
+      to_plain(operand<T>(query)), to_plain(key), to_plain(value), to_plain(operand<T>(context.key)),
+      to_plain(operand<T>(context.value)), to_plain(context.seen), to_plain(run), static_cast<int>(unit));
 }
 
-}  // namespace cca::inline CCA_TARGET::dispatch
+}}}  // namespace cca::CCA_TARGET::dispatch

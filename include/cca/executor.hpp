@@ -9,9 +9,9 @@
 #include <omp.h>
 #endif
 
-#include "detail/target.hpp"
+#include "detail/base/target.hpp"
 
-namespace cca::inline CCA_TARGET {
+namespace cca { inline namespace CCA_TARGET {
 
 /// Anything that can run `f(i)` once for every i in `[0, n)`, in any order and on any threads, and returns when all are
 /// done. An optional member `concurrency()` says how many of them may run at once; it bounds the scratch memory and the
@@ -106,4 +106,4 @@ void run_tasks(const E& run, std::int64_t workers, std::int64_t count, const Tas
 }
 
 }  // namespace detail
-}  // namespace cca::inline CCA_TARGET
+}}  // namespace cca::CCA_TARGET

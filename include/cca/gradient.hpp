@@ -9,17 +9,20 @@
 #include <type_traits>
 
 #include "attention.hpp"
-#include "detail/backward.hpp"
-#include "detail/group_gradient.hpp"
-#include "detail/scratch.hpp"
-#include "detail/source.hpp"
+#include "detail/base/scratch.hpp"
+#include "detail/base/validate.hpp"
+#include "detail/context/source.hpp"
+#include "detail/engine/backward.hpp"
+#include "detail/pool/group_gradient.hpp"
+#include "detail/softmax/score_rule.hpp"
+#include "element.hpp"
 #include "executor.hpp"
 #include "options.hpp"
 #include "partition.hpp"
 #include "pooling.hpp"
 #include "tensor_view.hpp"
 
-namespace cca::inline CCA_TARGET {
+namespace cca { inline namespace CCA_TARGET {
 namespace detail {
 
 /// A gradient is summed where it is written.
@@ -107,10 +110,10 @@ backward<Element> backward_plan(const tensor_view<Query>& query, std::int64_t va
 
 template <class Query, class Key, class Value, class FarKey, class FarValue, executor E>
 auto attend_backward(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-                     const far<FarKey, FarValue>& far, matrix_unit unit, const E& run) {
+                     const far_context<FarKey, FarValue>& context, matrix_unit unit, const E& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return backward_plan<product_type<Query, Key, Value, FarKey, FarValue>>(
-      query, value.dim(), std::gcd(key.heads(), far.key.heads()), !in_place<T, Key, Value, FarKey, FarValue>, unit,
+      query, value.dim(), std::gcd(key.heads(), context.key.heads()), !in_place<T, Key, Value, FarKey, FarValue>, unit,
       run);
 }
 
@@ -153,7 +156,7 @@ void raw_gradient(const query_results<Query, Out, Lse, GradOut, GradLse>& result
   scratch memory(workspace, backward.bytes());
   fill_zero(grad_key, run);
   fill_zero(grad_value, run);
-  backward(results, grad_query, static_cast<T>(softmax_scale(options, key.dim())), run, memory,
+  backward(results, grad_query, make_score_rule<T>(options, key.dim()), run, memory,
            source_gradient{raw_source(query, key, value, options), grad_key, grad_value});
 }
 
@@ -175,9 +178,9 @@ template <class Query, class Key, class Value, executor E = serial_executor>
 /// The same for `attend_gradient`.
 template <class Query, class Key, class Value, class FarKey, class FarValue, executor E = serial_executor>
 [[nodiscard]] std::size_t gradient_workspace_size(tensor_view<Query> query, tensor_view<Key> key,
-                                                  tensor_view<Value> value, far<FarKey, FarValue> far,
+                                                  tensor_view<Value> value, far_context<FarKey, FarValue> context,
                                                   const E& run = {}, matrix_unit unit = matrix_unit::none) {
-  return detail::attend_backward(query, key, value, far, unit, run).bytes() + detail::scratch_alignment;
+  return detail::attend_backward(query, key, value, context, unit, run).bytes() + detail::scratch_alignment;
 }
 
 /// Gradients of `pool`: of the keys and values, and through the weights of the queries.
@@ -259,7 +262,7 @@ void attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_v
     detail::pool_views<T>(query, key, value, core_key, core_value, options, run, pooler);
     for (const auto& sum : {grad_key, grad_value, grad_core_key, grad_core_value}) detail::fill_zero(sum, run);
     plan.backward(
-        results, grad_query, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
+        results, grad_query, detail::make_score_rule<T>(options, key.dim()), run, memory,
         detail::source_gradient{detail::core_source(core_key, core_value, options), grad_core_key, grad_core_value},
         detail::source_gradient{detail::raw_source(query, key, value, options), grad_key, grad_value});
     detail::add_pool_gradient<Query, Key, Value, T>(query, key, value, grad_core_key, grad_core_value, grad_query,
@@ -331,23 +334,24 @@ void dense_attention_gradient(tensor_view<Query> query, tensor_view<Key> key, te
 template <class Query, class Key, class Value, class FarKey, class FarValue, class Out, class Lse, class GradOut,
           class GradLse, class T, executor E = serial_executor>
 void attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                     far<FarKey, FarValue> far, tensor_view<Out> out, lse_view<Lse> lse, tensor_view<GradOut> grad_out,
-                     lse_view<GradLse> grad_lse, tensor_view<T> grad_query, tensor_view<T> grad_key,
-                     tensor_view<T> grad_value, tensor_view<T> grad_far_key, tensor_view<T> grad_far_value,
-                     const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+                     far_context<FarKey, FarValue> context, tensor_view<Out> out, lse_view<Lse> lse,
+                     tensor_view<GradOut> grad_out, lse_view<GradLse> grad_lse, tensor_view<T> grad_query,
+                     tensor_view<T> grad_key, tensor_view<T> grad_value, tensor_view<T> grad_far_key,
+                     tensor_view<T> grad_far_value, const options& options, const E& run = {},
+                     std::span<std::byte> workspace = {}) {
   detail::require_gradient_type<T, Query, Key, Value, FarKey, FarValue>();
   const detail::query_results results{query, out, lse, grad_out, grad_lse};
-  detail::require_attend(query, key, value, far, options);
+  detail::require_attend(query, key, value, context, options);
   detail::require_query_results<T>(results, value.dim());
   detail::require_gradients(query, key, value, grad_query, grad_key, grad_value);
-  detail::require_gradient("grad_far_key", grad_far_key, far.key.extent);
-  detail::require_gradient("grad_far_value", grad_far_value, far.value.extent);
+  detail::require_gradient("grad_far_key", grad_far_key, context.key.extent);
+  detail::require_gradient("grad_far_value", grad_far_value, context.value.extent);
 
-  const auto backward = detail::attend_backward(query, key, value, far, options.unit, run);
+  const auto backward = detail::attend_backward(query, key, value, context, options.unit, run);
   detail::scratch memory(workspace, backward.bytes());
   for (const auto& sum : {grad_key, grad_value, grad_far_key, grad_far_value}) detail::fill_zero(sum, run);
-  backward(results, grad_query, static_cast<T>(detail::softmax_scale(options, key.dim())), run, memory,
-           detail::source_gradient{detail::seen_source(far), grad_far_key, grad_far_value},
+  backward(results, grad_query, detail::make_score_rule<T>(options, key.dim()), run, memory,
+           detail::source_gradient{detail::seen_source(context), grad_far_key, grad_far_value},
            detail::source_gradient{detail::raw_source(query, key, value, options), grad_key, grad_value});
 }
 
@@ -355,12 +359,12 @@ void attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view
 template <class Query, class Key, class Value, class FarKey, class FarValue, class Out, class Lse, class GradOut,
           class T, executor E = serial_executor>
 void attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                     far<FarKey, FarValue> far, tensor_view<Out> out, lse_view<Lse> lse, tensor_view<GradOut> grad_out,
-                     tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
-                     tensor_view<T> grad_far_key, tensor_view<T> grad_far_value, const options& options,
-                     const E& run = {}, std::span<std::byte> workspace = {}) {
-  attend_gradient(query, key, value, far, out, lse, grad_out, lse_view<>{}, grad_query, grad_key, grad_value,
+                     far_context<FarKey, FarValue> context, tensor_view<Out> out, lse_view<Lse> lse,
+                     tensor_view<GradOut> grad_out, tensor_view<T> grad_query, tensor_view<T> grad_key,
+                     tensor_view<T> grad_value, tensor_view<T> grad_far_key, tensor_view<T> grad_far_value,
+                     const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+  attend_gradient(query, key, value, context, out, lse, grad_out, lse_view<>{}, grad_query, grad_key, grad_value,
                   grad_far_key, grad_far_value, options, run, workspace);
 }
 
-}  // namespace cca::inline CCA_TARGET
+}}  // namespace cca::CCA_TARGET

@@ -10,14 +10,17 @@
 
 #include "attention.hpp"
 #include "cache_shape.hpp"
-#include "detail/row_store.hpp"
+#include "detail/base/validate.hpp"
+#include "detail/context/row_store.hpp"
+#include "detail/softmax/score_rule.hpp"
+#include "element.hpp"
 #include "executor.hpp"
 #include "options.hpp"
 #include "partition.hpp"
 #include "pooling.hpp"
 #include "tensor_view.hpp"
 
-namespace cca::inline CCA_TARGET {
+namespace cca { inline namespace CCA_TARGET {
 
 namespace detail {
 struct cache_file;
@@ -218,7 +221,7 @@ class kv_cache {
     return options_.window == unlimited ? 0 : partition_.group_count(length);
   }
 
-  /// The raw tokens held that the next query sees.
+  /// The raw tokens held that the next query visible.
   [[nodiscard]] typename ring::pieces window_of(const sequence& s) const {
     return s.raw.find({partition_.raw(s.length).begin, s.length});
   }
@@ -295,7 +298,7 @@ class kv_cache {
       raw = std::max(raw, at(b).raw.capacity());
     }
     const auto forward = detail::plan<Product>(query, shape_.value_dim, shape_.kv_heads, {cores, raw, raw, count},
-                                         !detail::in_place<T, Element, Core>, options_.unit, run);
+                                               !detail::in_place<T, Element, Core>, options_.unit, run);
     const std::size_t bytes = detail::worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
     if (workspace_.bytes() < bytes + detail::scratch_alignment)
       workspace_ = detail::aligned_memory(bytes + detail::scratch_alignment);
@@ -307,8 +310,8 @@ class kv_cache {
       const auto raw_of = [this, sequence_of](std::int64_t b, std::int64_t i) {
         return partition_.raw(sequence_of(b).length + i);
       };
-      const auto scale = static_cast<T>(detail::softmax_scale(options_, shape_.dim));
-      forward(query, *out, lse, scale, run, memory,
+      const auto rule = detail::make_score_rule<T>(options_, shape_.dim);
+      forward(query, *out, lse, rule, run, memory,
               detail::source{core_heads_, cores,
                              [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
                              [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
@@ -386,4 +389,4 @@ class kv_cache {
   detail::aligned_memory workspace_;
 };
 
-}  // namespace cca::inline CCA_TARGET
+}}  // namespace cca::CCA_TARGET

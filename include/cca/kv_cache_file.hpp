@@ -14,9 +14,11 @@
 #include <utility>
 #include <vector>
 
+#include "detail/base/validate.hpp"
+#include "element.hpp"
 #include "kv_cache.hpp"
 
-namespace cca::inline CCA_TARGET {
+namespace cca { inline namespace CCA_TARGET {
 namespace detail {
 
 /// Tells elements apart: by their bytes and, since bfloat16 and half have 2 of them both, the bits of their significands.
@@ -164,7 +166,7 @@ struct cache_file {
     cache_file_header header;
     header.elements = element_code::of<Element, Core>();
     header.pool = static_cast<std::uint32_t>(options.pool);
-    header.cores = static_cast<std::uint32_t>(options.cores);
+    header.cores = static_cast<std::uint32_t>(options.core_heads);
     header.has_scale = options.softmax_scale.has_value();
     header.softmax_scale = options.softmax_scale.value_or(0);
     header.group_size = options.group_size;
@@ -187,7 +189,7 @@ struct cache_file {
     options options{.group_size = header.group_size,
                     .window = header.window,
                     .pool = static_cast<pooling>(header.pool),
-                    .cores = static_cast<core_heads>(header.cores),
+                    .core_heads = static_cast<cca::core_heads>(header.cores),
                     .unit = unit};
     if (header.has_scale) options.softmax_scale = header.softmax_scale;
     try {
@@ -311,4 +313,4 @@ template <class Element, class Core = Element>
   return cache;
 }
 
-}  // namespace cca::inline CCA_TARGET
+}}  // namespace cca::CCA_TARGET

@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <limits>
 
+#include "detail/base/validate.hpp"
+#include "element.hpp"
 #include "executor.hpp"
 #include "options.hpp"
 #include "tensor_view.hpp"
 
-namespace cca::inline CCA_TARGET {
+namespace cca { inline namespace CCA_TARGET {
 
 /// Joins the results of attention to two disjoint parts of a context into that of the whole:
 /// `out = (e^lse_a out_a + e^lse_b out_b) / (e^lse_a + e^lse_b)`, `lse = log(e^lse_a + e^lse_b)`.
@@ -58,4 +60,4 @@ void merge(tensor_view<A> out_a, lse_view<LseA> lse_a, tensor_view<B> out_b, lse
   });
 }
 
-}  // namespace cca::inline CCA_TARGET
+}}  // namespace cca::CCA_TARGET

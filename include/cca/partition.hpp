@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "detail/target.hpp"
+#include "detail/base/target.hpp"
 
-namespace cca::inline CCA_TARGET {
+namespace cca { inline namespace CCA_TARGET {
 
 /// The window that holds everything: plain causal attention.
 inline constexpr std::int64_t unlimited = std::numeric_limits<std::int64_t>::max();
@@ -41,7 +41,7 @@ struct range {
   return {std::min(a.begin, b.begin), std::max(a.end, b.end)};
 }
 
-/// Which context the query at position `t` sees, and in which form: the cores `[0, core_count(t))`, then the raw tokens
+/// Which context the query at position `t` visible, and in which form: the cores `[0, core_count(t))`, then the raw tokens
 /// `raw(t)`. Every token at or before `t` is seen exactly once: token `j` raw until its group's core takes its place.
 /// All window and group arithmetic of the library is here.
 ///
@@ -80,4 +80,4 @@ struct partition {
   }
 };
 
-}  // namespace cca::inline CCA_TARGET
+}}  // namespace cca::CCA_TARGET

@@ -9,15 +9,18 @@
 #include <string>
 #include <utility>
 
-#include "detail/row.hpp"
-#include "detail/scratch.hpp"
-#include "detail/source.hpp"
+#include "detail/base/scratch.hpp"
+#include "detail/base/validate.hpp"
+#include "detail/context/source.hpp"
+#include "detail/simd/dot.hpp"
+#include "detail/softmax/row_softmax.hpp"
+#include "element.hpp"
 #include "executor.hpp"
 #include "options.hpp"
 #include "partition.hpp"
 #include "tensor_view.hpp"
 
-namespace cca::inline CCA_TARGET {
+namespace cca { inline namespace CCA_TARGET {
 namespace detail {
 
 /// `maximum[d] = max_j rows[j][d]`, of what it holds and `count` rows. A NaN enters and stays.
@@ -253,4 +256,4 @@ void pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> val
                         detail::worker_scratch<T>(memory, workers, size));
 }
 
-}  // namespace cca::inline CCA_TARGET
+}}  // namespace cca::CCA_TARGET

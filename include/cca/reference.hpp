@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "element.hpp"
 #include "options.hpp"
 #include "partition.hpp"
 #include "tensor_view.hpp"
@@ -18,7 +19,7 @@
 /// The textbook: attention and its gradients as their formulas read, one query after the other, O(length^2). In double it
 /// is the oracle of the tests; in float it is what the error of the kernels is measured against. It checks nothing and
 /// hides nothing: shapes and options are those of the entry points of the same name, which do the validation.
-namespace cca::inline CCA_TARGET::reference {
+namespace cca { inline namespace CCA_TARGET { namespace reference {
 
 /// A tensor that owns its elements, `[batch][heads][length][dim]` in memory.
 template <class Scalar>
@@ -154,15 +155,15 @@ result<Scalar> attend(tensor_view<Query> query, tensor_view<Key> key, tensor_vie
       const matrix<Scalar> k = head<Scalar>(key, b, kv_head), v = head<Scalar>(value, b, kv_head);
       const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
-        const std::int64_t far = seen(b, h, i);
-        const range near = raw(i);
-        vector<Scalar> weights(far + near.size());
-        weights.head(far) = scale * (fk.topRows(far) * q.row(i).transpose());
-        weights.tail(near.size()) = scale * (k.middleRows(near.begin, near.size()) * q.row(i).transpose());
+        const std::int64_t pooled = seen(b, h, i);
+        const range window = raw(i);
+        vector<Scalar> weights(pooled + window.size());
+        weights.head(pooled) = scale * (fk.topRows(pooled) * q.row(i).transpose());
+        weights.tail(window.size()) = scale * (k.middleRows(window.begin, window.size()) * q.row(i).transpose());
         *result.lse.view().row(b, h, i) = softmax(weights);
         Eigen::Map<vector<Scalar>>(result.out.view().row(b, h, i), value.dim()) =
-            fv.topRows(far).transpose() * weights.head(far) +
-            v.middleRows(near.begin, near.size()).transpose() * weights.tail(near.size());
+            fv.topRows(pooled).transpose() * weights.head(pooled) +
+            v.middleRows(window.begin, window.size()).transpose() * weights.tail(window.size());
       }
     }
   return result;
@@ -216,10 +217,10 @@ result<Scalar> local_attention(tensor_view<Query> query, tensor_view<Key> key, t
 /// `cca::attend`: the caller's far rows, then raw tokens.
 template <class Scalar, class Query, class Key, class Value, class FarKey, class FarValue>
 result<Scalar> attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                      const far<FarKey, FarValue>& far, const options& options) {
+                      const far_context<FarKey, FarValue>& context, const options& options) {
   return attend<Scalar>(
-      query, key, value, far.key, far.value, options,
-      [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *far.seen.row(b, h, i); },
+      query, key, value, context.key, context.value, options,
+      [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *context.seen.row(b, h, i); },
       detail::raw_tokens(query, key, options));
 }
 
@@ -291,13 +292,13 @@ gradient<Scalar> attend_gradient(tensor_view<Query> query, tensor_view<Key> key,
       const matrix<Scalar> k = head<Scalar>(key, b, kv_head), v = head<Scalar>(value, b, kv_head);
       const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
-        const std::int64_t far = seen(b, h, i);
-        const range near = raw(i);
-        const std::int64_t count = far + near.size();
+        const std::int64_t pooled = seen(b, h, i);
+        const range window = raw(i);
+        const std::int64_t count = pooled + window.size();
         if (count == 0) continue;
         matrix<Scalar> keys(count, key.dim()), values(count, value.dim());
-        keys << fk.topRows(far), k.middleRows(near.begin, near.size());
-        values << fv.topRows(far), v.middleRows(near.begin, near.size());
+        keys << fk.topRows(pooled), k.middleRows(window.begin, window.size());
+        values << fv.topRows(pooled), v.middleRows(window.begin, window.size());
         const vector<Scalar> logits = scale * (keys * q.row(i).transpose());
         vector<Scalar> weights = logits;
         const Scalar lse = softmax(weights);
@@ -307,10 +308,10 @@ gradient<Scalar> attend_gradient(tensor_view<Query> query, tensor_view<Key> key,
         const vector<Scalar> ds = weights.cwiseProduct((dp.array() - (weights.dot(dp) - dlse)).matrix());
         const matrix<Scalar> grad_keys = scale * ds * q.row(i), grad_values = weights * grad_rows.row(i);
         head(grad.query, b, h).row(i) = scale * ds.transpose() * keys;
-        head(grad.far_key, b, far_head).topRows(far) += grad_keys.topRows(far);
-        head(grad.far_value, b, far_head).topRows(far) += grad_values.topRows(far);
-        head(grad.key, b, kv_head).middleRows(near.begin, near.size()) += grad_keys.bottomRows(near.size());
-        head(grad.value, b, kv_head).middleRows(near.begin, near.size()) += grad_values.bottomRows(near.size());
+        head(grad.far_key, b, far_head).topRows(pooled) += grad_keys.topRows(pooled);
+        head(grad.far_value, b, far_head).topRows(pooled) += grad_values.topRows(pooled);
+        head(grad.key, b, kv_head).middleRows(window.begin, window.size()) += grad_keys.bottomRows(window.size());
+        head(grad.value, b, kv_head).middleRows(window.begin, window.size()) += grad_values.bottomRows(window.size());
       }
     }
   return grad;
@@ -352,12 +353,12 @@ gradient<Scalar> local_attention_gradient(tensor_view<Query> query, tensor_view<
 /// Of `attend` to the caller's far rows.
 template <class Scalar, class Query, class Key, class Value, class FarKey, class FarValue, class GradOut, class GradLse>
 gradient<Scalar> attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                                 const far<FarKey, FarValue>& far, tensor_view<GradOut> grad_out,
+                                 const far_context<FarKey, FarValue>& context, tensor_view<GradOut> grad_out,
                                  lse_view<GradLse> grad_lse, const options& options) {
   return attend_gradient<Scalar>(
-      query, key, value, far.key, far.value, grad_out, grad_lse, options,
-      [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *far.seen.row(b, h, i); },
+      query, key, value, context.key, context.value, grad_out, grad_lse, options,
+      [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *context.seen.row(b, h, i); },
       detail::raw_tokens(query, key, options));
 }
 
-}  // namespace cca::inline CCA_TARGET::reference
+}}}  // namespace cca::CCA_TARGET::reference

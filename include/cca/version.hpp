@@ -9,7 +9,7 @@
 
 #include <array>
 
-#include "detail/target.hpp"
+#include "detail/base/target.hpp"
 
 /// Raised by what may break users, after 1.0.
 #define CCA_VERSION_MAJOR 0
@@ -23,9 +23,9 @@
 /// This version, as of `CCA_MAKE_VERSION`.
 #define CCA_VERSION CCA_MAKE_VERSION(CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH)
 
-namespace cca::inline CCA_TARGET {
+namespace cca { inline namespace CCA_TARGET {
 
 /// For constant expressions: `static_assert(cca::version >= std::array{0, 1, 0})`.
 inline constexpr std::array<int, 3> version{CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH};
 
-}  // namespace cca::inline CCA_TARGET
+}}  // namespace cca::CCA_TARGET

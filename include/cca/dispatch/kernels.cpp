@@ -12,8 +12,7 @@
 #define CCA_NAME_OF(target) #target
 #define CCA_NAME(target) CCA_NAME_OF(target)
 
-namespace cca::inline CCA_TARGET {
-namespace {
+namespace cca { inline namespace CCA_TARGET { namespace {
 
 // Flags of the whole project that come on top of this object's own would let it run where they are not asked for.
 static_assert(
@@ -41,7 +40,7 @@ options typed(const plain::options& o) {
   return {.group_size = o.group_size,
           .window = o.window,
           .pool = static_cast<pooling>(o.pool),
-          .cores = static_cast<core_heads>(o.cores),
+          .core_heads = static_cast<cca::core_heads>(o.core_heads),
           .softmax_scale = o.softmax_scale,
           .first_position = o.first_position,
           .unit = typed(o.unit)};
@@ -60,7 +59,7 @@ constexpr plain::functions<T> functions{
     .attend =
         [](const auto& query, const auto& key, const auto& value, const auto& far_key, const auto& far_value,
            const auto& seen, const auto&... rest) {
-          attend(typed(query), typed(key), typed(value), far{typed(far_key), typed(far_value), typed(seen)},
+          attend(typed(query), typed(key), typed(value), far_context{typed(far_key), typed(far_value), typed(seen)},
                  typed(rest)...);
         },
     .pool = [](const auto&... all) { pool(typed(all)...); },
@@ -70,7 +69,7 @@ constexpr plain::functions<T> functions{
         [](const auto& query, const auto& key, const auto& value, const auto& far_key, const auto& far_value,
            const auto& seen, const auto&... rest) {
           return workspace_size(typed(query), typed(key), typed(value),
-                                far{typed(far_key), typed(far_value), typed(seen)}, typed(rest)...);
+                                far_context{typed(far_key), typed(far_value), typed(seen)}, typed(rest)...);
         },
     .attention_gradient = [](const auto&... all) { attention_gradient(typed(all)...); },
     .local_attention_gradient = [](const auto&... all) { local_attention_gradient(typed(all)...); },
@@ -78,8 +77,8 @@ constexpr plain::functions<T> functions{
     .attend_gradient =
         [](const auto& query, const auto& key, const auto& value, const auto& far_key, const auto& far_value,
            const auto& seen, const auto&... rest) {
-          attend_gradient(typed(query), typed(key), typed(value), far{typed(far_key), typed(far_value), typed(seen)},
-                          typed(rest)...);
+          attend_gradient(typed(query), typed(key), typed(value),
+                          far_context{typed(far_key), typed(far_value), typed(seen)}, typed(rest)...);
         },
     .pool_gradient = [](const auto&... all) { pool_gradient(typed(all)...); },
     .gradient_workspace_size = [](const auto&... all) { return gradient_workspace_size(typed(all)...); },
@@ -87,7 +86,7 @@ constexpr plain::functions<T> functions{
         [](const auto& query, const auto& key, const auto& value, const auto& far_key, const auto& far_value,
            const auto& seen, const auto&... rest) {
           return gradient_workspace_size(typed(query), typed(key), typed(value),
-                                         far{typed(far_key), typed(far_value), typed(seen)}, typed(rest)...);
+                                         far_context{typed(far_key), typed(far_value), typed(seen)}, typed(rest)...);
         }};
 
 template <class T>
@@ -124,8 +123,9 @@ constexpr plain::cache_functions<T> cache_functions{
     .settings =
         [](const void* cache) {
           const options& o = cache_at<T>(cache).options();
-          return plain::options{o.group_size,    o.window,         static_cast<int>(o.pool), static_cast<int>(o.cores),
-                                o.softmax_scale, o.first_position, static_cast<int>(o.unit)};
+          return plain::options{
+              o.group_size,    o.window,         static_cast<int>(o.pool), static_cast<int>(o.core_heads),
+              o.softmax_scale, o.first_position, static_cast<int>(o.unit)};
         },
     .counts =
         [](const void* cache, std::int64_t b) {
@@ -142,8 +142,7 @@ constexpr plain::cache_functions<T> cache_functions{
 template <class T>
 constexpr plain::kernels<T> kernels{functions<T>, cache_functions<T>};
 
-}  // namespace
-}  // namespace cca::inline CCA_TARGET
+}}}  // namespace cca::CCA_TARGET
 
 extern "C" {
 extern const cca::plain::architecture CCA_TABLE_OF(CCA_TARGET);

@@ -13,7 +13,7 @@
 #include "plain.hpp"
 #include "to_plain.hpp"
 
-namespace cca::inline CCA_TARGET::dispatch {
+namespace cca { inline namespace CCA_TARGET { namespace dispatch {
 
 /// `cca::kv_cache` for the processor that the program runs on; see there. It stays with the instruction set that it was
 /// made with. Queries have the cache's element type.
@@ -92,7 +92,7 @@ class kv_cache {
     options_ = {.group_size = o.group_size,
                 .window = o.window,
                 .pool = static_cast<pooling>(o.pool),
-                .cores = static_cast<core_heads>(o.cores),
+                .core_heads = static_cast<cca::core_heads>(o.core_heads),
                 .softmax_scale = o.softmax_scale,
                 .first_position = o.first_position,
                 .unit = static_cast<matrix_unit>(o.unit)};
@@ -134,4 +134,4 @@ template <element Element>
           [&](const auto& kernels) { return kernels.load(stream, static_cast<int>(unit)); }};
 }
 
-}  // namespace cca::inline CCA_TARGET::dispatch
+}}}  // namespace cca::CCA_TARGET::dispatch

@@ -40,7 +40,7 @@ struct view {
 /// `cca::options`, its enumerators as numbers.
 struct options {
   std::int64_t group_size, window;
-  int pool, cores;
+  int pool, core_heads;
   std::optional<double> softmax_scale;
   std::optional<std::int64_t> first_position;
   int unit;

@@ -6,12 +6,14 @@
 #include <type_traits>
 
 #include "../cache_shape.hpp"
+#include "../detail/base/validate.hpp"
+#include "../element.hpp"
 #include "../executor.hpp"
 #include "../options.hpp"
 #include "../tensor_view.hpp"
 #include "plain.hpp"
 
-namespace cca::inline CCA_TARGET {
+namespace cca { inline namespace CCA_TARGET {
 namespace dispatch {
 
 /// What kernels are compiled for.
@@ -42,7 +44,7 @@ plain::view<T, Rank> to_plain(const tensor_view<T, Rank>& view) {
 }
 
 inline plain::options to_plain(const options& o) {
-  return {o.group_size,    o.window,         static_cast<int>(o.pool), static_cast<int>(o.cores),
+  return {o.group_size,    o.window,         static_cast<int>(o.pool), static_cast<int>(o.core_heads),
           o.softmax_scale, o.first_position, static_cast<int>(o.unit)};
 }
 
@@ -84,4 +86,4 @@ const auto& kernels() {
 }
 
 }  // namespace detail
-}  // namespace cca::inline CCA_TARGET
+}}  // namespace cca::CCA_TARGET

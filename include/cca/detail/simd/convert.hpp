@@ -4,10 +4,11 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../tensor_view.hpp"
+#include "../../element.hpp"
+#include "../../tensor_view.hpp"
 #include "simd.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 // 16-bit elements are converted by their bits, many at a time; other types by `static_cast`, one after the other.
 
@@ -109,4 +110,4 @@ void convert(const From* from, std::int64_t count, To* to) {
   for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
 }
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../partition.hpp"
-#include "tile.hpp"
+#include "../../partition.hpp"
+#include "../context/visible.hpp"
+#include "../simd/register_block.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// Consecutive queries of one head: tiles that take turns on each block of rows. The unit of work of the forward pass.
 template <class Tile>
@@ -48,18 +49,18 @@ class query_stack {
   /// Absorbs what the queries see of a source: they are those of query head `h` of `heads` from `first` on.
   template <class Source>
   void absorb(const Source& source, std::int64_t b, std::int64_t h, std::int64_t heads, std::int64_t first) {
-    lane_ranges<T, Tile::lanes> sees[shape::stack];
+    lane_ranges<T, Tile::lanes> visible[shape::stack];
     range total;
     for (std::int64_t c = 0; c < tiles_; ++c) {
       const std::int64_t offset = first + c * Tile::lanes;
-      sees[c] = {at(c).count(), [&](std::int64_t i) { return source.sees(b, h, offset + i); }};
-      total = hull(total, sees[c].seen_by_any());
+      visible[c] = {at(c).count(), [&](std::int64_t i) { return source.visible(b, h, offset + i); }};
+      total = hull(total, visible[c].seen_by_any());
     }
     const auto rows = source.rows(b, h / (heads / source.heads));
     // Blocks begin at multiples of their length: what a query gets does not depend on the stack that it is in.
     for (std::int64_t j = total.begin; j < total.end; j += shape::block - j % shape::block) {
       shared_.stage(rows, {j, std::min(j + shape::block - j % shape::block, total.end)});
-      for (std::int64_t c = 0; c < tiles_; ++c) at(c).absorb(shared_, sees[c], c == 0);
+      for (std::int64_t c = 0; c < tiles_; ++c) at(c).absorb(shared_, visible[c], c == 0);
     }
   }
 
@@ -82,4 +83,4 @@ class query_stack {
   shared shared_;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

@@ -4,11 +4,11 @@
 #include <cstdint>
 #include <utility>
 
-#include "../partition.hpp"
-#include "scratch.hpp"
+#include "../../partition.hpp"
+#include "../base/scratch.hpp"
 #include "source.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// Rows of keys and values of all heads of a sequence, `[head][capacity][dim]` each. A row beyond what was written holds
 /// nothing yet.
@@ -96,4 +96,4 @@ class row_ring : public row_store<Element> {
   }
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

@@ -5,19 +5,20 @@
 #include <cstring>
 #include <utility>
 
-#include "../partition.hpp"
-#include "convert.hpp"
+#include "../../partition.hpp"
+#include "../base/turn.hpp"
+#include "../context/row_span.hpp"
+#include "../context/visible.hpp"
+#include "../product/pairs.hpp"
+#include "../product/unit_product.hpp"
+#include "../product/unit_rows.hpp"
+#include "../simd/convert.hpp"
+#include "../simd/dot.hpp"
+#include "../simd/register_block.hpp"
 #include "gradient_stack.hpp"
-#include "pairs.hpp"
-#include "row.hpp"
-#include "rows.hpp"
-#include "tile.hpp"
-#include "turn.hpp"
 #include "unit_gradient_tile.hpp"
-#include "unit_product.hpp"
-#include "unit_rows.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// The rows of the queries of a stack in pairs of queries, `[queries / 2][dim]`: what gradients of keys and values are
 /// summed from. Rows that are not finite are left out, as in `unit_columns_block`.
@@ -29,7 +30,7 @@ class unit_query_rows {
 
   unit_query_rows(float* scratch, std::int64_t count, std::int64_t dim)
       : rows_(reinterpret_cast<Element*>(scratch)),
-        pairs_(reinterpret_cast<pair*>(scratch) + count / 2 * whole_units(dim)),
+        pairs_(reinterpret_cast<packed_pair*>(scratch) + count / 2 * whole_units(dim)),
         dim_(dim),
         stride_(whole_units(dim)) {}
 
@@ -43,12 +44,12 @@ class unit_query_rows {
     for (std::int64_t i = 0; i < count; ++i)
       if (!all_finite_elements(row(i), dim_)) infinite_ = hull(infinite_, {i, i + 1});
     for (std::int64_t i = 0; i < lanes; i += 2) {
-      pair* to = pairs_ + i / 2 * stride_;
+      packed_pair* to = pairs_ + i / 2 * stride_;
       interleave(reinterpret_cast<const std::uint16_t*>(row(i)), reinterpret_cast<const std::uint16_t*>(row(i + 1)),
                  stride_, to);
       for (const std::int64_t odd : {0, 1})
         if (infinite_.contains(i + odd) && !all_finite_elements(row(i + odd), dim_))
-          for (std::int64_t d = 0; d < stride_; ++d) to[d] &= odd != 0 ? pair{0xffff} : pair{0xffff0000};
+          for (std::int64_t d = 0; d < stride_; ++d) to[d] &= odd != 0 ? packed_pair{0xffff} : packed_pair{0xffff0000};
     }
   }
 
@@ -64,7 +65,7 @@ class unit_query_rows {
 
  private:
   Element* rows_;
-  pair* pairs_;
+  packed_pair* pairs_;
   std::int64_t dim_, stride_;
   range infinite_;
 };
@@ -131,14 +132,14 @@ class unit_gradient_stack {
   void absorb(const source_gradient<Source, float>& gradient, std::int64_t b, std::int64_t h, std::int64_t heads,
               std::int64_t first, std::int64_t offset, turn& turn) {
     const Source& source = gradient.source;
-    lane_ranges sees[shape::stack];
+    lane_ranges visible[shape::stack];
     range any;
     for (std::int64_t c = 0; c < lanes_ / tile::lanes; ++c) {
       const std::int64_t start = first + c * tile::lanes, count = at(c).count();
-      sees[c] = {count, [&](std::int64_t i) { return source.sees(b, h, start + i); }};
+      visible[c] = {count, [&](std::int64_t i) { return source.visible(b, h, start + i); }};
       // A lane without a query is left out like one that sees nothing: its weight may be NaN.
-      if (count % width<float> != 0) sees[c].all[count / width<float>] = {};
-      any = hull(any, sees[c].seen_by_any());
+      if (count % width<float> != 0) visible[c].all[count / width<float>] = {};
+      any = hull(any, visible[c].seen_by_any());
     }
     const std::int64_t head = h / (heads / source.heads);
     const auto rows = source.rows(b, head);
@@ -147,12 +148,12 @@ class unit_gradient_stack {
       keys_.stage({rows.key, rows.key_stride}, part);
       values_.stage({rows.value, rows.value_stride}, part);
       columns_.stage({rows.key, rows.key_stride}, part);
-      const range seeing = absorb_block(part, sees);
+      const range seeing = absorb_block(part, visible);
       turn.await(offset + part.end);
-      add_to_rows(query_, slopes_, scale_, form_.dim, gradient.key.row(b, head, 0), gradient.key.stride[2], part,
-                  seeing, sees);
+      add_to_rows(query_, grad_scores_, scale_, form_.dim, gradient.key.row(b, head, 0), gradient.key.stride[2], part,
+                  seeing, visible);
       add_to_rows(grad_out_, weights_, 1.0f, form_.value_dim, gradient.value.row(b, head, 0), gradient.value.stride[2],
-                  part, seeing, sees);
+                  part, seeing, visible);
       turn.pass(offset + part.end);
     }
     turn.pass(offset + source.length);
@@ -183,8 +184,8 @@ class unit_gradient_stack {
         grad_out_(scratch.take(unit_query_rows<Element>::size(lanes, form.value_dim)), lanes, form.value_dim),
         scores_(scratch.take(2 * chunk_rows * tile::lanes)),
         weights_(reinterpret_cast<std::uint16_t*>(scratch.take(block * lanes / 2))),
-        slopes_(reinterpret_cast<std::uint16_t*>(scratch.take(block * lanes / 2))),
-        slope_pairs_(reinterpret_cast<pair*>(scratch.take(block / 2 * tile::lanes))),
+        grad_scores_(reinterpret_cast<std::uint16_t*>(scratch.take(block * lanes / 2))),
+        grad_score_pairs_(reinterpret_cast<packed_pair*>(scratch.take(block / 2 * tile::lanes))),
         products_(
             scratch.take(std::max(block, tile::lanes) * std::max(whole_units(form.dim), whole_units(form.value_dim)))),
         keys_(scratch.take(unit_rows_block<Element>::size(block, form.dim)), form.dim),
@@ -192,11 +193,11 @@ class unit_gradient_stack {
         columns_(scratch.take(unit_columns_block<Element>::size(block, form.dim)), block, form.dim) {}
 
   /// The tiles go over a block of rows; returns the lanes of the tiles that see some of it.
-  range absorb_block(range part, const lane_ranges* sees) {
+  range absorb_block(range part, const lane_ranges* visible) {
     const std::int64_t begin = chunk_begin(part.begin);
     range seeing;
     for (std::int64_t c = 0; c < lanes_ / tile::lanes; ++c) {
-      const range seen = intersection(part, sees[c].seen_by_any());
+      const range seen = intersection(part, visible[c].seen_by_any());
       if (seen.empty()) continue;
       // Tiles in between that see nothing have weights of 0, not of the block before.
       seeing = hull(seeing, {c * tile::lanes, (c + 1) * tile::lanes});
@@ -204,12 +205,12 @@ class unit_gradient_stack {
     for (std::int64_t c = seeing.begin / tile::lanes; c < seeing.end / tile::lanes; ++c) {
       for (std::int64_t j = begin; j < part.end; j += chunk_rows) {
         const std::int64_t to = (j - begin) * lanes_ + c * tile::lanes;
-        at(c).absorb(keys_.chunk(j), values_.chunk(j), j, sees[c], scale_, scores_, weights_ + to,
-                     {slopes_ + to, slope_pairs_ + (j - begin) / 2 * tile::lanes}, lanes_);
+        at(c).absorb(keys_.chunk(j), values_.chunk(j), j, visible[c], scale_, scores_, weights_ + to,
+                     {grad_scores_ + to, grad_score_pairs_ + (j - begin) / 2 * tile::lanes}, lanes_);
       }
-      at(c).add_keys(columns_.columns(begin), slope_pairs_, whole_units(part.end - begin), products_);
+      at(c).add_keys(columns_.columns(begin), grad_score_pairs_, whole_units(part.end - begin), products_);
       columns_.for_each_infinite(part, [&](std::int64_t j, const Element* key) {
-        at(c).add_infinite(slope_pairs_ + (j - begin) / 2 * tile::lanes, (j - begin) % 2 != 0, key, j, sees[c]);
+        at(c).add_infinite(grad_score_pairs_ + (j - begin) / 2 * tile::lanes, (j - begin) % 2 != 0, key, j, visible[c]);
       });
     }
     return seeing;
@@ -217,7 +218,7 @@ class unit_gradient_stack {
 
   /// `to[j] += scale * sum_i factors[j][i] * of[i]` for the rows `part` and the lanes `seeing`.
   void add_to_rows(const unit_query_rows<Element>& of, const std::uint16_t* factors, float scale, std::int64_t dim,
-                   float* to, std::int64_t stride, range part, range seeing, const lane_ranges* sees) {
+                   float* to, std::int64_t stride, range part, range seeing, const lane_ranges* visible) {
     if (seeing.empty()) return;
     const std::int64_t begin = chunk_begin(part.begin), row_size = whole_units(dim);
     multiply<Element>(form_.unit, {factors + seeing.begin, lanes_}, of.pairs(seeing.begin), products_, row_size,
@@ -226,7 +227,7 @@ class unit_gradient_stack {
       add_weighted_rows(&scale, {products_ + (j - begin) * row_size, 0}, dim, 1, 1.0f, to + j * stride);
     of.for_each_infinite([&](std::int64_t i, const Element* row) {
       for (std::int64_t j = part.begin; j < part.end; ++j)
-        if (sees[i / tile::lanes].lane[i % tile::lanes].contains(j)) {
+        if (visible[i / tile::lanes].lane[i % tile::lanes].contains(j)) {
           const float factor = scale * element_of<Element>(factors[(j - begin) * lanes_ + i], false);
           for (std::int64_t d = 0; d < dim; ++d) to[j * stride + d] += factor * static_cast<float>(row[d]);
         }
@@ -244,11 +245,11 @@ class unit_gradient_stack {
   float* tile_memory_;
   unit_query_rows<Element> query_, grad_out_;
   float* scores_;
-  std::uint16_t *weights_, *slopes_;
-  pair* slope_pairs_;
+  std::uint16_t *weights_, *grad_scores_;
+  packed_pair* grad_score_pairs_;
   float* products_;
   unit_rows_block<Element> keys_, values_;
   unit_columns_block<Element> columns_;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

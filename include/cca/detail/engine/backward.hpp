@@ -6,14 +6,16 @@
 #include <memory>
 #include <type_traits>
 
-#include "../executor.hpp"
-#include "../tensor_view.hpp"
+#include "../../element.hpp"
+#include "../../executor.hpp"
+#include "../../tensor_view.hpp"
+#include "../base/scratch.hpp"
+#include "../base/turn.hpp"
+#include "../softmax/score_rule.hpp"
 #include "gradient_stack.hpp"
-#include "scratch.hpp"
-#include "turn.hpp"
 #include "unit_gradient_stack.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// The queries, and what came of them.
 template <class Query, class Out, class Lse, class GradOut, class GradLse>
@@ -60,14 +62,14 @@ class backward {
 
   /// Adds to the gradients of the sources' rows, and writes those of the queries.
   template <class Results, executor E, class... Gradient>
-  void operator()(const Results& results, tensor_view<T> grad_query, T scale, const E& run, scratch& memory,
-                  const Gradient&... gradients) const {
+  void operator()(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule, const E& run,
+                  scratch& memory, const Gradient&... gradients) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
     auto* passed = memory.take<turn::counter>(tasks_);
     std::uninitialized_value_construct_n(passed, tasks_);
     if constexpr (is_unit_element<Element> && (of_elements<Element, decltype(gradients.source)> && ...))
-      if (on_unit()) return run_stacks<unit_stack>(results, grad_query, scale, run, scratch, passed, gradients...);
-    run_stacks<float_stack>(results, grad_query, scale, run, scratch, passed, gradients...);
+      if (on_unit()) return run_stacks<unit_stack>(results, grad_query, rule, run, scratch, passed, gradients...);
+    run_stacks<float_stack>(results, grad_query, rule, run, scratch, passed, gradients...);
   }
 
  private:
@@ -80,7 +82,7 @@ class backward {
   [[nodiscard]] bool on_unit() const { return is_unit_element<Element> && form_.unit != matrix_unit::none; }
 
   template <class Stack, class Results, executor E, class... Gradient>
-  void run_stacks(const Results& results, tensor_view<T> grad_query, T scale, const E& run,
+  void run_stacks(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule, const E& run,
                   const worker_scratch<T>& scratch, turn::counter* passed, const Gradient&... gradients) const {
     run_tasks(run, workers_, tasks_, [&](std::int64_t worker, std::int64_t task) {
       const std::int64_t chain = task / per_chain_, place = task % per_chain_, groups = heads_ / sharing_;
@@ -88,14 +90,14 @@ class backward {
       const std::int64_t first = place / sharing_ * lanes_;
       turn turn(place > 0 ? passed + task - 1 : nullptr, passed + task);
       Stack stack(scratch[worker], form_, std::min(lanes_, length_ - first));
-      stack.begin(results, b, h, first, scale);
+      stack.begin(results, b, h, first, rule.scale);
       std::int64_t offset = 0;
       const auto absorb = [&](const auto& gradient) {
         stack.absorb(gradient, b, h, heads_, first, offset, turn);
         offset += gradient.source.length;
       };
       (absorb(gradients), ...);
-      stack.finish(grad_query.row(b, h, first), grad_query.stride[2], scale);
+      stack.finish(grad_query.row(b, h, first), grad_query.stride[2], rule.scale);
     });
   }
 
@@ -104,4 +106,4 @@ class backward {
   std::int64_t sharing_, lanes_, per_chain_, tasks_, workers_, worker_size_;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

@@ -5,13 +5,15 @@
 #include <cstdint>
 #include <numbers>
 
-#include "../partition.hpp"
-#include "row.hpp"
-#include "rows.hpp"
-#include "scratch.hpp"
-#include "source.hpp"
+#include "../../element.hpp"
+#include "../../partition.hpp"
+#include "../base/scratch.hpp"
+#include "../context/row_span.hpp"
+#include "../context/source.hpp"
+#include "../simd/dot.hpp"
+#include "../softmax/row_softmax.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// Rows of context that a task of decoding takes in. A long context is cut there whatever the number of threads, so that
 /// results do not depend on it.
@@ -105,7 +107,7 @@ class query_rows {
     std::fill(to + dim_, to + padded<T>(dim_), T(0));
   }
 
-  /// Says which rows of the next head query `q` sees.
+  /// Says which rows of the next head query `q` visible.
   void see(std::int64_t q, range rows) { seen_[q] = rows; }
 
   /// Lets the queries `queries` absorb what they see of the rows `rows` of a head. `result(q)` is a `partial_result`.
@@ -191,4 +193,4 @@ class query_rows {
   T *query_, *logits_, *staged_keys_, *staged_values_;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

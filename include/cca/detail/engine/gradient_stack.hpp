@@ -5,14 +5,15 @@
 #include <numbers>
 #include <type_traits>
 
-#include "../partition.hpp"
-#include "../tensor_view.hpp"
+#include "../../partition.hpp"
+#include "../../tensor_view.hpp"
+#include "../base/turn.hpp"
+#include "../context/row_span.hpp"
+#include "../context/visible.hpp"
+#include "../simd/dot.hpp"
 #include "gradient_tile.hpp"
-#include "row.hpp"
-#include "rows.hpp"
-#include "turn.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// A source, and where the gradients of its rows are summed: views of the extents of its keys and values.
 template <class Source, class T>
@@ -30,7 +31,7 @@ template <class T>
 struct block_pairs {
   static constexpr std::int64_t W = width<T>, vectors = tile_shape<T>::vectors;
 
-  const lane_ranges<T>* sees;
+  const lane_ranges<T>* visible;
   std::int64_t tiles, first;
   bool all;  ///< every lane sees every row
 
@@ -39,7 +40,7 @@ struct block_pairs {
     if (all) return {0, tiles * vectors * W};
     range total;
     for (std::int64_t v = 0; v < tiles * vectors; ++v)
-      if (!intersection(sees[v / vectors].any[v % vectors], shifted(rows, first)).empty())
+      if (!intersection(visible[v / vectors].any[v % vectors], shifted(rows, first)).empty())
         total = hull(total, {v * W, (v + 1) * W});
     return total;
   }
@@ -57,7 +58,7 @@ struct guarded_pairs : block_pairs<T> {
   [[nodiscard]] vec<T> guard(std::int64_t r, std::int64_t i, vec<T> with, vec<T> without) const {
     constexpr std::int64_t lanes = tile_shape<T>::lanes;
     const std::int64_t at = lane + i;
-    return this->sees[at / lanes].lane[at % lanes].contains(this->first + row + r) ? with : without;
+    return this->visible[at / lanes].lane[at % lanes].contains(this->first + row + r) ? with : without;
   }
 };
 
@@ -126,8 +127,8 @@ class gradient_stack {
         count_(count),
         lanes_(tiles_ * tile::lanes),
         weights_(scratch),
-        slopes_(weights_ + shape::gradient_block * lanes_),
-        query_(slopes_ + shape::gradient_block * lanes_),
+        grad_scores_(weights_ + shape::gradient_block * lanes_),
+        query_(grad_scores_ + shape::gradient_block * lanes_),
         grad_out_(query_ + lanes_ * padded<T>(dim_)),
         tile_memory_(grad_out_ + lanes_ * padded<T>(value_dim_)),
         staged_keys_(tile_memory_ + tiles_ * tile::size(dim_, value_dim_)),
@@ -158,27 +159,28 @@ class gradient_stack {
   void absorb(const source_gradient<Source, T>& gradient, std::int64_t b, std::int64_t h, std::int64_t heads,
               std::int64_t first, std::int64_t offset, turn& turn) {
     const Source& source = gradient.source;
-    lane_ranges<T> sees[shape::gradient_stack];
+    lane_ranges<T> visible[shape::gradient_stack];
     range any, all;
     for (std::int64_t c = 0; c < tiles_; ++c) {
       const std::int64_t start = first + c * tile::lanes;
-      sees[c] = lane_ranges<T>(at(c).count(), [&](std::int64_t i) { return source.sees(b, h, start + i); });
+      visible[c] = lane_ranges<T>(at(c).count(), [&](std::int64_t i) { return source.visible(b, h, start + i); });
       // A lane without a query would add 0 times the NaN that its weight may be: it is left out like one that sees nothing.
-      if (at(c).count() % W != 0) sees[c].all[at(c).count() / W] = {};
-      any = hull(any, sees[c].seen_by_any());
-      all = c == 0 ? sees[c].seen_by_all() : intersection(all, sees[c].seen_by_all());
+      if (at(c).count() % W != 0) visible[c].all[at(c).count() / W] = {};
+      any = hull(any, visible[c].seen_by_any());
+      all = c == 0 ? visible[c].seen_by_all() : intersection(all, visible[c].seen_by_all());
     }
     const std::int64_t head = h / (heads / source.heads);
     const auto rows = source.rows(b, head);
     for (std::int64_t j = any.begin; j < any.end; j += shape::gradient_block) {
       const range block{j, std::min(j + shape::gradient_block, any.end)};
-      const block_pairs<T> pairs{sees, tiles_, j, intersection(block, all) == block};
+      const block_pairs<T> pairs{visible, tiles_, j, intersection(block, all) == block};
       if (!pairs.all) std::fill(weights_, query_, T(0));
       const auto keys = stage(rows.key + j * rows.key_stride, rows.key_stride, dim_, block.size(), staged_keys_);
       const auto values =
           stage(rows.value + j * rows.value_stride, rows.value_stride, value_dim_, block.size(), staged_values_);
       for (std::int64_t c = 0; c < tiles_; ++c)
-        at(c).absorb({keys, values, block}, sees[c], weights_ + c * tile::lanes, slopes_ + c * tile::lanes, lanes_);
+        at(c).absorb({keys, values, block}, visible[c], weights_ + c * tile::lanes, grad_scores_ + c * tile::lanes,
+                     lanes_);
       turn.await(offset + block.end);
       if (pairs.all || finite_)
         add_to_rows(gradient.key.row(b, head, j), gradient.key.stride[2], gradient.value.row(b, head, j),
@@ -197,11 +199,11 @@ class gradient_stack {
   }
 
  private:
-  /// `grad_key += slopes query` and `grad_value += weights grad_out`, for `count` rows.
+  /// `grad_key += grad_scores query` and `grad_value += weights grad_out`, for `count` rows.
   template <class Pairs>
   void add_to_rows(T* grad_key, std::int64_t key_stride, T* grad_value, std::int64_t value_stride, std::int64_t count,
                    const Pairs& pairs) {
-    add_products(slopes_, lanes_, queries(), grad_key, key_stride, count, dim_, pairs);
+    add_products(grad_scores_, lanes_, queries(), grad_key, key_stride, count, dim_, pairs);
     add_products(weights_, lanes_, grad_outs(), grad_value, value_stride, count, value_dim_, pairs);
   }
 
@@ -229,8 +231,8 @@ class gradient_stack {
   }
 
   std::int64_t dim_, value_dim_, tiles_, count_, lanes_;
-  T *weights_, *slopes_, *query_, *grad_out_, *tile_memory_, *staged_keys_, *staged_values_;
+  T *weights_, *grad_scores_, *query_, *grad_out_, *tile_memory_, *staged_keys_, *staged_values_;
   bool finite_ = true;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

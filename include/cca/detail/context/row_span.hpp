@@ -4,11 +4,11 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../partition.hpp"
-#include "convert.hpp"
-#include "simd.hpp"
+#include "../../partition.hpp"
+#include "../simd/convert.hpp"
+#include "../simd/simd.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// Rows of keys or values: row `i` starts at `data + i * stride`.
 template <class T>
@@ -79,4 +79,4 @@ CCA_INLINE void for_row_blocks(std::int64_t count, const F& f) {
   });
 }
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

@@ -6,15 +6,17 @@
 #include <numbers>
 #include <type_traits>
 
-#include "../partition.hpp"
-#include "row.hpp"
-#include "rows.hpp"
-#include "simd.hpp"
-#include "source.hpp"
-#include "tile.hpp"
-#include "transpose.hpp"
+#include "../../partition.hpp"
+#include "../context/row_span.hpp"
+#include "../context/source.hpp"
+#include "../context/visible.hpp"
+#include "../simd/dot.hpp"
+#include "../simd/register_block.hpp"
+#include "../simd/simd.hpp"
+#include "../simd/transpose.hpp"
+#include "../softmax/row_softmax.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// A tile of queries that absorbs blocks of keys and values: the online softmax of attention with a query in every lane.
 ///
@@ -100,10 +102,10 @@ class query_tile {
   }
 
   /// Absorbs a block of at most `shape::block` rows. The first tile of a stack asks for the rows that follow.
-  void absorb(const shared& memory, const lane_ranges<T>& sees, bool first) {
+  void absorb(const shared& memory, const lane_ranges<T>& visible, bool first) {
     context_block<T> block = memory.block();
     block.ask_ahead = first;
-    for_each_part<T>(block.rows, sees, count_, [&](auto n, std::int64_t v, range part, const auto& mask) {
+    for_each_part<T>(block.rows, visible, count_, [&](auto n, std::int64_t v, range part, const auto& mask) {
       absorb_rows<n()>(v, block.part(part), mask, memory.weights());
     });
   }
@@ -206,4 +208,4 @@ class query_tile {
   T *query_, *out_, *maximum_, *sum_;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

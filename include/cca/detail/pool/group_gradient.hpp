@@ -5,14 +5,15 @@
 #include <numbers>
 #include <utility>
 
-#include "../options.hpp"
-#include "../partition.hpp"
-#include "../pooling.hpp"
-#include "row.hpp"
-#include "rows.hpp"
-#include "source.hpp"
+#include "../../options.hpp"
+#include "../../partition.hpp"
+#include "../../pooling.hpp"
+#include "../context/row_span.hpp"
+#include "../context/source.hpp"
+#include "../simd/dot.hpp"
+#include "../softmax/row_softmax.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// Gradients of one head's keys and values: where row 0 lies, and strides.
 template <class T>
@@ -53,8 +54,8 @@ class group_gradient {
         grad_value_(maximum_key_ + padded<T>(dim)),
         maximum_value_(grad_value_ + padded<T>(value_dim)),
         weights_(maximum_value_ + padded<T>(value_dim)),
-        slopes_(weights_ + row_block),
-        staged_keys_(slopes_ + row_block),
+        grad_scores_(weights_ + row_block),
+        staged_keys_(grad_scores_ + row_block),
         staged_values_(staged_keys_ + row_block * dim) {}
 
   /// Loads the gradients of the core.
@@ -95,7 +96,7 @@ class group_gradient {
     for_each_block(rows, group, [&](std::int64_t, row_span<T> keys, row_span<T> values, std::int64_t count) {
       score(keys, values, count);
       mean *= softmax.absorb(weights_, count);
-      for (std::int64_t j = 0; j < count; ++j) mean += weights_[j] * slopes_[j];
+      for (std::int64_t j = 0; j < count; ++j) mean += weights_[j] * grad_scores_[j];
     });
     mean *= softmax.inverse_sum();
     for_each_block(rows, group, [&](std::int64_t first, row_span<T> keys, row_span<T> values, std::int64_t count) {
@@ -103,12 +104,12 @@ class group_gradient {
       weigh(softmax, count);
       for (std::int64_t j = 0; j < count; ++j) {
         // The query holds scale log2(e): ln(2) makes up for it.
-        slopes_[j] = std::numbers::ln2_v<T> * weights_[j] * (slopes_[j] - mean);
+        grad_scores_[j] = std::numbers::ln2_v<T> * weights_[j] * (grad_scores_[j] - mean);
         add_scaled_row(grad_key_, dim_, weights_[j], gradients.key_row(first + j));
-        add_scaled_row(query_, dim_, slopes_[j], gradients.key_row(first + j));
+        add_scaled_row(query_, dim_, grad_scores_[j], gradients.key_row(first + j));
         add_scaled_row(grad_value_, value_dim_, weights_[j], gradients.value_row(first + j));
       }
-      add_weighted_rows(slopes_, keys, dim_, count, T(1), grad_query_);
+      add_weighted_rows(grad_scores_, keys, dim_, count, T(1), grad_query_);
     });
   }
 
@@ -136,8 +137,8 @@ class group_gradient {
   /// Logits in base 2, and the gradients of the weights.
   void score(row_span<T> keys, row_span<T> values, std::int64_t count) {
     dot_rows(grad_key_, keys, dim_, count, weights_);
-    dot_rows(grad_value_, values, value_dim_, count, slopes_);
-    for (std::int64_t j = 0; j < count; ++j) slopes_[j] += weights_[j];
+    dot_rows(grad_value_, values, value_dim_, count, grad_scores_);
+    for (std::int64_t j = 0; j < count; ++j) grad_scores_[j] += weights_[j];
     dot_rows(query_, keys, dim_, count, weights_);
   }
 
@@ -162,8 +163,8 @@ class group_gradient {
   std::int64_t dim_, value_dim_;
   pooling pool_;
   T scale_;
-  T *query_, *grad_query_, *grad_key_, *maximum_key_, *grad_value_, *maximum_value_, *weights_, *slopes_;
+  T *query_, *grad_query_, *grad_key_, *maximum_key_, *grad_value_, *maximum_value_, *weights_, *grad_scores_;
   T *staged_keys_, *staged_values_;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

@@ -18,7 +18,7 @@
 #include <xsimd/xsimd.hpp>
 #endif
 
-#include "target.hpp"
+#include "../base/target.hpp"
 
 #if defined(__GNUC__) || defined(__clang__)
 #define CCA_INLINE inline __attribute__((always_inline))
@@ -28,7 +28,7 @@
 #define CCA_INLINE_LAMBDA
 #endif
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// The vector of the translation unit's own instruction set.
 template <class T>
@@ -51,8 +51,8 @@ inline constexpr T infinity = std::numeric_limits<T>::infinity();
 /// which it indexes live in registers.
 template <std::int64_t N, class F>
 CCA_INLINE void unroll(const F& f) {
-  const auto each = [&]<std::int64_t... I>(std::integer_sequence<std::int64_t, I...>) CCA_INLINE_LAMBDA {
-    (f(std::integral_constant<std::int64_t, I>{}), ...);
+  const auto each = [&]<std::int64_t... Index>(std::integer_sequence<std::int64_t, Index...>) CCA_INLINE_LAMBDA {
+    (f(std::integral_constant<std::int64_t, Index>{}), ...);
   };
   each(std::make_integer_sequence<std::int64_t, N>{});
 }
@@ -201,4 +201,4 @@ CCA_INLINE vec<float> exp2_rounded(vec<float> x) {
 #endif
 }
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

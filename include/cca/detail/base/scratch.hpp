@@ -7,9 +7,9 @@
 #include <span>
 #include <string>
 
-#include "../options.hpp"
+#include "refuse.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// What every part of scratch memory is aligned to: a cache line, and the widest vector.
 inline constexpr std::size_t scratch_alignment = 64;
@@ -95,4 +95,4 @@ class worker_scratch {
   T* first_;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

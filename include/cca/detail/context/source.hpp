@@ -4,9 +4,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "../tensor_view.hpp"
+#include "../../tensor_view.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// Keys and values of one head: row `i` starts at `key + i * key_stride` and `value + i * value_stride`.
 template <class Key, class Value>
@@ -18,16 +18,16 @@ struct context_rows {
 };
 
 /// One kind of context: cores, a window, a caller's rows. All of attention is a softmax over a few of them.
-template <class Rows, class Sees>
+template <class Rows, class Visible>
 struct source {
   std::int64_t heads;   ///< query heads share them evenly
   std::int64_t length;  ///< rows, of the longest sequence
   Rows rows;            ///< `rows(b, head)`: the `context_rows` of sequence `b`
-  Sees sees;            ///< `sees(b, h, i)`: the half-open range of rows that query `i` of query head `h` sees
+  Visible visible;      ///< `visible(b, h, i)`: the half-open range of rows that query `i` of query head `h` sees
 };
 
-template <class Rows, class Sees>
-source(std::int64_t, std::int64_t, Rows, Sees) -> source<Rows, Sees>;
+template <class Rows, class Visible>
+source(std::int64_t, std::int64_t, Rows, Visible) -> source<Rows, Visible>;
 
 /// Whether keys and values of a source are both of these elements.
 template <class Element, class Source>
@@ -42,10 +42,10 @@ auto rows_of(const tensor_view<Key>& key, const tensor_view<Value>& value, std::
 }
 
 /// Two views as a source.
-template <class Key, class Value, class Sees>
-auto view_source(tensor_view<Key> key, tensor_view<Value> value, Sees sees) {
+template <class Key, class Value, class Visible>
+auto view_source(tensor_view<Key> key, tensor_view<Value> value, Visible visible) {
   return source{key.heads(), key.length(),
-                [key, value](std::int64_t b, std::int64_t h) { return rows_of(key, value, b, h); }, sees};
+                [key, value](std::int64_t b, std::int64_t h) { return rows_of(key, value, b, h); }, visible};
 }
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

@@ -3,18 +3,19 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../options.hpp"
-#include "matrix_units.hpp"
-#include "rows.hpp"
-
 #if defined(CCA_MATRIX_UNITS)
 #include <immintrin.h>
+
+#include "../../element.hpp"
+#include "../../options.hpp"
+#include "../base/processor.hpp"
+#include "../context/row_span.hpp"
 #endif
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// Two neighbouring 16-bit elements, the first in the lower half: what matrix units multiply and add at once.
-using pair = std::uint32_t;
+using packed_pair = std::uint32_t;
 
 /// Rows, lanes and elements that a unit takes at a time: twice a tile of AMX, 16 rows of 64 bytes, either way.
 inline constexpr std::int64_t unit_rows = 32;
@@ -33,7 +34,7 @@ struct element_rows {
 
 /// Rows of pairs, one pair per lane; zeros up to whole units, as above.
 struct pair_rows {
-  const pair* data = nullptr;
+  const packed_pair* data = nullptr;
   std::int64_t stride = 0;
 };
 
@@ -82,7 +83,7 @@ inline void multiply_tiles(element_rows a, pair_rows b,
                            float* c,  // NOLINT(readability-non-const-parameter): the instructions write there
                            std::int64_t c_stride, std::int64_t steps) {
   const std::uint16_t* rows = a.data;
-  const pair* lanes = b.data;
+  const packed_pair* lanes = b.data;
   const std::int64_t a_bytes = a.stride * 2, b_bytes = b.stride * 4, c_bytes = c_stride * 4;
   asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::: "memory");
   for (std::int64_t i = 0; i < steps; ++i, rows += unit_depth, lanes += unit_depth / 2 * b.stride) {
@@ -130,7 +131,7 @@ __attribute__((target("avx512f,avx512bw,avx512bf16"))) void multiply_vectors(ele
 #pragma GCC unroll 4
     for (std::int64_t n = 0; n < N; ++n) sum[r][n] = _mm512_setzero_ps();
   const std::uint16_t* element = a.data;
-  const pair* lanes = b.data;
+  const packed_pair* lanes = b.data;
   for (std::int64_t i = 0; i < pairs; ++i, element += 2, lanes += b.stride) {
     __m512i operand[N];
 #pragma GCC unroll 4
@@ -186,4 +187,4 @@ void multiply(matrix_unit, element_rows, pair_rows, float*, std::int64_t, std::i
 
 #endif
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

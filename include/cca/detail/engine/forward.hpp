@@ -4,15 +4,17 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../executor.hpp"
-#include "../tensor_view.hpp"
-#include "query_rows.hpp"
+#include "../../element.hpp"
+#include "../../executor.hpp"
+#include "../../tensor_view.hpp"
+#include "../base/scratch.hpp"
+#include "../softmax/score_rule.hpp"
+#include "few_queries.hpp"
 #include "query_stack.hpp"
 #include "query_tile.hpp"
-#include "scratch.hpp"
 #include "unit_tile.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// Queries, per head, up to which each goes through the rows by itself (`query_rows`), bound by memory; more of them
 /// ride in lanes (`query_stack`), bound by arithmetic.
@@ -46,14 +48,14 @@ class forward {
   }
 
   template <class Query, class Out, class Lse, executor E, class... Source>
-  void operator()(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, T scale, const E& run,
-                  scratch& memory, const Source&... sources) const {
+  void operator()(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
+                  const E& run, scratch& memory, const Source&... sources) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
-    if (few()) return attend_few(query, out, lse, scale, run, scratch, memory.take<T>(partials_size()), sources...);
+    if (few()) return attend_few(query, out, lse, rule, run, scratch, memory.take<T>(partials_size()), sources...);
     if constexpr (is_unit_element<Element> && (of_elements<Element, Source> && ...))
       if (form_.unit != matrix_unit::none)
-        return attend_many<unit_tile<Element>>(query, out, lse, scale, run, scratch, sources...);
-    attend_many<query_tile<T>>(query, out, lse, scale, run, scratch, sources...);
+        return attend_many<unit_tile<Element>>(query, out, lse, rule, run, scratch, sources...);
+    attend_many<query_tile<T>>(query, out, lse, rule, run, scratch, sources...);
   }
 
  private:
@@ -77,14 +79,14 @@ class forward {
   /// A task is a stack of queries. Later queries see more: those of a head are begun last first, and threads finish
   /// together.
   template <class Tile, class Query, class Out, class Lse, executor E, class... Source>
-  void attend_many(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, T scale, const E& run,
-                   const worker_scratch<T>& scratch, const Source&... sources) const {
+  void attend_many(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
+                   const E& run, const worker_scratch<T>& scratch, const Source&... sources) const {
     const std::int64_t lanes = this->lanes<Tile>(), stacks = (length_ + lanes - 1) / lanes;
     run_tasks(run, workers_, batch_ * heads_ * stacks, [&](std::int64_t worker, std::int64_t task) {
       const std::int64_t b = task / stacks / heads_, h = task / stacks % heads_;
       const std::int64_t first = (stacks - 1 - task % stacks) * lanes;
       query_stack<Tile> stack(scratch[worker], form_, std::min(lanes, length_ - first));
-      stack.begin(query.row(b, h, first), query.stride[2], scale);
+      stack.begin(query.row(b, h, first), query.stride[2], rule.scale);
       (stack.absorb(sources, b, h, heads_, first), ...);
       stack.finish(out.row(b, h, first), out.stride[2], lse.data ? lse.row(b, h, first) : nullptr, lse.stride[2]);
     });
@@ -92,8 +94,8 @@ class forward {
 
   /// A task is the queries of the heads that share rows, over a part of one source; then the parts are merged.
   template <class Query, class Out, class Lse, executor E, class... Source>
-  void attend_few(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, T scale, const E& run,
-                  const worker_scratch<T>& scratch, T* partials, const Source&... sources) const {
+  void attend_few(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
+                  const E& run, const worker_scratch<T>& scratch, T* partials, const Source&... sources) const {
     const auto partial = [&](std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t part) {
       return partial_result<T>(
           partials + (((b * heads_ + h) * length_ + i) * parts_ + part) * partial_result<T>::size(form_.value_dim),
@@ -105,7 +107,7 @@ class forward {
       query_rows<T> queries(scratch[worker], queries_per_group(), form_.dim, form_.value_dim);
       for (std::int64_t h = heads.begin; h < heads.end; ++h)
         for (std::int64_t i = 0; i < length_; ++i) {
-          queries.load((h - heads.begin) * length_ + i, query.row(b, h, i), scale);
+          queries.load((h - heads.begin) * length_ + i, query.row(b, h, i), rule.scale);
           partial(b, h, i, part).begin();
         }
       std::int64_t source_part = part;  // counted from the source's first
@@ -133,7 +135,7 @@ class forward {
                    const Result& result) const {
     range total;  // what some query sees: parts are counted from there
     for (std::int64_t q = 0; q < queries_per_group(); ++q) {
-      const range seen = source.sees(b, heads.begin + q / length_, q % length_);
+      const range seen = source.visible(b, heads.begin + q / length_, q % length_);
       queries.see(q, seen);
       total = hull(total, seen);
     }
@@ -151,4 +153,4 @@ class forward {
   std::int64_t groups_, parts_, workers_, worker_size_;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

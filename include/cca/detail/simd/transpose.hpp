@@ -2,7 +2,7 @@
 
 #include "simd.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// 128 bits: the widest vector whose `zip_lo` and `zip_hi` mean the same in every version of xsimd.
 #if defined(__aarch64__)
@@ -48,4 +48,4 @@ void transpose(const From* from, std::int64_t from_stride, To* to, std::int64_t 
       to[j * to_stride + i] = static_cast<To>(from[i * from_stride + j]);
 }
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

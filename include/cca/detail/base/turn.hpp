@@ -5,7 +5,7 @@
 
 #include "target.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// Tasks that add to the same rows do so in their order, whoever runs them: sums are then the same for any number of
 /// threads, without a copy per thread. Every task goes through its rows upwards, and adds to the rows below `row` once
@@ -38,4 +38,4 @@ class turn {
   counter* mine_;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

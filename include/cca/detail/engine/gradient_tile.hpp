@@ -5,13 +5,14 @@
 #include <numbers>
 #include <type_traits>
 
-#include "../partition.hpp"
-#include "rows.hpp"
-#include "simd.hpp"
-#include "tile.hpp"
-#include "transpose.hpp"
+#include "../../partition.hpp"
+#include "../context/row_span.hpp"
+#include "../context/visible.hpp"
+#include "../simd/register_block.hpp"
+#include "../simd/simd.hpp"
+#include "../simd/transpose.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// A tile of queries that goes backward over blocks of keys and values, with a query in every lane as in `query_tile`:
 /// from the log-sum-exp of the forward pass it computes the weights `P` of a block again, with them the gradients `dS` of
@@ -63,12 +64,13 @@ class gradient_tile {
     delta_[i] = delta;
   }
 
-  /// Goes over a block of rows: `weights[j * stride + i] = P` and `slopes[j * stride + i] = ln(2) dS` for the pairs of a
+  /// Goes over a block of rows: `weights[j * stride + i] = P` and `grad_scores[j * stride + i] = ln(2) dS` for the pairs of a
   /// row and a lane that sees it. Pairs in the same parts that see nothing get 0; others are not written.
-  void absorb(const context_block<T>& block, const lane_ranges<T>& sees, T* weights, T* slopes, std::int64_t stride) {
-    for_each_part<T>(block.rows, sees, count_, [&](auto n, std::int64_t v, range part, const auto& mask) {
+  void absorb(const context_block<T>& block, const lane_ranges<T>& visible, T* weights, T* grad_scores,
+              std::int64_t stride) {
+    for_each_part<T>(block.rows, visible, count_, [&](auto n, std::int64_t v, range part, const auto& mask) {
       const std::int64_t at = (part.begin - block.rows.begin) * stride + v * W;
-      absorb_rows<n()>(v * W, block.part(part), mask, weights + at, slopes + at, stride);
+      absorb_rows<n()>(v * W, block.part(part), mask, weights + at, grad_scores + at, stride);
     });
   }
 
@@ -81,16 +83,16 @@ class gradient_tile {
 
  private:
   template <std::int64_t N, class Mask>
-  void absorb_rows(std::int64_t lane, const context_block<T>& block, const Mask& mask, T* weights, T* slopes,
+  void absorb_rows(std::int64_t lane, const context_block<T>& block, const Mask& mask, T* weights, T* grad_scores,
                    std::int64_t stride) {
     const std::int64_t count = block.rows.size();
     score<N>(block.keys, dim_, count, query_ + lane, weights, stride);
-    score<N>(block.values, value_dim_, count, grad_out_ + lane, slopes, stride);
-    differentiate<N>(lane, count, mask, weights, slopes, stride);
+    score<N>(block.values, value_dim_, count, grad_out_ + lane, grad_scores, stride);
+    differentiate<N>(lane, count, mask, weights, grad_scores, stride);
     if constexpr (!std::is_same_v<Mask, unmasked>)
       // 0 * inf is NaN: a gradient of 0 does not keep an unseen key out.
-      if (!all_finite(block.keys, dim_, count)) return add_keys<N>(lane, block.keys, count, mask, slopes, stride);
-    add_keys<N>(lane, block.keys, count, unmasked{}, slopes, stride);
+      if (!all_finite(block.keys, dim_, count)) return add_keys<N>(lane, block.keys, count, mask, grad_scores, stride);
+    add_keys<N>(lane, block.keys, count, unmasked{}, grad_scores, stride);
   }
 
   /// `to[j][lane] = rows[j] . vectors[lane]`.
@@ -107,7 +109,7 @@ class gradient_tile {
   /// Turns logits into `P` and `dP` into `ln(2) dS`: the factor makes up for the log2(e) in the queries, which `dS` is
   /// multiplied with.
   template <std::int64_t N, class Mask>
-  void differentiate(std::int64_t lane, std::int64_t count, const Mask& mask, T* weights, T* slopes,
+  void differentiate(std::int64_t lane, std::int64_t count, const Mask& mask, T* weights, T* grad_scores,
                      std::int64_t stride) {
     vec<T> lse[N], delta[N];
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
@@ -116,25 +118,25 @@ class gradient_tile {
     });
     for (std::int64_t j = 0; j < count; ++j)
       unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
-        T *w = weights + j * stride + n * W, *s = slopes + j * stride + n * W;
+        T *w = weights + j * stride + n * W, *s = grad_scores + j * stride + n * W;
         vec<T> weight = exp2<T>(vec<T>::load_aligned(w) - lse[n]);
-        vec<T> slope = weight * vec<T>(std::numbers::ln2_v<T>) * (vec<T>::load_aligned(s) - delta[n]);
+        vec<T> grad_score = weight * vec<T>(std::numbers::ln2_v<T>) * (vec<T>::load_aligned(s) - delta[n]);
         if constexpr (!std::is_same_v<Mask, unmasked>) {
           weight = mask.select(j, weight, vec<T>(T(0)));
-          slope = mask.select(j, slope, vec<T>(T(0)));
+          grad_score = mask.select(j, grad_score, vec<T>(T(0)));
         }
         weight.store_aligned(w);
-        slope.store_aligned(s);
+        grad_score.store_aligned(s);
       });
   }
 
-  /// `grad_query += keys^T slopes`.
+  /// `grad_query += keys^T grad_scores`.
   template <std::int64_t N, class Guard>
-  void add_keys(std::int64_t lane, row_span<T> keys, std::int64_t count, const Guard& guard, const T* slopes,
+  void add_keys(std::int64_t lane, row_span<T> keys, std::int64_t count, const Guard& guard, const T* grad_scores,
                 std::int64_t stride) {
     for_row_blocks<shape::template rows_of<N>>(dim_, [&](auto R, std::int64_t d) CCA_INLINE_LAMBDA {
       vec<T> sum[R()][N];
-      multiply(sum, keys.data + d, adjacent{}, keys.stride, slopes, stride, count, guard);
+      multiply(sum, keys.data + d, adjacent{}, keys.stride, grad_scores, stride, count, guard);
       unroll<R() * N>([&](auto i) CCA_INLINE_LAMBDA {
         T* g = grad_query_ + (d + i / N) * lanes + lane + i % N * W;
         (vec<T>::load_aligned(g) + sum[i / N][i % N]).store_aligned(g);
@@ -146,4 +148,4 @@ class gradient_tile {
   T *query_, *grad_out_, *grad_query_, *lse_, *delta_;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

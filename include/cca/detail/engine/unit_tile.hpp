@@ -9,20 +9,22 @@
 #include <type_traits>
 #include <utility>
 
-#include "../partition.hpp"
-#include "convert.hpp"
-#include "pairs.hpp"
-#include "row.hpp"
-#include "rows.hpp"
-#include "scratch.hpp"
-#include "simd.hpp"
-#include "source.hpp"
-#include "tile.hpp"
-#include "transpose.hpp"
-#include "unit_product.hpp"
-#include "unit_rows.hpp"
+#include "../../partition.hpp"
+#include "../base/scratch.hpp"
+#include "../context/row_span.hpp"
+#include "../context/source.hpp"
+#include "../context/visible.hpp"
+#include "../product/pairs.hpp"
+#include "../product/unit_product.hpp"
+#include "../product/unit_rows.hpp"
+#include "../simd/convert.hpp"
+#include "../simd/dot.hpp"
+#include "../simd/register_block.hpp"
+#include "../simd/simd.hpp"
+#include "../simd/transpose.hpp"
+#include "../softmax/row_softmax.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// Sizes of the kernels of matrix units, in rows and lanes of 16-bit elements.
 struct unit_shape {
@@ -47,7 +49,7 @@ class unit_block {
       : registers_(form.unit),
         form_(form),
         scores_(scratch),
-        weights_(reinterpret_cast<pair*>(scores_ + chunk_rows * lanes)),
+        weights_(reinterpret_cast<packed_pair*>(scores_ + chunk_rows * lanes)),
         products_(reinterpret_cast<float*>(weights_ + block / 2 * lanes)),
         keys_(products_ + whole_units(form.value_dim) * lanes, form.dim),
         values_(products_ + whole_units(form.value_dim) * lanes + unit_rows_block<Element>::size(block, form.dim),
@@ -69,7 +71,7 @@ class unit_block {
   /// Memory for logits `[chunk][lanes]`, for weights `[block / 2][lanes]` in pairs of rows, and for the block's share of the
   /// output `[value dim][lanes]`.
   [[nodiscard]] float* scores() const { return scores_; }
-  [[nodiscard]] pair* weights() const { return weights_; }
+  [[nodiscard]] packed_pair* weights() const { return weights_; }
   [[nodiscard]] float* products() const { return products_; }
   /// @}
 
@@ -86,7 +88,7 @@ class unit_block {
   tile_registers registers_;
   tile_form form_;
   float* scores_;
-  pair* weights_;
+  packed_pair* weights_;
   float* products_;
   unit_rows_block<Element> keys_;
   unit_columns_block<Element> values_;
@@ -97,12 +99,12 @@ class unit_block {
 /// Packs rows of `dim` elements as pairs `[dim / 2][lanes]`, a lane for each of `count` rows, `dim` rounded up to whole
 /// units with zeros. `load(i, d, n, to)` writes the n elements of row i from d on.
 template <class Element, class Load>
-void pack_lanes(std::int64_t count, std::int64_t dim, pair* to, const Load& load) {
+void pack_lanes(std::int64_t count, std::int64_t dim, packed_pair* to, const Load& load) {
   constexpr std::int64_t lanes = unit_shape::lanes, pairs = unit_depth / 2;
-  alignas(scratch_alignment) pair step[lanes * pairs] = {};
+  alignas(scratch_alignment) packed_pair step[lanes * pairs] = {};
   for (std::int64_t d = 0; d < dim; d += unit_depth) {
     const std::int64_t n = std::min(unit_depth, dim - d);
-    if (n < unit_depth) std::fill(std::begin(step), std::end(step), pair{0});
+    if (n < unit_depth) std::fill(std::begin(step), std::end(step), packed_pair{0});
     for (std::int64_t i = 0; i < count; ++i) load(i, d, n, reinterpret_cast<Element*>(step + i * pairs));
     transpose(step, pairs, to + d / 2 * lanes, lanes, lanes, pairs);
   }
@@ -114,7 +116,7 @@ void pack_lanes(std::int64_t count, std::int64_t dim, pair* to, const Load& load
 /// Logits come unscaled from the unit: the scale and log2(e) join the subtraction of the base in one multiply-add. Weights
 /// are rounded to the operands' type, in pairs of rows.
 ///
-/// The base of the weights is the maximum of the first rows that a lane sees, and is raised only when the maximum has grown
+/// The base of the weights is the maximum of the first rows that a lane visible, and is raised only when the maximum has grown
 /// `slack` above it, by a whole number: powers of two change no bit of what was added before, and once a lane has seen a
 /// chunk or two it hardly ever has to. What one lane sees never changes a bit of another.
 ///
@@ -144,7 +146,7 @@ class unit_tile {
   unit_tile(float* scratch, const tile_form& form, std::int64_t count)
       : form_(form),
         count_(count),
-        query_(reinterpret_cast<pair*>(scratch)),
+        query_(reinterpret_cast<packed_pair*>(scratch)),
         out_(scratch + whole_units(form.dim) / 2 * lanes),
         base_(out_ + form.value_dim * lanes),
         sum_(base_ + lanes),
@@ -173,8 +175,8 @@ class unit_tile {
   }
 
   /// Absorbs what the queries see of a block. The first tile of a stack asks for the rows behind it.
-  void absorb(const shared& block, const lane_ranges& sees, bool first) {
-    const range rows = intersection(block.rows(), sees.seen_by_any());
+  void absorb(const shared& block, const lane_ranges& visible, bool first) {
+    const range rows = intersection(block.rows(), visible.seen_by_any());
     if (rows.empty()) return;
     const std::int64_t begin = chunk_begin(rows.begin);
     std::fill_n(rescale_, lanes, 1.0f);
@@ -183,11 +185,11 @@ class unit_tile {
       if (first) block.ask_ahead(j);
       multiply<Element>(form_.unit, block.keys().chunk(j), {query_, lanes}, block.scores(), lanes, chunk, lanes,
                         form_.dim);
-      for (std::int64_t lane = 0; lane < lanes; lane += W) weigh(block, {j, j + chunk}, (j - begin) / 2, lane, sees);
+      for (std::int64_t lane = 0; lane < lanes; lane += W) weigh(block, {j, j + chunk}, (j - begin) / 2, lane, visible);
     }
     add_values(block, begin, rows.end);
     block.values().for_each_infinite(rows, [&](std::int64_t j, const Element* value) {
-      add_infinite(block.weights() + (j - begin) / 2 * lanes, (j - begin) % 2 != 0, value, j, sees);
+      add_infinite(block.weights() + (j - begin) / 2 * lanes, (j - begin) % 2 != 0, value, j, visible);
     });
   }
 
@@ -203,15 +205,15 @@ class unit_tile {
 
  private:
   /// Turns the logits of a chunk into weights for a vector of lanes, pairs from `first` on of those of the block.
-  void weigh(const shared& block, range rows, std::int64_t first, std::int64_t lane, const lane_ranges& sees) {
-    pair* weights = block.weights() + first * lanes + lane;
+  void weigh(const shared& block, range rows, std::int64_t first, std::int64_t lane, const lane_ranges& visible) {
+    packed_pair* weights = block.weights() + first * lanes + lane;
     const float* scores = block.scores() + lane;
-    const range any = sees.any[lane / W], all = sees.all[lane / W];
+    const range any = visible.any[lane / W], all = visible.all[lane / W];
     if (intersection(any, rows).empty()) {
-      for (std::int64_t i = 0; i < chunk / 2; ++i) std::fill_n(weights + i * lanes, W, pair{0});
+      for (std::int64_t i = 0; i < chunk / 2; ++i) std::fill_n(weights + i * lanes, W, packed_pair{0});
       return;
     }
-    if (intersection(all, rows) != rows) hide(block.scores() + lane, lane_mask<float>(sees.lane + lane, rows));
+    if (intersection(all, rows) != rows) hide(block.scores() + lane, lane_mask<float>(visible.lane + lane, rows));
     vector maximum(-infinity<float>);
     // A NaN is not taken for a maximum, it shows in its weight.
     for (std::int64_t i = 0; i < chunk; ++i) {
@@ -227,7 +229,7 @@ class unit_tile {
     for (std::int64_t i = 0; i < chunk; i += 2) {
       const vector a = exp2_rounded(fma<float>(vector::load_aligned(scores + i * lanes), scale, offset));
       const vector b = exp2_rounded(fma<float>(vector::load_aligned(scores + (i + 1) * lanes), scale, offset));
-      const vec<pair> both = round_to_pairs<Element>(a, b);
+      const vec<packed_pair> both = round_to_pairs<Element>(a, b);
       both.store_aligned(weights + i / 2 * lanes);
       sum += a + b;
       multiplied += elements_of<Element>(both, false) + elements_of<Element>(both, true);
@@ -245,7 +247,7 @@ class unit_tile {
 
   /// Raises the base of the lanes whose maximum has outgrown it, and shrinks to match what they added before: `pairs`
   /// weights of this block among it.
-  void raise(pair* weights, std::int64_t pairs, std::int64_t lane, vector maximum) {
+  void raise(packed_pair* weights, std::int64_t pairs, std::int64_t lane, vector maximum) {
     const vector base = vector::load_aligned(base_ + lane), none(-infinity<float>);
     const auto outgrown = maximum > base + vector(slack);
     if (!xsimd::any(outgrown)) return;
@@ -257,7 +259,7 @@ class unit_tile {
       (vector::load_aligned(of + lane) * factor).store_aligned(of + lane);
     if (!xsimd::any(outgrown & (base != none))) return;
     for (std::int64_t i = 0; i < pairs; ++i) {
-      const auto old = vec<pair>::load_aligned(weights + i * lanes);
+      const auto old = vec<packed_pair>::load_aligned(weights + i * lanes);
       round_to_pairs<Element>(elements_of<Element>(old, false) * factor, elements_of<Element>(old, true) * factor)
           .store_aligned(weights + i * lanes);
     }
@@ -282,9 +284,10 @@ class unit_tile {
   }
 
   /// Adds row `j` of values that are not finite, by its weights, to the lanes alone that see it.
-  void add_infinite(const pair* weights, bool odd, const Element* value, std::int64_t j, const lane_ranges& sees) {
+  void add_infinite(const packed_pair* weights, bool odd, const Element* value, std::int64_t j,
+                    const lane_ranges& visible) {
     for (std::int64_t lane = 0; lane < count_; ++lane)
-      if (sees.lane[lane].contains(j)) {
+      if (visible.lane[lane].contains(j)) {
         const float weight = element_of<Element>(weights[lane], odd);
         for (std::int64_t d = 0; d < form_.value_dim; ++d)
           out_[d * lanes + lane] += weight * static_cast<float>(value[d]);
@@ -293,8 +296,8 @@ class unit_tile {
 
   tile_form form_;
   std::int64_t count_;
-  pair* query_;
+  packed_pair* query_;
   float *out_, *base_, *sum_, *multiplied_, *block_sum_, *block_multiplied_, *rescale_, *scale_;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

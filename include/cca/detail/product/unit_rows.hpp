@@ -4,14 +4,14 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../partition.hpp"
+#include "../../partition.hpp"
+#include "../context/row_span.hpp"
+#include "../simd/simd.hpp"
+#include "../simd/transpose.hpp"
 #include "pairs.hpp"
-#include "rows.hpp"
-#include "simd.hpp"
-#include "transpose.hpp"
 #include "unit_product.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 // Rows of keys or values in the forms in which matrix units take them, made once per block for all tiles of a stack. Chunks
 // begin at multiples of their length, whatever the block; rows of a chunk that the block does not reach are zeros.
@@ -83,7 +83,7 @@ class unit_columns_block {
   }
 
   unit_columns_block(float* scratch, std::int64_t rows, std::int64_t dim)
-      : columns_(reinterpret_cast<pair*>(scratch)),
+      : columns_(reinterpret_cast<packed_pair*>(scratch)),
         interleaved_(columns_ + rows / 2 * whole_units(dim)),
         zeros_(reinterpret_cast<std::uint16_t*>(interleaved_ + chunk_rows / 2 * whole_units(dim))),
         dim_(dim),
@@ -112,7 +112,7 @@ class unit_columns_block {
   }
 
  private:
-  [[nodiscard]] pair* column_of(std::int64_t j) const { return columns_ + (j - chunk_begin(block_.begin)) / 2; }
+  [[nodiscard]] packed_pair* column_of(std::int64_t j) const { return columns_ + (j - chunk_begin(block_.begin)) / 2; }
 
   /// The row to be multiplied in place of row `j`.
   [[nodiscard]] const std::uint16_t* finite_row(std::int64_t j) {
@@ -128,11 +128,11 @@ class unit_columns_block {
     transpose(interleaved_, dim_, column_of(j), stride_, chunk_rows / 2, dim_);
   }
 
-  pair *columns_, *interleaved_;
+  packed_pair *columns_, *interleaved_;
   std::uint16_t* zeros_;
   std::int64_t dim_, stride_;
   row_span<Element> rows_;
   range block_, infinite_;
 };
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

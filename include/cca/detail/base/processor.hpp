@@ -13,7 +13,7 @@
 
 #include "target.hpp"
 
-namespace cca::inline CCA_TARGET::detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// What this processor multiplies pairs of 16-bit numbers with, and the operating system lets us use.
 struct matrix_units {
@@ -83,4 +83,4 @@ inline matrix_units& present_units() {
   return units;
 }
 
-}  // namespace cca::inline CCA_TARGET::detail
+}}}  // namespace cca::CCA_TARGET::detail

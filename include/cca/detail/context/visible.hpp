@@ -1,0 +1,106 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "../../partition.hpp"
+#include "../simd/register_block.hpp"
+#include "../simd/simd.hpp"
+
+namespace cca { inline namespace CCA_TARGET { namespace detail {
+
+/// Per lane of a tile, the half-open range of rows that its query visible. A lane without a query sees nothing.
+template <class T, std::int64_t Lanes = tile_shape<T>::lanes>
+struct lane_ranges {
+  static constexpr std::int64_t W = width<T>;
+  range lane[Lanes] = {};
+  range any[Lanes / W] = {};  ///< per vector: the hull of what its queries see
+  range all[Lanes / W] = {};  ///< per vector: what every one of its queries sees
+
+  lane_ranges() = default;
+
+  /// `visible(i)` is the range of query `i` in `[0, count)`.
+  template <class Visible>
+  lane_ranges(std::int64_t count, const Visible& visible) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const range seen = visible(i);
+      range& any_of = any[i / W];
+      range& all_of = all[i / W];
+      lane[i] = seen;
+      all_of = i % W == 0 ? seen : intersection(all_of, seen);
+      any_of = hull(any_of, seen);
+    }
+  }
+
+  /// The hull of what the queries of all vectors see.
+  [[nodiscard]] range seen_by_any() const {
+    range total;
+    for (const range& r : any) total = hull(total, r);
+    return total;
+  }
+
+  /// What every query of all vectors visible.
+  [[nodiscard]] range seen_by_all() const {
+    range total = all[0];
+    for (const range& r : all) total = intersection(total, r);
+    return total;
+  }
+};
+
+/// Which lanes of a vector see row `j` of the part that is absorbed; `unmasked` when all do.
+template <class T>
+struct lane_mask {
+  vec<T> begin, end;  // exact: small integers relative to the part
+
+  lane_mask(const range* lanes, range part) {
+    alignas(alignment<T>) T b[width<T>];
+    alignas(alignment<T>) T e[width<T>];
+    for (std::size_t i = 0; i < width<T>; ++i) {
+      b[i] = static_cast<T>(std::clamp(lanes[i].begin, part.begin, part.end) - part.begin);
+      e[i] = static_cast<T>(std::clamp(lanes[i].end, part.begin, part.end) - part.begin);
+    }
+    begin = vec<T>::load_aligned(b);
+    end = vec<T>::load_aligned(e);
+  }
+
+  [[nodiscard]] CCA_INLINE vec<T> select(std::int64_t j, vec<T> seen, vec<T> unseen) const {
+    const vec<T> row(static_cast<T>(j));
+    return xsimd::select((begin <= row) & (row < end), seen, unseen);
+  }
+
+  /// As a guard of `multiply` over rows.
+  [[nodiscard]] CCA_INLINE vec<T> guard(std::int64_t, std::int64_t j, vec<T> seen, vec<T> unseen) const {
+    return select(j, seen, unseen);
+  }
+};
+
+/// Calls `f(constant vectors, first vector, part, mask)` for parts of the rows `block` that together hold all that the
+/// `count` queries see of it, a part being a half-open range for some vectors of lanes.
+///
+/// Only where every lane sees every row do all vectors go together, unmasked; at the edges each goes by its own range.
+/// So it does in all of a block that is mostly edge: what is done once per part costs more there than is saved.
+template <class T, class F>
+CCA_INLINE void for_each_part(range block, const lane_ranges<T>& visible, std::int64_t count, const F& f) {
+  using shape = tile_shape<T>;
+  constexpr std::int64_t W = width<T>;
+  range common = count > shape::lanes - W ? intersection(block, visible.seen_by_all()) : range{};
+  const range seen = intersection(block, visible.seen_by_any());
+  if (2 * common.size() <= seen.size()) common = {block.end, block.end};
+  const auto edge = [&](range rows) {
+    for (std::int64_t v = 0; v * W < count; ++v) {
+      const range part = intersection(rows, visible.any[v]);
+      if (part.empty()) continue;
+      constexpr std::integral_constant<std::int64_t, 1> one{};
+      if ((v + 1) * W <= count && intersection(part, visible.all[v]) == part)
+        f(one, v, part, unmasked{});
+      else
+        f(one, v, part, lane_mask<T>(visible.lane + v * W, part));
+    }
+  };
+  edge({block.begin, common.begin});
+  if (!common.empty()) f(std::integral_constant<std::int64_t, shape::vectors>{}, std::int64_t{0}, common, unmasked{});
+  edge({common.end, block.end});
+}
+
+}}}  // namespace cca::CCA_TARGET::detail
