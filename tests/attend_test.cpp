@@ -107,7 +107,7 @@ TYPED_TEST(Attend, IsExactAroundTheSizesOfTheKernel) {
 TYPED_TEST(Attend, IsExactForFewQueries) {
   using T = TypeParam;
   random_engine random(8);
-  constexpr std::int64_t part = detail::part_rows, few = detail::few_queries;
+  constexpr std::int64_t part = detail::part_rows, few = detail::most_few_queries;
   attention_rule<T> rule;
   for (const std::int64_t queries : {std::int64_t{1}, few, few + 1})
     for (const std::int64_t far_heads : {1, 2, 3, 6, 12})

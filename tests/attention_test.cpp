@@ -200,7 +200,7 @@ TYPED_TEST(Attention, SharesHeadsAsIfTheyWereRepeated) {
   using T = TypeParam;
   random_engine random(8);
   for (const std::int64_t ratio : {1, 2, 3, 7, 8, 16})
-    for (const std::int64_t length : {detail::few_queries, std::int64_t{40}}) {
+    for (const std::int64_t length : {detail::most_few_queries, std::int64_t{40}}) {
       const sizes s{
           .batch = 2, .heads = 2 * ratio, .kv_heads = 2, .queries = length, .keys = length, .dim = 7, .value_dim = 5};
       const operands<T> shared = random_operands<T>(s, random);
@@ -332,7 +332,7 @@ TYPED_TEST(Attention, IsExactForFewerQueries) {
 TYPED_TEST(Attention, IsExactForFewQueriesOfALongContext) {
   using T = TypeParam;
   random_engine random(19);
-  constexpr std::int64_t part = detail::part_rows, few = detail::few_queries;
+  constexpr std::int64_t part = detail::part_rows, few = detail::most_few_queries;
   for (const std::int64_t queries : {std::int64_t{1}, few - 1, few, few + 1}) {
     attention_rule<T> rule;
     for (const std::int64_t keys : {part - 1, part, part + 1, 2 * part + 77}) {
@@ -415,7 +415,7 @@ void expect_conversion(std::int64_t length) {
 
 // Types that all compute in double, to compile the float kernel once less.
 TEST(AttentionOf, MixedElementTypes) {
-  for (const std::int64_t length : {detail::few_queries, std::int64_t{120}}) {
+  for (const std::int64_t length : {detail::most_few_queries, std::int64_t{120}}) {
     expect_conversion<float, double, float, float>(length);
     expect_conversion<double, float, float, double>(length);
   }

@@ -12,20 +12,21 @@ set(order
     # Vectors.
     detail/simd/simd.hpp detail/simd/convert.hpp detail/simd/transpose.hpp detail/context/row_span.hpp
     detail/simd/dot.hpp detail/simd/register_block.hpp
-    # Who sees which rows.
-    detail/context/source.hpp detail/context/visible.hpp detail/context/row_store.hpp
+    # Who sees which rows, and which task does what.
+    detail/context/source.hpp detail/context/visible.hpp detail/context/row_store.hpp detail/context/tasks.hpp
     # From scores to weights.
-    detail/softmax/score_rule.hpp detail/softmax/row_softmax.hpp
+    detail/softmax/row_softmax.hpp detail/softmax/score_rule.hpp detail/softmax/lane_softmax.hpp
     # What multiplies.
-    detail/product/unit_product.hpp detail/product/pairs.hpp detail/product/unit_rows.hpp
+    detail/product/vectors.hpp detail/product/operands.hpp detail/product/amx.hpp detail/product/avx512_bf16.hpp
+    detail/product/multiply_pairs.hpp detail/product/pairs.hpp detail/product/staged_rows.hpp
+    detail/product/sixteen_bits.hpp detail/product/list.hpp
+    # From groups to cores.
+    detail/pool/group_rows.hpp detail/pool/last_query.hpp detail/pool/max.hpp detail/pool/mean.hpp detail/pool/pooler.hpp
     # The kernels of queries, and the engines around them.
-    detail/engine/query_tile.hpp detail/engine/unit_tile.hpp detail/engine/few_queries.hpp
-    detail/engine/query_stack.hpp detail/engine/forward.hpp
-    detail/engine/gradient_tile.hpp detail/engine/gradient_stack.hpp detail/engine/unit_gradient_tile.hpp
-    detail/engine/unit_gradient_stack.hpp detail/engine/backward.hpp
+    detail/engine/query_tile.hpp detail/engine/stack.hpp detail/engine/few_queries.hpp detail/engine/forward.hpp
+    detail/engine/gradient_tile.hpp detail/engine/backward.hpp
     # What users call.
-    pooling.hpp attention.hpp merge.hpp detail/pool/group_gradient.hpp gradient.hpp
-    cache_shape.hpp kv_cache.hpp kv_cache_file.hpp
+    pooling.hpp attention.hpp merge.hpp gradient.hpp cache_shape.hpp kv_cache.hpp kv_cache_file.hpp
     # The textbook and the whole.
     reference.hpp cca.hpp
     # Compiled kernels behind the same functions.

@@ -280,7 +280,7 @@ TYPED_TEST(Simd, RowSoftmaxInPieces) {
     for (int piece = 0; piece < 3; ++piece) {
       std::generate_n(logits, count, [&] { return static_cast<T>(normal(random)); });
       all.insert(all.end(), logits, logits + count);
-      const T rescale = softmax.absorb(logits, count);
+      const T rescale = softmax.absorb(logits, count, T(1));
       if (piece > 0) scaled *= static_cast<exact_type<T>>(rescale);
       for (std::int64_t j = 0; j < count; ++j) {
         const T logit = all[static_cast<std::size_t>(piece * count + j)];

@@ -185,7 +185,7 @@ struct cca_plan : core_plan<Core> {
            const options& options, const E& run)
       : core_plan<Core>(query, key, value, options),
         workers(concurrency(run)),
-        pooler_size(group_pooler<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>)),
+        pooler_size(group_rows<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>)),
         forward(plan<Element>(query, value.dim(), key.heads(), {this->cores, key.length()},
                               !in_place<T, Key, Value, Core>, options.unit, run)) {}
 

@@ -13,7 +13,7 @@
 #include "detail/base/validate.hpp"
 #include "detail/context/source.hpp"
 #include "detail/engine/backward.hpp"
-#include "detail/pool/group_gradient.hpp"
+#include "detail/pool/pooler.hpp"
 #include "detail/softmax/score_rule.hpp"
 #include "element.hpp"
 #include "executor.hpp"
@@ -73,32 +73,6 @@ void fill_zero(tensor_view<T> view, const E& run) {
   });
 }
 
-/// Adds what the gradients of cores say of the tokens that were pooled, and of the queries that weighed them.
-template <class Query, class Key, class Value, class T, executor E>
-void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                       tensor_view<const T> grad_core_key, tensor_view<const T> grad_core_value,
-                       tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
-                       const options& options, const E& run, const worker_scratch<T>& scratch) {
-  const partition partition{options.group_size, options.window};
-  const pool_heads heads{key.batch(), query.heads(), key.heads(), grad_core_key.heads()};
-  for_each_group(
-      heads, {0, grad_core_key.length()}, options.group_size, run, scratch.workers(),
-      [&](std::int64_t worker, std::int64_t b, std::int64_t kv_head, std::int64_t h, std::int64_t c) {
-        group_gradient<T> gradient(scratch[worker], key.dim(), value.dim(), options);
-        gradient.begin(grad_core_key.row(b, h, c), grad_core_value.row(b, h, c));
-        const range group = partition.group(c);
-        const std::int64_t sharing = options.pool == pooling::last_query ? heads.query_heads / heads.core_heads : 0;
-        for (std::int64_t q = h * sharing; q < (h + 1) * sharing; ++q)
-          gradient.add_query(query.row(b, q, group.end - 1), sharing);
-        gradient.absorb(
-            rows_of(key, value, b, kv_head),
-            {grad_key.row(b, kv_head, 0), grad_key.stride[2], grad_value.row(b, kv_head, 0), grad_value.stride[2]},
-            group);
-        for (std::int64_t q = h * sharing; q < (h + 1) * sharing; ++q)
-          gradient.finish(grad_query.row(b, q, group.end - 1), sharing);
-      });
-}
-
 /// The engine of the gradients for these queries and sources of whose heads `head_groups` is the greatest common divisor.
 /// `Element` is the operands' `product_type`.
 template <class Element, class Query, executor E>
@@ -129,8 +103,7 @@ struct cca_gradient_plan : core_plan<Core> {
                     const options& options, const E& run)
       : core_plan<Core>(query, key, value, options),
         workers(concurrency(run)),
-        pooler_size(std::max(group_pooler<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>),
-                             group_gradient<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>))),
+        pooler_size(group_rows<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>)),
         backward(backward_plan<Element>(query, value.dim(), key.heads(), !in_place<T, Key, Value, Core>, options.unit,
                                         run)) {}
 
@@ -156,7 +129,7 @@ void raw_gradient(const query_results<Query, Out, Lse, GradOut, GradLse>& result
   scratch memory(workspace, backward.bytes());
   fill_zero(grad_key, run);
   fill_zero(grad_value, run);
-  backward(results, grad_query, make_score_rule<T>(options, key.dim()), run, memory,
+  backward(results, grad_query, make_score_rule<T>(options, key.dim()), {}, run, memory,
            source_gradient{raw_source(query, key, value, options), grad_key, grad_value});
 }
 
@@ -208,7 +181,7 @@ void pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<V
   detail::require_gradients(query, key, value, grad_query, grad_key, grad_value);
 
   const std::int64_t workers = detail::concurrency(run);
-  const std::int64_t size = detail::group_gradient<T>::size(key.dim(), value.dim(), !detail::in_place<T, Key, Value>);
+  const std::int64_t size = detail::group_rows<T>::size(key.dim(), value.dim(), !detail::in_place<T, Key, Value>);
   detail::scratch memory(workspace, detail::worker_scratch<T>::bytes(workers, size));
   detail::fill_zero(grad_query, run);
   detail::fill_zero(grad_key, run);
@@ -262,7 +235,7 @@ void attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_v
     detail::pool_views<T>(query, key, value, core_key, core_value, options, run, pooler);
     for (const auto& sum : {grad_key, grad_value, grad_core_key, grad_core_value}) detail::fill_zero(sum, run);
     plan.backward(
-        results, grad_query, detail::make_score_rule<T>(options, key.dim()), run, memory,
+        results, grad_query, detail::make_score_rule<T>(options, key.dim()), {}, run, memory,
         detail::source_gradient{detail::core_source(core_key, core_value, options), grad_core_key, grad_core_value},
         detail::source_gradient{detail::raw_source(query, key, value, options), grad_key, grad_value});
     detail::add_pool_gradient<Query, Key, Value, T>(query, key, value, grad_core_key, grad_core_value, grad_query,
@@ -350,7 +323,7 @@ void attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view
   const auto backward = detail::attend_backward(query, key, value, context, options.unit, run);
   detail::scratch memory(workspace, backward.bytes());
   for (const auto& sum : {grad_key, grad_value, grad_far_key, grad_far_value}) detail::fill_zero(sum, run);
-  backward(results, grad_query, detail::make_score_rule<T>(options, key.dim()), run, memory,
+  backward(results, grad_query, detail::make_score_rule<T>(options, key.dim()), {}, run, memory,
            detail::source_gradient{detail::seen_source(context), grad_far_key, grad_far_value},
            detail::source_gradient{detail::raw_source(query, key, value, options), grad_key, grad_value});
 }

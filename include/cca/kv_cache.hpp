@@ -32,7 +32,7 @@ struct cache_file;
 /// Tokens are appended one or many at a time; a group is pooled as soon as its last token arrives, with that token's
 /// query. Attending gives what `attention` gives for the whole sequence, within rounding, however it was cut. With a
 /// matrix unit, which queries, tokens and cores all of the same 16-bit type can have, a prompt is attended to by the unit;
-/// up to `detail::few_queries` at a time, which are bound by memory, by floats.
+/// up to `detail::most_few_queries` at a time, which are bound by memory, by floats.
 ///
 /// @tparam Element  of keys and values; computed with in `compute_type`
 /// @tparam Core  of cores, which are rounded to it once: with `float` cores beside `Eigen::bfloat16` tokens they stay as
@@ -291,7 +291,7 @@ class kv_cache {
 
     const std::int64_t workers = detail::concurrency(run);
     const std::int64_t pooler_size =
-        detail::group_pooler<T>::size(shape_.dim, shape_.value_dim, !detail::in_place<T, Element>);
+        detail::group_rows<T>::size(shape_.dim, shape_.value_dim, !detail::in_place<T, Element>);
     std::int64_t cores = 0, raw = 0;
     for (std::int64_t b = first; b < first + batch; ++b) {
       cores = std::max(cores, at(b).cores.capacity());
@@ -347,7 +347,7 @@ class kv_cache {
                        const E& run, const detail::worker_scratch<T>& scratch) {
     for (std::int64_t b = 0; b < query.batch(); ++b) {
       const sequence& s = at(first + b);
-      const auto absorb = [&](detail::group_pooler<T>& pooler, std::int64_t, std::int64_t h, range group) {
+      const auto absorb = [&](auto& pooler, std::int64_t, std::int64_t h, range group) {
         const typename ring::pieces old = s.raw.find(intersection(group, {0, s.length}));
         pooler.absorb(s.raw.rows(h, old.row), {0, old.first.size()});
         pooler.absorb(s.raw.rows(h, 0), {0, old.second.size()});

@@ -35,6 +35,18 @@ template <class T>
   return true;
 }
 
+/// Goes through `rows` in order: calls `f(run)` for runs of finite rows, half-open ranges, and `g(j)` for every other row.
+template <class T, class F, class G>
+CCA_INLINE void for_each_finite_run(row_span<T> span, std::int64_t dim, range rows, const F& f, const G& g) {
+  for (std::int64_t j = rows.begin; j < rows.end;) {
+    std::int64_t end = j;
+    while (end < rows.end && all_finite(span.row(end), dim)) ++end;
+    if (end > j) f(range{j, end});
+    if (end < rows.end) g(end);
+    j = end + 1;
+  }
+}
+
 /// Whether rows of these elements are computed with where they lie; otherwise `stage` needs a buffer for them.
 template <class T, class... Elements>
 inline constexpr bool in_place = (std::is_same_v<std::remove_const_t<Elements>, T> && ...);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../../partition.hpp"
 #include "../simd/register_block.hpp"
@@ -48,7 +49,15 @@ struct lane_ranges {
   }
 };
 
-/// Which lanes of a vector see row `j` of the part that is absorbed; `unmasked` when all do.
+/// The mask of a vector of lanes that sees every row of a part.
+struct unmasked {
+  template <class V>
+  [[nodiscard]] CCA_INLINE V select(std::int64_t, V seen, V) const {
+    return seen;
+  }
+};
+
+/// Which lanes of a vector see row `j` of a part, counted from its first.
 template <class T>
 struct lane_mask {
   vec<T> begin, end;  // exact: small integers relative to the part
@@ -68,15 +77,36 @@ struct lane_mask {
     const vec<T> row(static_cast<T>(j));
     return xsimd::select((begin <= row) & (row < end), seen, unseen);
   }
+};
 
-  /// As a guard of `multiply` over rows.
-  [[nodiscard]] CCA_INLINE vec<T> guard(std::int64_t, std::int64_t j, vec<T> seen, vec<T> unseen) const {
-    return select(j, seen, unseen);
+/// Rows of a block that `vectors` vectors of a tile, from vector `first` on, take in together.
+template <class T, std::int64_t N, class Mask>
+struct tile_part {
+  static constexpr std::int64_t vectors = N;
+  static constexpr bool masked = !std::is_same_v<Mask, unmasked>;
+  std::int64_t first;
+  range rows;
+  Mask mask;
+
+  /// Calls `f` with the mask of vector `n` of them.
+  template <class F>
+  CCA_INLINE void with_mask(std::int64_t, const F& f) const {
+    f(mask);
   }
 };
 
-/// Calls `f(constant vectors, first vector, part, mask)` for parts of the rows `block` that together hold all that the
-/// `count` queries see of it, a part being a half-open range for some vectors of lanes.
+/// The scores of a part, or what became of them: `[row][lane]`, and their maximum in each lane.
+template <class T>
+struct score_block {
+  T* data;
+  std::int64_t stride;
+  T* maximum = nullptr;
+
+  /// Of vector `n` of the part, in row `j` of it.
+  [[nodiscard]] CCA_INLINE T* at(std::int64_t j, std::int64_t n) const { return data + j * stride + n * width<T>; }
+};
+
+/// Calls `f(tile_part)` for parts of the rows `block` that together hold all that the `count` queries of a tile see of it.
 ///
 /// Only where every lane sees every row do all vectors go together, unmasked; at the edges each goes by its own range.
 /// So it does in all of a block that is mostly edge: what is done once per part costs more there than is saved.
@@ -91,15 +121,14 @@ CCA_INLINE void for_each_part(range block, const lane_ranges<T>& visible, std::i
     for (std::int64_t v = 0; v * W < count; ++v) {
       const range part = intersection(rows, visible.any[v]);
       if (part.empty()) continue;
-      constexpr std::integral_constant<std::int64_t, 1> one{};
       if ((v + 1) * W <= count && intersection(part, visible.all[v]) == part)
-        f(one, v, part, unmasked{});
+        f(tile_part<T, 1, unmasked>{v, part, {}});
       else
-        f(one, v, part, lane_mask<T>(visible.lane + v * W, part));
+        f(tile_part<T, 1, lane_mask<T>>{v, part, {visible.lane + v * W, part}});
     }
   };
   edge({block.begin, common.begin});
-  if (!common.empty()) f(std::integral_constant<std::int64_t, shape::vectors>{}, std::int64_t{0}, common, unmasked{});
+  if (!common.empty()) f(tile_part<T, shape::vectors, unmasked>{0, common, {}});
   edge({common.end, block.end});
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -11,11 +12,25 @@
 #include "../../tensor_view.hpp"
 #include "../base/scratch.hpp"
 #include "../base/turn.hpp"
+#include "../context/source.hpp"
+#include "../context/tasks.hpp"
+#include "../product/list.hpp"
+#include "../simd/dot.hpp"
 #include "../softmax/score_rule.hpp"
-#include "gradient_stack.hpp"
-#include "unit_gradient_stack.hpp"
+#include "gradient_tile.hpp"
+#include "stack.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
+
+/// A source, and where the gradients of its rows are summed: views of the extents of its keys and values.
+template <class Source, class T>
+struct source_gradient {
+  Source source;
+  tensor_view<T> key, value;
+};
+
+template <class Source, class T>
+source_gradient(Source, tensor_view<T>, tensor_view<T>) -> source_gradient<Source, T>;
 
 /// The queries, and what came of them.
 template <class Query, class Out, class Lse, class GradOut, class GradLse>
@@ -50,60 +65,121 @@ class backward {
         length_(length),
         form_(form),
         sharing_(head_groups > 0 ? heads / head_groups : 0),
-        lanes_(on_unit() ? unit_stack::lanes_for(length, form) : float_stack::lanes_for(length, form)),
-        per_chain_((length + lanes_ - 1) / lanes_ * sharing_),
-        tasks_(batch * head_groups * per_chain_),
+        lanes_(
+            of_tile(form.unit, [&]<class Tile>(std::type_identity<Tile>) { return Tile::stack_lanes(length, form); })),
+        tasks_(batch, heads, length, lanes_, sharing_),
         workers_(workers),
-        worker_size_(on_unit() ? unit_stack::size(lanes_, form, staged) : float_stack::size(lanes_, form, staged)) {}
-
-  [[nodiscard]] std::size_t bytes() const {
-    return worker_scratch<T>::bytes(workers_, worker_size_) + scratch_bytes<turn::counter>(tasks_);
+        worker_size_(of_tile(
+            form.unit, [&]<class Tile>(std::type_identity<Tile>) { return stack<Tile>::size(lanes_, form, staged); })) {
   }
 
-  /// Adds to the gradients of the sources' rows, and writes those of the queries.
+  [[nodiscard]] std::size_t bytes() const {
+    return worker_scratch<T>::bytes(workers_, worker_size_) + scratch_bytes<turn::counter>(tasks_.size()) +
+           scratch_bytes<T>(tasks_.size());
+  }
+
+  /// Adds to the gradients of the sources' rows, and writes those of the queries, and of the sink logits where there are any:
+  /// `[1 or batch, heads, 1]`, or `[batch, heads, length]`.
   template <class Results, executor E, class... Gradient>
-  void operator()(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule, const E& run,
-                  scratch& memory, const Gradient&... gradients) const {
+  void operator()(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule,
+                  tensor_view<T, 3> grad_sink, const E& run, scratch& memory, const Gradient&... gradients) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
-    auto* passed = memory.take<turn::counter>(tasks_);
-    std::uninitialized_value_construct_n(passed, tasks_);
-    if constexpr (is_unit_element<Element> && (of_elements<Element, decltype(gradients.source)> && ...))
-      if (on_unit()) return run_stacks<unit_stack>(results, grad_query, rule, run, scratch, passed, gradients...);
-    run_stacks<float_stack>(results, grad_query, rule, run, scratch, passed, gradients...);
+    auto* passed = memory.take<turn::counter>(tasks_.size());
+    std::uninitialized_value_construct_n(passed, tasks_.size());
+    T* sinks = memory.take<T>(tasks_.size());
+    with_product<Element, (of_elements<Element, decltype(gradients.source)> && ...)>(
+        form_.unit, [&]<class Product>(std::type_identity<Product>) {
+          run_tasks(run, workers_, tasks_.size(), [&](std::int64_t worker, std::int64_t i) {
+            turn turn(tasks_[i].leads ? nullptr : passed + i - 1, passed + i);
+            sinks[i] = run_stack<gradient_tile<Product>>(results, grad_query, rule, grad_sink, scratch[worker],
+                                                         tasks_[i], turn, gradients...);
+          });
+        });
+    if (grad_sink.data != nullptr && grad_sink.length() == 1) add_sinks(sinks, grad_sink);
   }
 
  private:
-  using float_stack = gradient_stack<T>;
-  /// Of other operands there is none.
-  using unit_stack =
-      typename std::conditional_t<is_unit_element<Element>, std::type_identity<unit_gradient_stack<Element>>,
-                                  std::type_identity<float_stack>>::type;
-
-  [[nodiscard]] bool on_unit() const { return is_unit_element<Element> && form_.unit != matrix_unit::none; }
-
-  template <class Stack, class Results, executor E, class... Gradient>
-  void run_stacks(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule, const E& run,
-                  const worker_scratch<T>& scratch, turn::counter* passed, const Gradient&... gradients) const {
-    run_tasks(run, workers_, tasks_, [&](std::int64_t worker, std::int64_t task) {
-      const std::int64_t chain = task / per_chain_, place = task % per_chain_, groups = heads_ / sharing_;
-      const std::int64_t b = chain / groups, h = chain % groups * sharing_ + place % sharing_;
-      const std::int64_t first = place / sharing_ * lanes_;
-      turn turn(place > 0 ? passed + task - 1 : nullptr, passed + task);
-      Stack stack(scratch[worker], form_, std::min(lanes_, length_ - first));
-      stack.begin(results, b, h, first, rule.scale);
-      std::int64_t offset = 0;
-      const auto absorb = [&](const auto& gradient) {
-        stack.absorb(gradient, b, h, heads_, first, offset, turn);
-        offset += gradient.source.length;
-      };
-      (absorb(gradients), ...);
-      stack.finish(grad_query.row(b, h, first), grad_query.stride[2], rule.scale);
+  template <class F>
+  static decltype(auto) of_tile(matrix_unit unit, const F& f) {
+    return with_product<Element>(unit, [&]<class Product>(std::type_identity<Product>) {
+      return f(std::type_identity<gradient_tile<Product>>{});
     });
+  }
+
+  /// Goes backward with the queries of a task; returns what they say of a sink logit that they share.
+  template <class Tile, class Results, class... Gradient>
+  T run_stack(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule, tensor_view<T, 3> grad_sink,
+              T* scratch, const task& task, turn& turn, const Gradient&... gradients) const {
+    const auto [b, h, queries, leads] = task;
+    const std::int64_t first = queries.begin;
+    stack<Tile> stack(scratch, {form_, &rule}, {b, h, heads_, first, queries.size()});
+    auto& memory = stack.memory();
+    memory.query.load(queries.size(), [&](std::int64_t i) { return results.query.row(b, h, first + i); });
+    memory.grad_out.load(queries.size(), [&](std::int64_t i) { return results.grad_out.row(b, h, first + i); });
+    T sinks = T(0);
+    stack.for_each_tile([&](Tile tile, std::int64_t at) {
+      tile.begin(memory, at);
+      for (std::int64_t q = 0; q < tile.count(); ++q) {
+        const std::int64_t i = first + at + q;
+        const T lse = static_cast<T>(*results.lse.row(b, h, i));
+        T delta = dot(results.out.row(b, h, i), memory.grad_out.row(at + q));
+        if (results.grad_lse.data != nullptr) delta -= static_cast<T>(*results.grad_lse.row(b, h, i));
+        tile.set(q, lse, delta);
+        if (!rule.has_sinks()) continue;
+        const T grad = -std::exp(rule.sink(b, h, i) - lse) * delta;
+        if (grad_sink.data != nullptr && grad_sink.length() != 1) *grad_sink.row(b, h, i) = grad;
+        sinks += grad;
+      }
+    });
+    std::int64_t offset = 0;
+    const auto absorb = [&](const auto& gradient) {
+      const std::int64_t head = h / (heads_ / gradient.source.heads);
+      stack.absorb(gradient.source, [&](range rows, const auto* seen) {
+        turn.await(offset + rows.end);
+        memory.add_to_rows(rows, seen, gradient.key.row(b, head, rows.begin), gradient.key.stride[2],
+                           gradient.value.row(b, head, rows.begin), gradient.value.stride[2]);
+        turn.pass(offset + rows.end);
+      });
+      offset += gradient.source.length;
+      turn.pass(offset);
+    };
+    (absorb(gradients), ...);
+    stack.for_each_tile(
+        [&](Tile tile, std::int64_t at) { tile.finish(grad_query.row(b, h, first + at), grad_query.stride[2]); });
+    return sinks;
+  }
+
+  /// `out . grad_out` of one query, in pieces that are converted where they have to be: so the sum has one order for every
+  /// type.
+  template <class Out, class GradOut>
+  [[nodiscard]] T dot(const Out* out, const GradOut* grad_out) const {
+    constexpr std::int64_t piece = 64;
+    alignas(scratch_alignment) T a[piece], b[piece];
+    T sum = T(0);
+    for (std::int64_t d = 0; d < form_.value_dim; d += piece) {
+      const std::int64_t count = std::min(piece, form_.value_dim - d);
+      std::fill_n(b, piece, T(0));
+      convert(grad_out + d, count, b);
+      T more;
+      dot_rows(b, stage(out + d, 0, count, 1, a), count, 1, &more);
+      sum += more;
+    }
+    return sum;
+  }
+
+  /// Sink logits that the queries of a head, or of the whole batch, share: in the order of the tasks.
+  void add_sinks(const T* sinks, tensor_view<T, 3> grad_sink) const {
+    for (std::int64_t b = 0; b < grad_sink.batch(); ++b)
+      for (std::int64_t h = 0; h < grad_sink.heads(); ++h) *grad_sink.row(b, h, 0) = T(0);
+    for (std::int64_t i = 0; i < tasks_.size(); ++i)
+      *grad_sink.row(grad_sink.batch() == 1 ? 0 : tasks_[i].b, tasks_[i].head, 0) += sinks[i];
   }
 
   std::int64_t heads_, length_;
   tile_form form_;
-  std::int64_t sharing_, lanes_, per_chain_, tasks_, workers_, worker_size_;
+  std::int64_t sharing_, lanes_;
+  task_list tasks_;
+  std::int64_t workers_, worker_size_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <numbers>
 
 #include "../../element.hpp"
 #include "../../partition.hpp"
@@ -32,10 +31,10 @@ class partial_result {
     std::fill_n(out(), value_dim_, T(0));
   }
 
-  /// Turns `count` logits in base 2 into weights, and shrinks what was added before to match.
-  void weigh(T* logits, std::int64_t count) {
+  /// Turns `count` scores into weights, and shrinks what was added before to match.
+  void weigh(T* scores, std::int64_t count, T unit, int headroom) {
     row_softmax<T> softmax = get();
-    const T rescale = softmax.absorb(logits, count);
+    const T rescale = softmax.absorb(scores, count, unit, headroom);
     put(softmax);
     if (rescale != T(1)) scale_row(out(), value_dim_, rescale, out());
   }
@@ -47,25 +46,33 @@ class partial_result {
   }
 
   /// Joins another part of the same query's context; of a part that has seen nothing only the sum is looked at.
-  void merge(const partial_result& other) {
-    const row_softmax<T> a = get(), b = other.get();
-    if (b.sum == T(0)) return;
-    const T maximum = std::max(a.maximum, b.maximum);
-    const T share_a = std::exp2(a.maximum - maximum), share_b = std::exp2(b.maximum - maximum);
-    for (std::int64_t d = 0; d < value_dim_; ++d) out()[d] = out()[d] * share_a + other.out()[d] * share_b;
-    put({maximum, a.sum * share_a + b.sum * share_b});
+  void merge(const partial_result& other, T unit) {
+    row_softmax<T> whole = get();
+    const row_softmax<T> part = other.get();
+    if (part.sum == T(0)) return;
+    const auto [first, second] = whole.join(part, unit);
+    for (std::int64_t d = 0; d < value_dim_; ++d) out()[d] = out()[d] * first + other.out()[d] * second;
+    put(whole);
   }
 
+  /// Writes the mean of the values, and returns the natural log-sum-exp; `sink` is seen as well.
   template <class Out>
-  void finish(Out* to) const {
-    scale_row(out(), value_dim_, get().inverse_sum(), to);
+  T finish(Out* to, T unit, int headroom, const exponential_sum<T>& sink) const {
+    const row_softmax<T> softmax = get();
+    exponential_sum<T> total;
+    if (softmax.sum != T(0)) total = {softmax.maximum * unit, std::ldexp(softmax.sum, headroom)};
+    T share = softmax.inverse();
+    if (sink.sum != T(0)) {
+      const T own = total.sum;
+      share *= own * total.join(sink).first * total.inverse();
+    }
+    scale_row(out(), value_dim_, share, to);
+    return total.log();
   }
-
-  [[nodiscard]] T lse() const { return get().lse(); }
 
  private:
-  [[nodiscard]] row_softmax<T> get() const { return {memory_[0], memory_[1]}; }
-  void put(row_softmax<T> softmax) {
+  [[nodiscard]] row_softmax<T> get() const { return {{memory_[0], memory_[1]}}; }
+  void put(const exponential_sum<T>& softmax) {
     memory_[0] = softmax.maximum;
     memory_[1] = softmax.sum;
   }
@@ -83,27 +90,30 @@ class partial_result {
 /// block before it are added, a slice of the one and a slice of the other in turns: that keeps the processor's own
 /// prefetching of both under way, which starts anew where a whole block of keys is followed by one of values.
 template <class T>
-class query_rows {
+class few_queries {
  public:
   static constexpr std::int64_t size(std::int64_t queries, std::int64_t dim, std::int64_t value_dim, bool staged) {
     return ranges_size(queries) + queries * (padded<T>(dim) + row_block) +
            (staged ? slice_rows(dim, value_dim) * (dim + value_dim) : 0);
   }
 
-  query_rows(T* scratch, std::int64_t queries, std::int64_t dim, std::int64_t value_dim)
+  few_queries(T* scratch, std::int64_t queries, std::int64_t dim, std::int64_t value_dim, const score_rule<T>& rule,
+              int headroom)
       : dim_(dim),
         value_dim_(value_dim),
+        rule_(&rule),
+        headroom_(headroom),
         seen_(reinterpret_cast<range*>(scratch)),
         query_(scratch + ranges_size(queries)),
-        logits_(query_ + queries * padded<T>(dim)),
-        staged_keys_(logits_ + queries * row_block),
+        scores_(query_ + queries * padded<T>(dim)),
+        staged_keys_(scores_ + queries * row_block),
         staged_values_(staged_keys_ + slice_rows(dim, value_dim) * dim) {}
 
   /// Loads query `q`, `dim` elements.
   template <class Query>
-  void load(std::int64_t q, const Query* query, T scale) {
+  void load(std::int64_t q, const Query* query) {
     T* to = query_ + q * padded<T>(dim_);
-    scale_row(query, dim_, scale * std::numbers::log2e_v<T>, to);
+    scale_row(query, dim_, rule_->sign(), to);
     std::fill(to + dim_, to + padded<T>(dim_), T(0));
   }
 
@@ -155,7 +165,7 @@ class query_rows {
     }
   }
 
-  /// The logits of the rows `slice` of a block that begins at row `first`.
+  /// The scores of the rows `slice` of a block that begins at row `first`.
   template <class Element>
   void score(row_span<Element> rows, range slice, std::int64_t first, range queries) {
     if (slice.empty()) return;
@@ -163,16 +173,19 @@ class query_rows {
       for (std::int64_t q = queries.begin; q < queries.end; ++q)
         if (const range seen = intersection(seen_[q], slice); !seen.empty())
           dot_rows(query_ + q * padded<T>(dim_), keys.from(seen.begin - slice.begin), dim_, seen.size(),
-                   logits(q) + seen.begin - first);
+                   scores_of(q) + seen.begin - first);
     });
   }
 
-  /// Turns the logits of the rows `block`, which begins at row `first`, into weights.
+  /// Turns the scores of the rows `block`, which begins at row `first`, into weights.
   void weigh(std::int64_t q, range block, std::int64_t first, partial_result<T> result) {
     const range seen = shifted(intersection(seen_[q], block), -first);
     if (seen.empty()) return;
-    std::fill_n(logits(q), seen.begin, -infinity<T>);
-    result.weigh(logits(q), seen.end);
+    T* scores = scores_of(q);
+    std::fill_n(scores, seen.begin, T(0));
+    rule_->apply(scores, seen.end);
+    std::fill_n(scores, seen.begin, -infinity<T>);
+    result.weigh(scores, seen.end, rule_->unit_in_base_2(), headroom_);
   }
 
   /// Adds the values of the rows `slice` of a block that begins at row `first`.
@@ -182,15 +195,17 @@ class query_rows {
     with_rows(rows, value_dim_, slice, queries, staged_values_, [&](const auto& values) {
       for (std::int64_t q = queries.begin; q < queries.end; ++q)
         if (const range seen = intersection(seen_[q], slice); !seen.empty())
-          result(q).add(logits(q) + seen.begin - first, values.from(seen.begin - slice.begin), seen.size());
+          result(q).add(scores_of(q) + seen.begin - first, values.from(seen.begin - slice.begin), seen.size());
     });
   }
 
-  [[nodiscard]] T* logits(std::int64_t q) const { return logits_ + q * row_block; }
+  [[nodiscard]] T* scores_of(std::int64_t q) const { return scores_ + q * row_block; }
 
   std::int64_t dim_, value_dim_;
+  const score_rule<T>* rule_;
+  int headroom_;
   range* seen_;  // per query
-  T *query_, *logits_, *staged_keys_, *staged_values_;
+  T *query_, *scores_, *staged_keys_, *staged_values_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -1,24 +1,30 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 
 #include "../../element.hpp"
 #include "../../executor.hpp"
 #include "../../tensor_view.hpp"
 #include "../base/scratch.hpp"
+#include "../context/source.hpp"
+#include "../context/tasks.hpp"
+#include "../product/list.hpp"
 #include "../softmax/score_rule.hpp"
 #include "few_queries.hpp"
-#include "query_stack.hpp"
 #include "query_tile.hpp"
-#include "unit_tile.hpp"
+#include "stack.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-/// Queries, per head, up to which each goes through the rows by itself (`query_rows`), bound by memory; more of them
-/// ride in lanes (`query_stack`), bound by arithmetic.
-inline constexpr std::int64_t few_queries = 8;
+/// Queries, per head, up to which each goes through the rows by itself (`few_queries`), bound by memory; more of them
+/// ride in lanes (`stack`), bound by arithmetic.
+inline constexpr std::int64_t most_few_queries = 8;
 
 /// Attention of every query over all sources in one softmax: the engine of every entry point. It is told the shapes
 /// first, so that its scratch memory can be part of a caller's workspace. `Element` is the operands' `product_type`.
@@ -51,51 +57,79 @@ class forward {
   void operator()(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
                   const E& run, scratch& memory, const Source&... sources) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
-    if (few()) return attend_few(query, out, lse, rule, run, scratch, memory.take<T>(partials_size()), sources...);
-    if constexpr (is_unit_element<Element> && (of_elements<Element, Source> && ...))
-      if (form_.unit != matrix_unit::none)
-        return attend_many<unit_tile<Element>>(query, out, lse, rule, run, scratch, sources...);
-    attend_many<query_tile<T>>(query, out, lse, rule, run, scratch, sources...);
+    if (few()) {
+      T* partials = memory.take<T>(partials_size());
+      for (const int headroom : {0, most_headroom})
+        if (attend_few(query, out, lse, rule, headroom, run, scratch, partials, sources...)) return;
+      return;
+    }
+    with_product<Element, (of_elements<Element, Source> && ...)>(
+        form_.unit, [&]<class Product>(std::type_identity<Product>) {
+          attend_many<query_tile<Product>>(query, out, lse, rule, run, scratch, sources...);
+        });
   }
 
  private:
-  [[nodiscard]] bool few() const { return length_ <= few_queries; }
+  [[nodiscard]] bool few() const { return length_ <= most_few_queries; }
   [[nodiscard]] std::int64_t worker_size(bool staged) const {
-    if (few()) return query_rows<T>::size(queries_per_group(), form_.dim, form_.value_dim, staged);
-    if constexpr (is_unit_element<Element>)
-      if (form_.unit != matrix_unit::none)
-        return query_stack<unit_tile<Element>>::size(lanes<unit_tile<Element>>(), form_, staged);
-    return query_stack<query_tile<T>>::size(lanes<query_tile<T>>(), form_, staged);
+    if (few()) return few_queries<T>::size(queries_per_group(), form_.dim, form_.value_dim, staged);
+    return with_product<Element>(form_.unit, [&]<class Product>(std::type_identity<Product>) {
+      return stack<query_tile<Product>>::size(lanes<query_tile<Product>>(), form_, staged);
+    });
   }
   template <class Tile>
   [[nodiscard]] std::int64_t lanes() const {
-    return query_stack<Tile>::lanes_for(length_, std::max(length_, parts_ * part_rows), form_);
+    return Tile::stack_lanes(length_, std::max(length_, parts_ * part_rows), form_);
   }
   [[nodiscard]] std::int64_t queries_per_group() const { return groups_ > 0 ? heads_ / groups_ * length_ : 0; }
   [[nodiscard]] std::int64_t partials_size() const {
     return few() ? batch_ * heads_ * length_ * parts_ * partial_result<T>::size(form_.value_dim) : 0;
   }
 
-  /// A task is a stack of queries. Later queries see more: those of a head are begun last first, and threads finish
-  /// together.
+  /// A task is a stack of queries.
   template <class Tile, class Query, class Out, class Lse, executor E, class... Source>
   void attend_many(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
                    const E& run, const worker_scratch<T>& scratch, const Source&... sources) const {
-    const std::int64_t lanes = this->lanes<Tile>(), stacks = (length_ + lanes - 1) / lanes;
-    run_tasks(run, workers_, batch_ * heads_ * stacks, [&](std::int64_t worker, std::int64_t task) {
-      const std::int64_t b = task / stacks / heads_, h = task / stacks % heads_;
-      const std::int64_t first = (stacks - 1 - task % stacks) * lanes;
-      query_stack<Tile> stack(scratch[worker], form_, std::min(lanes, length_ - first));
-      stack.begin(query.row(b, h, first), query.stride[2], rule.scale);
-      (stack.absorb(sources, b, h, heads_, first), ...);
-      stack.finish(out.row(b, h, first), out.stride[2], lse.data ? lse.row(b, h, first) : nullptr, lse.stride[2]);
+    const task_list tasks(batch_, heads_, length_, lanes<Tile>());
+    run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
+      const auto [b, h, queries, leads] = tasks.last_first(i);
+      const std::int64_t first = queries.begin;
+      // A mean of finite values is finite: where it is not, it may have overflowed on the way, and is taken again.
+      for (const int headroom : {0, most_headroom}) {
+        stack<Tile> stack(scratch[worker], {form_, &rule, headroom}, {b, h, heads_, first, queries.size()});
+        stack.for_each_tile(
+            [&](Tile tile, std::int64_t at) { tile.begin(query.row(b, h, first + at), query.stride[2]); });
+        (stack.absorb(sources, [](range, const auto*) {}), ...);
+        bool finite = true;
+        stack.for_each_tile([&](Tile tile, std::int64_t at) {
+          finite &= tile.finish(b, h, first + at);
+          write_tile(tile, out, lse, b, h, first + at, headroom);
+        });
+        if (finite) break;
+      }
     });
   }
 
-  /// A task is the queries of the heads that share rows, over a part of one source; then the parts are merged.
+  /// Writes what the queries of a tile, from query `first` on, found; with a headroom only what is not finite yet.
+  template <class Tile, class Out, class Lse>
+  void write_tile(const Tile& tile, tensor_view<Out> out, lse_view<Lse> lse, std::int64_t b, std::int64_t h,
+                  std::int64_t first, int headroom) const {
+    const auto kept = [&](std::int64_t q) {
+      return headroom != 0 && all_finite_row<T>(out.row(b, h, first + q), form_.value_dim);
+    };
+    for (std::int64_t q = 0; lse.data != nullptr && q < tile.count(); ++q)
+      if (!kept(q)) *lse.row(b, h, first + q) = static_cast<Lse>(tile.lse(q, b, h, first + q));
+    if (headroom == 0) return tile.write({0, tile.count()}, out.row(b, h, first), out.stride[2]);
+    for (std::int64_t q = 0; q < tile.count(); ++q)
+      if (!kept(q)) tile.write({q, q + 1}, out.row(b, h, first + q), out.stride[2]);
+  }
+
+  /// A task is the queries of the heads that share rows, over a part of one source; then the parts are merged. Returns
+  /// whether all is finite; with a headroom only what was not is written.
   template <class Query, class Out, class Lse, executor E, class... Source>
-  void attend_few(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
-                  const E& run, const worker_scratch<T>& scratch, T* partials, const Source&... sources) const {
+  bool attend_few(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
+                  int headroom, const E& run, const worker_scratch<T>& scratch, T* partials,
+                  const Source&... sources) const {
     const auto partial = [&](std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t part) {
       return partial_result<T>(
           partials + (((b * heads_ + h) * length_ + i) * parts_ + part) * partial_result<T>::size(form_.value_dim),
@@ -104,10 +138,10 @@ class forward {
     run_tasks(run, workers_, batch_ * groups_ * parts_, [&](std::int64_t worker, std::int64_t task) {
       const std::int64_t b = task / parts_ / groups_, group = task / parts_ % groups_, part = task % parts_;
       const range heads{group * heads_ / groups_, (group + 1) * heads_ / groups_};
-      query_rows<T> queries(scratch[worker], queries_per_group(), form_.dim, form_.value_dim);
+      few_queries<T> queries(scratch[worker], queries_per_group(), form_.dim, form_.value_dim, rule, headroom);
       for (std::int64_t h = heads.begin; h < heads.end; ++h)
         for (std::int64_t i = 0; i < length_; ++i) {
-          queries.load((h - heads.begin) * length_ + i, query.row(b, h, i), rule.scale);
+          queries.load((h - heads.begin) * length_ + i, query.row(b, h, i));
           partial(b, h, i, part).begin();
         }
       std::int64_t source_part = part;  // counted from the source's first
@@ -119,19 +153,23 @@ class forward {
       };
       (absorb(sources), ...);
     });
+    std::atomic<bool> finite{true};
     run_tasks(run, workers_, batch_ * heads_, [&](std::int64_t, std::int64_t task) {
       const std::int64_t b = task / heads_, h = task % heads_;
       for (std::int64_t i = 0; i < length_; ++i) {
+        if (headroom != 0 && all_finite_row<T>(out.row(b, h, i), form_.value_dim)) continue;
         partial_result<T> whole = partial(b, h, i, 0);
-        for (std::int64_t part = 1; part < parts_; ++part) whole.merge(partial(b, h, i, part));
-        whole.finish(out.row(b, h, i));
-        if (lse.data) *lse.row(b, h, i) = static_cast<Lse>(whole.lse());
+        for (std::int64_t part = 1; part < parts_; ++part) whole.merge(partial(b, h, i, part), rule.unit_in_base_2());
+        const T log = whole.finish(out.row(b, h, i), rule.unit_in_base_2(), headroom, rule.sink_sum(b, h, i));
+        if (lse.data) *lse.row(b, h, i) = static_cast<Lse>(log);
+        if (!all_finite_row<T>(out.row(b, h, i), form_.value_dim)) finite = false;
       }
     });
+    return finite;
   }
 
   template <class Source, class Result>
-  void absorb_part(query_rows<T>& queries, const Source& source, std::int64_t b, range heads, std::int64_t part,
+  void absorb_part(few_queries<T>& queries, const Source& source, std::int64_t b, range heads, std::int64_t part,
                    const Result& result) const {
     range total;  // what some query sees: parts are counted from there
     for (std::int64_t q = 0; q < queries_per_group(); ++q) {

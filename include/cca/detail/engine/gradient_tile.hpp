@@ -3,149 +3,140 @@
 #include <algorithm>
 #include <cstdint>
 #include <numbers>
-#include <type_traits>
 
-#include "../../partition.hpp"
-#include "../context/row_span.hpp"
-#include "../context/visible.hpp"
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
+#include "../softmax/score_rule.hpp"
+#include "query_tile.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-/// A tile of queries that goes backward over blocks of keys and values, with a query in every lane as in `query_tile`:
-/// from the log-sum-exp of the forward pass it computes the weights `P` of a block again, with them the gradients `dS` of
-/// its logits, and adds to the gradients of the queries. With `dO` the gradient of the output and
-/// `delta = sum_d out dO - (gradient of lse)`:
+/// A tile of queries, one in every lane, that goes backward over blocks of keys and values: from the log-sum-exp of the
+/// forward pass it computes the weights `P` of a block again, with them the gradients `dS` of its scores, and adds to the
+/// gradients of the queries. With `dO` the gradient of the output and `delta = sum_d out dO - (gradient of lse)`:
 ///
-///     P = exp(S - lse)    dP = V dO^T    dS = P (dP - delta)    dQ = scale dS^T K
+///     forward     S = K Q^T    X = rule(S)    P = exp(X - lse)              O = V^T P
+///     backward    dP = V dO^T    dX = P (dP - delta)    dS = rule'(dX)    dQ = K^T dS
 ///
-/// The block's own gradients, sums over queries, are left to whoever owns the rows: `gradient_stack`.
+/// The block's own gradients, sums over queries, are left to whoever owns the rows: `gradient_memory::add_to_rows`.
 ///
-/// The tile is a view of scratch memory, `size(dim, value_dim)` elements aligned to vectors: queries `[dim][lanes]`
-/// times `scale * log2(e)`, gradients of the output `[value_dim][lanes]` and of the queries `[dim][lanes]`, log-sum-exp
-/// in base 2 and `delta` `[lanes]`.
-template <class T>
+/// Cost of a pair of a query and a row: five products, `3 dim + 2 value_dim` multiply-adds, where the forward pass has
+/// two; and one exp2. Per block and stack, its rows of keys and values and of their gradients are read and the latter
+/// written: a stack of 128 queries pays 640 multiply-adds for every four bytes of that.
+///
+/// A view of scratch memory, `size(form)` elements aligned to vectors: packed queries and gradients of the output, gradients
+/// of the queries `[dim][lanes]`, log-sum-exp in base 2 and `delta` `[lanes]`.
+template <class Product>
 class gradient_tile {
-  using shape = tile_shape<T>;
-  static constexpr std::int64_t W = width<T>;
-
  public:
-  static constexpr std::int64_t lanes = shape::lanes;
+  using product = Product;
+  using number = typename Product::number;
+  using staged_block = typename Product::staged_gradient_block;
+  using visible_lanes = typename Product::visible_lanes;
+  using stack_memory = typename Product::gradient_memory;
+  static constexpr std::int64_t lanes = Product::lanes;
+  static constexpr std::int64_t block_rows = Product::shape::gradient_block, most = Product::shape::gradient_stack;
+  static constexpr bool backward = true;
 
-  static constexpr std::int64_t size(std::int64_t dim, std::int64_t value_dim) {
-    return (2 * dim + value_dim + 2) * lanes;
+  static constexpr std::int64_t size(const tile_form& form) {
+    return Product::packed_size(form.dim) + Product::packed_size(form.value_dim) + (form.dim + 2) * lanes;
   }
 
-  gradient_tile(T* scratch, std::int64_t dim, std::int64_t value_dim, std::int64_t count)
-      : dim_(dim),
-        value_dim_(value_dim),
+  /// Queries of a stack: as many as their scratch has place within the shape's budget.
+  static std::int64_t stack_lanes(std::int64_t length, const tile_form& form) {
+    constexpr std::int64_t budget = Product::shape::gradient_budget / static_cast<std::int64_t>(sizeof(number));
+    std::int64_t tiles = std::clamp<std::int64_t>((length + lanes - 1) / lanes, 1, most);
+    const auto needed = [&] {
+      return tiles * size(form) + stack_memory::size(form, tiles) + staged_block::size(form, block_rows, false);
+    };
+    while (tiles > 1 && needed() > budget) --tiles;
+    return tiles * lanes;
+  }
+
+  gradient_tile(number* scratch, const tile_call<number>& call, std::int64_t count)
+      : call_(call),
         count_(count),
         query_(scratch),
-        grad_out_(query_ + dim * lanes),
-        grad_query_(grad_out_ + value_dim * lanes),
-        lse_(grad_query_ + dim * lanes),
+        grad_out_(query_ + Product::packed_size(call.form.dim)),
+        grad_query_(grad_out_ + Product::packed_size(call.form.value_dim)),
+        lse_(grad_query_ + call.form.dim * lanes),
         delta_(lse_ + lanes) {}
 
   [[nodiscard]] std::int64_t count() const { return count_; }
 
-  /// Loads rows of queries, times `scale * log2(e)`, and of gradients of the output.
-  void begin(row_span<T> query, row_span<T> grad_out) {
-    std::fill_n(query_, size(dim_, value_dim_), T(0));
-    transpose(query.data, query.stride, query_, lanes, count_, dim_);
-    transpose(grad_out.data, grad_out.stride, grad_out_, lanes, count_, value_dim_);
+  /// Loads the queries and the gradients of their outputs from query `first` of the stack on, and forgets all else.
+  void begin(const stack_memory& memory, std::int64_t first) {
+    Product::pack(memory.query.row(first), memory.query.row(1) - memory.query.row(0), count_, call_.form.dim,
+                  call_.rule->sign(), query_);
+    Product::pack(memory.grad_out.row(first), memory.grad_out.row(1) - memory.grad_out.row(0), count_,
+                  call_.form.value_dim, number(1), grad_out_);
+    std::fill(grad_query_, delta_ + lanes, number(0));
   }
 
   /// The natural log-sum-exp of query `i`, and its `delta`. One that saw nothing, or only logits of -inf, has the
   /// log-sum-exp -inf: 0 in its place makes its weights 0, where -inf - -inf were NaN.
-  void set(std::int64_t i, T lse, T delta) {
-    lse_[i] = lse == -infinity<T> ? T(0) : lse * std::numbers::log2e_v<T>;
+  void set(std::int64_t i, number lse, number delta) {
+    lse_[i] = lse == -infinity<number> ? number(0) : lse * std::numbers::log2e_v<number>;
     delta_[i] = delta;
   }
 
-  /// Goes over a block of rows: `weights[j * stride + i] = P` and `grad_scores[j * stride + i] = ln(2) dS` for the pairs of a
-  /// row and a lane that sees it. Pairs in the same parts that see nothing get 0; others are not written.
-  void absorb(const context_block<T>& block, const lane_ranges<T>& visible, T* weights, T* grad_scores,
-              std::int64_t stride) {
-    for_each_part<T>(block.rows, visible, count_, [&](auto n, std::int64_t v, range part, const auto& mask) {
-      const std::int64_t at = (part.begin - block.rows.begin) * stride + v * W;
-      absorb_rows<n()>(v * W, block.part(part), mask, weights + at, grad_scores + at, stride);
+  /// Goes over a block of rows. Leaves `P` and `dS` of the pairs of a row and a lane that sees it in the memory, and 0 of
+  /// all other pairs; `place` is the tile's in the stack.
+  void absorb(const stack_memory& memory, const staged_block& block, const visible_lanes& visible, std::int64_t place) {
+    const tile_form& form = call_.form;
+    if (intersection(block.rows(), visible.seen_by_all()) != block.rows()) memory.clear(block.rows(), place);
+    Product::for_each_part(block.rows(), visible, count_, [&](const auto& part) {
+      const std::int64_t j = part.rows.begin;
+      const score_block<number> scores = memory.scores(part, block.rows(), place);
+      const score_block<number> grads = memory.grad_weights(part, block.rows(), place);
+      const typename Product::factors factors(memory, part, block.rows(), place);
+      Product::multiply_rows(part, block.keys(j), form.dim, query_, form.unit, scores);
+      Product::multiply_rows(part, block.values(j), form.value_dim, grad_out_, form.unit, grads);
+      call_.rule->apply(part, scores);
+      differentiate(part, scores, grads, factors);
+      Product::add(memory, part, block.key_columns(j), form.dim, factors.at, nullptr, grad_query_);
     });
   }
 
   /// Writes `count` rows of `dim` elements: the gradients of the queries.
-  void finish(T* grad_query, std::int64_t stride, T scale) {
-    const vec<T> factor(scale * std::numbers::log2e_v<T>);
-    for (T* g = grad_query_; g < lse_; g += W) (factor * vec<T>::load_aligned(g)).store_aligned(g);
-    transpose(grad_query_, lanes, grad_query, stride, dim_, count_);
+  void finish(number* grad_query, std::int64_t stride) {
+    transpose(grad_query_, lanes, grad_query, stride, call_.form.dim, count_);
   }
 
  private:
-  template <std::int64_t N, class Mask>
-  void absorb_rows(std::int64_t lane, const context_block<T>& block, const Mask& mask, T* weights, T* grad_scores,
-                   std::int64_t stride) {
-    const std::int64_t count = block.rows.size();
-    score<N>(block.keys, dim_, count, query_ + lane, weights, stride);
-    score<N>(block.values, value_dim_, count, grad_out_ + lane, grad_scores, stride);
-    differentiate<N>(lane, count, mask, weights, grad_scores, stride);
-    if constexpr (!std::is_same_v<Mask, unmasked>)
-      // 0 * inf is NaN: a gradient of 0 does not keep an unseen key out.
-      if (!all_finite(block.keys, dim_, count)) return add_keys<N>(lane, block.keys, count, mask, grad_scores, stride);
-    add_keys<N>(lane, block.keys, count, unmasked{}, grad_scores, stride);
-  }
-
-  /// `to[j][lane] = rows[j] . vectors[lane]`.
-  template <std::int64_t N>
-  void score(row_span<T> rows, std::int64_t dim, std::int64_t count, const T* vectors, T* to, std::int64_t stride) {
-    for_row_blocks<shape::template rows_of<N>>(count, [&](auto R, std::int64_t j) CCA_INLINE_LAMBDA {
-      vec<T> sum[R()][N];
-      multiply(sum, rows.row(j), rows.stride, adjacent{}, vectors, lanes, dim, unmasked{});
-      unroll<R() * N>(
-          [&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N].store_aligned(to + (j + i / N) * stride + i % N * W); });
-    });
-  }
-
-  /// Turns logits into `P` and `dP` into `ln(2) dS`: the factor makes up for the log2(e) in the queries, which `dS` is
-  /// multiplied with.
-  template <std::int64_t N, class Mask>
-  void differentiate(std::int64_t lane, std::int64_t count, const Mask& mask, T* weights, T* grad_scores,
-                     std::int64_t stride) {
-    vec<T> lse[N], delta[N];
-    unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
-      lse[n] = vec<T>::load_aligned(lse_ + lane + n * W);
-      delta[n] = vec<T>::load_aligned(delta_ + lane + n * W);
-    });
-    for (std::int64_t j = 0; j < count; ++j)
-      unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
-        T *w = weights + j * stride + n * W, *s = grad_scores + j * stride + n * W;
-        vec<T> weight = exp2<T>(vec<T>::load_aligned(w) - lse[n]);
-        vec<T> grad_score = weight * vec<T>(std::numbers::ln2_v<T>) * (vec<T>::load_aligned(s) - delta[n]);
-        if constexpr (!std::is_same_v<Mask, unmasked>) {
-          weight = mask.select(j, weight, vec<T>(T(0)));
-          grad_score = mask.select(j, grad_score, vec<T>(T(0)));
+  /// `P = exp(X - lse)`, `dX = P (dP - delta)` and from it `dS`, for the pairs of a row and a lane that sees it; otherwise 0.
+  template <class Part, class Factors>
+  void differentiate(const Part& part, const score_block<number> scores, const score_block<number> grads,
+                     const Factors factors) const {
+    using vector = vec<number>;
+    constexpr std::int64_t R = Factors::rows_at_once;
+    const vector unit(call_.rule->unit_in_base_2()), zero(number(0));
+    const score_rule<number> rule = *call_.rule;
+    const std::int64_t count = part.rows.size();
+    for (std::int64_t n = 0; n < Part::vectors; ++n) {
+      const std::int64_t lane = (part.first + n) * width<number>;
+      const vector lse = vector::load_aligned(lse_ + lane), delta = vector::load_aligned(delta_ + lane);
+      part.with_mask(n, [&](const auto& mask) {
+        for (std::int64_t j = 0; j < count; j += R) {
+          vector weight[R], grad_score[R];
+          unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
+            const vector x = vector::load_aligned(scores.at(j + r, n));
+            // No weight is above 1, but where lse was rounded, and of what a lane does not see. A NaN stays.
+            const vector p = Factors::exp2(xsimd::min(zero, fma<number>(x, unit, -lse)));
+            const vector dx = p * (vector::load_aligned(grads.at(j + r, n)) - delta);
+            weight[r] = mask.select(j + r, p, zero);
+            grad_score[r] = mask.select(j + r, rule.differentiate(x, dx), zero);
+          });
+          factors.put(j, n, weight, grad_score);
         }
-        weight.store_aligned(w);
-        grad_score.store_aligned(s);
       });
+    }
   }
 
-  /// `grad_query += keys^T grad_scores`.
-  template <std::int64_t N, class Guard>
-  void add_keys(std::int64_t lane, row_span<T> keys, std::int64_t count, const Guard& guard, const T* grad_scores,
-                std::int64_t stride) {
-    for_row_blocks<shape::template rows_of<N>>(dim_, [&](auto R, std::int64_t d) CCA_INLINE_LAMBDA {
-      vec<T> sum[R()][N];
-      multiply(sum, keys.data + d, adjacent{}, keys.stride, grad_scores, stride, count, guard);
-      unroll<R() * N>([&](auto i) CCA_INLINE_LAMBDA {
-        T* g = grad_query_ + (d + i / N) * lanes + lane + i % N * W;
-        (vec<T>::load_aligned(g) + sum[i / N][i % N]).store_aligned(g);
-      });
-    });
-  }
-
-  std::int64_t dim_, value_dim_, count_;
-  T *query_, *grad_out_, *grad_query_, *lse_, *delta_;
+  tile_call<number> call_;
+  std::int64_t count_;
+  number *query_, *grad_out_, *grad_query_, *lse_, *delta_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -8,7 +8,7 @@
 #include "../../tensor_view.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
-#include "unit_product.hpp"
+#include "operands.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <numbers>
 
 #include "../context/row_span.hpp"
@@ -42,6 +43,14 @@ void scale_row(const From* from, std::int64_t dim, T factor, To* to) {
   if constexpr (loads_as<T, From> && std::is_same_v<To, T>)
     for (; d + width<T> <= dim; d += width<T>) (load_as<T>(from + d) * vec<T>(factor)).store_unaligned(to + d);
   for (; d < dim; ++d) to[d] = static_cast<To>(static_cast<T>(from[d]) * factor);
+}
+
+/// Whether a row of elements of any type is finite in the type that it is computed in.
+template <class T, class Element>
+[[nodiscard]] bool all_finite_row(const Element* row, std::int64_t dim) {
+  for (std::int64_t d = 0; d < dim; ++d)
+    if (!(std::abs(static_cast<T>(row[d])) <= std::numeric_limits<T>::max())) return false;
+  return true;
 }
 
 /// Vectors whose lanes are summed together: as many as 128 bits have lanes.

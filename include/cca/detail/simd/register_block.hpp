@@ -36,6 +36,8 @@ struct tile_shape {
   /// Backward: rows whose gradients are summed at once, and tiles whose queries they are summed over.
   static constexpr std::int64_t gradient_block = 64;
   static constexpr std::int64_t gradient_stack = std::max<std::int64_t>(128 / lanes, 1);
+  static constexpr std::int64_t gradient_budget = std::int64_t{1}
+                                                  << 19;  ///< bytes of scratch: half of a second-level cache
 
   /// Rows of a register block of `N` vectors.
   template <std::int64_t N>
@@ -48,44 +50,31 @@ struct tile_form {
   matrix_unit unit = matrix_unit::none;
 };
 
-/// Says that nothing is left out: every lane sees every row.
-struct unmasked {};
+/// The stride of neighbours, known to the compiler.
+using adjacent = std::integral_constant<std::int64_t, 1>;
 
-/// `sum[r][n] = sum_i a[r * row_stride + i * step] * b[i * b_stride + n * width ..]` for i in `[0, steps)`: the register
-/// block of both products of attention. An element of `a` is broadcast to all lanes, a vector of `b` serves all rows.
-/// `Guard` is `unmasked`, or has `guard(r, i, with, without)`: unseen products are left out rather than multiplied by 0.
+/// `sum[r][n] += sum_i a[r * row_stride + i * step] * b[i * b_stride + n * width ..]` for i in `[0, steps)`: the register
+/// block of all products of attention. An element of `a` is broadcast to all lanes, a vector of `b` serves all rows.
 /// (The caller's array, not a returned one: g++ 12 keeps it in registers only so, at three times the speed.)
-template <std::int64_t R, std::int64_t N, class T, class RowStride, class Step, class Guard>
-CCA_INLINE void multiply(vec<T> (&sum)[R][N], const T* a, RowStride row_stride, Step step, const T* b,
-                         std::int64_t b_stride, std::int64_t steps, const Guard& guard) {
-  unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
+template <std::int64_t R, std::int64_t N, class T, class RowStride, class Step>
+CCA_INLINE void accumulate(vec<T> (&sum)[R][N], const T* a, RowStride row_stride, Step step, const T* b,
+                           std::int64_t b_stride, std::int64_t steps) {
   for (std::int64_t i = 0; i < steps; ++i, a += step, b += b_stride) {
     vec<T> operand[N];
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA { operand[n] = vec<T>::load_aligned(b + n * width<T>); });
     unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
       const vec<T> element(a[r * row_stride]);
-      unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
-        const vec<T> next = fma<T>(element, operand[n], sum[r][n]);
-        if constexpr (std::is_same_v<Guard, unmasked>)
-          sum[r][n] = next;
-        else
-          sum[r][n] = guard.guard(r, i, next, sum[r][n]);
-      });
+      unroll<N>([&](auto n) CCA_INLINE_LAMBDA { sum[r][n] = fma<T>(element, operand[n], sum[r][n]); });
     });
   }
 }
 
-/// Divides `[rows][lanes]` sums by the lanes' sums of weights, where 0 stays 0.
-template <class T>
-void divide_lanes(T* out, const T* sums, std::int64_t lanes, std::int64_t rows) {
-  for (std::int64_t i = 0; i < lanes; i += width<T>) {
-    const vec<T> sum = vec<T>::load_aligned(sums + i);
-    const vec<T> inverse = xsimd::select(sum == vec<T>(T(0)), vec<T>(T(0)), vec<T>(T(1)) / sum);
-    for (T* o = out + i; o < out + rows * lanes; o += lanes) (inverse * vec<T>::load_aligned(o)).store_aligned(o);
-  }
+/// The same from 0 on.
+template <std::int64_t R, std::int64_t N, class T, class RowStride, class Step>
+CCA_INLINE void multiply(vec<T> (&sum)[R][N], const T* a, RowStride row_stride, Step step, const T* b,
+                         std::int64_t b_stride, std::int64_t steps) {
+  unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
+  accumulate(sum, a, row_stride, step, b, b_stride, steps);
 }
-
-/// The stride of neighbours, known to the compiler.
-using adjacent = std::integral_constant<std::int64_t, 1>;
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -126,11 +126,11 @@ CCA_INLINE void prefetch(const T* from, std::int64_t rows, std::int64_t stride, 
 /// Whether none of the `n` elements is infinite or NaN.
 template <class T>
 bool all_finite(const T* x, std::int64_t n) {
-  vec<T> zero(T(0));  // stays 0 unless 0 * x is NaN
+  const vec<T> largest(std::numeric_limits<T>::max());
+  auto finite = largest == largest;
   std::int64_t i = 0;
-  for (; i + width<T> <= n; i += width<T>) zero = fma<T>(vec<T>::load_unaligned(x + i), vec<T>(T(0)), zero);
-  zero = fma<T>(load_partial(x + i, n - i), vec<T>(T(0)), zero);
-  return reduce_add<T>(zero) == T(0);
+  for (; i + width<T> <= n; i += width<T>) finite = finite & (xsimd::abs(vec<T>::load_unaligned(x + i)) <= largest);
+  return xsimd::all(finite & (xsimd::abs(load_partial(x + i, n - i)) <= largest));
 }
 
 /// Minimax polynomials for 2^f on [-1/2, 1/2] with p(0) = 1, so that the weight of the maximum is exactly 1.
@@ -156,49 +156,49 @@ struct exp2_constants<double> {
                                           0x1.ebfbdff82c598p-3,  0x1.62e42fefa39f3p-1};
 };
 
-/// `p * 2^n` for a whole number n near x, 0 where that is below the normal numbers.
+/// Where the results of `exp2` end. With a `headroom` of h they are 2^-h times as large, so that 2^h of them, times numbers
+/// of any size, add up to a finite sum; those below the normal numbers are 0.
 template <class T>
-CCA_INLINE vec<T> times_power(vec<T> p, vec<T> x, vec<T> n) {
+struct exp2_range {
   using constants = exp2_constants<T>;
-  // Adding this to an integer n leaves n + bias in the lowest bits of the mantissa, whence a shift makes 2^n.
-  constexpr T shifter =
-      T(3) * static_cast<T>(typename constants::integer(1) << (constants::mantissa_bits - 1)) + T(constants::bias);
-  const auto bits = cast_bits<typename constants::integer>(n + vec<T>(shifter)) << constants::mantissa_bits;
-  // A product, not a sum of exponents: it keeps every NaN a NaN. The comparison is false for NaN.
-  return xsimd::select(x < vec<T>(T(1 - constants::bias)), vec<T>(T(0)), p * cast_bits<T>(bits));
-}
+  vec<T> least;
+  /// Adding it rounds x to a whole number n and leaves n + bias - h in the lowest bits, whence a shift makes 2^(n - h).
+  vec<T> shifter;
 
-/// 2^x for x <= 0: within 2 ulp, 0 below the normal numbers and for -inf, NaN for NaN.
+  explicit exp2_range(int headroom = 0)
+      : least(static_cast<T>(1 - constants::bias + headroom)),
+        shifter(T(3) * static_cast<T>(typename constants::integer(1) << (constants::mantissa_bits - 1)) +
+                static_cast<T>(constants::bias - headroom)) {}
+};
+
+/// 2^x for x <= 0: within 2 ulp, 0 below the normal numbers and for -inf, NaN for NaN; times 2^-headroom. Raises no
+/// floating-point exception but for a NaN.
 template <class T>
-CCA_INLINE vec<T> exp2(vec<T> x) {
+CCA_INLINE vec<T> exp2(vec<T> x, const exp2_range<T>& range = exp2_range<T>()) {
   using constants = exp2_constants<T>;
-  const vec<T> n = xsimd::nearbyint(x);
-  const vec<T> f = x - n;
+  x = xsimd::select(x < range.least, range.least - vec<T>(T(1)), x);  // whose power has the bits 0; false for NaN
+  const vec<T> shifted = x + range.shifter;
+  const vec<T> f = x - (shifted - range.shifter);
   vec<T> p(constants::polynomial[0]);
   unroll<std::ssize(constants::polynomial) - 1>(
       [&](auto i) CCA_INLINE_LAMBDA { p = fma<T>(p, f, vec<T>(constants::polynomial[i + 1])); });
   p = fma<T>(p, f, vec<T>(T(1)));
-  return times_power<T>(p, x, n);
+  // A product, not a sum of exponents: it keeps every NaN a NaN.
+  return p * cast_bits<T>(cast_bits<typename constants::integer>(shifted) << constants::mantissa_bits);
 }
 
-/// 2^x for weights that are rounded to 16 bits: within 2e-7 of it, where rounding to half takes 2^-12 and to bfloat16 2^-9.
-/// Exact for whole numbers; NaN for NaN, 0 for -inf and where x is far below the numbers of 16 bits.
-CCA_INLINE vec<float> exp2_rounded(vec<float> x) {
+/// The same for weights that are rounded to 16 bits: within 2e-7, where rounding to half takes 2^-12 and to bfloat16 2^-9.
+/// Exact for whole numbers.
+CCA_INLINE vec<float> exp2_rounded(vec<float> x, const exp2_range<float>& range = exp2_range<float>()) {
   constexpr float polynomial[] = {0x1.5bba14p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f,
                                   0x1.ebf9bcp-3f,  0x1.62e42ap-1f, 1.0f};
-#if defined(__AVX512DQ__)
-  const vec<float> f = _mm512_reduce_ps(x, 0), n = x - f;  // to the nearest whole number; of -inf, 0 and -inf
-#else
-  const vec<float> n = xsimd::nearbyint(x), f = x - n;
-#endif
+  x = xsimd::select(x < range.least, range.least - vec<float>(1.0f), x);
+  const vec<float> shifted = x + range.shifter;
+  const vec<float> f = x - (shifted - range.shifter);
   vec<float> p(polynomial[0]);
   unroll<std::ssize(polynomial) - 1>([&](auto i)
                                          CCA_INLINE_LAMBDA { p = fma<float>(p, f, vec<float>(polynomial[i + 1])); });
-#if defined(__AVX512DQ__)
-  return _mm512_scalef_ps(p, n);
-#else
-  return times_power<float>(p, x, n);
-#endif
+  return p * cast_bits<float>(cast_bits<std::int32_t>(shifted) << exp2_constants<float>::mantissa_bits);
 }
 
 }}}  // namespace cca::CCA_TARGET::detail

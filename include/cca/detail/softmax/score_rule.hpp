@@ -1,22 +1,95 @@
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <numbers>
+
 #include "../../options.hpp"
 #include "../../tensor_view.hpp"
-#include "../base/target.hpp"
+#include "../context/visible.hpp"
+#include "../simd/simd.hpp"
+#include "row_softmax.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-/// What happens between `q . k` and the softmax.
+/// What happens between `q . k` and the softmax: `apply` turns a score `sign * q . k` into what the softmax takes, which
+/// is the logit divided by `unit`, and `differentiate` goes back. Where the options ask for no more than a scale, the
+/// scores stay as they are: the softmax multiplies by `unit` after it has subtracted the maximum, which is exact.
+///
+/// In this order: `x = scale * q . k`, `x = softcap * tanh(x / softcap)`, the mask. Logits of -inf are masked.
 template <class T>
 struct score_rule {
-  T scale;                                ///< of `q . k`
+  T scale = T(1);
+  T softcap = T(0);                       ///< 0: none
   tensor_view<const T, 3> sink_logits{};  ///< `[1 or batch, heads, 1 or length]`; without data there are none
+
+  /// What queries are multiplied by as they are packed: scores of a negative scale would have their maximum at the wrong
+  /// end, and those of a scale of 0 none.
+  [[nodiscard]] T sign() const { return scale < T(0) ? T(-1) : scale > T(0) ? T(1) : T(0); }
+
+  /// The logit of a score of 1, when the rule has been applied. Positive.
+  [[nodiscard]] T unit() const { return softcap != T(0) || scale == T(0) ? T(1) : std::abs(scale); }
+  [[nodiscard]] T unit_in_base_2() const { return unit() * std::numbers::log2e_v<T>; }
+
+  [[nodiscard]] bool has_sinks() const { return sink_logits.data != nullptr; }
+  /// The sink of query `i` of head `h` of sequence `b` as a sum of exponentials; nothing where there are none.
+  [[nodiscard]] exponential_sum<T> sink_sum(std::int64_t b, std::int64_t h, std::int64_t i) const {
+    if (!has_sinks()) return {};
+    return {sink(b, h, i) * std::numbers::log2e_v<T>, T(1)};
+  }
+  /// The sink logit of query `i` of head `h` of sequence `b`.
+  [[nodiscard]] T sink(std::int64_t b, std::int64_t h, std::int64_t i) const {
+    return *sink_logits.row(sink_logits.batch() == 1 ? 0 : b, h, sink_logits.length() == 1 ? 0 : i);
+  }
+
+  /// Of a part of a tile: the scores, and where they are asked for their maxima, for which unseen scores are -inf.
+  template <class Part>
+  void apply(const Part& part, const score_block<T> scores) const {
+    if (softcap == T(0)) return;
+    const vec<T> unseen(scores.maximum != nullptr ? -infinity<T> : T(0));
+    for (std::int64_t n = 0; n < Part::vectors; ++n)
+      part.with_mask(n, [&](const auto& mask) {
+        vec<T> maximum(-infinity<T>);
+        for (std::int64_t j = 0; j < part.rows.size(); ++j) {
+          const vec<T> x = mask.select(j, cap(vec<T>::load_aligned(scores.at(j, n))), unseen);
+          x.store_aligned(scores.at(j, n));
+          maximum = xsimd::max(maximum, x);
+        }
+        if (scores.maximum != nullptr) maximum.store_aligned(scores.maximum + n * width<T>);
+      });
+  }
+
+  /// Of one query: `count` scores, in memory for whole vectors of them.
+  void apply(T* scores, std::int64_t count) const {
+    if (softcap == T(0)) return;
+    for (std::int64_t j = count; j % width<T> != 0; ++j) scores[j] = T(0);
+    for (std::int64_t j = 0; j < count; j += width<T>) cap(vec<T>::load_aligned(scores + j)).store_aligned(scores + j);
+  }
+
+  /// From the gradient of a logit to that of `q . k`; `x` is what `apply` left.
+  [[nodiscard]] CCA_INLINE vec<T> differentiate(vec<T> x, vec<T> grad) const {
+    const vec<T> scaled = grad * vec<T>(scale);
+    if (softcap == T(0)) return scaled;
+    const vec<T> share = x * vec<T>(T(1) / softcap);
+    return scaled * (vec<T>(T(1)) - share * share);
+  }
+
+ private:
+  [[nodiscard]] vec<T> cap(vec<T> score) const {
+    // Beyond 32 the hyperbolic tangent is 1 in every precision; a NaN passes both comparisons.
+    vec<T> x = score * vec<T>(unit_before_cap()) * vec<T>(T(1) / softcap);
+    x = xsimd::select(x > vec<T>(T(32)), vec<T>(T(32)), x);
+    x = xsimd::select(x < vec<T>(T(-32)), vec<T>(T(-32)), x);
+    return vec<T>(softcap) * xsimd::tanh(x);
+  }
+  [[nodiscard]] T unit_before_cap() const { return scale == T(0) ? T(1) : std::abs(scale); }
 };
 
 /// The rule that the options ask for, for queries and keys of `dim` elements.
 template <class T>
 score_rule<T> make_score_rule(const options& options, std::int64_t dim, tensor_view<const T, 3> sink_logits = {}) {
-  return {static_cast<T>(softmax_scale(options, dim)), sink_logits};
+  return {static_cast<T>(softmax_scale(options, dim)), T(0), sink_logits};
 }
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -6,10 +6,11 @@
 
 #include "../../partition.hpp"
 #include "../context/row_span.hpp"
+#include "../simd/convert.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
+#include "operands.hpp"
 #include "pairs.hpp"
-#include "unit_product.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
@@ -17,19 +18,19 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 // begin at multiples of their length, whatever the block; rows of a chunk that the block does not reach are zeros.
 
 /// Rows that a unit scores at once.
-inline constexpr std::int64_t chunk_rows = unit_rows;
+inline constexpr std::int64_t chunk_rows = unit_height;
 
 /// The first row of the chunk that holds row `j`.
 [[nodiscard]] constexpr std::int64_t chunk_begin(std::int64_t j) { return j - j % chunk_rows; }
 
 /// As they lie, for sums along the dim: where they are if that is a whole number of units, otherwise copied and padded.
 template <class Element>
-class unit_rows_block {
+class row_chunks {
  public:
   /// Scratch floats for blocks of `rows` rows.
   static constexpr std::int64_t size(std::int64_t rows, std::int64_t dim) { return rows * whole_units(dim) / 2; }
 
-  unit_rows_block(float* scratch, std::int64_t dim)
+  row_chunks(float* scratch, std::int64_t dim)
       : copies_(reinterpret_cast<std::uint16_t*>(scratch)), dim_(dim), stride_(whole_units(dim)) {}
 
   void stage(row_span<Element> rows, range block) {
@@ -72,9 +73,9 @@ class unit_rows_block {
 };
 
 /// Transposed, a row for each element, for sums along the rows. Rows that hold an infinity or a NaN are left out: times a
-/// weight of 0 they would reach queries that do not see them. `add_infinite_rows` of the tiles sees to them.
+/// weight of 0 they would reach queries that do not see them. Whoever multiplies adds them to the lanes that see them.
 template <class Element>
-class unit_columns_block {
+class column_chunks {
  public:
   /// Scratch floats for blocks of `rows` rows.
   static constexpr std::int64_t size(std::int64_t rows, std::int64_t dim) {
@@ -82,7 +83,7 @@ class unit_columns_block {
     return rows / 2 * columns + chunk_rows / 2 * columns + columns / 2;
   }
 
-  unit_columns_block(float* scratch, std::int64_t rows, std::int64_t dim)
+  column_chunks(float* scratch, std::int64_t rows, std::int64_t dim)
       : columns_(reinterpret_cast<packed_pair*>(scratch)),
         interleaved_(columns_ + rows / 2 * whole_units(dim)),
         zeros_(reinterpret_cast<std::uint16_t*>(interleaved_ + chunk_rows / 2 * whole_units(dim))),
@@ -133,6 +134,61 @@ class unit_columns_block {
   std::int64_t dim_, stride_;
   row_span<Element> rows_;
   range block_, infinite_;
+};
+
+/// The rows of the queries of a stack in pairs of queries, `[queries / 2][dim]`: what gradients of keys and values are
+/// summed from. Rows that are not finite are left out, as in `column_chunks`.
+template <class Element>
+class paired_rows {
+ public:
+  /// Elements are kept as well as their pairs.
+  static constexpr std::int64_t size(std::int64_t count, std::int64_t dim) { return count * whole_units(dim); }
+
+  paired_rows(float* scratch, std::int64_t count, std::int64_t dim)
+      : rows_(reinterpret_cast<Element*>(scratch)),
+        pairs_(reinterpret_cast<packed_pair*>(scratch) + count / 2 * whole_units(dim)),
+        count_(count),
+        dim_(dim),
+        stride_(whole_units(dim)) {}
+
+  [[nodiscard]] Element* row(std::int64_t i) const { return rows_ + i * stride_; }
+
+  [[nodiscard]] std::int64_t dim() const { return dim_; }
+
+  /// Takes in `count` rows, `row_of(i)`; zeros follow.
+  template <class Row>
+  void load(std::int64_t count, const Row& row_of) {
+    infinite_ = {};
+    std::memset(static_cast<void*>(rows_), 0, static_cast<std::size_t>(count_ * stride_) * sizeof *rows_);
+    for (std::int64_t i = 0; i < count; ++i) {
+      convert(row_of(i), dim_, row(i));
+      if (!all_finite_elements(row(i), dim_)) infinite_ = hull(infinite_, {i, i + 1});
+    }
+    for (std::int64_t i = 0; i < count_; i += 2) {
+      packed_pair* to = pairs_ + i / 2 * stride_;
+      interleave(reinterpret_cast<const std::uint16_t*>(row(i)), reinterpret_cast<const std::uint16_t*>(row(i + 1)),
+                 stride_, to);
+      for (const std::int64_t odd : {0, 1})
+        if (infinite_.contains(i + odd) && !all_finite_elements(row(i + odd), dim_))
+          for (std::int64_t d = 0; d < stride_; ++d) to[d] &= odd != 0 ? packed_pair{0xffff} : packed_pair{0xffff0000};
+    }
+  }
+
+  /// From query `i` on, an even number.
+  [[nodiscard]] pair_rows pairs(std::int64_t i) const { return {pairs_ + i / 2 * stride_, stride_}; }
+
+  /// Calls `f(i, row i)` for the rows that are left out.
+  template <class F>
+  void for_each_infinite(const F& f) const {
+    for (std::int64_t i = infinite_.begin; i < infinite_.end; ++i)
+      if (!all_finite_elements(row(i), dim_)) f(i, row(i));
+  }
+
+ private:
+  Element* rows_;
+  packed_pair* pairs_;
+  std::int64_t count_, dim_, stride_;
+  range infinite_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

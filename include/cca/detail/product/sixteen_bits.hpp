@@ -1,0 +1,400 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+
+#include "../../element.hpp"
+#include "../../partition.hpp"
+#include "../context/row_span.hpp"
+#include "../context/source.hpp"
+#include "../context/visible.hpp"
+#include "../simd/convert.hpp"
+#include "../simd/dot.hpp"
+#include "../simd/register_block.hpp"
+#include "../simd/simd.hpp"
+#include "../simd/transpose.hpp"
+#include "multiply_pairs.hpp"
+#include "operands.hpp"
+#include "pairs.hpp"
+#include "staged_rows.hpp"
+
+namespace cca { inline namespace CCA_TARGET { namespace detail {
+
+/// Sizes of the kernels of matrix units, in rows and lanes of 16-bit elements, as in `tile_shape`.
+struct sixteen_bit_shape {
+  static constexpr std::int64_t lanes = 64;
+  static constexpr std::int64_t block = 128;
+  static constexpr std::int64_t least_stack = 1, stack = 8;
+  static constexpr std::int64_t gradient_block = 128, gradient_stack = 4;
+  static constexpr std::int64_t gradient_budget = std::int64_t{1} << 20;
+};
+
+/// The part of a block that a tile sees, in whole chunks: a unit multiplies for all lanes at once, and each vector has a
+/// mask of its own.
+struct whole_part {
+  using visible_lanes = lane_ranges<float, sixteen_bit_shape::lanes>;
+  static constexpr std::int64_t vectors = sixteen_bit_shape::lanes / width<float>;
+  static constexpr std::int64_t first = 0;
+  range rows;
+  const visible_lanes* seen;
+  std::int64_t count;  ///< lanes that have a query
+
+  template <class F>
+  void with_mask(std::int64_t n, const F& f) const {
+    if (intersection(seen->all[n], rows) == rows)
+      f(unmasked{});
+    else
+      f(lane_mask<float>(seen->lane + n * width<float>, rows));
+  }
+};
+
+/// Packs rows of `dim` elements as pairs `[dim / 2][lanes]`, a lane for each of `count` rows, `dim` rounded up to whole
+/// units with zeros. `load(i, d, n, to)` writes the n elements of row i from d on.
+template <class Element, class Load>
+void pack_lanes(std::int64_t count, std::int64_t dim, packed_pair* to, const Load& load) {
+  constexpr std::int64_t lanes = sixteen_bit_shape::lanes, pairs = unit_depth / 2;
+  alignas(scratch_alignment) packed_pair step[lanes * pairs] = {};
+  for (std::int64_t d = 0; d < dim; d += unit_depth) {
+    const std::int64_t n = std::min(unit_depth, dim - d);
+    if (n < unit_depth) std::fill(std::begin(step), std::end(step), packed_pair{0});
+    for (std::int64_t i = 0; i < count; ++i) load(i, d, n, reinterpret_cast<Element*>(step + i * pairs));
+    transpose(step, pairs, to + d / 2 * lanes, lanes, lanes, pairs);
+  }
+}
+
+/// Products of a matrix unit, which multiplies 16-bit elements as they are and adds in float. What lies between two
+/// products, weights and gradients of scores, is rounded to the elements' type, in pairs of rows. Chunks of rows and lanes
+/// that a unit takes at once are `unit_height` each; what a block lacks to whole chunks is zeros.
+template <class Element>
+struct sixteen_bits {
+  using number = float;
+  using element = Element;
+  using shape = sixteen_bit_shape;
+  using visible_lanes = whole_part::visible_lanes;
+  using vector = vec<float>;
+  static constexpr std::int64_t W = width<float>, lanes = shape::lanes;
+
+  // ------------------------------------------------------------------------------------------------------- operands
+
+  /// Floats that `pack` writes: pairs `[dim / 2][lanes]`.
+  static constexpr std::int64_t packed_size(std::int64_t dim) { return whole_units(dim) / 2 * lanes; }
+
+  /// As `vectors::pack`. A sign, or a zero, does not round.
+  static void pack(const Element* rows, std::int64_t stride, std::int64_t count, std::int64_t dim, float sign,
+                   float* to) {
+    pack_lanes<Element>(count, dim, reinterpret_cast<packed_pair*>(to),
+                        [&](std::int64_t i, std::int64_t d, std::int64_t n, Element* row) {
+                          if (sign == 1.0f)
+                            std::memcpy(static_cast<void*>(row), rows + i * stride + d,
+                                        static_cast<std::size_t>(n) * sizeof *row);
+                          else
+                            scale_row(rows + i * stride + d, n, sign, row);
+                        });
+  }
+
+  /// Columns from row `j` of a block on, where a chunk begins.
+  struct columns_from {
+    const column_chunks<Element>* of;
+    std::int64_t j;
+  };
+
+  /// Keys as rows, values as columns.
+  class staged_block {
+   public:
+    static constexpr std::int64_t size(const tile_form& form, std::int64_t rows, bool) {
+      return row_chunks<Element>::size(rows, form.dim) + column_chunks<Element>::size(rows, form.value_dim);
+    }
+
+    staged_block(float* scratch, const tile_form& form, std::int64_t rows)
+        : form_(form),
+          keys_(scratch, form.dim),
+          values_(scratch + row_chunks<Element>::size(rows, form.dim), rows, form.value_dim) {}
+
+    void stage(const context_rows<Element, Element>& head, range rows) {
+      head_ = head;
+      rows_ = rows;
+      keys_.stage({head.key, head.key_stride}, rows);
+      values_.stage({head.value, head.value_stride}, rows);
+    }
+
+    [[nodiscard]] range rows() const { return rows_; }
+    [[nodiscard]] element_rows keys(std::int64_t j) const { return keys_.chunk(j); }
+    [[nodiscard]] columns_from value_columns(std::int64_t j) const { return {&values_, j}; }
+
+    /// Asks for the memory of row `j`, which may lie beyond the block.
+    void ask_for(std::int64_t j) const {
+      prefetch_row(row_span<Element>{head_.key, head_.key_stride}, j, form_.dim);
+      prefetch_row(row_span<Element>{head_.value, head_.value_stride}, j, form_.value_dim);
+    }
+
+   private:
+    tile_form form_;
+    row_chunks<Element> keys_;
+    column_chunks<Element> values_;
+    context_rows<Element, Element> head_{};
+    range rows_;
+  };
+
+  /// Keys as rows and as columns, values as rows.
+  class staged_gradient_block {
+   public:
+    static constexpr std::int64_t size(const tile_form& form, std::int64_t rows, bool) {
+      return row_chunks<Element>::size(rows, form.dim) + row_chunks<Element>::size(rows, form.value_dim) +
+             column_chunks<Element>::size(rows, form.dim);
+    }
+
+    staged_gradient_block(float* scratch, const tile_form& form, std::int64_t rows)
+        : keys_(scratch, form.dim),
+          values_(scratch + row_chunks<Element>::size(rows, form.dim), form.value_dim),
+          columns_(
+              scratch + row_chunks<Element>::size(rows, form.dim) + row_chunks<Element>::size(rows, form.value_dim),
+              rows, form.dim) {}
+
+    void stage(const context_rows<Element, Element>& head, range rows) {
+      rows_ = rows;
+      keys_.stage({head.key, head.key_stride}, rows);
+      values_.stage({head.value, head.value_stride}, rows);
+      columns_.stage({head.key, head.key_stride}, rows);
+    }
+
+    [[nodiscard]] range rows() const { return rows_; }
+    [[nodiscard]] const row_chunks<Element>& keys(std::int64_t) const { return keys_; }
+    [[nodiscard]] const row_chunks<Element>& values(std::int64_t) const { return values_; }
+    [[nodiscard]] columns_from key_columns(std::int64_t j) const { return {&columns_, j}; }
+
+   private:
+    row_chunks<Element> keys_, values_;
+    column_chunks<Element> columns_;
+    range rows_;
+  };
+
+  template <class F>
+  static void for_each_part(range rows, const visible_lanes& seen, std::int64_t count, const F& f) {
+    const range some = intersection(rows, seen.seen_by_any());
+    if (some.empty()) return;
+    const std::int64_t begin = chunk_begin(some.begin);
+    f(whole_part{{begin, begin + whole_units(some.end - begin)}, &seen, count});
+  }
+
+  // -------------------------------------------------------------------------------------------------------- weights
+
+  /// Memory of a forward stack: scores `[block][lanes]`, weights in pairs of rows, and a block's share of the output
+  /// `[value_dim][lanes]`.
+  class stack_memory {
+   public:
+    static constexpr std::int64_t size(const tile_form& form, std::int64_t) {
+      return (1 + shape::block + shape::block / 2 + whole_units(form.value_dim)) * lanes;
+    }
+
+    stack_memory(float* scratch, const tile_form& form, std::int64_t)
+        : unit(form.unit),
+          products(scratch),
+          weights(reinterpret_cast<packed_pair*>(scratch + whole_units(form.value_dim) * lanes)),
+          maximum_(products + (whole_units(form.value_dim) + shape::block / 2) * lanes),
+          registers_(form.unit) {}
+
+    [[nodiscard]] score_block<float> scores(const whole_part&) const { return {maximum_ + lanes, lanes, maximum_}; }
+
+    matrix_unit unit;
+    float* products;
+    packed_pair* weights;
+
+   private:
+    float* maximum_;
+    tile_registers registers_;
+  };
+
+  /// The weights of a part.
+  struct weights {
+    static constexpr std::int64_t rows_at_once = 2;
+    static constexpr bool exact = false;
+    packed_pair* at;
+
+    weights(const stack_memory& memory, const whole_part&, const score_block<float>&) : at(memory.weights) {}
+
+    static CCA_INLINE vector exp2(vector x, const exp2_range<float>& range) { return exp2_rounded(x, range); }
+    CCA_INLINE vector put(std::int64_t j, std::int64_t n, const vector (&weight)[2]) const {
+      const vec<packed_pair> both = round_to_pairs<Element>(weight[0], weight[1]);
+      both.store_aligned(at + j / 2 * lanes + n * W);
+      return elements_of<Element>(both, false) + elements_of<Element>(both, true);
+    }
+  };
+
+  /// Memory of a backward stack: the rows of its queries and of the gradients of their outputs; for a block of rows `P` and
+  /// `dS` as elements `[row][lane of the stack]`, and `dS` of one tile in pairs of rows.
+  class gradient_memory {
+    static constexpr std::int64_t block = shape::gradient_block;
+
+   public:
+    static constexpr std::int64_t size(const tile_form& form, std::int64_t tiles) {
+      return paired_rows<Element>::size(tiles * lanes, form.dim) +
+             paired_rows<Element>::size(tiles * lanes, form.value_dim) + 2 * block * lanes + block * tiles * lanes +
+             block / 2 * lanes + products_size(form);
+    }
+
+    gradient_memory(float* scratch, const tile_form& form, std::int64_t tiles)
+        : query(scratch, tiles * lanes, form.dim),
+          grad_out(scratch + paired_rows<Element>::size(tiles * lanes, form.dim), tiles * lanes, form.value_dim),
+          unit(form.unit),
+          products(scratch + paired_rows<Element>::size(tiles * lanes, form.dim) +
+                   paired_rows<Element>::size(tiles * lanes, form.value_dim)),
+          stride_(tiles * lanes),
+          scores_(products + products_size(form)),
+          pairs_(reinterpret_cast<packed_pair*>(scores_ + 2 * block * lanes)),
+          weights_(reinterpret_cast<std::uint16_t*>(pairs_ + block / 2 * lanes)),
+          grad_scores_(weights_ + block * stride_),
+          registers_(form.unit) {}
+
+    /// @{
+    /// As in `vectors`.
+    [[nodiscard]] score_block<float> scores(const whole_part&, range, std::int64_t) const { return {scores_, lanes}; }
+    [[nodiscard]] score_block<float> grad_weights(const whole_part&, range, std::int64_t) const {
+      return {scores_ + block * lanes, lanes};
+    }
+    void clear(range rows, std::int64_t c) const {
+      for (std::int64_t j = 0; j < whole_units(rows.end - chunk_begin(rows.begin)); ++j)
+        for (std::uint16_t* of : {weights_, grad_scores_})
+          std::fill_n(of + j * stride_ + c * lanes, lanes, std::uint16_t{0});
+    }
+    void add_to_rows(range rows, const visible_lanes* seen, float* grad_key, std::int64_t key_stride, float* grad_value,
+                     std::int64_t value_stride) const {
+      add_to(query, grad_scores_, rows, seen, grad_key, key_stride);
+      add_to(grad_out, weights_, rows, seen, grad_value, value_stride);
+    }
+    /// @}
+
+    /// Elements of `P` or `dS` of a part of tile `c`, and the pairs of the tile.
+    [[nodiscard]] std::int64_t place(const whole_part& part, range rows, std::int64_t c) const {
+      return (part.rows.begin - chunk_begin(rows.begin)) * stride_ + c * lanes;
+    }
+    [[nodiscard]] std::uint16_t* weights() const { return weights_; }
+    [[nodiscard]] std::uint16_t* grad_scores() const { return grad_scores_; }
+    [[nodiscard]] packed_pair* pairs() const { return pairs_; }
+    [[nodiscard]] std::int64_t stride() const { return stride_; }
+
+    paired_rows<Element> query, grad_out;
+    matrix_unit unit;
+    float* products;
+
+   private:
+    static constexpr std::int64_t products_size(const tile_form& form) {
+      return std::max(block, lanes) * std::max(whole_units(form.dim), whole_units(form.value_dim));
+    }
+
+    /// `to[j] += sum_i factors[j][i] * of[i]` for the rows `rows` of a block.
+    void add_to(const paired_rows<Element>& of, const std::uint16_t* factors, range rows, const visible_lanes* seen,
+                float* to, std::int64_t to_stride) const {
+      range seeing;
+      for (std::int64_t c = 0; c < stride_ / lanes; ++c)
+        if (!intersection(rows, seen[c].seen_by_any()).empty()) seeing = hull(seeing, {c * lanes, (c + 1) * lanes});
+      if (seeing.empty()) return;
+      const std::int64_t begin = chunk_begin(rows.begin), dim = of.dim(), row_size = whole_units(dim);
+      multiply<Element>(unit, {factors + seeing.begin, stride_}, of.pairs(seeing.begin), products, row_size,
+                        whole_units(rows.end - begin), dim, seeing.size());
+      const float one = 1.0f;
+      for (std::int64_t j = rows.begin; j < rows.end; ++j)
+        add_weighted_rows(&one, row_span<float>{products + (j - begin) * row_size, 0}, dim, 1, 1.0f,
+                          to + (j - rows.begin) * to_stride);
+      of.for_each_infinite([&](std::int64_t i, const Element* row) {
+        for (std::int64_t j = rows.begin; j < rows.end; ++j)
+          if (seen[i / lanes].lane[i % lanes].contains(j)) {
+            const float factor = element_of<Element>(factors[(j - begin) * stride_ + i], false);
+            for (std::int64_t d = 0; d < dim; ++d)
+              to[(j - rows.begin) * to_stride + d] += factor * static_cast<float>(row[d]);
+          }
+      });
+    }
+
+    std::int64_t stride_;
+    float* scores_;
+    packed_pair* pairs_;
+    std::uint16_t *weights_, *grad_scores_;
+    tile_registers registers_;
+  };
+
+  /// `P` and `dS` of a part.
+  struct factors {
+    static constexpr std::int64_t rows_at_once = 2;
+    std::uint16_t *weights, *grad_scores;
+    std::int64_t stride;
+    packed_pair* at;
+
+    factors(const gradient_memory& memory, const whole_part& part, range rows, std::int64_t c)
+        : weights(memory.weights() + memory.place(part, rows, c)),
+          grad_scores(memory.grad_scores() + memory.place(part, rows, c)),
+          stride(memory.stride()),
+          at(memory.pairs()) {}
+
+    static CCA_INLINE vector exp2(vector x) { return exp2_rounded(x); }
+    CCA_INLINE void put(std::int64_t j, std::int64_t n, const vector (&weight)[2],
+                        const vector (&grad_score)[2]) const {
+      vec<packed_pair> both[2];
+      unroll<2>([&](auto r) CCA_INLINE_LAMBDA {
+        both[r] = round_to_elements<Element>(grad_score[r]);
+        store_elements(round_to_elements<Element>(weight[r]), weights + (j + r) * stride + n * W);
+        store_elements(both[r], grad_scores + (j + r) * stride + n * W);
+      });
+      (both[0] | both[1] << 16).store_aligned(at + j / 2 * lanes + n * W);
+    }
+  };
+
+  // ------------------------------------------------------------------------------------------------------- products
+
+  /// As `vectors::score`.
+  static void score(const stack_memory& memory, const staged_block& block, const whole_part& part,
+                    const tile_form& form, const float* packed, const score_block<float> to, bool first) {
+    for (std::int64_t j = part.rows.begin; j < part.rows.end; j += chunk_rows) {
+      for (std::int64_t i = j; first && i < j + chunk_rows; ++i) block.ask_for(i + shape::block);
+      multiply<Element>(memory.unit, block.keys(j), {reinterpret_cast<const packed_pair*>(packed), lanes},
+                        to.at(j - part.rows.begin, 0), lanes, chunk_rows, lanes, form.dim);
+    }
+    const std::int64_t count = part.rows.size();
+    for (std::int64_t n = 0; n < whole_part::vectors; ++n)
+      part.with_mask(n, [&](const auto& mask) {
+        vector maximum(-infinity<float>);
+        for (std::int64_t j = 0; j < count; ++j) {
+          const vector x = mask.select(j, vector::load_aligned(to.at(j, n)), vector(-infinity<float>));
+          if constexpr (!std::is_same_v<decltype(mask), const unmasked&>) x.store_aligned(to.at(j, n));
+          maximum = xsimd::max(maximum, x);
+        }
+        maximum.store_aligned(to.maximum + n * W);
+      });
+  }
+
+  /// As `vectors::multiply_rows`.
+  static void multiply_rows(const whole_part& part, const row_chunks<Element>& rows, std::int64_t dim,
+                            const float* packed, matrix_unit unit, const score_block<float>& to) {
+    for (std::int64_t j = part.rows.begin; j < part.rows.end; j += chunk_rows)
+      multiply<Element>(unit, rows.chunk(j), {reinterpret_cast<const packed_pair*>(packed), lanes},
+                        to.at(j - part.rows.begin, 0), lanes, chunk_rows, lanes, dim);
+  }
+
+  /// As `vectors::add`, of weights in pairs of rows.
+  template <class Memory>
+  static void add(const Memory& memory, const whole_part& part, const columns_from& columns, std::int64_t dim,
+                  const packed_pair* weights, const float* rescale, float* sum) {
+    multiply<Element>(memory.unit, columns.of->columns(columns.j), {weights, lanes}, memory.products, lanes, dim, lanes,
+                      part.rows.size());
+    for (std::int64_t lane = 0; lane < lanes; lane += W) {
+      const vector factor = rescale != nullptr ? vector::load_aligned(rescale + lane) : vector(1.0f);
+      for (std::int64_t d = 0; d < dim; ++d) {
+        float* o = sum + d * lanes + lane;
+        fma<float>(vector::load_aligned(o), factor, vector::load_aligned(memory.products + d * lanes + lane))
+            .store_aligned(o);
+      }
+    }
+    columns.of->for_each_infinite(part.rows, [&](std::int64_t j, const Element* row) {
+      const std::int64_t i = j - part.rows.begin;
+      for (std::int64_t lane = 0; lane < part.count; ++lane)
+        if (part.seen->lane[lane].contains(j)) {
+          const float weight = element_of<Element>(weights[i / 2 * lanes + lane], i % 2 != 0);
+          for (std::int64_t d = 0; d < dim; ++d) sum[d * lanes + lane] += weight * static_cast<float>(row[d]);
+        }
+    });
+  }
+};
+
+}}}  // namespace cca::CCA_TARGET::detail

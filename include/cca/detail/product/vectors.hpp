@@ -1,0 +1,378 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "../../partition.hpp"
+#include "../context/row_span.hpp"
+#include "../context/source.hpp"
+#include "../context/visible.hpp"
+#include "../simd/dot.hpp"
+#include "../simd/register_block.hpp"
+#include "../simd/simd.hpp"
+#include "../simd/transpose.hpp"
+
+namespace cca { inline namespace CCA_TARGET { namespace detail {
+
+// A product is what multiplies. The tiles and stacks of the engine are written over one, which says
+//  - what is computed in (`number`), how many queries ride in a tile (`lanes`), how many rows are absorbed at once;
+//  - how queries are packed into lanes (`pack`), how rows are staged (`staged_block`), in which parts of a block a
+//    tile goes (`for_each_part`), and how weights are stored (`weights`, `factors`);
+//  - the three products of attention: `score` and `multiply_rows` (rows times lanes), `add` (columns times weights), and
+//    that of `query_rows` (weights times queries).
+// Rows that are not finite are left out of a product in which some lanes do not see them, since 0 * inf is NaN, and are
+// added to the lanes alone that see them.
+
+/// Products of vectors of floats or doubles. A register block of rows and lanes shares every element of a row, and every
+/// vector of lanes; rows are read as they lie, or converted once per block.
+template <class T>
+struct vectors {
+  using number = T;
+  using element = T;
+  using shape = tile_shape<T>;
+  using visible_lanes = lane_ranges<T>;
+  static constexpr std::int64_t W = width<T>, lanes = shape::lanes;
+
+  // ------------------------------------------------------------------------------------------------------- operands
+
+  /// Numbers that `pack` writes: `[dim][lanes]`.
+  static constexpr std::int64_t packed_size(std::int64_t dim) { return dim * lanes; }
+
+  /// Packs `count` rows of `dim` elements, times `sign`, a row in each lane; 0 in the lanes behind.
+  template <class Row>
+  static void pack(const Row* rows, std::int64_t stride, std::int64_t count, std::int64_t dim, T sign, T* to) {
+    if (count < lanes) std::fill_n(to, dim * lanes, T(0));
+    transpose(rows, stride, to, lanes, count, dim);
+    if (sign == T(1)) return;
+    for (std::int64_t i = 0; i < dim * lanes; i += W)
+      (vec<T>(sign) * vec<T>::load_aligned(to + i)).store_aligned(to + i);
+  }
+
+  /// A block of keys and values, for all tiles of a stack: where they lie, or converted.
+  class staged_block {
+   public:
+    static constexpr std::int64_t size(const tile_form& form, std::int64_t rows, bool staged) {
+      return staged ? rows * (form.dim + form.value_dim) : 0;
+    }
+
+    staged_block(T* scratch, const tile_form& form, std::int64_t rows)
+        : form_(form), staged_keys_(scratch), staged_values_(scratch + rows * form.dim) {}
+
+    /// Takes in the rows `rows` of a head.
+    template <class Key, class Value>
+    void stage(const context_rows<Key, Value>& head, range rows) {
+      const std::int64_t j = rows.begin, count = rows.size();
+      rows_ = rows;
+      keys_ = detail::stage(head.key + j * head.key_stride, head.key_stride, form_.dim, count, staged_keys_);
+      values_ =
+          detail::stage(head.value + j * head.value_stride, head.value_stride, form_.value_dim, count, staged_values_);
+    }
+
+    [[nodiscard]] range rows() const { return rows_; }
+    /// @{
+    /// From row `j` on. The same rows serve products along them and across them.
+    [[nodiscard]] row_span<T> keys(std::int64_t j) const { return keys_.from(j - rows_.begin); }
+    [[nodiscard]] row_span<T> values(std::int64_t j) const { return values_.from(j - rows_.begin); }
+    [[nodiscard]] row_span<T> key_columns(std::int64_t j) const { return keys(j); }
+    [[nodiscard]] row_span<T> value_columns(std::int64_t j) const { return values(j); }
+    /// @}
+
+    /// Asks for the memory of row `j`, which may lie beyond the block.
+    void ask_for(std::int64_t j) const {
+      prefetch_row(keys_, j - rows_.begin, form_.dim);
+      prefetch_row(values_, j - rows_.begin, form_.value_dim);
+    }
+
+   private:
+    tile_form form_;
+    T *staged_keys_, *staged_values_;
+    row_span<T> keys_, values_;
+    range rows_;
+  };
+
+  using staged_gradient_block = staged_block;
+
+  template <class F>
+  static void for_each_part(range rows, const visible_lanes& seen, std::int64_t count, const F& f) {
+    detail::for_each_part<T>(rows, seen, count, f);
+  }
+
+  // -------------------------------------------------------------------------------------------------------- weights
+
+  /// Memory of a forward stack: scores, which become weights where they are.
+  class stack_memory {
+   public:
+    static constexpr std::int64_t size(const tile_form&, std::int64_t) { return (shape::block + 1) * lanes; }
+
+    stack_memory(T* scratch, const tile_form&, std::int64_t) : maximum_(scratch), scores_(scratch + lanes) {}
+
+    template <class Part>
+    [[nodiscard]] score_block<T> scores(const Part&) const {
+      return {scores_, Part::vectors * W, maximum_};
+    }
+
+   private:
+    T *maximum_, *scores_;
+  };
+
+  /// The weights of a part, in the place of its scores.
+  struct weights {
+    static constexpr std::int64_t rows_at_once = 1;
+    static constexpr bool exact = true;
+    score_block<T> at;
+
+    template <class Part>
+    weights(const stack_memory&, const Part&, const score_block<T>& scores) : at(scores) {}
+
+    static CCA_INLINE vec<T> exp2(vec<T> x, const exp2_range<T>& range) { return detail::exp2<T>(x, range); }
+    CCA_INLINE void put(std::int64_t j, std::int64_t n, const vec<T> (&weight)[1]) const {
+      weight[0].store_aligned(at.at(j, n));
+    }
+  };
+
+  /// The rows of a stack's queries, or of their gradients, padded with zeros to whole vectors and tiles: what the gradients
+  /// of keys and values are summed from.
+  class query_rows {
+   public:
+    static constexpr std::int64_t size(std::int64_t lanes, std::int64_t dim) { return lanes * padded<T>(dim); }
+
+    query_rows(T* scratch, std::int64_t lanes, std::int64_t dim) : rows_(scratch), lanes_(lanes), dim_(dim) {}
+
+    [[nodiscard]] T* row(std::int64_t i) const { return rows_ + i * padded<T>(dim_); }
+
+    /// Takes in `count` rows, `row_of(i)`.
+    template <class Row>
+    void load(std::int64_t count, const Row& row_of) {
+      count_ = count;
+      std::fill_n(rows_, size(lanes_, dim_), T(0));
+      for (std::int64_t i = 0; i < count; ++i) convert(row_of(i), dim_, row(i));
+      finite_ = all_finite(row_span<T>{rows_, padded<T>(dim_)}, dim_, count);
+    }
+
+    /// `to[j] += sum_i factors[j][i] row_i` for the rows `rows` of a block; a query adds to what it sees.
+    void add_to(const T* factors, range rows, const visible_lanes* seen, T* to, std::int64_t to_stride) const {
+      const std::int64_t tiles = lanes_ / lanes;
+      range all = seen[0].seen_by_all();
+      for (std::int64_t c = 1; c < tiles; ++c) all = intersection(all, seen[c].seen_by_all());
+      const bool whole = intersection(rows, all) == rows;
+      const auto lanes_of = [&](range part) { return whole ? range{0, lanes_} : seeing(seen, tiles, part); };
+      const row_span<T> span{rows_, padded<T>(dim_)};
+      if (whole || finite_)
+        add_runs(factors, rows, seen, to, to_stride,
+                 [&](range part, const auto& run, const auto&) CCA_INLINE_LAMBDA { run(lanes_of(part)); });
+      else
+        add_runs(factors, rows, seen, to, to_stride,
+                 [&](range part, const auto& run, const auto& row)
+                     CCA_INLINE_LAMBDA { for_each_finite_run(span, dim_, lanes_of(part), run, row); });
+    }
+
+   private:
+    /// The lanes of the vectors that see one of the rows, and of those between them.
+    static range seeing(const visible_lanes* seen, std::int64_t tiles, range rows) {
+      range total;
+      for (std::int64_t v = 0; v < tiles * shape::vectors; ++v)
+        if (!intersection(seen[v / shape::vectors].any[v % shape::vectors], rows).empty())
+          total = hull(total, {v * W, (v + 1) * W});
+      return total;
+    }
+
+    /// `for_each_run(rows, run, row)` as in `add_runs` below, of lanes for some rows.
+    template <class Runs>
+    void add_runs(const T* factors, range rows, const visible_lanes* seen, T* to, std::int64_t to_stride,
+                  const Runs& for_each_run) const {
+      for_row_blocks<shape::vectors>(padded<T>(dim_) / W, [&](auto n, std::int64_t v) {
+        constexpr std::int64_t N = n();
+        for_row_blocks<shape::template rows_of<N>>(rows.size(), [&](auto r, std::int64_t j) CCA_INLINE_LAMBDA {
+          constexpr std::int64_t R = r();
+          vec<T> sum[R][N];
+          unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
+          const auto run = [&](range some) CCA_INLINE_LAMBDA {
+            accumulate(sum, factors + j * lanes_ + some.begin, lanes_, adjacent{}, row(some.begin) + v * W,
+                       padded<T>(dim_), some.size());
+          };
+          const auto query = [&](std::int64_t i) CCA_INLINE_LAMBDA {
+            for (std::int64_t k = 0; k < R; ++k)
+              if (seen[i / lanes].lane[i % lanes].contains(rows.begin + j + k))
+                for (std::int64_t m = 0; m < N; ++m)
+                  sum[k][m] = fma<T>(vec<T>(factors[(j + k) * lanes_ + i]), vec<T>::load_aligned(row(i) + (v + m) * W),
+                                     sum[k][m]);
+          };
+          for_each_run(shifted(range{j, j + R}, rows.begin), run, query);
+          unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA {
+            const std::int64_t d = (v + i % N) * W;
+            T* t = to + (j + i / N) * to_stride + d;
+            if (d + W <= dim_)
+              (vec<T>::load_unaligned(t) + sum[i / N][i % N]).store_unaligned(t);
+            else
+              store_partial(t, load_partial(t, dim_ - d) + sum[i / N][i % N], dim_ - d);
+          });
+        });
+      });
+    }
+
+    T* rows_;
+    std::int64_t lanes_, dim_, count_ = 0;
+    bool finite_ = true;
+  };
+
+  /// Memory of a backward stack: the rows of its queries and of the gradients of their outputs, and for a block of rows
+  /// `P` and `dS`, `[row][lane of the stack]`, in the place of the scores and of `dP`.
+  class gradient_memory {
+    static constexpr std::int64_t block = shape::gradient_block;
+
+   public:
+    static constexpr std::int64_t size(const tile_form& form, std::int64_t tiles) {
+      return tiles * lanes * (padded<T>(form.dim) + padded<T>(form.value_dim) + 2 * block);
+    }
+
+    gradient_memory(T* scratch, const tile_form& form, std::int64_t tiles)
+        : stride_(tiles * lanes),
+          weights_(scratch),
+          grad_scores_(weights_ + block * stride_),
+          query(grad_scores_ + block * stride_, stride_, form.dim),
+          grad_out(query.row(stride_), stride_, form.value_dim) {}
+
+    /// @{
+    /// Of a part of tile `c`: scores, which become weights, and the gradients of weights, which become those of scores.
+    template <class Part>
+    [[nodiscard]] score_block<T> scores(const Part& part, range rows, std::int64_t c) const {
+      return {weights_ + (part.rows.begin - rows.begin) * stride_ + c * lanes + part.first * W, stride_};
+    }
+    template <class Part>
+    [[nodiscard]] score_block<T> grad_weights(const Part& part, range rows, std::int64_t c) const {
+      return {grad_scores_ + (part.rows.begin - rows.begin) * stride_ + c * lanes + part.first * W, stride_};
+    }
+    /// @}
+
+    /// What tile `c` leaves of the rows `rows` of a block where it sees none.
+    void clear(range rows, std::int64_t c) const {
+      for (std::int64_t j = 0; j < rows.size(); ++j)
+        for (T* of : {weights_, grad_scores_}) std::fill_n(of + j * stride_ + c * lanes, lanes, T(0));
+    }
+
+    /// `dK += dS Q` and `dV += P dO` for the rows `rows` of a block.
+    void add_to_rows(range rows, const visible_lanes* seen, T* grad_key, std::int64_t key_stride, T* grad_value,
+                     std::int64_t value_stride) const {
+      query.add_to(grad_scores_, rows, seen, grad_key, key_stride);
+      grad_out.add_to(weights_, rows, seen, grad_value, value_stride);
+    }
+
+   private:
+    std::int64_t stride_;
+    T *weights_, *grad_scores_;
+
+   public:
+    query_rows query, grad_out;
+  };
+
+  /// `P` and `dS` of a part, in the place of the scores and of `dP`.
+  struct factors {
+    static constexpr std::int64_t rows_at_once = 1;
+    score_block<T> weights, at;
+
+    template <class Part>
+    factors(const gradient_memory& memory, const Part& part, range rows, std::int64_t c)
+        : weights(memory.scores(part, rows, c)), at(memory.grad_weights(part, rows, c)) {}
+
+    static CCA_INLINE vec<T> exp2(vec<T> x) { return detail::exp2<T>(x); }
+    CCA_INLINE void put(std::int64_t j, std::int64_t n, const vec<T> (&weight)[1],
+                        const vec<T> (&grad_score)[1]) const {
+      weight[0].store_aligned(weights.at(j, n));
+      grad_score[0].store_aligned(at.at(j, n));
+    }
+  };
+
+  // ------------------------------------------------------------------------------------------------------- products
+
+  /// `S = K Q^T` of a part: scores, unseen ones -inf, and the maximum of each lane. The first tile of a stack asks for the
+  /// rows that follow: memory answers while the products run.
+  template <class Part>
+  static void score(const stack_memory&, const staged_block& block, const Part& part, const tile_form& form,
+                    const T* packed, const score_block<T>& to, bool first) {
+    constexpr std::int64_t N = Part::vectors;
+    const row_span<T> keys = block.keys(part.rows.begin);
+    const bool asks = first && (N > 1 || part.first == 0);  // vectors by themselves leave it to the first
+    vec<T> maximum[N];
+    unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n] = vec<T>(-infinity<T>); });
+    for_row_blocks<shape::template rows_of<N>>(part.rows.size(), [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
+      constexpr std::int64_t R = rows();
+      for (std::int64_t r = 0; r < (asks ? R : 0); ++r) block.ask_for(part.rows.begin + j + r + shape::block);
+      vec<T> sum[R][N];
+      multiply(sum, keys.row(j), keys.stride, adjacent{}, packed + part.first * W, lanes, form.dim);
+      unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
+        unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
+          const vec<T> score = part.mask.select(j + r, sum[r][n], vec<T>(-infinity<T>));
+          score.store_aligned(to.at(j + r, n));
+          maximum[n] = xsimd::max(maximum[n], score);
+        });
+      });
+    });
+    unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n].store_aligned(to.maximum + n * W); });
+  }
+
+  /// `to = rows packed` of a part, `dim` elements each.
+  template <class Part>
+  static void multiply_rows(const Part& part, row_span<T> rows, std::int64_t dim, const T* packed, matrix_unit,
+                            const score_block<T> to) {
+    constexpr std::int64_t N = Part::vectors;
+    for_row_blocks<shape::template rows_of<N>>(part.rows.size(), [&](auto r, std::int64_t j) CCA_INLINE_LAMBDA {
+      vec<T> sum[r()][N];
+      multiply(sum, rows.row(j), rows.stride, adjacent{}, packed + part.first * W, lanes, dim);
+      unroll<r() * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N].store_aligned(to.at(j + i / N, i % N)); });
+    });
+  }
+
+  /// `sum = sum * rescale + columns^T weights` of a part, `[dim][lanes]`; without `rescale`, 1. The part is summed by
+  /// itself first: sums over long rows stay accurate.
+  template <class Memory, class Part>
+  static void add(const Memory&, const Part& part, row_span<T> columns, std::int64_t dim, const score_block<T> weights,
+                  const T* rescale, T* sum) {
+    const std::int64_t count = part.rows.size();
+    if (!Part::masked || all_finite(columns, dim, count))
+      add_runs(part, columns, dim, weights, rescale, sum, [&](const auto& run, const auto&) CCA_INLINE_LAMBDA {
+        run(range{0, count});
+      });
+    else
+      add_runs(part, columns, dim, weights, rescale, sum, [&](const auto& run, const auto& row) CCA_INLINE_LAMBDA {
+        for_each_finite_run(columns, dim, {0, count}, run, row);
+      });
+  }
+
+ private:
+  /// `for_each_run(run, row)` calls `run(rows)` for ranges of rows that are multiplied for all lanes, and `row(j)` for those
+  /// that are added to the lanes alone that see them, in order: so no other sum changes by a bit.
+  template <class Part, class Runs>
+  static void add_runs(const Part& part, row_span<T> columns, std::int64_t dim, const score_block<T> weights,
+                       const T* rescale, T* sum, const Runs& for_each_run) {
+    constexpr std::int64_t N = Part::vectors;
+    T* to = sum + part.first * W;
+    vec<T> factor[N];
+    unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
+      factor[n] = rescale != nullptr ? vec<T>::load_aligned(rescale + (part.first + n) * W) : vec<T>(T(1));
+    });
+    for_row_blocks<shape::template rows_of<N>>(dim, [&](auto r, std::int64_t d) CCA_INLINE_LAMBDA {
+      constexpr std::int64_t R = r();
+      vec<T> products[R][N];
+      unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { products[i / N][i % N] = vec<T>(T(0)); });
+      const auto run = [&](range rows) CCA_INLINE_LAMBDA {
+        accumulate(products, columns.row(rows.begin) + d, adjacent{}, columns.stride, weights.at(rows.begin, 0),
+                   weights.stride, rows.size());
+      };
+      const auto row = [&](std::int64_t j) CCA_INLINE_LAMBDA {
+        unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA {
+          vec<T>& product = products[i / N][i % N];
+          const vec<T> value(columns.row(j)[d + i / N]), weight = vec<T>::load_aligned(weights.at(j, i % N));
+          product = part.mask.select(j, fma<T>(value, weight, product), product);
+        });
+      };
+      for_each_run(run, row);
+      unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA {
+        T* o = to + (d + i / N) * lanes + i % N * W;
+        fma<T>(vec<T>::load_aligned(o), factor[i % N], products[i / N][i % N]).store_aligned(o);
+      });
+    });
+  }
+};
+
+}}}  // namespace cca::CCA_TARGET::detail

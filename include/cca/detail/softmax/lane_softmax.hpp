@@ -1,0 +1,126 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <numbers>
+
+#include "../context/visible.hpp"
+#include "../simd/simd.hpp"
+#include "row_softmax.hpp"
+#include "score_rule.hpp"
+
+namespace cca { inline namespace CCA_TARGET { namespace detail {
+
+/// The online softmax with a query in every lane of a tile. Running maximum, sum and rescaling are vertical: lanes never
+/// meet, so a NaN stays with the queries that see it.
+///
+/// A product may store weights that are rounded. The sum of the weights makes the log-sum-exp, the sum of those stored,
+/// which multiply the values, is what the output is divided by: so rows of equal values, and those that one key
+/// dominates, come out exactly.
+///
+/// A view of scratch memory, `size(lanes)` elements aligned to vectors.
+template <class T>
+class lane_softmax {
+  static constexpr std::int64_t W = width<T>;
+
+ public:
+  static constexpr std::int64_t size(std::int64_t lanes) { return 4 * lanes; }
+
+  lane_softmax(T* memory, std::int64_t lanes, const score_rule<T>& rule, int headroom)
+      : lanes_(lanes),
+        rule_(&rule),
+        headroom_(headroom),
+        maximum_(memory),
+        sum_(maximum_ + lanes),
+        stored_(sum_ + lanes),
+        rescale_(stored_ + lanes) {}
+
+  void begin() {
+    std::fill(maximum_, sum_, -infinity<T>);
+    std::fill(sum_, rescale_, T(0));
+  }
+
+  /// Turns the scores of a part into weights relative to the raised maximum, which `weights.put(j, n, vectors)` stores, and
+  /// adds them to the sums. What was absorbed before has to shrink by `rescale`. (Values, not references: the stores of
+  /// vectors might change what those refer to, for all that a compiler knows.)
+  template <class Part, class Weights>
+  void absorb(const Part& part, const score_block<T> scores, const Weights weights) {
+    constexpr std::int64_t R = Weights::rows_at_once;
+    const vec<T> unit(rule_->unit_in_base_2());
+    const exp2_range<T> range(headroom_);
+    const std::int64_t count = part.rows.size();
+    for (std::int64_t n = 0; n < Part::vectors; ++n) {
+      const std::int64_t lane = (part.first + n) * W;
+      const vec<T> old = vec<T>::load_aligned(maximum_ + lane);
+      const vec<T> raised = xsimd::max(old, vec<T>::load_aligned(scores.maximum + n * W));
+      // A lane that has seen nothing has the maximum -inf; -inf - 0 is -inf where -inf - -inf were NaN.
+      const vec<T> base = xsimd::select(raised == vec<T>(-infinity<T>), vec<T>(T(0)), raised);
+      const vec<T> rescale = exp2<T>((old - base) * unit);
+      raised.store_aligned(maximum_ + lane);
+      rescale.store_aligned(rescale_ + lane);
+      vec<T> sum(T(0)), stored(T(0));
+      for (std::int64_t j = 0; j < count; j += R) {
+        vec<T> weight[R];
+        unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
+          weight[r] = Weights::exp2((vec<T>::load_aligned(scores.at(j + r, n)) - base) * unit, range);
+          sum += weight[r];
+        });
+        if constexpr (Weights::exact)
+          weights.put(j, n, weight);
+        else
+          stored += weights.put(j, n, weight);
+      }
+      if constexpr (Weights::exact) stored = sum;
+      add(sum_ + lane, rescale, sum);
+      add(stored_ + lane, rescale, stored);
+    }
+  }
+
+  /// By how much each lane shrinks what it had before the last `absorb`.
+  [[nodiscard]] const T* rescale() const { return rescale_; }
+
+  /// Makes the shares of `count` queries, of which query 0 is query `first` of head `h` of sequence `b`. A sink is one more
+  /// row, of value 0: it joins the sum and nothing else.
+  void finish(std::int64_t count, std::int64_t b, std::int64_t h, std::int64_t first) {
+    const vec<T> zero(T(0)), one(T(1));
+    for (std::int64_t lane = 0; lane < lanes_; lane += W) {
+      const vec<T> stored = vec<T>::load_aligned(stored_ + lane);
+      const auto empty = stored == zero;
+      xsimd::select(empty, zero, one / xsimd::select(empty, one, stored)).store_aligned(stored_ + lane);
+    }
+    for (std::int64_t i = 0; rule_->has_sinks() && i < count; ++i) {
+      exponential_sum<T> whole = total(i);
+      const T own = whole.sum;
+      stored_[i] *= own * whole.join(rule_->sink_sum(b, h, first + i)).first * whole.inverse();
+    }
+  }
+
+  /// After `finish`: what turns a lane's sum of weighted values into their mean.
+  [[nodiscard]] const T* shares() const { return stored_; }
+
+  /// The natural log-sum-exp of lane `i`, that of query `q` of head `h` of sequence `b`.
+  [[nodiscard]] T lse(std::int64_t i, std::int64_t b, std::int64_t h, std::int64_t q) const {
+    exponential_sum<T> whole = total(i);
+    if (rule_->has_sinks()) whole.join(rule_->sink_sum(b, h, q));
+    return whole.log();
+  }
+
+ private:
+  /// What lane `i` has seen, in base 2.
+  [[nodiscard]] exponential_sum<T> total(std::int64_t i) const {
+    if (sum_[i] == T(0)) return {};
+    return {maximum_[i] * rule_->unit_in_base_2(), std::ldexp(sum_[i], headroom_)};
+  }
+
+  static void add(T* sum, vec<T> rescale, vec<T> more) {
+    fma<T>(vec<T>::load_aligned(sum), rescale, more).store_aligned(sum);
+  }
+
+  std::int64_t lanes_;
+  const score_rule<T>* rule_;
+  int headroom_;
+  T *maximum_, *sum_, *stored_, *rescale_;
+};
+
+}}}  // namespace cca::CCA_TARGET::detail
