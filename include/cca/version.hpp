@@ -24,8 +24,10 @@
 #define CCA_VERSION CCA_MAKE_VERSION(CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH)
 /// This version as text, "0.1.0" for example.
 #define CCA_VERSION_STRING CCA_VERSION_STRING_OF(CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH)
+/// @cond
 #define CCA_VERSION_STRING_OF(major, minor, patch) CCA_VERSION_TEXT(major, minor, patch)
 #define CCA_VERSION_TEXT(major, minor, patch) #major "." #minor "." #patch
+/// @endcond
 
 namespace cca { inline namespace CCA_TARGET {
 
