@@ -9,7 +9,6 @@ namespace bench {
 std::size_t allocated_bytes();
 
 void add_decode_cases();
-void add_dispatch_cases();  // where there is cca::dispatch
 void add_gradient_cases();
 void add_unit_cases();
 

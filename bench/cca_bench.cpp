@@ -280,9 +280,6 @@ int main(int argc, char** argv) {
   add_cases();
   bench::add_decode_cases();
   bench::add_gradient_cases();
-#ifdef CCA_BENCH_DISPATCH
-  bench::add_dispatch_cases();
-#endif
   bench::add_unit_cases();
   benchmark::RunSpecifiedBenchmarks();
 }

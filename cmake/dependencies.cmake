@@ -1,5 +1,13 @@
 # xsimd and Eigen: the installed ones, else fetched. Of a fetched one only the headers are used: SOURCE_SUBDIR names a
-# folder that does not exist, so that none of its CMake code runs.
+# folder that does not exist, so that none of its CMake code runs. To install the headers takes neither.
+
+if(PROJECT_IS_TOP_LEVEL AND NOT cca_builds)
+  find_package(xsimd 8.1 MODULE QUIET)
+  find_package(Eigen3 CONFIG QUIET)
+  if(NOT xsimd_FOUND OR NOT Eigen3_FOUND)
+    return()
+  endif()
+endif()
 
 include(FetchContent)
 
@@ -31,7 +39,8 @@ if(NOT TARGET Eigen3::Eigen)
   if(NOT TARGET Eigen3::Eigen)
     add_library(Eigen3::Eigen INTERFACE IMPORTED GLOBAL)
     target_include_directories(Eigen3::Eigen INTERFACE ${eigen3_SOURCE_DIR})
-  elseif(Eigen3_VERSION VERSION_LESS 3.4)
-    message(FATAL_ERROR "cca needs Eigen 3.4 or newer, and found ${Eigen3_VERSION} in ${Eigen3_DIR}")
   endif()
+endif()
+if(DEFINED Eigen3_VERSION AND Eigen3_VERSION VERSION_LESS 3.4)
+  message(FATAL_ERROR "cca needs Eigen 3.4 or newer, and found ${Eigen3_VERSION} in ${Eigen3_DIR}")
 endif()

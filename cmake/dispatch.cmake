@@ -44,14 +44,13 @@ function(cca_add_dispatch include_dir)
 
     # Functions that the objects share by name with each other and with the program, those of the standard library above
     # all, would be kept once by the linker, perhaps the newest processor's: only the table stays visible.
-    set(hidden ${CMAKE_CURRENT_BINARY_DIR}/${name}${CMAKE_CXX_OUTPUT_EXTENSION})
+    set(hidden ${CMAKE_CURRENT_BINARY_DIR}/${name}.$<CONFIG>${CMAKE_CXX_OUTPUT_EXTENSION})
     add_custom_command(
       OUTPUT ${hidden}
       COMMAND ${CMAKE_LINKER} -r --force-group-allocation -o ${hidden} $<TARGET_OBJECTS:${name}>
       COMMAND ${CMAKE_OBJCOPY} --keep-global-symbol=${name} ${hidden}
       DEPENDS ${name} $<TARGET_OBJECTS:${name}>
       VERBATIM)
-    set_source_files_properties(${hidden} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
     target_sources(cca_dispatch PRIVATE ${hidden})
   endforeach()
 endfunction()

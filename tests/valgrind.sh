@@ -8,7 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 cmake/install_packages.sh valgrind
 build=build/valgrind
 cmake -S . -B $build -G Ninja -DCMAKE_BUILD_TYPE=Debug "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1" -DCCA_TEST_ARCHS=avx2 \
-  -DCCA_TEST_DISPATCH=OFF -DCCA_TEST_HEADERS=OFF -DCCA_TEST_CONSUMERS=OFF -DCCA_BUILD_BENCHMARKS=OFF -DCCA_BUILD_EXAMPLES=OFF
+  -DCCA_TEST_DISPATCH=OFF -DCCA_TEST_HEADERS=OFF -DCCA_TEST_CONSUMERS=OFF \
+  -DCCA_BUILD_TESTS=ON -DCCA_BUILD_BENCHMARKS=OFF -DCCA_BUILD_EXAMPLES=OFF
 
 passed=0 failed=0
 for test in fuzz merge pooling attend kv_cache kv_cache_file; do

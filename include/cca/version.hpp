@@ -22,10 +22,18 @@
 #define CCA_MAKE_VERSION(major, minor, patch) ((major)*1000000 + (minor)*1000 + (patch))
 /// This version, as of `CCA_MAKE_VERSION`.
 #define CCA_VERSION CCA_MAKE_VERSION(CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH)
+/// This version as text, "0.1.0" for example.
+#define CCA_VERSION_STRING CCA_VERSION_STRING_OF(CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH)
+/// @cond
+#define CCA_VERSION_STRING_OF(major, minor, patch) CCA_VERSION_TEXT(major, minor, patch)
+#define CCA_VERSION_TEXT(major, minor, patch) #major "." #minor "." #patch
+/// @endcond
 
 namespace cca { inline namespace CCA_TARGET {
 
 /// For constant expressions: `static_assert(cca::version >= std::array{0, 1, 0})`.
 inline constexpr std::array<int, 3> version{CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH};
+/// The same as text, ended by a zero.
+inline constexpr char version_string[] = CCA_VERSION_STRING;
 
 }}  // namespace cca::CCA_TARGET

@@ -10,7 +10,6 @@
 
 #include <benchmark/benchmark.h>
 
-#include "cases.hpp"
 #include "machine.hpp"
 #include "operands.hpp"
 #include "timing.hpp"
@@ -18,8 +17,9 @@
 #define CCA_NAME_OF(target) #target
 #define CCA_NAME(target) CCA_NAME_OF(target)
 
-namespace bench {
 namespace {
+
+using bench::operands, bench::seconds, bench::timing;
 
 void prefill(benchmark::State& state, std::int64_t heads, std::int64_t length) {
   const cca::options options{.group_size = 16, .window = 256};
@@ -33,26 +33,29 @@ void prefill(benchmark::State& state, std::int64_t heads, std::int64_t length) {
   const auto right = [&](const auto& call) {
     std::fill(data.out.data.begin(), data.out.data.end(), 0.0f);
     call();
-    return check(data, true, options);
+    return bench::check(data, true, options);
   };
   // The units of the headers are compiled for one instruction set, perhaps not for the machine's newest.
   cca::dispatch::use(CCA_NAME(CCA_TARGET));
   if (!right(dispatched) || !right(direct)) return state.SkipWithError("wrong result");
 
   double best_direct = std::numeric_limits<double>::infinity();
-  const timing best = time<float>(
+  const timing best = bench::time<float>(
       state, dispatched, [](const auto& f) { return seconds(f); },
       [&] { best_direct = std::min(best_direct, seconds(direct)); });
-  count_flops(state, best, flops);
+  bench::count_flops(state, best, flops);
   state.counters["ratio"] = best.seconds / best_direct;
 }
 
 }  // namespace
 
-void add_dispatch_cases() {
+int main(int argc, char** argv) {
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  benchmark::AddCustomContext("compiler", bench::compiler);
+  benchmark::AddCustomContext("instruction_set", bench::instruction_set());
   for (const std::int64_t heads : {1, 32})
-    add("dispatch/cca/float/D:128/H:" + std::to_string(heads) + "/L:1024/g:16/s:256", 0.02,
-        [heads](benchmark::State& state) { prefill(state, heads, 1024); });
+    bench::add("dispatch/cca/float/D:128/H:" + std::to_string(heads) + "/L:1024/g:16/s:256", 0.02,
+               [heads](benchmark::State& state) { prefill(state, heads, 1024); });
+  benchmark::RunSpecifiedBenchmarks();
 }
-
-}  // namespace bench
