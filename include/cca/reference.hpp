@@ -89,15 +89,30 @@ matrix<Scalar> mean_query(tensor_view<T> query, std::int64_t b, std::int64_t h, 
   return mean;
 }
 
-/// Weights and log-sum-exp of a row of scores. No score: no weight, -inf.
+/// Weights and log-sum-exp of a row of scores. A score of -inf is masked: its weight is 0. No score but such: no weight,
+/// -inf.
 template <class Scalar>
 Scalar softmax(vector<Scalar>& scores) {
-  if (scores.size() == 0) return -std::numeric_limits<Scalar>::infinity();
-  const Scalar maximum = scores.maxCoeff();
+  constexpr Scalar none = -std::numeric_limits<Scalar>::infinity();
+  const Scalar maximum = scores.size() == 0 ? none : scores.template maxCoeff<Eigen::PropagateNaN>();
+  if (maximum == none) {
+    scores.setZero();
+    return none;
+  }
   scores = (scores.array() - maximum).exp();
   const Scalar sum = scores.sum();
   scores /= sum;
   return maximum + std::log(sum);
+}
+
+/// Weights of a group that is pooled with the query of its last token. A core stands for its group whatever the weights, so
+/// where every score is -inf it is NaN.
+template <class Scalar, class Keys, class Query>
+vector<Scalar> pooling_weights(const Keys& keys, const Query& last, Scalar scale) {
+  vector<Scalar> weights = scale * (keys * last);
+  if (softmax(weights) == -std::numeric_limits<Scalar>::infinity())
+    weights.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+  return weights;
 }
 
 /// Keys and values of the cores of every complete group. `core_k = sum_j w_j k_j` with
@@ -129,10 +144,8 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
           continue;
         }
         vector<Scalar> weights = vector<Scalar>::Constant(group.size(), Scalar(1) / static_cast<Scalar>(group.size()));
-        if (options.pool == pooling::last_query) {
-          weights = scale * (k * queries.row(group.end - 1).transpose());
-          softmax(weights);
-        }
+        if (options.pool == pooling::last_query)
+          weights = pooling_weights(k, queries.row(group.end - 1).transpose(), scale);
         core_key = k.transpose() * weights;
         core_value = v.transpose() * weights;
       }
@@ -258,8 +271,7 @@ gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, t
         vector<Scalar> weights = vector<Scalar>::Constant(group.size(), Scalar(1) / static_cast<Scalar>(group.size()));
         if (options.pool == pooling::last_query) {
           const vector<Scalar> last = queries.row(group.end - 1);
-          weights = scale * (k * last);
-          softmax(weights);
+          weights = pooling_weights(k, last, scale);
           const vector<Scalar> dw = k * dc_k + v * dc_v;
           const vector<Scalar> dl = weights.cwiseProduct((dw.array() - weights.dot(dw)).matrix());
           dk += scale * dl * last.transpose();
@@ -302,6 +314,7 @@ gradient<Scalar> attend_gradient(tensor_view<Query> query, tensor_view<Key> key,
         const vector<Scalar> logits = scale * (keys * q.row(i).transpose());
         vector<Scalar> weights = logits;
         const Scalar lse = softmax(weights);
+        if (lse == -std::numeric_limits<Scalar>::infinity()) continue;  // all are masked
         weights = (logits.array() - lse).exp();  // with the rounding of lse, which is what the forward pass leaves
         const vector<Scalar> dp = values * grad_rows.row(i).transpose();
         const Scalar dlse = grad_lse.data ? static_cast<Scalar>(*grad_lse.row(b, h, i)) : Scalar(0);

@@ -37,8 +37,9 @@ template <class Element>
 [[nodiscard]] CCA_INLINE vec<packed_pair> round_to_elements(vec<float> x) {
   if constexpr (is_bfloat16<Element>) {
     const vec<packed_pair> rounded = cast_bits<packed_pair>(x) + vec<packed_pair>(packed_pair{0x8000});
-    // The payload of a NaN could carry over.
-    return cast_bits<packed_pair>(xsimd::select(x == x, cast_bits<float>(rounded), x)) >> 16;
+    // The payload of a NaN could carry over, or lie in the bits that go.
+    const vec<float> nan(std::numeric_limits<float>::quiet_NaN());
+    return cast_bits<packed_pair>(xsimd::select(x == x, cast_bits<float>(rounded), nan)) >> 16;
   } else {
 #if defined(__AVX512F__)
     return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
