@@ -135,14 +135,24 @@ struct pool_heads {
   std::int64_t batch, query_heads, kv_heads, core_heads;
 };
 
+/// Groups that a task of pooling takes.
+inline std::int64_t groups_per_task(std::int64_t group_size) {
+  return std::max<std::int64_t>(pool_task_tokens / group_size, 1);
+}
+
+/// Tasks of pooling `groups` groups of each of `heads` heads of all sequences.
+inline std::int64_t pool_task_count(std::int64_t heads, std::int64_t groups, std::int64_t group_size) {
+  const std::int64_t per_task = groups_per_task(group_size);
+  return heads * ((groups + per_task - 1) / per_task);
+}
+
 /// Calls `f(worker, b, kv_head, core head, group)` for the groups `[groups.begin, groups.end)` of every sequence and core
 /// head. The heads that share a group take turns while its rows are in cache, never at once.
 template <executor E, class F>
 void for_each_group(const pool_heads& heads, range groups, std::int64_t group_size, const E& run, std::int64_t workers,
                     const F& f) {
   if (heads.core_heads == 0) return;
-  const std::int64_t per_task = std::max<std::int64_t>(pool_task_tokens / group_size, 1);
-  const std::int64_t tasks = (groups.size() + per_task - 1) / per_task;
+  const std::int64_t per_task = groups_per_task(group_size), tasks = pool_task_count(1, groups.size(), group_size);
   run_tasks(run, workers, heads.batch * heads.kv_heads * tasks, [&](std::int64_t worker, std::int64_t i) {
     const std::int64_t b = i / tasks / heads.kv_heads, kv_head = i / tasks % heads.kv_heads;
     const std::int64_t first = groups.begin + i % tasks * per_task, cores = heads.core_heads / heads.kv_heads;
@@ -215,6 +225,14 @@ void require_pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Va
                  "none: the mean and the maximum have no weights");
 }
 
+/// Workers of pooling all complete groups. `attention` pools those that some query sees, which are fewer: a workspace for
+/// these workers serves both.
+template <class Key, executor E>
+std::int64_t pool_workers(const tensor_view<Key>& key, const options& options, const E& run) {
+  const std::int64_t groups = partition{options.group_size}.group_count(key.length());
+  return worker_count(run, pool_task_count(key.batch() * key.heads(), groups, options.group_size));
+}
+
 /// Extents of the core keys and values of every complete group.
 template <class Query, class Key, class Value>
 std::array<std::array<std::int64_t, 4>, 2> core_extents(tensor_view<Query> query, tensor_view<Key> key,
@@ -249,7 +267,7 @@ void pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> val
   detail::require_extents("core_key", core_key, key_extents);
   detail::require_extents("core_value", core_value, value_extents);
 
-  const std::int64_t workers = detail::concurrency(run);
+  const std::int64_t workers = detail::pool_workers(key, options, run);
   const std::int64_t size = detail::group_pooler<T>::size(key.dim(), value.dim(), !detail::in_place<T, Key, Value>);
   detail::scratch memory(workspace, detail::worker_scratch<T>::bytes(workers, size));
   detail::pool_views<T>(query, key, value, core_key, core_value, options, run,

@@ -53,7 +53,7 @@ class backward {
         lanes_(on_unit() ? unit_stack::lanes_for(length, form) : float_stack::lanes_for(length, form)),
         per_chain_((length + lanes_ - 1) / lanes_ * sharing_),
         tasks_(batch * head_groups * per_chain_),
-        workers_(workers),
+        workers_(std::clamp<std::int64_t>(tasks_, 1, workers)),
         worker_size_(on_unit() ? unit_stack::size(lanes_, form, staged) : float_stack::size(lanes_, form, staged)) {}
 
   [[nodiscard]] std::size_t bytes() const {
