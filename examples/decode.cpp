@@ -19,16 +19,16 @@ int main() {
   };
   const std::vector<float> q = tokens(heads), k = tokens(kv_heads), v = tokens(kv_heads);
   std::vector<float> whole(q.size()), answers(q.size());
-  cca::attention(cca::bshd(q.data(), 1, length, heads, dim), cca::bshd(k.data(), 1, length, kv_heads, dim),
-                 cca::bshd(v.data(), 1, length, kv_heads, dim), cca::bshd(whole.data(), 1, length, heads, dim),
-                 options);
+  const auto query = cca::bshd(q.data(), 1, length, heads, dim), key = cca::bshd(k.data(), 1, length, kv_heads, dim),
+             value = cca::bshd(v.data(), 1, length, kv_heads, dim);
+  const auto out = cca::bshd(answers.data(), 1, length, heads, dim);
+  cca::attention(query, key, value, cca::bshd(whole.data(), 1, length, heads, dim), options);
 
   cca::kv_cache<float> cache({.batch = 1, .heads = heads, .kv_heads = kv_heads, .dim = dim, .rewind = 4}, options);
   const auto append = [&](const char* what, std::int64_t count) {
     const std::int64_t first = cache.length();
-    const auto part = [&](auto* data, std::int64_t h) { return cca::bshd(data + first * h * dim, 1, count, h, dim); };
-    cache.attend(part(q.data(), heads), part(k.data(), kv_heads), part(v.data(), kv_heads),
-                 part(answers.data(), heads));
+    cache.attend(query.slice(first, count), key.slice(first, count), value.slice(first, count),
+                 out.slice(first, count));
     std::printf("%-16s %3lld tokens: %2lld cores, %2lld raw, %5zu bytes of keys and values\n", what,
                 static_cast<long long>(cache.length()), static_cast<long long>(cache.core_count()),
                 static_cast<long long>(cache.raw_count()), cache.bytes());

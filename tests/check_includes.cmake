@@ -5,9 +5,10 @@ cmake_minimum_required(VERSION 3.25)
 
 set(order
     # Words that callers use: no arithmetic on data yet.
-    detail/base/target.hpp version.hpp element.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp
+    detail/base/target.hpp detail/base/refuse.hpp detail/base/float_mode.hpp
+    version.hpp element.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp
     # Words that kernels use, and the checks of what callers say.
-    detail/base/processor.hpp detail/base/refuse.hpp detail/product/choose_unit.hpp detail/base/validate.hpp
+    detail/base/processor.hpp detail/product/choose_unit.hpp detail/base/validate.hpp
     detail/base/scratch.hpp detail/base/turn.hpp
     # Vectors.
     detail/simd/simd.hpp detail/simd/convert.hpp detail/simd/transpose.hpp detail/context/row_span.hpp

@@ -8,8 +8,7 @@
 #include "gradient_entry_points.hpp"
 #include "kv_cache_steps.hpp"
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 #define CCA_NAME_OF(target) #target
 #define CCA_NAME(target) CCA_NAME_OF(target)
@@ -60,7 +59,8 @@ template <class T>
 std::size_t dispatched_workspace_size(const problem& p, const arguments<T>& a, const any_executor& run) {
   const auto& in = a.operands;
   if (p.entry == entry::merge) return 0;
-  if (p.entry == entry::attend) return dispatch::workspace_size(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, run);
+  if (p.entry == entry::attend)
+    return dispatch::workspace_size(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, run);
   return dispatch::workspace_size(in[0], in[1], in[2], p.options, run);
 }
 
@@ -334,6 +334,12 @@ TEST(DispatchCache, AnswersWithTheBitsOfTheProgramsOwn) {
       EXPECT_EQ(dispatched.raw_count(b), own.raw_count(b));
       EXPECT_EQ(dispatched.least_length(b), own.least_length(b));
     }
+    for (const std::int64_t b : {-1, 2}) {
+      EXPECT_THROW((void)dispatched.length(b), std::invalid_argument);
+      EXPECT_THROW((void)dispatched.core_count(b), std::invalid_argument);
+      EXPECT_THROW((void)dispatched.raw_count(b), std::invalid_argument);
+      EXPECT_THROW((void)dispatched.least_length(b), std::invalid_argument);
+    }
     EXPECT_EQ(dispatched.bytes(), own.bytes());
     EXPECT_EQ(dispatched.allocated_bytes(), own.allocated_bytes());
   };
@@ -424,5 +430,4 @@ TEST(DispatchCache, ThrowsWhatTheKernelsThrow) {
   EXPECT_THROW((void)dispatch::load<float>(foreign), std::runtime_error);
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

@@ -257,7 +257,7 @@ TEST(KvCacheFile, AForgedSequenceIsRefused) {
                                                 {9, 7},
                                                 {9, 9},
                                                 {9, 10},
-                                                {20, 10},
+                                                {20, 8},
                                                 {-greatest, -greatest},
                                                 {greatest, greatest},
                                                 {greatest, 0},

@@ -50,7 +50,8 @@ template <class T>
 struct known_sequence {
   operands<T> tokens;  // the first `length` of them
   std::int64_t length = 0;
-  std::int64_t oldest = 0;  // raw token still held
+  std::int64_t longest = 0;  // since it was empty
+  std::int64_t oldest = 0;   // raw token still held
 };
 
 /// A cache, and beside it all tokens of its sequences: whatever is done to it, it has to answer and to count as if it had
@@ -135,7 +136,7 @@ class cache_life {
       }
       case operation::reset:
         cache_.reset(b);
-        known(b).length = known(b).oldest = 0;
+        known(b).length = known(b).longest = known(b).oldest = 0;
         return;
       case operation::reload: {
         const std::string file = content(cache_);
@@ -177,6 +178,7 @@ class cache_life {
       copy<T>(added.key, tokens_of(s.tokens.key.view(), place));
       copy<T>(added.value, tokens_of(s.tokens.value.view(), place));
       s.length += count;
+      s.longest = std::max(s.longest, s.length);
       s.oldest = std::max(s.oldest, s.length - setup_.raw_limit());
       if (answers)
         judge_(sequence_of(*answers, b - batch.begin),
@@ -213,6 +215,7 @@ class cache_life {
       EXPECT_EQ(cache_.raw_count(b), raw);
       EXPECT_LE(raw, setup_.raw_limit());
       EXPECT_EQ(cache_.least_length(b), least_length(s));
+      EXPECT_LE(cache_.least_length(b), std::max<std::int64_t>(s.longest - 2 * setup_.shape.rewind, 0));
       core_rows += core_heads * cores;
       raw_rows += setup_.shape.kv_heads * raw;
     }

@@ -44,7 +44,7 @@ struct cache_setup {
 
   /// Raw entries that a sequence of any length needs; with an unlimited window there is no such number.
   [[nodiscard]] std::int64_t raw_limit() const {
-    return options.window == unlimited ? unlimited : options.window + options.group_size + shape.rewind;
+    return options.window == unlimited ? unlimited : options.window + options.group_size + 2 * shape.rewind;
   }
 
   /// Extents of `count` tokens of each sequence, or of one.

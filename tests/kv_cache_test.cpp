@@ -7,8 +7,7 @@
 #include <set>
 #include <stdexcept>
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 /// Calls that run the tasks in other orders, and on several threads.
 std::vector<any_executor> executors() {
@@ -510,6 +509,10 @@ TEST(KvCache, RefusesWhatDoesNotFitAndStaysAsItWas) {
     expect_refused("b", [&] { p.cache.reset(b); });
     expect_refused("from", [&] { p.cache.fork(b, 0); });
     expect_refused("to", [&] { p.cache.fork(0, b); });
+    expect_refused("b", [&] { (void)p.cache.length(b); });
+    expect_refused("b", [&] { (void)p.cache.core_count(b); });
+    expect_refused("b", [&] { (void)p.cache.raw_count(b); });
+    expect_refused("b", [&] { (void)p.cache.least_length(b); });
   }
   expect_refused("length", [&] { p.cache.truncate(0, -1); });
   expect_refused("length", [&] { p.cache.truncate(0, 15); });
@@ -576,5 +579,4 @@ TEST(KvCache, NumbersMayBeAsLargeAsTheyGet) {
   }
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

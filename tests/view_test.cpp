@@ -2,8 +2,7 @@
 
 #include "support.hpp"
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 static_assert(std::is_trivially_copyable_v<tensor_view<double>> && std::is_trivially_copyable_v<lse_view<float>>);
 static_assert(std::is_trivially_copyable_v<tensor_view<const float>>);
@@ -118,6 +117,56 @@ TEST(View, OfConstElementsIsTheSameMemory) {
   EXPECT_EQ(constant.stride, view.stride);
 }
 
+/// Model buffers: [batch][capacity][heads][dim], of which some tokens are filled, and all of one projection's heads in one.
+TEST(View, SlicesAreTheirTokensAndHeads) {
+  auto memory = numbers(2 * 5 * 6 * 3);
+  const auto whole = bshd(memory.data(), 2, 5, 6, 3);
+  const auto lse = bhs(memory.data(), 2, 6, 5);
+  for (std::int64_t first = 0; first <= 6; ++first)
+    for (std::int64_t count = 0; count <= 6 - first; ++count) {
+      if (first + count <= 5) {
+        const auto tokens = whole.slice(first, count);
+        const auto of_lse = lse.slice(first, count);
+        EXPECT_EQ(tokens.extent, (std::array<std::int64_t, 4>{2, 6, count, 3}));
+        EXPECT_EQ(of_lse.extent, (std::array<std::int64_t, 3>{2, 6, count}));
+        EXPECT_EQ(tokens.stride, whole.stride);
+        for_each_row(tokens, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+          EXPECT_EQ(tokens.row(b, h, i), whole.row(b, h, first + i));
+          EXPECT_EQ(of_lse.row(b, h, i), lse.row(b, h, first + i));
+        });
+      }
+      const auto heads = whole.slice_heads(first, count);
+      EXPECT_EQ(heads.extent, (std::array<std::int64_t, 4>{2, count, 5, 3}));
+      for_each_row(heads, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+        EXPECT_EQ(heads.row(b, h, i), whole.row(b, first + h, i));
+      });
+    }
+}
+
+TEST(View, SlicesOutOfRangeAreRefused) {
+  const auto whole = bshd<float>(nullptr, 2, 5, 6, 3);
+  constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max();
+  const auto expect_refused = [](const std::string& message, const auto& f) {
+    try {
+      f();
+      FAIL() << "nothing is refused";
+    } catch (const std::invalid_argument& refused) {
+      EXPECT_EQ(std::string(refused.what()).find(message), 0U) << refused.what();
+    }
+  };
+  for (const auto& [first, count] : std::array<std::pair<std::int64_t, std::int64_t>, 7>{
+           {{-1, 1}, {0, 7}, {7, 0}, {1, -1}, {6, 1}, {most, most}, {1, most}}}) {
+    const std::string got =
+        ": got " + std::to_string(count) + " from " + std::to_string(first) + " on, wants a part of ";
+    expect_refused("cca: slice of tokens" + got + "[0, 5)", [&] { (void)whole.slice(first, count); });
+    expect_refused("cca: slice of heads" + got + "[0, 6)", [&] { (void)whole.slice_heads(first, count); });
+  }
+  expect_refused("cca: slice of tokens", [&] { (void)whole.slice(0, 6); });
+  // Without elements there is no pointer to move.
+  EXPECT_EQ(whole.slice(2, 3).data, nullptr);
+  EXPECT_EQ(bhsd<float>(nullptr, 1, 1, 0, 4).slice(0, 0).data, nullptr);
+}
+
 TEST(View, IsEmptyWithAnyExtent0) {
   EXPECT_FALSE(bhsd<float>(nullptr, 1, 1, 1, 1).empty());
   for (std::size_t i = 0; i < 4; ++i) {
@@ -128,5 +177,4 @@ TEST(View, IsEmptyWithAnyExtent0) {
   EXPECT_TRUE(lse_view<>{}.empty());
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

@@ -165,8 +165,8 @@ struct core_plan {
             const options& options)
       : cores(partition{options.group_size, options.window}.core_count(key.length() - 1)),
         core_heads(core_head_count(options, query.heads(), key.heads())),
-        core_key_size(key.batch() * core_heads * cores * key.dim()),
-        core_value_size(key.batch() * core_heads * cores * value.dim()) {}
+        core_key_size(element_count<Core>(key.batch(), core_heads, cores, key.dim())),
+        core_value_size(element_count<Core>(key.batch(), core_heads, cores, value.dim())) {}
 
   [[nodiscard]] std::size_t bytes() const {
     return scratch_bytes<Core>(core_key_size) + scratch_bytes<Core>(core_value_size);
@@ -184,7 +184,7 @@ struct cca_plan : core_plan<Core> {
   cca_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
            const options& options, const E& run)
       : core_plan<Core>(query, key, value, options),
-        workers(concurrency(run)),
+        workers(pool_workers(key, options, run)),
         pooler_size(group_rows<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>)),
         forward(plan<Element>(query, value.dim(), key.heads(), {this->cores, key.length()},
                               !in_place<T, Key, Value, Core>, options.unit, run)) {}
@@ -203,6 +203,9 @@ template <class Query, class Key, class Value, executor E = serial_executor>
   using Element = detail::product_type<Query, Key, Value>;
   detail::require_options<compute_type<Element>>(options);
   detail::require_unit<Element>(options);
+  detail::require_sizes("query", query);
+  detail::require_sizes("key", key);
+  detail::require_sizes("value", value);
   return detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
     return detail::cca_plan<Element, Core>(query, key, value, options, run).bytes() + detail::scratch_alignment;
   });
@@ -213,6 +216,10 @@ template <class Query, class Key, class Value, class FarKey, class FarValue, exe
 [[nodiscard]] std::size_t workspace_size(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                          far_context<FarKey, FarValue> context, const E& run = {},
                                          matrix_unit unit = matrix_unit::none) {
+  detail::require_sizes("query", query);
+  detail::require_sizes("key", key);
+  detail::require_sizes("value", value);
+  detail::require_sizes("far.key", context.key);
   return detail::attend_plan(query, key, value, context, unit, run).bytes() + detail::scratch_alignment;
 }
 

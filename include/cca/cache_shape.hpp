@@ -18,7 +18,7 @@ struct cache_shape {
   std::int64_t dim = 0;        ///< of queries and keys
   std::int64_t value_dim = 0;  ///< of values; 0 means `dim`
   std::int64_t capacity = 0;   ///< tokens per sequence for which memory is taken at once; 0: as they come
-  std::int64_t rewind = 0;     ///< tokens that `truncate` can always take back, at one raw entry each
+  std::int64_t rewind = 0;     ///< tokens that `truncate` can take back, see there; at two raw entries each
 
   /// Of every member.
   friend bool operator==(const cache_shape&, const cache_shape&) = default;

@@ -102,7 +102,7 @@ struct cca_gradient_plan : core_plan<Core> {
   cca_gradient_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
                     const options& options, const E& run)
       : core_plan<Core>(query, key, value, options),
-        workers(concurrency(run)),
+        workers(pool_workers(key, options, run)),
         pooler_size(group_rows<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>)),
         backward(backward_plan<Element>(query, value.dim(), key.heads(), !in_place<T, Key, Value, Core>, options.unit,
                                         run)) {}
@@ -126,7 +126,7 @@ void raw_gradient(const query_results<Query, Out, Lse, GradOut, GradLse>& result
 
   const auto backward = backward_plan<product_type<Query, Key, Value>>(query, value.dim(), key.heads(),
                                                                        !in_place<T, Key, Value>, options.unit, run);
-  scratch memory(workspace, backward.bytes());
+  scratch memory(workspace, backward.bytes(), "gradient_workspace_size");
   fill_zero(grad_key, run);
   fill_zero(grad_value, run);
   backward(results, grad_query, make_score_rule<T>(options, key.dim()), {}, run, memory,
@@ -142,6 +142,9 @@ template <class Query, class Key, class Value, executor E = serial_executor>
   using Element = detail::product_type<Query, Key, Value>;
   detail::require_options<compute_type<Element>>(options);
   detail::require_unit<Element>(options);
+  detail::require_sizes("query", query);
+  detail::require_sizes("key", key);
+  detail::require_sizes("value", value);
   return detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
     return detail::cca_gradient_plan<Element, Core>(query, key, value, options, run).bytes() +
            detail::scratch_alignment;
@@ -153,6 +156,10 @@ template <class Query, class Key, class Value, class FarKey, class FarValue, exe
 [[nodiscard]] std::size_t gradient_workspace_size(tensor_view<Query> query, tensor_view<Key> key,
                                                   tensor_view<Value> value, far_context<FarKey, FarValue> context,
                                                   const E& run = {}, matrix_unit unit = matrix_unit::none) {
+  detail::require_sizes("query", query);
+  detail::require_sizes("key", key);
+  detail::require_sizes("value", value);
+  detail::require_sizes("far.key", context.key);
   return detail::attend_backward(query, key, value, context, unit, run).bytes() + detail::scratch_alignment;
 }
 
@@ -180,9 +187,9 @@ void pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<V
   detail::require_extents("grad_core_value", grad_core_value, core_value);
   detail::require_gradients(query, key, value, grad_query, grad_key, grad_value);
 
-  const std::int64_t workers = detail::concurrency(run);
+  const std::int64_t workers = detail::pool_workers(key, options, run);
   const std::int64_t size = detail::group_rows<T>::size(key.dim(), value.dim(), !detail::in_place<T, Key, Value>);
-  detail::scratch memory(workspace, detail::worker_scratch<T>::bytes(workers, size));
+  detail::scratch memory(workspace, detail::worker_scratch<T>::bytes(workers, size), "gradient_workspace_size");
   detail::fill_zero(grad_query, run);
   detail::fill_zero(grad_key, run);
   detail::fill_zero(grad_value, run);
@@ -222,7 +229,7 @@ void attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_v
   using Element = detail::product_type<Query, Key, Value>;
   detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
     const detail::cca_gradient_plan<Element, Core> plan(query, key, value, options, run);
-    detail::scratch memory(workspace, plan.bytes());
+    detail::scratch memory(workspace, plan.bytes(), "gradient_workspace_size");
     const auto cores = [&]<class Row>(std::type_identity<Row>) {
       const auto rows = [&](std::int64_t size, std::int64_t dim) {
         return bhsd(memory.take<Row>(size), key.batch(), plan.core_heads, plan.cores, dim);
@@ -321,7 +328,7 @@ void attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view
   detail::require_gradient("grad_far_value", grad_far_value, context.value.extent);
 
   const auto backward = detail::attend_backward(query, key, value, context, options.unit, run);
-  detail::scratch memory(workspace, backward.bytes());
+  detail::scratch memory(workspace, backward.bytes(), "gradient_workspace_size");
   for (const auto& sum : {grad_key, grad_value, grad_far_key, grad_far_value}) detail::fill_zero(sum, run);
   backward(results, grad_query, detail::make_score_rule<T>(options, key.dim()), {}, run, memory,
            detail::source_gradient{detail::seen_source(context), grad_far_key, grad_far_value},

@@ -27,7 +27,7 @@ struct cache_file;
 }
 
 /// The keys and values that CCA attention can still see: per sequence the cores of all complete groups and the raw
-/// tokens of the window, `floor(n / g)` cores and at most `s + g + rewind` raw entries after n tokens.
+/// tokens of the window, `floor(n / g)` cores and at most `s + g + 2 rewind` raw entries after n tokens.
 ///
 /// Tokens are appended one or many at a time; a group is pooled as soon as its last token arrives, with that token's
 /// query. Attending gives what `attention` gives for the whole sequence, within rounding, however it was cut. With a
@@ -58,7 +58,7 @@ class kv_cache {
         core_heads_(detail::core_head_count(options, shape_.heads, shape_.kv_heads)) {
     for (std::int64_t b = 0; b < shape_.batch; ++b) {
       sequences_.push_back(new_sequence());
-      reserve(sequences_.back(), shape_.capacity);
+      reserve("shape.capacity", sequences_.back(), shape_.capacity);
     }
   }
 
@@ -69,14 +69,14 @@ class kv_cache {
   /// @}
 
   /// Tokens appended to sequence `b`.
-  [[nodiscard]] std::int64_t length(std::int64_t b = 0) const { return at(b).length; }
+  [[nodiscard]] std::int64_t length(std::int64_t b = 0) const { return known(b).length; }
   /// Core tokens of sequence `b`, per core head.
-  [[nodiscard]] std::int64_t core_count(std::int64_t b = 0) const { return group_count(at(b).length); }
+  [[nodiscard]] std::int64_t core_count(std::int64_t b = 0) const { return group_count(known(b).length); }
   /// Raw tokens of sequence `b` that a query to come can see, or that a rewind needs, per key/value head.
-  [[nodiscard]] std::int64_t raw_count(std::int64_t b = 0) const { return at(b).length - at(b).oldest; }
+  [[nodiscard]] std::int64_t raw_count(std::int64_t b = 0) const { return known(b).length - known(b).oldest; }
   /// The least length to which `truncate` can take sequence `b`.
   [[nodiscard]] std::int64_t least_length(std::int64_t b = 0) const {
-    const std::int64_t cores = (at(b).oldest + options_.group_size - 1) / options_.group_size;
+    const std::int64_t cores = (known(b).oldest + options_.group_size - 1) / options_.group_size;
     return cores == 0 ? 0 : partition_.first_query(cores - 1);
   }
 
@@ -151,7 +151,9 @@ class kv_cache {
   }
 
   /// Takes back the tokens of sequence `b` from `length` on, as speculative decoding does with those that were refused.
-  /// `rewind` tokens can always be taken back, more as long as `least_length` says so.
+  /// `least_length` says how far that goes: to `longest - 2 rewind` at least, where `longest` is the greatest length
+  /// since the sequence was empty. So `rewind` tokens can be taken back from every length down to `longest - rewind`,
+  /// however often that many were appended and refused; what was taken back once counts until `longest` grows.
   void truncate(std::int64_t b, std::int64_t length) {
     require_sequence("b", b);
     if (!(least_length(b) <= length && length <= at(b).length))
@@ -211,7 +213,7 @@ class kv_cache {
 
   /// Takes a sequence in, as one more of the batch.
   void add(sequence&& s) {
-    reserve(s, shape_.capacity);
+    reserve("shape.capacity", s, shape_.capacity);
     sequences_.push_back(std::move(s));
     ++shape_.batch;
   }
@@ -228,19 +230,33 @@ class kv_cache {
 
   [[nodiscard]] const sequence& at(std::int64_t b) const { return sequences_[static_cast<std::size_t>(b)]; }
   [[nodiscard]] sequence& at(std::int64_t b) { return sequences_[static_cast<std::size_t>(b)]; }
+  /// A caller's sequence.
+  [[nodiscard]] const sequence& known(std::int64_t b) const {
+    require_sequence("b", b);
+    return at(b);
+  }
 
-  /// Raw entries that a sequence of any length needs.
+  /// Raw entries that a sequence of any length needs: what the queries from `longest - 2 rewind` on see. A refused draft
+  /// takes one `rewind` away, the tokens before it can then be taken back by the other.
   [[nodiscard]] std::int64_t raw_limit() const {
     std::int64_t limit = options_.window;
-    for (const std::int64_t more : {options_.group_size, shape_.rewind})
+    for (const std::int64_t more : {options_.group_size, shape_.rewind, shape_.rewind})
       limit = limit > unlimited - more ? unlimited : limit + more;
     return limit;
   }
 
-  /// Room for `length` tokens. While the raw entries still grow nothing has wrapped around: every token keeps its row.
-  void reserve(sequence& s, std::int64_t length) {
-    s.cores.reserve(group_count(length), unlimited);
-    s.raw.reserve(std::min(length, raw_limit()), raw_limit());
+  /// Room for `length` tokens, which `argument` asks for. While the raw entries still grow nothing has wrapped around:
+  /// every token keeps its row.
+  void reserve(const char* argument, sequence& s, std::int64_t length) {
+    const std::int64_t cores = group_count(length), raw = std::min(length, raw_limit());
+    const std::int64_t dims = shape_.dim + shape_.value_dim;
+    const long double bytes = detail::elements(core_heads_, cores, dims) * sizeof(Core) +
+                              detail::elements(shape_.kv_heads, raw, dims) * sizeof(Element);
+    if (bytes > detail::most_allocated_bytes)
+      detail::refuse(argument, std::to_string(length) + " tokens of " + detail::to_string(bytes) + " bytes",
+                     "at most 2^40 bytes per sequence");
+    s.cores.reserve(cores, unlimited);
+    s.raw.reserve(raw, raw_limit());
   }
 
   static cca::options validated(const cca::options& options) {
@@ -282,14 +298,12 @@ class kv_cache {
       if (count > shape_.capacity - at(b).length)
         detail::refuse("key", std::to_string(count) + " tokens after " + std::to_string(at(b).length),
                        "at most the capacity of " + std::to_string(shape_.capacity));
+    const std::int64_t workers =  // of the most groups that so many tokens can complete
+        detail::worker_count(run,
+                             detail::pool_task_count(shape_.kv_heads, group_count(count) + 1, options_.group_size));
     if (count == 0) return;
-    for (std::int64_t b = first; b < first + batch; ++b)
-      if (detail::elements(shape_, at(b).length) + detail::elements(shape_, count) > detail::max_elements)
-        detail::refuse("key", std::to_string(count) + " tokens after " + std::to_string(at(b).length),
-                       "a cache below 2^58 elements");
-    for (std::int64_t b = first; b < first + batch; ++b) reserve(at(b), at(b).length + count);
+    for (std::int64_t b = first; b < first + batch; ++b) reserve("key", at(b), at(b).length + count);
 
-    const std::int64_t workers = detail::concurrency(run);
     const std::int64_t pooler_size =
         detail::group_rows<T>::size(shape_.dim, shape_.value_dim, !detail::in_place<T, Element>);
     std::int64_t cores = 0, raw = 0;

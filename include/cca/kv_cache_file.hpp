@@ -240,9 +240,9 @@ struct cache_file {
     const std::vector<Element> raw_rows = read_rows<Element>(reader, shape.kv_heads, held.size(), shape);
     reader.end_part();
     try {
-      cache.reserve(sequence, std::max(length, shape.capacity));
-    } catch (const std::bad_alloc&) {
-      refuse_file("got a capacity of " + std::to_string(shape.capacity) + " tokens, more than memory has");
+      cache.reserve("shape.capacity", sequence, std::max(length, shape.capacity));
+    } catch (const std::exception& error) {
+      refuse_file(error.what());
     }
     // Heads are worth a loop only where the file brought rows of them.
     for (std::int64_t h = 0; h < cache.core_heads_ && cores > 0; ++h)

@@ -55,7 +55,8 @@ void merge(tensor_view<A> out_a, lse_view<LseA> lse_a, tensor_view<B> out_b, lse
                                (c == empty ? T(0) : share_b * static_cast<T>(row_b[d])));
     *lse.row(b, h, i) = static_cast<Lse>(maximum == empty ? empty : base + std::log(sum));
   };
-  run(out.batch() * out.heads(), [&](std::int64_t task) {
+  const std::int64_t tasks = out.batch() * out.heads();
+  detail::run_tasks(run, detail::worker_count(run, tasks), tasks, [&](std::int64_t, std::int64_t task) {
     for (std::int64_t i = 0; i < out.length(); ++i) merge_row(task / out.heads(), task % out.heads(), i);
   });
 }

@@ -45,6 +45,14 @@ void require_pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Va
                  "none: the mean and the maximum have no weights");
 }
 
+/// Workers of pooling all complete groups. `attention` pools those that some query sees, which are fewer: a workspace for
+/// these workers serves both.
+template <class Key, executor E>
+std::int64_t pool_workers(const tensor_view<Key>& key, const options& options, const E& run) {
+  const std::int64_t groups = partition{options.group_size}.group_count(key.length());
+  return worker_count(run, pool_tasks(key.batch(), key.heads(), groups, options.group_size).size());
+}
+
 /// Extents of the core keys and values of every complete group.
 template <class Query, class Key, class Value>
 std::array<std::array<std::int64_t, 4>, 2> core_extents(tensor_view<Query> query, tensor_view<Key> key,
@@ -79,7 +87,7 @@ void pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> val
   detail::require_extents("core_key", core_key, key_extents);
   detail::require_extents("core_value", core_value, value_extents);
 
-  const std::int64_t workers = detail::concurrency(run);
+  const std::int64_t workers = detail::pool_workers(key, options, run);
   const std::int64_t size = detail::group_rows<T>::size(key.dim(), value.dim(), !detail::in_place<T, Key, Value>);
   detail::scratch memory(workspace, detail::worker_scratch<T>::bytes(workers, size));
   detail::pool_views<T>(query, key, value, core_key, core_value, options, run,

@@ -3,8 +3,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <type_traits>
 
+#include "detail/base/refuse.hpp"
 #include "detail/base/target.hpp"
 
 namespace cca { inline namespace CCA_TARGET {
@@ -43,6 +45,31 @@ struct tensor_view {
   /// The first element of the row of token `i`: `dim` contiguous elements (in a rank-3 view, one).
   [[nodiscard]] constexpr T* row(std::int64_t b, std::int64_t h, std::int64_t i) const requires(Rank >= 3) {
     return data + b * stride[0] + h * stride[1] + i * stride[2];
+  }
+
+  /// The tokens `[first, first + count)` of every head: what is filled of a buffer, the newest token, a chunk of a prompt.
+  /// @throws std::invalid_argument  where they do not lie in `[0, length)`
+  [[nodiscard]] constexpr tensor_view slice(std::int64_t first, std::int64_t count) const requires(Rank >= 3) {
+    return part<2>("slice of tokens", first, count);
+  }
+
+  /// The heads `[first, first + count)`: queries, keys or values among the heads of a buffer that holds all three.
+  /// @throws std::invalid_argument  where they do not lie in `[0, heads)`
+  [[nodiscard]] constexpr tensor_view slice_heads(std::int64_t first, std::int64_t count) const requires(Rank >= 3) {
+    return part<1>("slice of heads", first, count);
+  }
+
+ private:
+  template <std::size_t Dimension>
+  [[nodiscard]] constexpr tensor_view part(const char* what, std::int64_t first, std::int64_t count) const {
+    const std::int64_t all = extent[Dimension];
+    if (!(0 <= first && first <= all && 0 <= count && count <= all - first))
+      detail::refuse(what, std::to_string(count) + " from " + std::to_string(first) + " on",
+                     "a part of [0, " + std::to_string(all) + ")");
+    tensor_view view = *this;
+    if (data != nullptr && count > 0) view.data += first * stride[Dimension];
+    view.extent[Dimension] = count;
+    return view;
   }
 };
 

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <memory>
 #include <new>
 #include <span>
@@ -14,20 +15,55 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// What every part of scratch memory is aligned to: a cache line, and the widest vector.
 inline constexpr std::size_t scratch_alignment = 64;
 
+/// A part of scratch memory has fewer bytes, so that those of a dozen parts can be added up in 64 bits.
+inline constexpr long double most_bytes = 0x1p59L;
+
+/// What the library allocates at a time, at most. A system with less memory may promise more, and end whoever uses it.
+inline constexpr std::size_t most_allocated_bytes = std::size_t{1} << 40;
+
+/// A whole number that 64 bits may not hold.
+inline std::string to_string(long double number) {
+  const std::string text = std::to_string(number);
+  return text.substr(0, text.find_first_not_of("-0123456789"));
+}
+
+/// The product of sizes that callers choose, elements of a part of scratch memory.
+template <class T, class... Size>
+[[nodiscard]] constexpr std::int64_t element_count(Size... sizes) {
+  const long double bytes = (static_cast<long double>(sizeof(T)) * ... * static_cast<long double>(sizes));
+  if (bytes == 0) return 0;  // also where another product of the sizes would overflow
+  if (!(0 < bytes && bytes < most_bytes))
+    refuse("workspace", "operands that need " + to_string(bytes) + " bytes of it", "fewer than 2^59");
+  return (std::int64_t{1} * ... * static_cast<std::int64_t>(sizes));
+}
+
 /// Bytes of `count` elements, rounded up so that what follows is aligned again.
 template <class T>
 [[nodiscard]] constexpr std::size_t scratch_bytes(std::int64_t count) {
-  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+  const std::size_t bytes = static_cast<std::size_t>(element_count<T>(count)) * sizeof(T);
   return (bytes + scratch_alignment - 1) / scratch_alignment * scratch_alignment;
 }
+
+/// A `std::bad_alloc` that says what was asked for.
+class out_of_memory : public std::bad_alloc {
+ public:
+  explicit out_of_memory(std::size_t bytes) {
+    std::snprintf(text_, sizeof text_, "cca: no memory for %zu bytes", bytes);
+  }
+  [[nodiscard]] const char* what() const noexcept override { return text_; }
+
+ private:
+  char text_[64];
+};
 
 /// Memory aligned to `scratch_alignment`, with nothing in it yet. Aligned by hand: glibc 2.36 does not find freed
 /// memory again for an aligned allocation, and call after call would take fresh pages.
 class aligned_memory {
  public:
   aligned_memory() = default;
-  explicit aligned_memory(std::size_t bytes)
-      : bytes_(bytes), block_(static_cast<std::byte*>(::operator new(bytes + scratch_alignment))) {}
+  /// Errors name `argument`, for which the memory is.
+  explicit aligned_memory(std::size_t bytes, const char* argument = "memory")
+      : bytes_(bytes), block_(allocate(bytes, argument)) {}
 
   [[nodiscard]] std::byte* data() const {
     void* aligned = block_.get();
@@ -40,6 +76,18 @@ class aligned_memory {
   struct release {
     void operator()(std::byte* p) const { ::operator delete(p); }
   };
+
+  static std::byte* allocate(std::size_t bytes, const char* argument) {
+    if (bytes > most_allocated_bytes)
+      refuse(argument, "a call that needs " + std::to_string(bytes) + " bytes of it",
+             "one from the caller: the library allocates at most 2^40 bytes");
+    try {
+      return static_cast<std::byte*>(::operator new(bytes + scratch_alignment));
+    } catch (const std::bad_alloc&) {
+      throw out_of_memory(bytes);
+    }
+  }
+
   std::size_t bytes_ = 0;
   std::unique_ptr<std::byte, release> block_;
 };
@@ -47,9 +95,10 @@ class aligned_memory {
 /// The scratch memory of one call: the caller's workspace, or memory of its own where there is none.
 class scratch {
  public:
-  scratch(std::span<std::byte> workspace, std::size_t bytes) {
+  /// `size_function` tells the caller how large a workspace has to be.
+  scratch(std::span<std::byte> workspace, std::size_t bytes, const char* size_function = "workspace_size") {
     if (workspace.empty()) {
-      own_ = aligned_memory(bytes);
+      own_ = aligned_memory(bytes, "workspace");
       next_ = own_.data();
       return;
     }
@@ -57,7 +106,7 @@ class scratch {
     std::size_t space = workspace.size();
     if (std::align(scratch_alignment, bytes, aligned, space) == nullptr)
       refuse("workspace", std::to_string(workspace.size()) + " bytes",
-             std::to_string(bytes + scratch_alignment) + " (see workspace_size)");
+             std::to_string(bytes + scratch_alignment) + " (see " + size_function + ")");
     next_ = static_cast<std::byte*>(aligned);
   }
 
@@ -87,7 +136,7 @@ class worker_scratch {
   [[nodiscard]] T* operator[](std::int64_t worker) const { return first_ + worker * stride_; }
 
   [[nodiscard]] static constexpr std::size_t bytes(std::int64_t workers, std::int64_t size) {
-    return static_cast<std::size_t>(workers) * scratch_bytes<T>(size);
+    return static_cast<std::size_t>(element_count<std::byte>(workers, scratch_bytes<T>(size)));
   }
 
  private:

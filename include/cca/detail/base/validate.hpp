@@ -42,16 +42,25 @@ bool countable(const tensor_view<T, Rank>& view) {
   return bytes < 0x1p62L;
 }
 
+/// Extents for which scratch memory can be planned. Rows of up to 2^31 elements leave room for the many of them that a
+/// worker holds.
+template <class T, std::size_t Rank>
+void require_sizes(const char* name, const tensor_view<T, Rank>& view) {
+  for (const std::int64_t e : view.extent)
+    if (e < 0) refuse(name, "extents " + to_string(view.extent), "none below 0");
+  if constexpr (Rank == 4)
+    if (view.dim() < 1) refuse(name, "dim " + std::to_string(view.dim()), "a dim of at least 1");
+  if (!countable(view)) refuse(name, "extents " + to_string(view.extent), "fewer than 2^62 bytes of elements");
+  if constexpr (Rank == 4)
+    if (view.dim() > std::int64_t{1} << 31) refuse(name, "dim " + std::to_string(view.dim()), "a dim of at most 2^31");
+}
+
 /// A view that can be read: extents, strides and pointer make sense.
 template <class T, std::size_t Rank>
 void require_operand(const char* name, const tensor_view<T, Rank>& view) {
-  for (const std::int64_t e : view.extent)
-    if (e < 0) refuse(name, "extents " + to_string(view.extent), "none below 0");
-  if constexpr (Rank == 4) {
-    if (view.dim() < 1) refuse(name, "dim " + std::to_string(view.dim()), "a dim of at least 1");
+  require_sizes(name, view);
+  if constexpr (Rank == 4)
     if (view.stride[3] != 1) refuse(name, "strides " + to_string(view.stride), "an inner stride of 1");
-  }
-  if (!countable(view)) refuse(name, "extents " + to_string(view.extent), "fewer than 2^62 bytes of elements");
   if (view.empty()) return;
   if (view.data == nullptr) refuse(name, "a null pointer", "elements " + to_string(view.extent));
   if (!reach(view).has_value())

@@ -68,7 +68,7 @@ class backward {
         lanes_(
             of_tile(form.unit, [&]<class Tile>(std::type_identity<Tile>) { return Tile::stack_lanes(length, form); })),
         tasks_(batch, heads, length, lanes_, sharing_),
-        workers_(workers),
+        workers_(std::clamp<std::int64_t>(tasks_.size(), 1, workers)),
         worker_size_(of_tile(
             form.unit, [&]<class Tile>(std::type_identity<Tile>) { return stack<Tile>::size(lanes_, form, staged); })) {
   }

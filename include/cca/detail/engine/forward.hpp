@@ -44,7 +44,7 @@ class forward {
         form_(form),
         groups_(head_groups),
         parts_(std::max<std::int64_t>(parts, 1)),
-        workers_(workers),
+        workers_(std::clamp<std::int64_t>(most_tasks(), 1, workers)),
         worker_size_(worker_size(staged)) {}
 
   [[nodiscard]] static std::int64_t count_parts(std::int64_t rows) { return (rows + part_rows - 1) / part_rows; }
@@ -72,7 +72,10 @@ class forward {
  private:
   [[nodiscard]] bool few() const { return length_ <= most_few_queries; }
   [[nodiscard]] std::int64_t worker_size(bool staged) const {
-    if (few()) return few_queries<T>::size(queries_per_group(), form_.dim, form_.value_dim, staged);
+    if (few()) {
+      (void)element_count<T>(queries_per_group(), few_queries<T>::size(1, form_.dim, form_.value_dim, staged));
+      return few_queries<T>::size(queries_per_group(), form_.dim, form_.value_dim, staged);
+    }
     return with_product<Element>(form_.unit, [&]<class Product>(std::type_identity<Product>) {
       return stack<query_tile<Product>>::size(lanes<query_tile<Product>>(), form_, staged);
     });
@@ -81,9 +84,15 @@ class forward {
   [[nodiscard]] std::int64_t lanes() const {
     return Tile::stack_lanes(length_, std::max(length_, parts_ * part_rows), form_);
   }
+  /// Tasks of many queries, if every tile were a stack of its own. How many tiles a stack has depends on the context, and
+  /// a workspace is sized for more of that than some entry points have.
+  [[nodiscard]] std::int64_t most_tasks() const {
+    if (few()) return batch_ * groups_ * parts_;
+    return batch_ * heads_ * ((length_ + vectors<T>::lanes - 1) / vectors<T>::lanes);
+  }
   [[nodiscard]] std::int64_t queries_per_group() const { return groups_ > 0 ? heads_ / groups_ * length_ : 0; }
   [[nodiscard]] std::int64_t partials_size() const {
-    return few() ? batch_ * heads_ * length_ * parts_ * partial_result<T>::size(form_.value_dim) : 0;
+    return few() ? element_count<T>(batch_, heads_, length_, parts_, partial_result<T>::size(form_.value_dim)) : 0;
   }
 
   /// A task is a stack of queries.

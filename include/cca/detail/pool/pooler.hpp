@@ -39,13 +39,18 @@ struct pool_heads {
   std::int64_t batch, query_heads, kv_heads, core_heads;
 };
 
+/// Tasks of pooling `groups` groups of every head.
+inline task_list pool_tasks(std::int64_t batch, std::int64_t kv_heads, std::int64_t groups, std::int64_t group_size) {
+  return {batch, kv_heads, groups, pool_task_tokens / group_size};
+}
+
 /// Calls `f(worker, b, kv_head, core head, group)` for the groups `[groups.begin, groups.end)` of every sequence and core
 /// head. The heads that share a group take turns while its rows are in cache, never at once.
 template <executor E, class F>
 void for_each_group(const pool_heads& heads, range groups, std::int64_t group_size, const E& run, std::int64_t workers,
                     const F& f) {
   if (heads.core_heads == 0) return;
-  const task_list tasks(heads.batch, heads.kv_heads, groups.size(), pool_task_tokens / group_size);
+  const task_list tasks = pool_tasks(heads.batch, heads.kv_heads, groups.size(), group_size);
   const std::int64_t cores = heads.core_heads / heads.kv_heads;
   run_tasks(run, workers, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
     const task task = tasks[i];
