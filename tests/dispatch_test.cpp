@@ -8,14 +8,13 @@
 #include "gradient_entry_points.hpp"
 #include "kv_cache_steps.hpp"
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 #define CCA_NAME_OF(target) #target
 #define CCA_NAME(target) CCA_NAME_OF(target)
 
 /// What this translation unit, and with it the kernels of the other tests, is compiled for.
-constexpr std::string_view own_architecture = CCA_NAME(CCA_TARGET);
+constexpr std::string_view own_architecture = CCA_NAME(CCA_VECTORS);
 
 /// Uses an architecture for a while.
 class using_architecture {
@@ -60,7 +59,8 @@ template <class T>
 std::size_t dispatched_workspace_size(const problem& p, const arguments<T>& a, const any_executor& run) {
   const auto& in = a.operands;
   if (p.entry == entry::merge) return 0;
-  if (p.entry == entry::attend) return dispatch::workspace_size(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, run);
+  if (p.entry == entry::attend)
+    return dispatch::workspace_size(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, run);
   return dispatch::workspace_size(in[0], in[1], in[2], p.options, run);
 }
 
@@ -424,5 +424,4 @@ TEST(DispatchCache, ThrowsWhatTheKernelsThrow) {
   EXPECT_THROW((void)dispatch::load<float>(foreign), std::runtime_error);
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test
