@@ -36,7 +36,7 @@ void prefill(benchmark::State& state, std::int64_t heads, std::int64_t length) {
     return bench::check(data, true, options);
   };
   // The units of the headers are compiled for one instruction set, perhaps not for the machine's newest.
-  cca::dispatch::use(CCA_NAME(CCA_TARGET));
+  cca::dispatch::use(CCA_NAME(CCA_VECTORS));
   if (!right(dispatched) || !right(direct)) return state.SkipWithError("wrong result");
 
   double best_direct = std::numeric_limits<double>::infinity();

@@ -48,7 +48,7 @@ function(cca_add_dispatch include_dir)
     add_custom_command(
       OUTPUT ${hidden}
       COMMAND ${CMAKE_LINKER} -r --force-group-allocation -o ${hidden} $<TARGET_OBJECTS:${name}>
-      COMMAND ${CMAKE_OBJCOPY} --keep-global-symbol=${name} ${hidden}
+      COMMAND ${CMAKE_OBJCOPY} --wildcard "--keep-global-symbol=cca_dispatch_*_${architecture}" ${hidden}
       DEPENDS ${name} $<TARGET_OBJECTS:${name}>
       VERBATIM)
     target_sources(cca_dispatch PRIVATE ${hidden})

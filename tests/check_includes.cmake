@@ -5,13 +5,13 @@ cmake_minimum_required(VERSION 3.25)
 
 set(order
     # Words that callers use: no arithmetic on data yet.
-    detail/base/target.hpp detail/base/refuse.hpp detail/base/float_mode.hpp
-    version.hpp element.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp
+    detail/base/language.hpp version.hpp detail/base/target.hpp detail/base/refuse.hpp detail/base/float_mode.hpp
+    element.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp
     # Words that kernels use, and the checks of what callers say.
     detail/base/processor.hpp detail/product/choose_unit.hpp detail/base/validate.hpp
     detail/base/scratch.hpp detail/base/turn.hpp
     # Vectors.
-    detail/simd/simd.hpp detail/simd/convert.hpp detail/simd/transpose.hpp detail/context/row_span.hpp
+    detail/simd/arch.hpp detail/simd/simd.hpp detail/simd/convert.hpp detail/simd/transpose.hpp detail/context/row_span.hpp
     detail/simd/dot.hpp detail/simd/register_block.hpp
     # Who sees which rows, and which task does what.
     detail/context/source.hpp detail/context/visible.hpp detail/context/row_store.hpp detail/context/tasks.hpp
@@ -34,7 +34,7 @@ set(order
     dispatch/plain.hpp dispatch/to_plain.hpp dispatch/kv_cache.hpp dispatch.hpp)
 
 # Where what is not ours comes in.
-set(home_of_xsimd detail/simd/simd.hpp)
+set(home_of_xsimd detail/simd/arch.hpp)
 set(home_of_Eigen reference.hpp)
 
 set(root ${CMAKE_CURRENT_LIST_DIR}/../include)

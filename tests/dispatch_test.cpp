@@ -14,7 +14,7 @@ namespace cca::test { namespace {
 #define CCA_NAME(target) CCA_NAME_OF(target)
 
 /// What this translation unit, and with it the kernels of the other tests, is compiled for.
-constexpr std::string_view own_architecture = CCA_NAME(CCA_TARGET);
+constexpr std::string_view own_architecture = CCA_NAME(CCA_VECTORS);
 
 /// Uses an architecture for a while.
 class using_architecture {

@@ -299,8 +299,8 @@ class kv_cache {
         detail::refuse("key", std::to_string(count) + " tokens after " + std::to_string(at(b).length),
                        "at most the capacity of " + std::to_string(shape_.capacity));
     const std::int64_t workers =  // of the most groups that so many tokens can complete
-        detail::worker_count(run,
-                             detail::pool_task_count(shape_.kv_heads, group_count(count) + 1, options_.group_size));
+        detail::worker_count(
+            run, detail::pool_tasks(1, shape_.kv_heads, group_count(count) + 1, options_.group_size).size());
     if (count == 0) return;
     for (std::int64_t b = first; b < first + batch; ++b) reserve("key", at(b), at(b).length + count);
 

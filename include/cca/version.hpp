@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/base/language.hpp"
+
 /// @file
 /// The version of the library, stated here alone: CMake, Conan and the package files read these three numbers.
 ///
@@ -8,8 +10,6 @@
 /// may not. There is no binary interface: every symbol is compiled into its user.
 
 #include <array>
-
-#include "detail/base/target.hpp"
 
 /// Raised by what may break users, after 1.0.
 #define CCA_VERSION_MAJOR 0
@@ -28,12 +28,16 @@
 #define CCA_VERSION_STRING_OF(major, minor, patch) CCA_VERSION_TEXT(major, minor, patch)
 #define CCA_VERSION_TEXT(major, minor, patch) #major "." #minor "." #patch
 /// @endcond
+/// The part of the library's inline namespace that tells versions apart: v0_1_0.
+#define CCA_VERSION_NAME CCA_VERSION_NAME_OF(CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH)
+#define CCA_VERSION_NAME_OF(major, minor, patch) CCA_VERSION_NAMED(major, minor, patch)
+#define CCA_VERSION_NAMED(major, minor, patch) v##major##_##minor##_##patch
 
-namespace cca { inline namespace CCA_TARGET {
+namespace cca {
 
-/// For constant expressions: `static_assert(cca::version >= std::array{0, 1, 0})`.
-inline constexpr std::array<int, 3> version{CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH};
+/// For constant expressions: `static_assert(cca::version >= std::array{0, 1, 0})`. Every translation unit has its own.
+constexpr std::array<int, 3> version{CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH};
 /// The same as text, ended by a zero.
-inline constexpr char version_string[] = CCA_VERSION_STRING;
+constexpr char version_string[] = CCA_VERSION_STRING;
 
-}}  // namespace cca::CCA_TARGET
+}  // namespace cca

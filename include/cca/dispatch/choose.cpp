@@ -8,14 +8,14 @@
 
 extern "C" {
 #if defined(__x86_64__)
-extern const cca::plain::architecture cca_dispatch_avx512, cca_dispatch_avx2_fma, cca_dispatch_sse4_2,
-    cca_dispatch_sse2;
+extern const cca::plain::architecture CCA_DISPATCH_TABLE(avx512), CCA_DISPATCH_TABLE(avx2_fma),
+    CCA_DISPATCH_TABLE(sse4_2), CCA_DISPATCH_TABLE(sse2);
 #else
-extern const cca::plain::architecture cca_dispatch_neon64;
+extern const cca::plain::architecture CCA_DISPATCH_TABLE(neon64);
 #endif
 }
 
-namespace cca::plain {
+namespace cca { namespace plain { inline namespace CCA_VERSION_NAME {
 namespace {
 
 std::atomic<const architecture*> current{nullptr};
@@ -35,13 +35,13 @@ std::vector<const architecture*> available() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
   std::vector<const architecture*> all;
-  if (avx512) all.push_back(&cca_dispatch_avx512);
-  if (avx2_fma) all.push_back(&cca_dispatch_avx2_fma);
-  if (sse4_2) all.push_back(&cca_dispatch_sse4_2);
-  all.push_back(&cca_dispatch_sse2);
+  if (avx512) all.push_back(&CCA_DISPATCH_TABLE(avx512));
+  if (avx2_fma) all.push_back(&CCA_DISPATCH_TABLE(avx2_fma));
+  if (sse4_2) all.push_back(&CCA_DISPATCH_TABLE(sse4_2));
+  all.push_back(&CCA_DISPATCH_TABLE(sse2));
   return all;
 #else
-  return {&cca_dispatch_neon64};
+  return {&CCA_DISPATCH_TABLE(neon64)};
 #endif
 }
 
@@ -62,4 +62,4 @@ void choose(std::string_view name) {
   throw std::invalid_argument("cca: architecture: got " + std::string(name) + ", wants one of " + names);
 }
 
-}  // namespace cca::plain
+}}}  // namespace cca::plain::CCA_VERSION_NAME

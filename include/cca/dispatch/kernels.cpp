@@ -7,16 +7,14 @@
 #include <cca/gradient.hpp>
 #include <cca/kv_cache_file.hpp>
 
-#define CCA_CONCATENATE(a, b) a##b
-#define CCA_TABLE_OF(target) CCA_CONCATENATE(cca_dispatch_, target)
-#define CCA_NAME_OF(target) #target
-#define CCA_NAME(target) CCA_NAME_OF(target)
+#define CCA_NAME_OF(set) #set
+#define CCA_NAME(set) CCA_NAME_OF(set)
 
 namespace cca { inline namespace CCA_TARGET { namespace {
 
 // Flags of the whole project that come on top of this object's own would let it run where they are not asked for.
 static_assert(
-    std::string_view(CCA_NAME(CCA_TARGET)) == CCA_DISPATCH_TARGET,
+    std::string_view(CCA_NAME(CCA_INSTRUCTION_SET)) == CCA_DISPATCH_TARGET,
     "cca::dispatch: compiler flags for an instruction set, such as -mavx512f in CMAKE_CXX_FLAGS, come on top of "
     "those of each object");
 
@@ -145,9 +143,9 @@ constexpr plain::kernels<T> kernels{functions<T>, cache_functions<T>};
 }}}  // namespace cca::CCA_TARGET
 
 extern "C" {
-extern const cca::plain::architecture CCA_TABLE_OF(CCA_TARGET);
+extern const cca::plain::architecture CCA_DISPATCH_TABLE(CCA_INSTRUCTION_SET);
 // Constant-initialised: nothing of this object runs before it is chosen.
-constinit const cca::plain::architecture CCA_TABLE_OF(CCA_TARGET){CCA_NAME(CCA_TARGET), cca::kernels<float>,
-                                                                  cca::kernels<double>, cca::kernels<Eigen::bfloat16>,
-                                                                  cca::kernels<Eigen::half>};
+constinit const cca::plain::architecture CCA_DISPATCH_TABLE(CCA_INSTRUCTION_SET){
+    CCA_NAME(CCA_INSTRUCTION_SET), cca::kernels<float>, cca::kernels<double>, cca::kernels<Eigen::bfloat16>,
+    cca::kernels<Eigen::half>};
 }

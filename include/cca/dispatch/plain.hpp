@@ -9,15 +9,17 @@
 #include <string_view>
 #include <vector>
 
+#include "../version.hpp"
+
 // What crosses between a program and the kernels that were compiled for its processor: the same types in every
-// translation unit, hence outside of the inline namespace of detail/target.hpp, and without functions of their own.
+// translation unit, hence in an inline namespace of the version alone, and without functions of their own.
 
 namespace Eigen {
 struct bfloat16;
 struct half;
 }  // namespace Eigen
 
-namespace cca::plain {
+namespace cca { namespace plain { inline namespace CCA_VERSION_NAME {
 
 /// What elements are computed in, as `compute_type`: the type of log-sum-exps and gradients.
 template <class T>
@@ -138,7 +140,7 @@ struct kernels {
   cache_functions<T> cache;
 };
 
-/// The kernels of one instruction set, named as in detail/target.hpp.
+/// The kernels of one instruction set, named as in detail/base/target.hpp.
 struct architecture {
   const char* name;
   kernels<float> of_float;
@@ -156,4 +158,9 @@ std::vector<const architecture*> available();
 /// @throws std::invalid_argument  for one that does not run here
 void choose(std::string_view name);
 
-}  // namespace cca::plain
+}}}  // namespace cca::plain::CCA_VERSION_NAME
+
+/// The name of the kernels that were compiled for one instruction set.
+#define CCA_DISPATCH_TABLE(instruction_set) CCA_DISPATCH_TABLE_OF(CCA_VERSION_NAME, instruction_set)
+#define CCA_DISPATCH_TABLE_OF(version, instruction_set) CCA_DISPATCH_TABLE_NAMED(version, instruction_set)
+#define CCA_DISPATCH_TABLE_NAMED(version, instruction_set) cca_dispatch_##version##_##instruction_set

@@ -7,18 +7,8 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// g++ 12 finds its own AVX-512 intrinsics uninitialised, thousands of lines of it, wherever they are inlined.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <xsimd/xsimd.hpp>
-#pragma GCC diagnostic pop
-#else
-#include <xsimd/xsimd.hpp>
-#endif
-
 #include "../base/target.hpp"
+#include "arch.hpp"
 
 #if defined(__GNUC__) || defined(__clang__)
 #define CCA_INLINE inline __attribute__((always_inline))
@@ -32,7 +22,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// The vector of the translation unit's own instruction set.
 template <class T>
-using vec = xsimd::batch<T>;
+using vec = xsimd::batch<T, vector_arch>;
 
 /// One truth value per lane of a `vec<T>`.
 template <class T>

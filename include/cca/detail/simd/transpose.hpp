@@ -5,11 +5,7 @@
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// 128 bits: the widest vector whose `zip_lo` and `zip_hi` mean the same in every version of xsimd.
-#if defined(__aarch64__)
-using transpose_arch = xsimd::neon64;
-#else
-using transpose_arch = xsimd::sse2;
-#endif
+using transpose_arch = quad_arch;
 
 template <class T>
 CCA_INLINE void transpose_block(const T* from, std::int64_t from_stride, T* to, std::int64_t to_stride) {
