@@ -2,6 +2,8 @@
 # of readme_test.cpp, which runs them; what it prints then is in readme_test.output. The README's picture of the partition is
 # what examples/partition.cpp prints.
 
+include(code_blocks.cmake)
+
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/README.md
                                                                ${PROJECT_SOURCE_DIR}/examples/partition.output
                                                                ${PROJECT_SOURCE_DIR}/examples/quickstart.cpp)
@@ -42,3 +44,15 @@ target_link_libraries(readme_test PRIVATE $<TARGET_NAME_IF_EXISTS:OpenMP::OpenMP
 add_test(NAME readme COMMAND ${CMAKE_COMMAND} -D PROGRAM=$<TARGET_FILE:readme_test>
                              -D GOLDEN=${CMAKE_CURRENT_SOURCE_DIR}/readme_test.output
                              -P ${CMAKE_CURRENT_SOURCE_DIR}/golden.cmake)
+
+# The lines of the kernel that its page explains.
+set(tile ${PROJECT_SOURCE_DIR}/include/cca/detail/engine/query_tile.hpp)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${tile})
+file(READ ${tile} code)
+string(REGEX REPLACE "[ \n]+" " " code "${code}")
+cca_code_blocks(${PROJECT_SOURCE_DIR}/cmake/docs/kernel.md c++ quoted)
+string(REGEX REPLACE "[ \n]+" " " quoted "${quoted_0}")
+string(FIND "${code}" "${quoted}" found)
+if(found EQUAL -1 OR NOT quoted_count EQUAL 1)
+  message(FATAL_ERROR "kernel.md does not quote ${tile}: ${quoted}")
+endif()

@@ -2,8 +2,8 @@
 """invariants.py MUTATIONS ROOT [PAGE]: writes the page of the documentation that leads from each invariant to its tests.
 
 MUTATIONS is tests/mutations.toml, the list of planted bugs; ROOT is the project; without PAGE it is printed. Ends with an
-error for a bug without an invariant or tests, and for a header or test that is not there: the page would promise what nobody
-shows.
+error for a bug without an invariant or tests, for a header or test that is not there, and where the code that a bug changes
+is not there exactly once: the page would promise what nobody shows.
 """
 
 import sys
@@ -25,7 +25,7 @@ def code_list(names):
 
 
 def page(bugs, headers, programs):
-    """The page. `headers` are those of include/cca, `programs` the names of the tests."""
+    """The page. `headers` are the texts of those of include/cca by their names, `programs` the names of the tests."""
     invariants = {}
     for bug in bugs:
         invariant, file, tests = bug.get("invariant"), bug.get("file"), bug.get("tests")
@@ -33,6 +33,8 @@ def page(bugs, headers, programs):
             raise ValueError(f"a bug in {file} breaks {invariant!r}, and is for {tests}")
         if file not in headers:
             raise ValueError(f"{invariant!r} is of {file}, which is no header")
+        if headers[file].count(bug["find"]) != 1:
+            raise ValueError(f"{invariant!r}: {file} has not once {bug['find']!r}")
         for test in tests:
             if test not in programs:
                 raise ValueError(f"{invariant!r} is for {test}, which is no test")
@@ -50,7 +52,7 @@ def main():
     include = root / "include" / "cca"
     try:
         text = page(tomllib.loads(mutations.read_text(encoding="utf-8"))["mutation"],
-                    {str(path.relative_to(include)) for path in include.rglob("*.hpp")},
+                    {str(path.relative_to(include)): path.read_text(encoding="utf-8") for path in include.rglob("*.hpp")},
                     {path.stem for path in (root / "tests").rglob("*_test.cpp")})
     except ValueError as error:
         sys.exit(f"{mutations}: {error}")

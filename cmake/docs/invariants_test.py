@@ -5,11 +5,11 @@ import unittest
 
 from invariants import page
 
-HEADERS, PROGRAMS = {"a.hpp", "b.hpp"}, {"a_test", "b_test"}
+HEADERS, PROGRAMS = {"a.hpp": "x = 1; y = 1;", "b.hpp": "x = 1;"}, {"a_test", "b_test"}
 
 
 def bug(**other):
-    return {"invariant": "x holds", "file": "a.hpp", "tests": ["a_test"]} | other
+    return {"invariant": "x holds", "file": "a.hpp", "find": "x = 1", "tests": ["a_test"]} | other
 
 
 class Invariants(unittest.TestCase):
@@ -22,7 +22,8 @@ class Invariants(unittest.TestCase):
                           "| \\|y\\| holds | 1 | `a.hpp` | `a_test` |"])
 
     def test_what_nobody_shows_is_refused(self):
-        for wrong in [{"invariant": ""}, {"tests": []}, {"tests": ["a_test", "c_test"]}, {"file": "c.hpp"}]:
+        for wrong in [{"invariant": ""}, {"tests": []}, {"tests": ["a_test", "c_test"]}, {"file": "c.hpp"},
+                      {"find": "x = 2"}, {"find": "= 1"}]:
             with self.subTest(wrong), self.assertRaises(ValueError):
                 page([bug(), bug(**wrong)], HEADERS, PROGRAMS)
 
