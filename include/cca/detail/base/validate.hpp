@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <iterator>
 #include <limits>
+#include <numbers>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -134,9 +135,11 @@ void require_options(const options& options) {
     refuse("options.pool", std::to_string(static_cast<int>(options.pool)), "last_query, mean or max");
   if (!(options.core_heads == core_heads::per_query_head || options.core_heads == core_heads::per_kv_head))
     refuse("options.core_heads", std::to_string(static_cast<int>(options.core_heads)), "per_query_head or per_kv_head");
-  if (options.softmax_scale)
-    if (!(std::abs(*options.softmax_scale) <= static_cast<double>(std::numeric_limits<T>::max())))
-      refuse("options.softmax_scale", std::to_string(*options.softmax_scale), "a finite number");
+  // What is computed with is the scale times log2(e).
+  if (const double scale = std::abs(options.softmax_scale.value_or(0));
+      !(scale * std::numbers::log2e <= static_cast<double>(std::numeric_limits<T>::max())))
+    refuse("options.softmax_scale", std::to_string(*options.softmax_scale),
+           "a number below " + std::to_string(std::numeric_limits<T>::max() / std::numbers::log2e));
 }
 
 /// An option that this entry point would ignore.
