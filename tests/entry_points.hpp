@@ -94,6 +94,18 @@ struct arguments {
   lse_view<const std::int64_t> seen;
 };
 
+/// The first operands as those of attention.
+template <class T>
+inputs<T> inputs_of(const arguments<T>& a) {
+  return {a.operands[0], a.operands[1], a.operands[2]};
+}
+
+/// The operands behind them as far context.
+template <class T>
+far_context<T> far_of(const arguments<T>& a) {
+  return {a.operands[3], a.operands[4], a.seen};
+}
+
 /// An executor that is chosen at run time.
 struct any_executor {
   std::int64_t threads = 1;

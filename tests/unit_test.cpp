@@ -18,6 +18,7 @@ namespace {
 
 using namespace cca;
 using namespace cca::test;
+using cca::test::results;
 using Eigen::bfloat16, Eigen::half;
 
 /// The units that multiply such elements here.
@@ -213,15 +214,16 @@ class rules {
     const textbook<Element> plain(c, std::as_const(grad_out).view(), std::as_const(grad_lse).view());
     const auto q = c.operand(0), k = c.operand(1), v = c.operand(2);
     const auto& o = c.p.options;
-    const auto exact = c.p.entry == entry::attend      ? reference::attend<double>(q, k, v, c.far_rows(), o)
-                       : c.p.entry == entry::attention ? reference::attention<double>(q, k, v, o)
-                                                       : reference::local_attention<double>(q, k, v, o);
+    const auto exact = c.p.entry == entry::attend      ? reference::attend<double>(inputs{q, k, v}, c.far_rows(), o)
+                       : c.p.entry == entry::attention ? reference::attention<double>(inputs{q, k, v}, o)
+                                                       : reference::local_attention<double>(inputs{q, k, v}, o);
     const auto dout = std::as_const(grad_out).view();
     const auto dlse = std::as_const(grad_lse).view();
-    const auto grad =
-        c.p.entry == entry::attend      ? reference::attend_gradient<double>(q, k, v, c.far_rows(), dout, dlse, o)
-        : c.p.entry == entry::attention ? reference::attention_gradient<double>(q, k, v, dout, dlse, o)
-                                        : reference::local_attention_gradient<double>(q, k, v, dout, dlse, o);
+    const auto grad = c.p.entry == entry::attend
+                          ? reference::attend_gradient<double>(inputs{q, k, v}, c.far_rows(), incoming{dout, dlse}, o)
+                      : c.p.entry == entry::attention
+                          ? reference::attention_gradient<double>(inputs{q, k, v}, incoming{dout, dlse}, o)
+                          : reference::local_attention_gradient<double>(inputs{q, k, v}, incoming{dout, dlse}, o);
     std::ostringstream label;
     label << c.p;
     for (const matrix_unit unit : units<Element>()) {
@@ -371,8 +373,9 @@ TYPED_TEST(UnitTest, LargeLogits) {
     }
     for (const matrix_unit unit : units<TypeParam>()) {
       const results<float> got = c.forward(unit);
-      const auto v = reference::local_attention<double>(c.operand(0), c.operand(1), c.operand(2), c.p.options);
-      const auto plain = reference::local_attention<float>(c.operand(0), c.operand(1), c.operand(2), c.p.options);
+      const auto v = reference::local_attention<double>(inputs{c.operand(0), c.operand(1), c.operand(2)}, c.p.options);
+      const auto plain =
+          reference::local_attention<float>(inputs{c.operand(0), c.operand(1), c.operand(2)}, c.p.options);
       error_rule<float> out, lse;
       out.add(got.out.view(), plain.out.view(), v.out.view());
       lse.add(with_dim(got.lse.view()), plain.lse.view(), v.lse.view());
@@ -393,8 +396,8 @@ TYPED_TEST(UnitTest, EqualKeys) {
   std::vector<float> out(16), lse(16);
   options options{.unit = units<TypeParam>().front()};
   options.first_position = keys - 16;
-  dense_attention(bhsd(std::as_const(query).data(), 1, 1, 16, 1), k, k, bhsd(out.data(), 1, 1, 16, 1),
-                  bhs(lse.data(), 1, 1, 16), options);
+  attention(inputs{bhsd(std::as_const(query).data(), 1, 1, 16, 1), k, k},
+            cca::results{bhsd(out.data(), 1, 1, 16, 1), bhs(lse.data(), 1, 1, 16)}, options);
   const auto value = static_cast<float>(rows[0]);
   for (std::int64_t i = 0; i < 16; ++i) {
     // The mean of equal values. Weights are rounded alike, by at most half a unit in their last place.
@@ -514,8 +517,8 @@ TYPED_TEST(UnitTest, Denormals) {
   std::vector<TypeParam> zeros(16), values(16, TypeParam(tiny));
   for (const matrix_unit unit : units<TypeParam>()) {
     std::vector<float> out(16, 7.0f);
-    dense_attention(bhsd(std::as_const(zeros).data(), 1, 1, 16, 1), bhsd(std::as_const(zeros).data(), 1, 1, 16, 1),
-                    bhsd(std::as_const(values).data(), 1, 1, 16, 1), bhsd(out.data(), 1, 1, 16, 1), {.unit = unit});
+    attention(bhsd(std::as_const(zeros).data(), 1, 1, 16, 1), bhsd(std::as_const(zeros).data(), 1, 1, 16, 1),
+              bhsd(std::as_const(values).data(), 1, 1, 16, 1), bhsd(out.data(), 1, 1, 16, 1), {.unit = unit});
     for (const float x : out) EXPECT_FLOAT_EQ(x, (std::is_same_v<TypeParam, bfloat16>) ? 0.0f : tiny);
   }
 }
@@ -601,12 +604,12 @@ TYPED_TEST(UnitTest, Workspace) {
     options.unit = unit;
     const results<float> want = c.forward(unit);
     tensor<float> out({1, 1, 90, 16});
-    std::vector<std::byte> workspace(workspace_size(c.operand(0), c.operand(1), c.operand(2), options));
-    attention(c.operand(0), c.operand(1), c.operand(2), out.view(), options, serial_executor{}, workspace);
+    std::vector<std::byte> workspace(workspace_size(inputs{c.operand(0), c.operand(1), c.operand(2)}, options));
+    attention(c.operand(0), c.operand(1), c.operand(2), out.view(), options, {serial_executor{}, workspace});
     EXPECT_TRUE(same_bits(out.view(), want.out.view()));
     const std::size_t least = workspace.size() - detail::scratch_alignment;
-    EXPECT_THROW(attention(c.operand(0), c.operand(1), c.operand(2), out.view(), options, serial_executor{},
-                           std::span(workspace).first(least - 1)),
+    EXPECT_THROW(attention(c.operand(0), c.operand(1), c.operand(2), out.view(), options,
+                           {serial_executor{}, std::span(workspace).first(least - 1)}),
                  std::invalid_argument);
   }
 }
@@ -651,7 +654,7 @@ TYPED_TEST(UnitTest, Cache) {
   const tensor<TypeParam> grad_out({s.batch, s.heads, s.queries, s.value_dim});
   const tensor<float, 3> grad_lse({s.batch, s.heads, s.queries});
   const textbook<TypeParam> plain(c, grad_out.view(), grad_lse.view());
-  const auto exact = reference::attention<double>(c.operand(0), c.operand(1), c.operand(2), c.p.options);
+  const auto exact = reference::attention<double>(inputs{c.operand(0), c.operand(1), c.operand(2)}, c.p.options);
   const auto rows = [](auto view, range part) {
     view.data = view.row(0, 0, part.begin);
     view.extent[2] = part.size();
@@ -672,8 +675,8 @@ TYPED_TEST(UnitTest, Cache) {
           lse_view<float> lse_part = lse;
           lse_part.data = lse.row(0, 0, begin);
           lse_part.extent[2] = count;
-          cache.attend(rows(c.operand(0), part), rows(c.operand(1), part), rows(c.operand(2), part), rows(out, part),
-                       lse_part);
+          cache.attend(inputs{rows(c.operand(0), part), rows(c.operand(1), part), rows(c.operand(2), part)},
+                       cca::results{rows(out, part), lse_part});
           begin += count;
           std::stringstream file;
           save(cache, file);
@@ -712,14 +715,12 @@ TEST(UnitRefusals, Name) {
     return "none";
   };
   const auto out = bhsd(f.data(), 1, 1, 16, 4);
-  EXPECT_EQ(refusal([&] { dense_attention(of(f), of(f), of(f), out, {.unit = matrix_unit::best}); }),
+  EXPECT_EQ(refusal([&] { attention(of(f), of(f), of(f), out, {.unit = matrix_unit::best}); }),
             "cca: options.unit: got best, wants none: the operands are not all of the same 16-bit type");
-  EXPECT_NE(
-      refusal([&] { dense_attention(of(b), of(f), of(b), out, {.unit = matrix_unit::best}); }).find("options.unit"),
-      std::string::npos);
-  EXPECT_NE(
-      refusal([&] { dense_attention(of(b), of(b), of(b), out, {.unit = static_cast<matrix_unit>(9)}); }).find("got 9"),
-      std::string::npos);
+  EXPECT_NE(refusal([&] { attention(of(b), of(f), of(b), out, {.unit = matrix_unit::best}); }).find("options.unit"),
+            std::string::npos);
+  EXPECT_NE(refusal([&] { attention(of(b), of(b), of(b), out, {.unit = static_cast<matrix_unit>(9)}); }).find("got 9"),
+            std::string::npos);
   EXPECT_NE(refusal([&] { pool(of(b), of(b), of(b), out, out, {.unit = matrix_unit::best}); }).find("options.unit"),
             std::string::npos);
   const cache_shape shape{.heads = 1, .kv_heads = 1, .dim = 4};
@@ -730,9 +731,9 @@ TEST(UnitRefusals, Name) {
   EXPECT_EQ(cache.length(), 0);
   detail::matrix_units& present = detail::present_units();
   const detail::matrix_units had = std::exchange(present, {});
-  EXPECT_EQ(refusal([&] { dense_attention(of(b), of(b), of(b), out, {.unit = matrix_unit::amx}); }),
+  EXPECT_EQ(refusal([&] { attention(of(b), of(b), of(b), out, {.unit = matrix_unit::amx}); }),
             "cca: options.unit: got amx, wants best, or a unit that this processor has for the operands' type");
-  EXPECT_EQ(refusal([&] { dense_attention(of(b), of(b), of(b), out, {.unit = matrix_unit::best}); }), "none");
+  EXPECT_EQ(refusal([&] { attention(of(b), of(b), of(b), out, {.unit = matrix_unit::best}); }), "none");
   present = had;
 }
 
