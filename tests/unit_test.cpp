@@ -44,6 +44,7 @@ struct unit_call {
   problem p;
   std::vector<tensor<Element>> operands;
   tensor<std::int64_t, 3> seen;
+  tensor<float, 3> sinks{{0, 0, 0}};  // none
 
   template <class NextLayout>
   unit_call(const problem& of, random_engine& random, const NextLayout& next_layout)
@@ -60,8 +61,13 @@ struct unit_call {
   [[nodiscard]] unit_arguments<Element> arguments() const {
     unit_arguments<Element> a{.operands = {}, .seen = seen.view(), .results = {}};
     for (const tensor<Element>& t : operands) a.operands.push_back(t.view());
+    a.sinks = sink_logits();
     return a;
   }
+  [[nodiscard]] lse_view<const float> sink_logits() const {
+    return sinks.view().empty() ? lse_view<const float>{} : sinks.view();
+  }
+  [[nodiscard]] inputs<Element> in() const { return {operand(0), operand(1), operand(2), sink_logits()}; }
 
   [[nodiscard]] problem with(matrix_unit unit) const {
     problem asked = p;
@@ -81,7 +87,8 @@ struct unit_call {
         layout);
   }
 
-  /// The gradients of the operands, for the results of a forward pass.
+  /// The gradients of the operands, and where there are sinks, of those as rows of one element, for the results of a
+  /// forward pass.
   [[nodiscard]] std::vector<tensor<float>> gradient(matrix_unit unit, const results<float>& of,
                                                     const tensor<Element>& grad_out, const tensor<float, 3>& grad_lse,
                                                     const any_executor& run = {}) const {
@@ -89,11 +96,15 @@ struct unit_call {
     for (const extents& e : gradient_result_extents(p)) grad.emplace_back(e);
     unit_arguments<Element> a = arguments();
     for (tensor<float>& g : grad) a.results.push_back(g.view());
+    const std::array<std::int64_t, 3>& e = a.sinks.extent;
+    tensor<float> grad_sinks({e[0], e[1], e[2], 1});
+    if (a.sinks.data != nullptr) a.grad_sinks = without_dim(grad_sinks.view());
     a.out = of.out.view();
     a.lse = of.lse.view();
     a.grad_out = grad_out.view();
     a.grad_lse = grad_lse.view();
     call_gradient(with(unit), a, run);
+    if (a.sinks.data != nullptr) grad.push_back(grad_sinks);
     for (const tensor<float>& g : grad) EXPECT_TRUE(g.canaries_intact());
     return grad;
   }
@@ -120,7 +131,8 @@ struct textbook {
 
   textbook(const unit_call<Element>& c, tensor_view<const Element> grad_out, lse_view<const float> grad_lse)
       : result{{c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries, c.p.sizes.value_dim},
-               {c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries, 1}} {
+               {c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries, 1}},
+        sinks_(c.sink_logits()) {
     const auto query = c.operand(0), key = c.operand(1), value = c.operand(2);
     const options& o = c.p.options;
     std::pair<reference::tensor<float>, reference::tensor<float>> cores;
@@ -154,15 +166,18 @@ struct textbook {
   using matrix = reference::matrix<float>;
   using vector = reference::vector<float>;
 
+  lse_view<const float> sinks_;
+
   template <class Query, class Key, class Far, class Seen, class Raw>
   void go(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Key> value, tensor_view<Far> far_key,
           tensor_view<Far> far_value, tensor_view<const Element> grad_out, lse_view<const float> grad_lse,
           const options& o, const Seen& seen, const Raw& raw) {
     using reference::head;
-    const auto scale = static_cast<float>(detail::softmax_scale(o, key.dim()));
-    grad = {reference::tensor<float>(query.extent), reference::tensor<float>(key.extent),
-            reference::tensor<float>(value.extent), reference::tensor<float>(far_key.extent),
-            reference::tensor<float>(far_value.extent)};
+    const auto scale = static_cast<float>(detail::softmax_scale(o, key.dim())), cap = static_cast<float>(o.softcap);
+    const auto& sink_extent = sinks_.extent;
+    grad = {reference::tensor<float>(query.extent),     reference::tensor<float>(key.extent),
+            reference::tensor<float>(value.extent),     reference::tensor<float>(far_key.extent),
+            reference::tensor<float>(far_value.extent), {sink_extent[0], sink_extent[1], sink_extent[2], 1}};
     for (std::int64_t b = 0; b < query.batch(); ++b)
       for (std::int64_t h = 0; h < query.heads(); ++h) {
         const std::int64_t kv = h / (query.heads() / key.heads()), fh = h / (query.heads() / far_key.heads());
@@ -174,22 +189,34 @@ struct textbook {
           const range near = raw(i);
           const std::int64_t count = far + near.size();
           float& lse = *result.lse.view().row(b, h, i);
-          lse = -std::numeric_limits<float>::infinity();
-          if (count == 0) continue;
+          const float sink = reference::sink_logit<float>(sinks_, b, h, i);
+          const auto add_to_sink = [&](float delta) {
+            if (sinks_.data != nullptr)
+              *grad.sink_logits.view().row(b % sink_extent[0], h, i % sink_extent[2]) -= std::exp(sink - lse) * delta;
+          };
+          lse = sink;
+          if (count == 0) {
+            add_to_sink(-*grad_lse.row(b, h, i));
+            continue;
+          }
           matrix keys(count, k.cols()), values(count, v.cols());
           keys << fk.topRows(far), k.middleRows(near.begin, near.size());
           values << fv.topRows(far), v.middleRows(near.begin, near.size());
           const auto round = [](float x) { return rounded<Element>(x); };
-          const vector logits = scale * (keys * q.row(i).transpose());
-          const float maximum = logits.maxCoeff();
+          const vector logits = reference::scores<float>(keys, vector(q.row(i)), o);
+          const float maximum = std::max(logits.maxCoeff(), sink);
           const vector weights = (logits.array() - maximum).exp();
-          lse = maximum + std::log(weights.sum());
-          const vector out = values.transpose() * weights.unaryExpr(round) / weights.sum();
+          const float sum = weights.sum() + std::exp(sink - maximum);
+          lse = maximum + std::log(sum);
+          const vector out = values.transpose() * weights.unaryExpr(round) / sum;
           std::copy_n(out.data(), out.size(), result.out.view().row(b, h, i));
 
           const vector p = (logits.array() - lse).exp(), dp = values * dout.row(i).transpose();
           const float delta = out.dot(dout.row(i)) - *grad_lse.row(b, h, i);
-          const vector ds = p.cwiseProduct((dp.array() - delta).matrix()).unaryExpr(round);
+          add_to_sink(delta);
+          vector ds = p.cwiseProduct((dp.array() - delta).matrix());
+          if (cap > 0) ds.array() *= 1 - (logits / cap).array().square();
+          ds = ds.unaryExpr(round).eval();
           head(grad.query, b, h).row(i) = scale * (ds.transpose() * keys);
           const matrix dk = scale * (ds * q.row(i)), dv = p.unaryExpr(round) * dout.row(i);
           head(grad.far_key, b, fh).topRows(far) += dk.topRows(far);
@@ -212,18 +239,16 @@ class rules {
     grad_out.randomize(random);
     grad_lse.randomize(random);
     const textbook<Element> plain(c, std::as_const(grad_out).view(), std::as_const(grad_lse).view());
-    const auto q = c.operand(0), k = c.operand(1), v = c.operand(2);
     const auto& o = c.p.options;
-    const auto exact = c.p.entry == entry::attend      ? reference::attend<double>(inputs{q, k, v}, c.far_rows(), o)
-                       : c.p.entry == entry::attention ? reference::attention<double>(inputs{q, k, v}, o)
-                                                       : reference::local_attention<double>(inputs{q, k, v}, o);
+    const auto exact = c.p.entry == entry::attend      ? reference::attend<double>(c.in(), c.far_rows(), o)
+                       : c.p.entry == entry::attention ? reference::attention<double>(c.in(), o)
+                                                       : reference::local_attention<double>(c.in(), o);
     const auto dout = std::as_const(grad_out).view();
     const auto dlse = std::as_const(grad_lse).view();
-    const auto grad = c.p.entry == entry::attend
-                          ? reference::attend_gradient<double>(inputs{q, k, v}, c.far_rows(), incoming{dout, dlse}, o)
-                      : c.p.entry == entry::attention
-                          ? reference::attention_gradient<double>(inputs{q, k, v}, incoming{dout, dlse}, o)
-                          : reference::local_attention_gradient<double>(inputs{q, k, v}, incoming{dout, dlse}, o);
+    const auto grad =
+        c.p.entry == entry::attend ? reference::attend_gradient<double>(c.in(), c.far_rows(), incoming{dout, dlse}, o)
+        : c.p.entry == entry::attention ? reference::attention_gradient<double>(c.in(), incoming{dout, dlse}, o)
+                                        : reference::local_attention_gradient<double>(c.in(), incoming{dout, dlse}, o);
     std::ostringstream label;
     label << c.p;
     for (const matrix_unit unit : units<Element>()) {
@@ -237,13 +262,16 @@ class rules {
       const auto exact_parts = {&reference::gradient<double>::query, &reference::gradient<double>::key,
                                 &reference::gradient<double>::value, &reference::gradient<double>::far_key,
                                 &reference::gradient<double>::far_value};
-      for (std::size_t i = 0; i < grads.size(); ++i)
+      for (std::size_t i = 0; i < gradient_result_extents(c.p).size(); ++i)
         rule_[2 + i].add(grads[i].view(), (plain.grad.*(parts.begin()[i])).view(),
                          (grad.*(exact_parts.begin()[i])).view(), label.str());
+      if (!c.sinks.view().empty())
+        sink_rule_.add(grads.back().view(), plain.grad.sink_logits.view(), grad.sink_logits.view(), label.str());
     }
   }
 
   void expect() const { expect(far_ ? 7 : 5); }
+  void expect_sinks() const { EXPECT_TRUE(sink_rule_.holds()); }
 
   /// Of the first `count` of them.
   void expect(std::size_t count) const {
@@ -255,6 +283,7 @@ class rules {
 
  private:
   std::array<error_rule<float>, 7> rule_;
+  error_rule<float> sink_rule_;
 };
 
 // ---------------------------------------------------------------------------------------------------------------- tests
@@ -320,6 +349,30 @@ TYPED_TEST(UnitTest, EveryConvention) {
                 random_layout(random));
     }
     rules.expect();
+  }
+}
+
+/// Softcaps and sink logits of any extents.
+TYPED_TEST(UnitTest, EveryScore) {
+  random_engine random(17);
+  for (const entry entry : unit_entries) {
+    rules<TypeParam> rules;
+    rules.far_ = entry == entry::attend;
+    for (const double softcap : {0.0, 0.5, 4.0, 30.0})
+      for (const bool per_sequence : {false, true})
+        for (const bool per_query : {false, true})
+          for (const std::int64_t length : {9, 33, 70, 130}) {
+            problem p = example(
+                entry,
+                {.batch = 2, .heads = 2, .kv_heads = 1, .queries = length, .keys = length, .dim = 24, .value_dim = 16});
+            p.options.softcap = softcap;
+            unit_call<TypeParam> c(p, random);
+            c.sinks = tensor<float, 3>({per_sequence ? 2 : 1, 2, per_query ? length : 1});
+            c.sinks.randomize(random, 3);
+            rules.add(c, random);
+          }
+    rules.expect();
+    rules.expect_sinks();
   }
 }
 
