@@ -65,7 +65,7 @@ enum class kernel { cca, dense, local, eigen_cca };
 struct attention_case {
   kernel what = kernel::cca;
   std::int64_t batch = 1, heads = 1, kv_heads = 0, queries = 0, length = 0, dim = 128;
-  std::int64_t group_size = 1, window = cca::unlimited;
+  std::int64_t group_size = 0, window = cca::unlimited;
   int threads = 1;
   bool lse = false;
 
@@ -108,17 +108,10 @@ void call(const attention_case& c, operands<T>& data, Eigen::ThreadPool& helpers
   const cca::thread_pool_executor run(helpers);
   const auto q = std::as_const(data.query).view();
   const auto k = std::as_const(data.key).view(), v = std::as_const(data.value).view();
-  const auto lse = c.lse ? data.lse_view() : cca::lse_view<>{};
-  switch (c.what) {
-    case kernel::cca:
-      return cca::attention(q, k, v, data.out.view(), lse, c.options(), run);
-    case kernel::dense:
-      return cca::dense_attention(q, k, v, data.out.view(), lse, c.options(), run);
-    case kernel::local:
-      return cca::local_attention(q, k, v, data.out.view(), lse, c.options(), run);
-    case kernel::eigen_cca:
-      return bench::eigen_attention<T>(q, k, v, data.out.view(), c.options());
-  }
+  if (c.what == kernel::eigen_cca) return bench::eigen_attention<T>(q, k, v, data.out.view(), c.options());
+  cca::results to{data.out.view(), cca::lse_view<float>{}};
+  if (c.lse) to.lse = data.lse_view();
+  cca::attention(cca::inputs{q, k, v}, to, c.options(), run);
 }
 
 template <class T>
@@ -175,7 +168,10 @@ void merging(benchmark::State& state, std::int64_t heads, std::int64_t length, s
   bench::fill(lse_a, 3);
   bench::fill(lse_b, 4);
   const auto rows = [&](tensor<float>& of) { return cca::bhs(of.data.data(), 1, heads, length); };
-  const auto run = [&] { cca::merge(a.view(), rows(lse_a), b.view(), rows(lse_b), out.view(), rows(lse)); };
+  const auto run = [&] {
+    cca::merge(cca::results{a.view(), rows(lse_a)}, cca::results{b.view(), rows(lse_b)},
+               cca::results{out.view(), rows(lse)});
+  };
   run();
   for (std::size_t i = 0; i < out.data.size(); ++i) {
     const std::size_t row = i / static_cast<std::size_t>(dim);

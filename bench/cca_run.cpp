@@ -29,8 +29,8 @@
 namespace {
 
 std::map<std::string, std::string> parse(int argc, char** argv) {
-  std::map<std::string, std::string> arguments{{"kind", "cca"},  {"heads", "1"},    {"group", "1"},
-                                               {"threads", "1"}, {"gradient", "0"}, {"directory", "."},
+  std::map<std::string, std::string> arguments{{"kind", "cca"},     {"heads", "1"},    {"group", "1"},
+                                               {"threads", "1"},    {"gradient", "0"}, {"directory", "."},
                                                {"element", "float"}};
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
@@ -65,10 +65,9 @@ class attention {
   using tensor = bench::tensor<Element>;
 
  public:
-  attention(std::int64_t heads, std::int64_t kv_heads, std::int64_t length, std::int64_t dim, bool dense, bool gradient,
+  attention(std::int64_t heads, std::int64_t kv_heads, std::int64_t length, std::int64_t dim, bool gradient,
             const cca::options& options)
-      : dense_(dense),
-        gradient_(gradient),
+      : gradient_(gradient),
         options_(options),
         query_(1, heads, length, dim),
         key_(1, kv_heads, length, dim),
@@ -88,15 +87,14 @@ class attention {
     if (gradient_) read(grad_out_, directory + "grad_out");
   }
 
-  template <class E>
-  void compute(const E& run) {
-    const auto q = query_.view(), k = key_.view(), v = value_.view(), o = out_.view(), go = grad_out_.view();
-    const auto gq = grad_query_.view(), gk = grad_key_.view(), gv = grad_value_.view();
-    const auto lse = gradient_ ? cca::bhs(lse_.data.data(), 1, q.heads(), q.length()) : cca::lse_view<>{};
-    dense_ ? cca::dense_attention(q, k, v, o, lse, options_, run) : cca::attention(q, k, v, o, lse, options_, run);
+  void compute(const cca::execution& run) {
+    const cca::inputs in{query_.view(), key_.view(), value_.view()};
+    cca::results<Element, float> to{out_.view()};
+    if (gradient_) to.lse = cca::bhs(lse_.data.data(), 1, in.query.heads(), in.query.length());
+    cca::attention(in, to, options_, run);
     if (!gradient_) return;
-    dense_ ? cca::dense_attention_gradient(q, k, v, o, lse, go, gq, gk, gv, options_, run)
-           : cca::attention_gradient(q, k, v, o, lse, go, gq, gk, gv, options_, run);
+    cca::attention_gradient(in, to, cca::incoming{grad_out_.view()},
+                            cca::gradients{grad_query_.view(), grad_key_.view(), grad_value_.view()}, options_, run);
   }
 
   void write_results(const std::string& directory) const {
@@ -107,7 +105,7 @@ class attention {
   }
 
  private:
-  bool dense_, gradient_;
+  bool gradient_;
   cca::options options_;
   tensor query_, key_, value_, out_, grad_out_;
   bench::tensor<float> lse_, grad_query_, grad_key_, grad_value_;
@@ -120,11 +118,11 @@ void serve(std::map<std::string, std::string> arguments) {
   const std::int64_t length = number("length"), dim = number("dim");
   const bool dense = arguments["kind"] == "dense";
   if (!dense && arguments["kind"] != "cca") throw std::invalid_argument("kind: wants cca or dense");
-  cca::options options{.group_size = number("group"), .unit = cca::best_unit<Element>()};
+  cca::options options{.group_size = dense ? 0 : number("group"), .unit = cca::best_unit<Element>()};
   if (arguments.contains("window")) options.window = number("window");
 
   const std::string directory = arguments["directory"] + "/";
-  attention<Element> attention(heads, kv_heads, length, dim, dense, number("gradient") != 0, options);
+  attention<Element> attention(heads, kv_heads, length, dim, number("gradient") != 0, options);
   attention.read_operands(directory);
   Eigen::ThreadPool helpers(static_cast<int>(number("threads")) - 1);
   const cca::thread_pool_executor run(helpers);

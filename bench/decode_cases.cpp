@@ -81,8 +81,8 @@ class decoder {
   /// The same token asks all keys and values.
   double dense_step() {
     return seconds([&] {
-      cca::dense_attention(tokens(data_.query, last()), std::as_const(data_.key).view(),
-                           std::as_const(data_.value).view(), answer_.view());
+      cca::attention(tokens(data_.query, last()), std::as_const(data_.key).view(), std::as_const(data_.value).view(),
+                     answer_.view());
     });
   }
 
@@ -151,8 +151,8 @@ class decoder {
     const cca::partition partition{options.group_size, options.window};
     const std::vector<std::int64_t> seen(static_cast<std::size_t>(case_.heads), partition.core_count(case_.length - 1));
     const cca::far_context far{std::as_const(cores.first).view(), std::as_const(cores.second).view(),
-                       cca::bhs(seen.data(), 1, case_.heads, 1)};
-    return cca::reference::attend<Scalar>(tokens(data_.query, last()), key, value, far, options).out;
+                               cca::bhs(seen.data(), 1, case_.heads, 1)};
+    return cca::reference::attend<Scalar>(cca::inputs{tokens(data_.query, last()), key, value}, far, options).out;
   }
 
   decode_case case_;

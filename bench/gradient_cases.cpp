@@ -26,7 +26,7 @@ namespace {
 struct gradient_case {
   bool dense = false;
   std::int64_t heads = 1, kv_heads = 1, length = 0, dim = 128;
-  std::int64_t group_size = 1, window = cca::unlimited;
+  std::int64_t group_size = 0, window = cca::unlimited;
   int threads = 1;
 
   [[nodiscard]] cca::options options() const { return {.group_size = group_size, .window = window}; }
@@ -65,25 +65,18 @@ struct gradient_operands {
   [[nodiscard]] auto lse_rows() { return cca::bhs(lse.data.data(), 1, lse.extent[1], lse.extent[2]); }
 };
 
-template <class T, class E>
-void attend(const gradient_case& c, gradient_operands<T>& data, const E& run) {
+template <class T>
+void attend(const gradient_case& c, gradient_operands<T>& data, const cca::execution& run) {
   operands<T>& f = data.forward;
-  if (c.dense)
-    return cca::dense_attention(f.query.view(), f.key.view(), f.value.view(), f.out.view(), data.lse_rows(), {}, run);
-  cca::attention(f.query.view(), f.key.view(), f.value.view(), f.out.view(), data.lse_rows(), c.options(), run);
+  cca::attention<T>({f.query.view(), f.key.view(), f.value.view()}, {f.out.view(), data.lse_rows()}, c.options(), run);
 }
 
-template <class T, class E>
-void differentiate(const gradient_case& c, gradient_operands<T>& data, const E& run) {
+template <class T>
+void differentiate(const gradient_case& c, gradient_operands<T>& data, const cca::execution& run) {
   operands<T>& f = data.forward;
-  const auto call = [&](const auto& gradient, const cca::options& options) {
-    gradient(f.query.view(), f.key.view(), f.value.view(), f.out.view(), data.lse_rows(), data.grad_out.view(),
-             data.grad_query.view(), data.grad_key.view(), data.grad_value.view(), options, run);
-  };
-  if (c.dense)
-    call([](const auto&... a) { cca::dense_attention_gradient(a...); }, {});
-  else
-    call([](const auto&... a) { cca::attention_gradient(a...); }, c.options());
+  cca::attention_gradient<T>({f.query.view(), f.key.view(), f.value.view()}, {f.out.view(), data.lse_rows()},
+                             {data.grad_out.view()},
+                             {data.grad_query.view(), data.grad_key.view(), data.grad_value.view()}, c.options(), run);
 }
 
 template <class A, class B>

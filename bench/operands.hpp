@@ -107,7 +107,7 @@ auto textbook(const tensor<T>& queries, const std::vector<std::int64_t>& positio
   if (with_cores) cores = cca::reference::pool<Scalar>(query, key, value, options);
   const auto position = [&](std::int64_t i) { return positions[static_cast<std::size_t>(i)]; };
   return cca::reference::attend<Scalar>(
-             queries.view(), key, value, cores.first.view(), cores.second.view(), options,
+             cca::inputs{queries.view(), key, value}, cores.first.view(), cores.second.view(), options,
              [&](std::int64_t, std::int64_t, std::int64_t i) {
                return with_cores ? partition.core_count(position(i)) : std::int64_t{0};
              },

@@ -98,15 +98,18 @@ struct unit_operands {
     const auto in = [&](const auto& x) { return cca::bhsd(std::as_const(x).data(), 1, c.heads, c.length, c.dim); };
     const auto to = [&](std::vector<float>& x) { return cca::bhsd(x.data(), 1, c.heads, c.length, c.dim); };
     if (c.gradient)
-      return cca::attention_gradient(in(query), in(key), in(value), in(out),
-                                     cca::bhs(std::as_const(lse).data(), 1, c.heads, c.length), in(grad_out),
-                                     to(grad_query), to(grad_key), to(grad_value), c.options(unit));
+      return cca::attention_gradient(cca::inputs{in(query), in(key), in(value)},
+                                     cca::results{in(out), cca::bhs(std::as_const(lse).data(), 1, c.heads, c.length)},
+                                     cca::incoming{in(grad_out)},
+                                     cca::gradients{to(grad_query), to(grad_key), to(grad_value)}, c.options(unit));
     forward(c, unit);
   }
   void forward(const unit_case& c, cca::matrix_unit unit) {
     const auto in = [&](const auto& x) { return cca::bhsd(std::as_const(x).data(), 1, c.heads, c.length, c.dim); };
-    cca::attention(in(query), in(key), in(value), cca::bhsd(out.data(), 1, c.heads, c.length, c.dim),
-                   cca::bhs(lse.data(), 1, c.heads, c.length), c.options(unit));
+    cca::attention(
+        cca::inputs{in(query), in(key), in(value)},
+        cca::results{cca::bhsd(out.data(), 1, c.heads, c.length, c.dim), cca::bhs(lse.data(), 1, c.heads, c.length)},
+        c.options(unit));
   }
   [[nodiscard]] const std::vector<float>& result(const unit_case& c) const { return c.gradient ? grad_query : out; }
 };

@@ -13,9 +13,9 @@ int main() {
   const auto sum = [&](int i) { return cca::bhs(lse + i, 1, 1, 1); };
   const auto part = [&](int first, int count) { return cca::bhsd(keys + first, 1, 1, count, 1); };
 
-  cca::dense_attention(query, part(0, 2), part(0, 2), result(0), sum(0));
-  cca::dense_attention(query, part(2, 2), part(2, 2), result(1), sum(1));
-  cca::merge(result(0), sum(0), result(1), sum(1), result(2), sum(2));
+  cca::attention({query, part(0, 2), part(0, 2)}, {result(0), sum(0)});
+  cca::attention({query, part(2, 2), part(2, 2)}, {result(1), sum(1)});
+  cca::merge({result(0), sum(0)}, {result(1), sum(1)}, {result(2), sum(2)});
   for (const int i : {0, 1, 2})
     std::printf("%s: out %.4f, lse %.4f\n",
                 i == 2   ? "joined"
@@ -24,7 +24,7 @@ int main() {
                 static_cast<double>(out[i]), static_cast<double>(lse[i]));
 
   try {
-    cca::dense_attention(query, part(0, 2), part(0, 3), result(0));
+    cca::attention(query, part(0, 2), part(0, 3), result(0));
   } catch (const std::invalid_argument& error) {
     std::printf("%s\n", error.what());
   }

@@ -29,7 +29,7 @@ int main() {
   };
   const cca::options options{.group_size = 16, .window = 1024};
   const double core_aware = seconds([&] { cca::attention(query, key, value, result, options); });
-  const double dense = seconds([&] { cca::dense_attention(query, key, value, result); });
+  const double dense = seconds([&] { cca::attention(query, key, value, result); });
 
   const cca::partition partition{options.group_size, options.window};
   std::printf("the last of %lld tokens sees %lld cores and %lld raw tokens\n", static_cast<long long>(length),

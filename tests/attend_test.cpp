@@ -2,8 +2,7 @@
 
 #include "entry_points.hpp"
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 /// A caller's far context: rows and, query by query, how many of them are seen.
 template <class T>
@@ -17,10 +16,10 @@ struct far_rows {
 /// Random rows. The counts are in no order: a later query may see less.
 template <class T>
 far_rows<T> random_far(const sizes& s, std::int64_t heads, std::int64_t length, random_engine& random,
-                          const std::array<layout, 3>& layouts = {}) {
+                       const std::array<layout, 3>& layouts = {}) {
   far_rows<T> f{tensor<T>({s.batch, heads, length, s.dim}, layouts[0]),
-                   tensor<T>({s.batch, heads, length, s.value_dim}, layouts[1]),
-                   tensor<std::int64_t, 3>({s.batch, s.heads, s.queries}, layouts[2])};
+                tensor<T>({s.batch, heads, length, s.value_dim}, layouts[1]),
+                tensor<std::int64_t, 3>({s.batch, s.heads, s.queries}, layouts[2])};
   f.key.randomize(random);
   f.value.randomize(random);
   f.seen.generate([&] { return draw(random, 0, length); });
@@ -53,7 +52,7 @@ template <class T>
 void add(attention_rule<T>& rule, const sizes& s, const operands<T>& o, const far_rows<T>& f, const options& options,
          const layout& out_layout = {}, const layout& lse_layout = {}) {
   const auto textbook = [&]<class Scalar>() {
-    return reference::attend<Scalar>(o.query.view(), o.key.view(), o.value.view(), f.view(), options);
+    return reference::attend<Scalar>(inputs{o.query.view(), o.key.view(), o.value.view()}, f.view(), options);
   };
   rule.add(run(s, o, f, options, out_layout, lse_layout), textbook, describe(s) + ", " + describe(options));
 }
@@ -215,5 +214,4 @@ TYPED_TEST(Attend, HeedsEveryOption) {
   }
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

@@ -2,8 +2,7 @@
 
 #include "entry_points.hpp"
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 template <class T>
 results<T> run(entry entry, const sizes& s, const operands<T>& o, const options& options, const layout& out_layout = {},
@@ -22,8 +21,8 @@ void add(attention_rule<T>& rule, entry entry, const sizes& s, const operands<T>
          const layout& out_layout = {}, const layout& lse_layout = {}) {
   const auto textbook = [&]<class Scalar>() {
     return entry == entry::attention
-               ? reference::attention<Scalar>(o.query.view(), o.key.view(), o.value.view(), options)
-               : reference::local_attention<Scalar>(o.query.view(), o.key.view(), o.value.view(), options);
+               ? reference::attention<Scalar>(inputs{o.query.view(), o.key.view(), o.value.view()}, options)
+               : reference::local_attention<Scalar>(inputs{o.query.view(), o.key.view(), o.value.view()}, options);
   };
   std::ostringstream label;
   label << problem{.entry = entry, .sizes = s, .options = options};
@@ -76,7 +75,7 @@ std::string seen(entry entry, std::int64_t queries, std::int64_t keys, const opt
 /// The same by the rules: a group whose tokens all come before the window is a core, all other tokens up to the query's
 /// position are raw.
 std::string expected(entry entry, std::int64_t queries, std::int64_t keys, const options& options) {
-  const std::int64_t g = options.group_size, s = options.window;
+  const std::int64_t g = std::max<std::int64_t>(options.group_size, 1), s = options.window;
   const std::int64_t first = options.first_position.value_or(keys - queries);
   std::string list;
   for (std::int64_t t = first; t < first + queries; ++t) {
@@ -175,9 +174,9 @@ TYPED_TEST(Attention, WithGroupsOfOneIsDense) {
     const sizes s{.heads = 2, .queries = length, .keys = length, .dim = 5, .value_dim = 3};
     const operands<T> o = random_operands<T>(s, random);
     add(rule, entry::dense, s, o, {});
-    const options groups_of_one{.window = draw(random, 1, length)};
+    const options groups_of_one{.group_size = 1, .window = draw(random, 1, length)};
     rule.add(run(entry::attention, s, o, groups_of_one), [&]<class Scalar>() {
-      return reference::local_attention<Scalar>(o.query.view(), o.key.view(), o.value.view(), {});
+      return reference::local_attention<Scalar>(inputs{o.query.view(), o.key.view(), o.value.view()}, {});
     });
   }
   EXPECT_TRUE(rule.holds());
@@ -404,7 +403,7 @@ void expect_conversion(std::int64_t length) {
   const tensor<Value> value = converted<Value>(numbers.value);
   tensor<Out> out({1, s.heads, s.queries, s.value_dim});
   tensor<float, 3> lse({1, s.heads, s.queries});
-  attention(query.view(), key.view(), value.view(), out.view(), lse.view(), options);
+  attention(inputs{query.view(), key.view(), value.view()}, cca::results{out.view(), lse.view()}, options);
 
   const operands<T> same{converted<T>(query), converted<T>(key), converted<T>(value)};
   const results<T> expected = run(entry::attention, s, same, options);
@@ -488,5 +487,4 @@ TYPED_TEST(Attention, HeedsEveryOption) {
   expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .softmax_scale = 0.5});
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

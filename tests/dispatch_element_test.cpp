@@ -6,8 +6,7 @@
 
 #include "support.hpp"
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 template <class To, class From, std::size_t Rank>
 tensor<To, Rank> converted(const tensor<From, Rank>& from) {
@@ -78,24 +77,24 @@ struct operands_of_16_bits {
 
 TYPED_TEST(DispatchElement, GivesWhatFloatsGive) {
   const operands_of_16_bits<TypeParam> o(this->random);
-  const options raw{.window = 7}, dense{};
+  const options raw{.window = 7};
   for (const std::string_view name : dispatch::architectures()) {
     SCOPED_TRACE(name);
     dispatch::use(name);
     EXPECT_TRUE(same_results<TypeParam>(o.s, [&](const auto& of, auto out, auto lse) {
-      dispatch::attention(of(o.query), of(o.key), of(o.value), out, lse, example_options);
+      dispatch::attention(inputs{of(o.query), of(o.key), of(o.value)}, cca::results{out, lse}, example_options);
     }));
     EXPECT_TRUE(same_results<TypeParam>(o.s, [&](const auto& of, auto out, auto lse) {
-      dispatch::local_attention(of(o.query), of(o.key), of(o.value), out, lse, raw);
+      dispatch::attention(inputs{of(o.query), of(o.key), of(o.value)}, cca::results{out, lse}, raw);
     }));
     EXPECT_TRUE(same_results<TypeParam>(o.s, [&](const auto& of, auto out, auto lse) {
-      dispatch::dense_attention(of(o.query), of(o.key), of(o.value), out, lse, dense);
+      dispatch::attention(inputs{of(o.query), of(o.key), of(o.value)}, cca::results{out, lse});
     }));
     EXPECT_TRUE(same_results<TypeParam>(o.s, [&](const auto& of, auto out, auto lse) {
-      const auto query = of(o.query), key = of(o.key), value = of(o.value);
-      const far far_context{of(o.far_key), of(o.far_value), o.seen.view()};
-      std::vector<std::byte> workspace(dispatch::workspace_size(query, key, value, far));
-      dispatch::attend(query, key, value, far, out, lse, raw, serial_executor{}, workspace);
+      const inputs in{of(o.query), of(o.key), of(o.value)};
+      const far_context context{of(o.far_key), of(o.far_value), o.seen.view()};
+      std::vector<std::byte> workspace(dispatch::workspace_size(in, context, raw));
+      dispatch::attend(in, context, cca::results{out, lse}, raw, {serial_executor{}, workspace});
     }));
     sizes cores = o.s;
     cores.heads = o.s.kv_heads;
@@ -129,18 +128,21 @@ TYPED_TEST(DispatchElement, GradientsAreThoseOfFloats) {
       call([](auto& x) { return x.floats.view(); }, want);
       for (std::size_t i = 0; i < got.size(); ++i) EXPECT_TRUE(same_bits(got[i].view(), want[i].view())) << i;
     };
+    const auto results_of = [&](const auto& of) { return cca::results{of(out), lse_in}; };
     same([&](const auto& of, auto& grad) {
-      dispatch::attention_gradient(of(o.query), of(o.key), of(o.value), of(out), lse_in, of(grad_out), grad[0].view(),
-                                   grad[1].view(), grad[2].view(), example_options);
+      dispatch::attention_gradient(inputs{of(o.query), of(o.key), of(o.value)}, results_of(of), incoming{of(grad_out)},
+                                   gradients{grad[0].view(), grad[1].view(), grad[2].view()}, example_options);
     });
     same([&](const auto& of, auto& grad) {
-      dispatch::attend_gradient(of(o.query), of(o.key), of(o.value), far_context{of(o.far_key), of(o.far_value), o.seen.view()},
-                                of(out), lse_in, of(grad_out), grad[0].view(), grad[1].view(), grad[2].view(),
-                                grad[3].view(), grad[4].view(), {.window = 7});
+      dispatch::attend_gradient(
+          inputs{of(o.query), of(o.key), of(o.value)}, far_context{of(o.far_key), of(o.far_value), o.seen.view()},
+          results_of(of), incoming{of(grad_out)},
+          gradients{grad[0].view(), grad[1].view(), grad[2].view(), grad[3].view(), grad[4].view()}, {.window = 7});
     });
     same([&](const auto& of, auto& grad) {
-      dispatch::dense_attention_gradient(of(o.query), of(o.key), of(o.value), of(out), lse_in, of(grad_out), lse_in,
-                                         grad[0].view(), grad[1].view(), grad[2].view());
+      dispatch::attention_gradient(inputs{of(o.query), of(o.key), of(o.value)}, results_of(of),
+                                   incoming{of(grad_out), lse_in},
+                                   gradients{grad[0].view(), grad[1].view(), grad[2].view()});
     });
   }
 }
@@ -193,8 +195,8 @@ TYPED_TEST(DispatchElement, TakesMatrixUnits) {
     options options = example_options;
     options.unit = unit;
     tensor<TypeParam> out({o.s.batch, o.s.heads, o.s.queries, o.s.value_dim});
-    std::vector<std::byte> workspace(dispatch::workspace_size(query, key, value, options));
-    dispatch::attention(query, key, value, out.view(), options, serial_executor{}, workspace);
+    std::vector<std::byte> workspace(dispatch::workspace_size(inputs{query, key, value}, options));
+    dispatch::attention(query, key, value, out.view(), options, {serial_executor{}, workspace});
     return out;
   };
   const bool present = best_unit<TypeParam>() != matrix_unit::none;
@@ -216,5 +218,4 @@ TYPED_TEST(DispatchElement, TakesMatrixUnits) {
   if (!present) GTEST_SKIP() << "no unit for such elements here";
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

@@ -34,34 +34,28 @@ void dispatched_call(const problem& p, const arguments<T>& a, const any_executor
                      std::span<std::byte> memory = {}, bool lse = true) {
   const auto& in = a.operands;
   const tensor_view<T> first = a.results[0], second = a.results[1];
-  const auto attention_of = [&](const auto& entry) {
-    return lse ? entry(first, without_dim(second), p.options, run, memory) : entry(first, p.options, run, memory);
-  };
+  cca::results<T> to{first};
+  if (lse) to.lse = without_dim(second);
   switch (p.entry) {
     case entry::dense:
-      return attention_of([&](const auto&... rest) { dispatch::dense_attention(in[0], in[1], in[2], rest...); });
-    case entry::local:
-      return attention_of([&](const auto&... rest) { dispatch::local_attention(in[0], in[1], in[2], rest...); });
     case entry::attention:
-      return attention_of([&](const auto&... rest) { dispatch::attention(in[0], in[1], in[2], rest...); });
+      return dispatch::attention(inputs_of(a), to, p.options, {run, memory});
+    case entry::local:
+      return dispatch::attend(inputs_of(a), detail::no_far_context(inputs_of(a)), to, p.options, {run, memory});
     case entry::attend:
-      return attention_of([&](const auto&... rest) {
-        dispatch::attend(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, rest...);
-      });
+      return dispatch::attend(inputs_of(a), far_of(a), to, p.options, {run, memory});
     case entry::pool:
-      return dispatch::pool(in[0], in[1], in[2], first, second, p.options, run, memory);
+      return dispatch::pool(inputs_of(a), cores{first, second}, p.options, {run, memory});
     case entry::merge:
-      return dispatch::merge(in[0], without_dim(in[1]), in[2], without_dim(in[3]), first, without_dim(second), run);
+      return dispatch::merge<T>({in[0], without_dim(in[1])}, {in[2], without_dim(in[3])}, to, run);
   }
 }
 
 template <class T>
 std::size_t dispatched_workspace_size(const problem& p, const arguments<T>& a, const any_executor& run) {
-  const auto& in = a.operands;
   if (p.entry == entry::merge) return 0;
-  if (p.entry == entry::attend)
-    return dispatch::workspace_size(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, run);
-  return dispatch::workspace_size(in[0], in[1], in[2], p.options, run);
+  if (p.entry == entry::attend) return dispatch::workspace_size(inputs_of(a), far_of(a), p.options, run);
+  return dispatch::workspace_size(inputs_of(a), p.options, run);
 }
 
 /// `call_gradient` of gradient_entry_points.hpp through the dispatch.
@@ -69,46 +63,27 @@ template <class T>
 void dispatched_gradient(const problem& p, const arguments<T>& a, const any_executor& run = {},
                          std::span<std::byte> memory = {}, bool grad_lse = true) {
   const auto& in = a.operands;
-  const auto& grad = a.results;
+  gradients<T> to{a.results[0], a.results[1], a.results[2]};
   if (p.entry == entry::pool)
-    return dispatch::pool_gradient(in[0], in[1], in[2], in[3], in[4], grad[0], grad[1], grad[2], p.options, run,
-                                   memory);
-  const auto gradient_of = [&](const auto& entry) {
-    const std::size_t first = in.size() - 4;
-    const lse_view<const T> lse = without_dim(in[first + 1]);
-    return grad_lse ? entry(in[first], lse, in[first + 2], without_dim(in[first + 3]))
-                    : entry(in[first], lse, in[first + 2]);
-  };
-  switch (p.entry) {
-    case entry::dense:
-      return gradient_of([&](const auto&... incoming) {
-        dispatch::dense_attention_gradient(in[0], in[1], in[2], incoming..., grad[0], grad[1], grad[2], p.options, run,
-                                           memory);
-      });
-    case entry::local:
-      return gradient_of([&](const auto&... incoming) {
-        dispatch::local_attention_gradient(in[0], in[1], in[2], incoming..., grad[0], grad[1], grad[2], p.options, run,
-                                           memory);
-      });
-    case entry::attention:
-      return gradient_of([&](const auto&... incoming) {
-        dispatch::attention_gradient(in[0], in[1], in[2], incoming..., grad[0], grad[1], grad[2], p.options, run,
-                                     memory);
-      });
-    default:
-      return gradient_of([&](const auto&... incoming) {
-        dispatch::attend_gradient(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, incoming..., grad[0], grad[1],
-                                  grad[2], grad[3], grad[4], p.options, run, memory);
-      });
-  }
+    return dispatch::pool_gradient<T>(inputs_of(a), {in[3], in[4]}, to, p.options, {run, memory});
+  const std::size_t first = in.size() - 4;
+  const dispatch::read<T> of{in[first], without_dim(in[first + 1])};
+  incoming<T> from{in[first + 2]};
+  if (grad_lse) from.grad_lse = without_dim(in[first + 3]);
+  if (p.entry == entry::dense || p.entry == entry::attention)
+    return dispatch::attention_gradient(inputs_of(a), of, from, to, p.options, {run, memory});
+  const far_context<T> context = p.entry == entry::attend ? far_of(a) : detail::no_far_context(inputs_of(a));
+  to.far_key = {p.entry == entry::attend ? a.results[3].data : nullptr, context.key.extent,
+                p.entry == entry::attend ? a.results[3].stride : context.key.stride};
+  to.far_value = {p.entry == entry::attend ? a.results[4].data : nullptr, context.value.extent,
+                  p.entry == entry::attend ? a.results[4].stride : context.value.stride};
+  dispatch::attend_gradient(inputs_of(a), context, of, from, to, p.options, {run, memory});
 }
 
 template <class T>
 std::size_t dispatched_gradient_workspace_size(const problem& p, const arguments<T>& a, const any_executor& run) {
-  const auto& in = a.operands;
-  if (p.entry == entry::attend)
-    return dispatch::gradient_workspace_size(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, run);
-  return dispatch::gradient_workspace_size(in[0], in[1], in[2], p.options, run);
+  if (p.entry == entry::attend) return dispatch::gradient_workspace_size(inputs_of(a), far_of(a), p.options, run);
+  return dispatch::gradient_workspace_size(inputs_of(a), p.options, run);
 }
 
 constexpr sizes example_sizes{
@@ -243,25 +218,6 @@ TYPED_TEST(Dispatch, ThrowsWhatTheKernelsThrow) {
   }
 }
 
-TYPED_TEST(Dispatch, TakesLogSumExpsOfAnotherTypeOnlyWhereNoneAreWanted) {
-  using other = std::conditional_t<std::is_same_v<TypeParam, float>, double, float>;
-  const problem p = example(entry::dense, example_sizes);
-  random_engine random(4);
-  argument_memory<TypeParam> memory(p), expected(p);
-  memory.randomize(random);
-  const auto a = memory.arguments();
-  const auto call = [&](lse_view<other> lse) {
-    dispatch::dense_attention(a.operands[0], a.operands[1], a.operands[2], a.results[0], lse);
-  };
-  call({});
-  copy<TypeParam>(a.results[0], expected.results[0].view());
-  test::call(p, a);
-  EXPECT_TRUE(same_bits(a.results[0], expected.results[0].view()));
-  tensor<other, 3> lse({2, 4, 41});
-  EXPECT_NE(refusal([&] { call(lse.view()); }).find("lse"), std::string::npos);
-  EXPECT_NE(refusal([&] { call({nullptr, lse.view().extent, lse.view().stride}); }).find("lse"), std::string::npos);
-}
-
 /// Each architecture that runs here obeys the rule for errors, whatever this test is compiled for.
 TYPED_TEST(Dispatch, EveryArchitectureIsExact) {
   for (const std::string_view name : dispatch::architectures()) {
@@ -275,10 +231,10 @@ TYPED_TEST(Dispatch, EveryArchitectureIsExact) {
       const options options{.group_size = 3, .window = 10};
       const auto o = random_operands<TypeParam>(s, random);
       const auto r = collect<TypeParam>(s, [&](tensor_view<TypeParam> out, lse_view<TypeParam> lse) {
-        dispatch::attention(o.query.view(), o.key.view(), o.value.view(), out, lse, options);
+        dispatch::attention<TypeParam>({o.query.view(), o.key.view(), o.value.view()}, {out, lse}, options);
       });
       rule.add(r, [&]<class Scalar>() {
-        return reference::attention<Scalar>(o.query.view(), o.key.view(), o.value.view(), options);
+        return reference::attention<Scalar>(inputs{o.query.view(), o.key.view(), o.value.view()}, options);
       });
     }
     EXPECT_TRUE(rule.holds()) << name;
@@ -347,10 +303,10 @@ TEST(DispatchCache, AnswersWithTheBitsOfTheProgramsOwn) {
     const auto all = random_tokens(setup, 2, count, random), one = random_tokens(setup, 1, count, random);
     const results<float> expected = attend(own, views_of(all)), expected_one = attend(own, 1, views_of(one));
     const results<float> r = collect<float>(setup.step(2, count), [&](tensor_view<float> out, lse_view<float> lse) {
-      dispatched.attend(all.query.view(), all.key.view(), all.value.view(), out, lse);
+      dispatched.attend({all.query.view(), all.key.view(), all.value.view()}, {out, lse});
     });
     const results<float> r1 = collect<float>(setup.step(1, count), [&](tensor_view<float> out, lse_view<float> lse) {
-      dispatched.attend(1, one.query.view(), one.key.view(), one.value.view(), out, lse);
+      dispatched.attend(1, {one.query.view(), one.key.view(), one.value.view()}, {out, lse});
     });
     EXPECT_TRUE(same_bits(r, expected));
     EXPECT_TRUE(same_bits(r1, expected_one));
@@ -402,11 +358,11 @@ TEST(DispatchCache, ComputesInDouble) {
   const auto o = random_operands<double>(s, random);
   dispatch::kv_cache<double> cache(example_cache(cache_options).shape, cache_options);
   const results<double> r = collect<double>(s, [&](tensor_view<double> out, lse_view<double> lse) {
-    cache.attend(o.query.view(), o.key.view(), o.value.view(), out, lse);
+    cache.attend({o.query.view(), o.key.view(), o.value.view()}, {out, lse});
   });
   attention_rule<double> rule;
   rule.add(r, [&]<class Scalar>() {
-    return reference::attention<Scalar>(o.query.view(), o.key.view(), o.value.view(), cache_options);
+    return reference::attention<Scalar>(inputs{o.query.view(), o.key.view(), o.value.view()}, cache_options);
   });
   EXPECT_TRUE(rule.holds());
 }

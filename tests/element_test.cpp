@@ -118,24 +118,25 @@ struct element_call {
   }
 
   void forward(tensor_view<out_type> out, lse_view<float> lse) const {
-    if (p.entry == entry::attend) return attend(q(), k(), v(), far_rows(), out, lse, p.options);
-    if (p.entry == entry::attention) return attention(q(), k(), v(), out, lse, p.options);
-    local_attention(q(), k(), v(), out, lse, p.options);
+    const cca::results to{out, lse};
+    if (p.entry == entry::attend) return attend(inputs{q(), k(), v()}, far_rows(), to, p.options);
+    if (p.entry == entry::attention) return attention(inputs{q(), k(), v()}, to, p.options);
+    local_attention(inputs{q(), k(), v()}, to, p.options);
   }
 
   /// With the output and gradients in floats.
   void gradient(std::vector<std::vector<float>>& grads) const {
     const std::size_t first = floats.forward_operands();
-    const auto out = operand(first), grad_out = operand(first + 2);
-    const auto lse = without_dim(operand(first + 1)), grad_lse = without_dim(operand(first + 3));
+    const cca::results of{operand(first), without_dim(operand(first + 1))};
+    const incoming from{operand(first + 2), without_dim(operand(first + 3))};
     const auto grad = [&](std::size_t i) { return view_of(grads[i], operand(i).extent); };
     if (p.entry == entry::attend)
-      attend_gradient(q(), k(), v(), far_rows(), out, lse, grad_out, grad_lse, grad(0), grad(1), grad(2), grad(3),
-                      grad(4), p.options);
+      attend_gradient(inputs{q(), k(), v()}, far_rows(), of, from,
+                      gradients{grad(0), grad(1), grad(2), grad(3), grad(4)}, p.options);
     else if (p.entry == entry::attention)
-      attention_gradient(q(), k(), v(), out, lse, grad_out, grad_lse, grad(0), grad(1), grad(2), p.options);
+      attention_gradient(inputs{q(), k(), v()}, of, from, gradients{grad(0), grad(1), grad(2)}, p.options);
     else
-      local_attention_gradient(q(), k(), v(), out, lse, grad_out, grad_lse, grad(0), grad(1), grad(2), p.options);
+      local_attention_gradient(inputs{q(), k(), v()}, of, from, gradients{grad(0), grad(1), grad(2)}, p.options);
   }
 };
 
@@ -198,8 +199,9 @@ TYPED_TEST(ElementTest, PoolsAsFloatsDo) {
 
       std::vector<std::vector<float>> grads;
       for (std::size_t i = 0; i < 3; ++i) grads.emplace_back(converted<float>(c.operand(i)).size());
-      pool_gradient(c.q(), c.k(), c.v(), c.operand(3), c.operand(4), view_of(grads[0], c.operand(0).extent),
-                    view_of(grads[1], c.operand(1).extent), view_of(grads[2], c.operand(2).extent), p.options);
+      const auto grad = [&](std::size_t i) { return view_of(grads[i], c.operand(i).extent); };
+      pool_gradient(inputs{c.q(), c.k(), c.v()}, cca::cores{c.operand(3), c.operand(4)},
+                    gradients{grad(0), grad(1), grad(2)}, p.options);
       c.floats.gradient();
       for (std::size_t i = 0; i < 3; ++i) EXPECT_TRUE(same_numbers(c.floats.results[i].view(), grads[i]));
     }

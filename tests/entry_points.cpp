@@ -7,29 +7,28 @@ template <class T>
 void call(const problem& p, const arguments<T>& a, const any_executor& run, std::span<std::byte> workspace) {
   const auto& in = a.operands;
   const tensor_view<T> first = a.results[0], second = a.results[1];
+  const cca::results<T, T> to{first, without_dim(second)};
   switch (p.entry) {
     case entry::dense:
-      return dense_attention(in[0], in[1], in[2], first, without_dim(second), p.options, run, workspace);
+      return dense_attention(inputs_of(a), to, p.options, {run, workspace});
     case entry::local:
-      return local_attention(in[0], in[1], in[2], first, without_dim(second), p.options, run, workspace);
+      return local_attention(inputs_of(a), to, p.options, {run, workspace});
     case entry::attention:
-      return attention(in[0], in[1], in[2], first, without_dim(second), p.options, run, workspace);
+      return attention(inputs_of(a), to, p.options, {run, workspace});
     case entry::attend:
-      return attend(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, first, without_dim(second), p.options, run,
-                    workspace);
+      return attend(inputs_of(a), far_of(a), to, p.options, {run, workspace});
     case entry::pool:
-      return pool(in[0], in[1], in[2], first, second, p.options, run, workspace);
+      return pool(inputs_of(a), cores{first, second}, p.options, {run, workspace});
     case entry::merge:
-      return merge(in[0], without_dim(in[1]), in[2], without_dim(in[3]), first, without_dim(second), run);
+      return merge(cca::results{in[0], without_dim(in[1])}, cca::results{in[2], without_dim(in[3])}, to, run);
   }
 }
 
 template <class T>
 std::size_t workspace_size(const problem& p, const arguments<T>& a, const any_executor& run) {
-  const auto& in = a.operands;
   if (p.entry == entry::merge) return 0;
-  if (p.entry == entry::attend) return cca::workspace_size(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, run);
-  return cca::workspace_size(in[0], in[1], in[2], p.options, run);
+  if (p.entry == entry::attend) return cca::workspace_size(inputs_of(a), far_of(a), p.options, run);
+  return cca::workspace_size(inputs_of(a), p.options, run);
 }
 
 template void call(const problem&, const arguments<float>&, const any_executor&, std::span<std::byte>);

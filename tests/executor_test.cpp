@@ -6,8 +6,7 @@
 // After support.hpp, which has a say in how Eigen is compiled.
 #include <mutex>
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 // ----------------------------------------------------------------------------------------------------- executors
 
@@ -67,7 +66,7 @@ TEST(Executor, IsAnyCallable) {
   argument_memory<float> serial = argument_memory<float>(p).randomize(random), parallel = serial;
   call(p, serial.arguments());
   const auto a = parallel.arguments();
-  pool(a.operands[0], a.operands[1], a.operands[2], a.results[0], a.results[1], p.options, threads);
+  pool(inputs_of(a), cores{a.results[0], a.results[1]}, p.options, threads);
   EXPECT_TRUE(same_bits(a.results, serial.arguments().results));
 }
 
@@ -214,5 +213,4 @@ TYPED_TEST(ExecutorOf, CallsMayOverlap) {
   }
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

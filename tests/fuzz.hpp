@@ -216,9 +216,10 @@ void compare_forward(const problem& p, const arguments<T>& a, long double tolera
     return compare(p, "core_value", a.results[1], cores.second, tolerance);
   }
   const reference::result<double> want =
-      p.entry == entry::attention ? reference::attention<double>(in[0], in[1], in[2], p.options)
-      : p.entry == entry::attend  ? reference::attend<double>(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, p.options)
-                                  : reference::local_attention<double>(in[0], in[1], in[2], p.options);
+      p.entry == entry::attention ? reference::attention<double>(inputs{in[0], in[1], in[2]}, p.options)
+      : p.entry == entry::attend
+          ? reference::attend<double>(inputs{in[0], in[1], in[2]}, far_context{in[3], in[4], a.seen}, p.options)
+          : reference::local_attention<double>(inputs{in[0], in[1], in[2]}, p.options);
   compare(p, "out", a.results[0], want.out, tolerance);
   compare(p, "lse", a.results[1], want.lse, tolerance);
 }
@@ -233,7 +234,7 @@ std::string spoil(problem& p, arguments<T>& a, byte_source& bytes) {
   if (p.entry != entry::pool && behind % 2 == 1) return {};  // a log-sum-exp: it has no dim
   switch (bytes.draw(0, 6)) {
     case 0:
-      p.options.group_size = -bytes.draw(0, 3);
+      p.options.group_size = -bytes.draw(1, 3);
       return "group size";
     case 1:
       p.options.window = -bytes.draw(0, 3);

@@ -9,40 +9,26 @@ namespace cca::test {
 template <class T>
 void call_gradient(const problem& p, const arguments<T>& a, const any_executor& run, std::span<std::byte> workspace) {
   const auto& in = a.operands;
-  const auto& grad = a.results;
-  if (p.entry == entry::pool)
-    return pool_gradient(in[0], in[1], in[2], in[3], in[4], grad[0], grad[1], grad[2], p.options, run, workspace);
+  gradients<T> to{a.results[0], a.results[1], a.results[2]};
+  to.sink_logits = a.grad_sinks;
+  if (p.entry == entry::pool) return pool_gradient(inputs_of(a), cores{in[3], in[4]}, to, p.options, {run, workspace});
+  if (p.entry == entry::attend) {
+    to.far_key = a.results[3];
+    to.far_value = a.results[4];
+  }
 
-  const auto gradient_of = [&](const auto& entry) {
-    const std::size_t first = in.size() - 4;
-    const tensor_view<const T> out = in[first], grad_out = in[first + 2];
-    const lse_view<const T> lse = without_dim(in[first + 1]), grad_lse = without_dim(in[first + 3]);
-    // The overload without is for `lse_view<>{}`, of float: called here, it compiles no kernel of its own.
-    if constexpr (std::is_same_v<T, float>)
-      if (grad_lse.data == nullptr && grad_lse.extent == std::array<std::int64_t, 3>{})
-        return entry(out, lse, grad_out);
-    return entry(out, lse, grad_out, grad_lse);
-  };
+  const std::size_t first = in.size() - 4;
+  const cca::results of{in[first], without_dim(in[first + 1])};
+  const incoming from{in[first + 2], without_dim(in[first + 3])};
   switch (p.entry) {
     case entry::dense:
-      return gradient_of([&](const auto&... incoming) {
-        dense_attention_gradient(in[0], in[1], in[2], incoming..., grad[0], grad[1], grad[2], p.options, run,
-                                 workspace);
-      });
+      return dense_attention_gradient(inputs_of(a), of, from, to, p.options, {run, workspace});
     case entry::local:
-      return gradient_of([&](const auto&... incoming) {
-        local_attention_gradient(in[0], in[1], in[2], incoming..., grad[0], grad[1], grad[2], p.options, run,
-                                 workspace);
-      });
+      return local_attention_gradient(inputs_of(a), of, from, to, p.options, {run, workspace});
     case entry::attention:
-      return gradient_of([&](const auto&... incoming) {
-        attention_gradient(in[0], in[1], in[2], incoming..., grad[0], grad[1], grad[2], p.options, run, workspace);
-      });
+      return attention_gradient(inputs_of(a), of, from, to, p.options, {run, workspace});
     case entry::attend:
-      return gradient_of([&](const auto&... incoming) {
-        attend_gradient(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, incoming..., grad[0], grad[1], grad[2], grad[3],
-                        grad[4], p.options, run, workspace);
-      });
+      return attend_gradient(inputs_of(a), far_of(a), of, from, to, p.options, {run, workspace});
     default:
       throw std::logic_error("no gradient");
   }
@@ -50,10 +36,8 @@ void call_gradient(const problem& p, const arguments<T>& a, const any_executor& 
 
 template <class T>
 std::size_t gradient_workspace_size(const problem& p, const arguments<T>& a, const any_executor& run) {
-  const auto& in = a.operands;
-  if (p.entry == entry::attend)
-    return cca::gradient_workspace_size(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, run);
-  return cca::gradient_workspace_size(in[0], in[1], in[2], p.options, run);
+  if (p.entry == entry::attend) return cca::gradient_workspace_size(inputs_of(a), far_of(a), p.options, run);
+  return cca::gradient_workspace_size(inputs_of(a), p.options, run);
 }
 
 template void call_gradient(const problem&, const arguments<float>&, const any_executor&, std::span<std::byte>);

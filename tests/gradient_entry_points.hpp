@@ -118,14 +118,10 @@ std::vector<reference::tensor<Scalar>> textbook_gradient(const problem& p, const
     const std::size_t first = in.size() - 2;
     if (p.entry == entry::pool)
       return reference::pool_gradient<Scalar>(in[0], in[1], in[2], in[first], in[first + 1], p.options);
-    const auto grad_out = in[first];
-    const lse_view<const T> grad_lse = without_dim(in[first + 1]);
-    if (p.entry == entry::attention)
-      return reference::attention_gradient<Scalar>(in[0], in[1], in[2], grad_out, grad_lse, p.options);
-    if (p.entry == entry::attend)
-      return reference::attend_gradient<Scalar>(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, grad_out, grad_lse,
-                                                p.options);
-    return reference::local_attention_gradient<Scalar>(in[0], in[1], in[2], grad_out, grad_lse, p.options);
+    const incoming from{in[first], without_dim(in[first + 1])};
+    if (p.entry == entry::attention) return reference::attention_gradient<Scalar>(inputs_of(a), from, p.options);
+    if (p.entry == entry::attend) return reference::attend_gradient<Scalar>(inputs_of(a), far_of(a), from, p.options);
+    return reference::local_attention_gradient<Scalar>(inputs_of(a), from, p.options);
   };
   reference::gradient<Scalar> grad = of();
   std::vector<reference::tensor<Scalar>> all{std::move(grad.query), std::move(grad.key), std::move(grad.value)};

@@ -3,8 +3,7 @@
 #include "executors.hpp"
 #include "gradient_entry_points.hpp"
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 template <class T>
 class GradientRobustness : public testing::Test {
@@ -381,10 +380,12 @@ TEST(GradientRefuses, Options) {
   const std::vector<entry> with_window{entry::local, entry::attention, entry::attend};
   const std::vector<entry> with_query_per_key{entry::attention, entry::pool};
   const std::vector<option_refusal> table{
-      {all, "group_size", [](options& o) { o.group_size = 0; }},
+      {all, "group_size", [](options& o) { o.group_size = -1; }},
+      {{entry::pool}, "group_size", [](options& o) { o.group_size = 0; }},
       {with_window, "window", [](options& o) { o.window = 0; }},
       {all, "softmax_scale", [](options& o) { o.softmax_scale = std::numeric_limits<double>::infinity(); }},
       {all, "softmax_scale", [](options& o) { o.softmax_scale = 1e300; }},
+      {all, "softcap", [](options& o) { o.softcap = -1; }},
       {all, "pool", [](options& o) { o.pool = static_cast<pooling>(3); }},
       {all, "core_heads", [](options& o) { o.core_heads = static_cast<cca::core_heads>(-1); }},
       {with_raw, "first_position", [](options& o) { o.first_position = unlimited; }},
@@ -429,5 +430,4 @@ TEST(GradientRefuses, NothingThatIsAllowed) {
   }
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

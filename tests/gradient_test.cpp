@@ -2,8 +2,7 @@
 
 #include "gradient_entry_points.hpp"
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 // ------------------------------------------------------------------------------------------- the textbook's gradients
 
@@ -25,10 +24,10 @@ double loss(const problem& p, const arguments<double>& a) {
     return dot(first, key.view()) + dot(second, value.view());
   }
   const auto result = [&] {
-    if (p.entry == entry::attention) return reference::attention<double>(in[0], in[1], in[2], p.options);
+    if (p.entry == entry::attention) return reference::attention<double>(inputs{in[0], in[1], in[2]}, p.options);
     if (p.entry == entry::attend)
-      return reference::attend<double>(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, p.options);
-    return reference::local_attention<double>(in[0], in[1], in[2], p.options);
+      return reference::attend<double>(inputs{in[0], in[1], in[2]}, far_context{in[3], in[4], a.seen}, p.options);
+    return reference::local_attention<double>(inputs{in[0], in[1], in[2]}, p.options);
   }();
   return dot(first, result.out.view()) + dot(second, result.lse.view());
 }
@@ -130,9 +129,10 @@ TEST(TextbookGradient, OfPoolingIsThatOfFiniteDifferences) {
         for (const std::int64_t group_size : {1, 3}) {
           const sizes s{
               .batch = 2, .heads = heads, .kv_heads = kv_heads, .queries = 7, .keys = 7, .dim = 3, .value_dim = 2};
-          expect_differences(
-              {.entry = entry::pool, .sizes = s, .options = {.group_size = group_size, .pool = pool, .core_heads = cores}},
-              random);
+          expect_differences({.entry = entry::pool,
+                              .sizes = s,
+                              .options = {.group_size = group_size, .pool = pool, .core_heads = cores}},
+                             random);
         }
 }
 
@@ -467,7 +467,7 @@ TYPED_TEST(Gradient, IsDenseWhereNothingIsPooled) {
   for (std::int64_t length = 1; length <= 3 * this->lanes; length += draw(random, 1, 4)) {
     problem p{.entry = entry::attention,
               .sizes = {.heads = 2, .queries = length, .keys = length, .dim = 5, .value_dim = 3}};
-    p.options = {.window = draw(random, 1, length)};
+    p.options = {.group_size = 1, .window = draw(random, 1, length)};
     add_as_dense(groups_of_one, p, random);
     const std::int64_t g = draw(random, 2, 20);
     p.options = {.group_size = g, .window = length + draw(random, 0, 2)};
@@ -605,5 +605,4 @@ TYPED_TEST(Gradient, HeedsEveryOption) {
   expect_change(entry::pool, pooled, {.group_size = 3, .softmax_scale = 0.5}, all);
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

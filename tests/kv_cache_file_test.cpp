@@ -8,8 +8,7 @@
 #include <stdexcept>
 #include <streambuf>
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 /// A cache of sequences that fill nothing, a part and all of their windows, with the tokens for more.
 struct example {
@@ -181,12 +180,40 @@ TEST(KvCacheFile, AnotherFileIsNotOne) {
 
 // ----------------------------------------------------------------------------------------------------------- forgery
 
+/// What a file says before its sequences, in either version.
+struct forged_header {
+  detail::cache_file_start start{};
+  detail::element_code elements = detail::element_code::of<float, float>();
+  cca::options options{.group_size = 3, .window = 4};
+  cache_shape shape{.batch = 1, .heads = 1, .kv_heads = 1, .dim = 1, .value_dim = 1, .capacity = 0, .rewind = 2};
+  std::vector<detail::cache_file_option> more{};
+};
+
 /// A file whose checksums are right, of a header and the numbers of one sequence, and so many elements.
-std::string forge(const detail::cache_file_header& header, const std::array<std::int64_t, 2>& numbers = {0, 0},
+std::string forge(const forged_header& header, const std::array<std::int64_t, 2>& numbers = {0, 0},
                   std::int64_t elements = 0) {
   std::ostringstream stream;
   detail::cache_writer writer(stream);
-  writer.put(&header, 1);
+  writer.put(&header.start, 1);
+  if (header.start.version == 1) {
+    const cca::options& o = header.options;
+    const detail::cache_file_header_1 old{header.elements,
+                                          static_cast<std::uint32_t>(o.pool),
+                                          static_cast<std::uint32_t>(o.core_heads),
+                                          o.softmax_scale.has_value(),
+                                          o.softmax_scale.value_or(0),
+                                          o.group_size,
+                                          o.window,
+                                          header.shape};
+    writer.put(&old, 1);
+  } else {
+    auto all = detail::cache_file::options_of(header.options);
+    all.insert(all.end(), header.more.begin(), header.more.end());
+    const detail::cache_file_header present{header.elements, static_cast<std::uint32_t>(all.size()), header.shape};
+    writer.put(&present, 1);
+    writer.end_part();
+    writer.put(all.data(), std::ssize(all));
+  }
   writer.end_part();
   writer.put(numbers.data(), 2);
   writer.end_part();
@@ -197,54 +224,75 @@ std::string forge(const detail::cache_file_header& header, const std::array<std:
 }
 
 /// Of a cache that makes sense: one head of dim 1, groups of 3 and a window of 4.
-detail::cache_file_header good_header() {
-  return detail::cache_file::header_of(
-      kv_cache<float>({.heads = 1, .kv_heads = 1, .dim = 1, .rewind = 2}, {.group_size = 3, .window = 4}));
+forged_header good_header(std::uint32_t version = 2) {
+  forged_header header;
+  header.start.version = version;
+  return header;
 }
 
 TEST(KvCacheFile, AForgedHeaderIsRefused) {
-  const kv_cache<float> good = load_from(forge(good_header(), {7, 0}, (2 + 7) * 2));
-  EXPECT_EQ(good.length(), 7);
-
   constexpr std::int64_t huge = std::int64_t{1} << 57, greatest = std::numeric_limits<std::int64_t>::max();
-  const auto expect_refused = [](const auto& change, const std::string& because) {
-    detail::cache_file_header header = good_header();
-    change(header);
-    EXPECT_TRUE(refused(forge(header), because));
-    EXPECT_TRUE(refused(forge(header, {7, 0}, 18), because));
-  };
-  expect_refused([](auto& h) { h.magic[0] = 'C'; }, "is not one");
-  expect_refused([](auto& h) { h.byte_order = 0x04030201; }, "byte order");
-  expect_refused([](auto& h) { h.version = 2; }, "got version 2");
-  expect_refused([](auto& h) { h.elements.bytes = 8; }, "got elements of 8 bytes");
-  expect_refused([](auto& h) { h.pool = 3; }, "options.pool");
-  expect_refused([](auto& h) { h.cores = 2; }, "options.core_heads");
-  expect_refused(
-      [](auto& h) {
-        h.has_scale = 1;
-        h.softmax_scale = std::numeric_limits<double>::infinity();
-      },
-      "options.softmax_scale");
-  for (const std::int64_t wrong : {std::int64_t{0}, std::int64_t{-1}, -greatest - 1}) {
-    expect_refused([&](auto& h) { h.group_size = wrong; }, "options.group_size");
-    expect_refused([&](auto& h) { h.window = wrong; }, "options.window");
-    expect_refused([&](auto& h) { h.heads = wrong; }, "shape.heads");
-    expect_refused([&](auto& h) { h.kv_heads = wrong; }, "shape.kv_heads");
-    expect_refused([&](auto& h) { h.dim = wrong; }, "shape.dim");
-    if (wrong == 0) continue;
-    expect_refused([&](auto& h) { h.batch = wrong; }, "sequences");
-    expect_refused([&](auto& h) { h.value_dim = wrong; }, "shape.value_dim");
-    expect_refused([&](auto& h) { h.capacity = wrong; }, "shape.capacity");
-    expect_refused([&](auto& h) { h.rewind = wrong; }, "shape.rewind");
+  for (const std::uint32_t version : {1u, 2u}) {
+    SCOPED_TRACE(testing::Message() << "version " << version);
+    const kv_cache<float> good = load_from(forge(good_header(version), {7, 0}, (2 + 7) * 2));
+    EXPECT_EQ(good.length(), 7);
+    EXPECT_EQ(good.options().group_size, 3);
+    EXPECT_EQ(good.shape().rewind, 2);
+
+    const auto expect_refused = [&](const auto& change, const std::string& because) {
+      forged_header header = good_header(version);
+      change(header);
+      EXPECT_TRUE(refused(forge(header), because));
+      EXPECT_TRUE(refused(forge(header, {7, 0}, 18), because));
+    };
+    expect_refused([](auto& h) { h.start.magic[0] = 'C'; }, "is not one");
+    expect_refused([](auto& h) { h.start.byte_order = 0x04030201; }, "byte order");
+    expect_refused([](auto& h) { h.start.version = 3; }, "got version 3, wants 1 or 2");
+    expect_refused([](auto& h) { h.elements.bytes = 8; }, "got elements of 8 bytes");
+    expect_refused([](auto& h) { h.options.pool = static_cast<pooling>(3); }, "options.pool");
+    expect_refused([](auto& h) { h.options.core_heads = static_cast<core_heads>(2); }, "options.core_heads");
+    expect_refused([](auto& h) { h.options.softmax_scale = std::numeric_limits<double>::infinity(); },
+                   "options.softmax_scale");
+    for (const std::int64_t wrong : {std::int64_t{0}, std::int64_t{-1}, -greatest - 1}) {
+      expect_refused([&](auto& h) { h.options.window = wrong; }, "options.window");
+      expect_refused([&](auto& h) { h.shape.heads = wrong; }, "shape.heads");
+      expect_refused([&](auto& h) { h.shape.kv_heads = wrong; }, "shape.kv_heads");
+      expect_refused([&](auto& h) { h.shape.dim = wrong; }, "shape.dim");
+      if (wrong == 0) continue;
+      expect_refused([&](auto& h) { h.options.group_size = wrong; }, "options.group_size");
+      expect_refused([&](auto& h) { h.shape.batch = wrong; }, "sequences");
+      expect_refused([&](auto& h) { h.shape.value_dim = wrong; }, "shape.value_dim");
+      expect_refused([&](auto& h) { h.shape.capacity = wrong; }, "shape.capacity");
+      expect_refused([&](auto& h) { h.shape.rewind = wrong; }, "shape.rewind");
+    }
+    expect_refused([](auto& h) { h.shape.kv_heads = 2; }, "shape.kv_heads");
+    expect_refused([](auto& h) { h.options.window = unlimited; }, "options.group_size");
+    expect_refused([](auto& h) { h.shape.batch = std::int64_t{1} << 40; }, "ends too early");
+    expect_refused([](auto& h) { h.shape.batch = greatest; }, "ends too early");
+    for (const std::int64_t most : {huge, greatest}) {
+      expect_refused([&](auto& h) { h.shape.capacity = most; }, "");
+      expect_refused([&](auto& h) { h.shape.heads = h.shape.dim = most; }, "shape.capacity");
+    }
   }
-  expect_refused([](auto& h) { h.kv_heads = 2; }, "shape.kv_heads");
-  expect_refused([](auto& h) { h.window = unlimited; }, "options.group_size");
-  expect_refused([](auto& h) { h.batch = std::int64_t{1} << 40; }, "ends too early");
-  expect_refused([](auto& h) { h.batch = greatest; }, "ends too early");
-  for (const std::int64_t most : {huge, greatest}) {
-    expect_refused([&](auto& h) { h.capacity = most; }, "");
-    expect_refused([&](auto& h) { h.heads = h.dim = most; }, "shape.capacity");
-  }
+}
+
+/// All options come back; one that this library does not have is not passed over.
+TEST(KvCacheFile, OptionsAreKeptByName) {
+  const options all{.group_size = 3,
+                    .window = 4,
+                    .pool = pooling::mean,
+                    .core_heads = core_heads::per_kv_head,
+                    .softmax_scale = 0.25,
+                    .softcap = 30};
+  forged_header header = good_header();
+  header.options = all;
+  EXPECT_EQ(describe(load_from(forge(header)).options()), describe(all));
+  EXPECT_EQ(describe(load_from(content(kv_cache<float>(header.shape, all))).options()), describe(all));
+
+  header.more.push_back({.name = {'n', 'e', 'w'}, .code = {}});
+  EXPECT_TRUE(refused(forge(header), "got an option new"));
+  header.more = {{.name = {'s', 'o', 'f', 't', 'c', 'a', 'p'}, .code = detail::encode_option(-1.0)}};
+  EXPECT_TRUE(refused(forge(header), "options.softcap"));
 }
 
 TEST(KvCacheFile, AForgedSequenceIsRefused) {
@@ -269,11 +317,11 @@ TEST(KvCacheFile, AForgedSequenceIsRefused) {
   constexpr std::int64_t length = std::int64_t{1} << 61;
   EXPECT_TRUE(refused(forge(good_header(), {length, length - 9}, 1000), "more than memory has"));
   EXPECT_TRUE(refused(forge(good_header(), {length >> 8, (length >> 8) - 9}, 1000), "ends too early"));
-  for (const auto& change : std::vector<std::function<void(detail::cache_file_header&)>>{
-           [](auto& h) { h.heads = std::int64_t{1} << 57; }, [](auto& h) { h.dim = std::int64_t{1} << 57; },
-           [](auto& h) { h.value_dim = std::int64_t{1} << 57; }, [](auto& h) { h.window = unlimited - 1; },
-           [](auto& h) { h.rewind = unlimited; }}) {
-    detail::cache_file_header header = good_header();
+  for (const auto& change : std::vector<std::function<void(forged_header&)>>{
+           [](auto& h) { h.shape.heads = std::int64_t{1} << 57; }, [](auto& h) { h.shape.dim = std::int64_t{1} << 57; },
+           [](auto& h) { h.shape.value_dim = std::int64_t{1} << 57; },
+           [](auto& h) { h.options.window = unlimited - 1; }, [](auto& h) { h.shape.rewind = unlimited; }}) {
+    forged_header header = good_header();
     change(header);
     EXPECT_TRUE(refused(forge(header, {length >> 8, 0}, 1000)));
     EXPECT_TRUE(refused(forge(header, {7, 0}, 10)));
@@ -282,8 +330,8 @@ TEST(KvCacheFile, AForgedSequenceIsRefused) {
 
 /// A file that claims heads by the billion but has nothing of them takes no time.
 TEST(KvCacheFile, EmptySequencesOfManyHeadsAreNoWork) {
-  detail::cache_file_header header = good_header();
-  header.heads = std::int64_t{1} << 57;
+  forged_header header = good_header();
+  header.shape.heads = std::int64_t{1} << 57;
   EXPECT_EQ(load_from(forge(header)).length(), 0);
   EXPECT_EQ(load_from(forge(header, {2, 0}, 4)).length(), 2);
 }
@@ -321,5 +369,4 @@ TEST(KvCacheFile, AFullDiskIsNoticed) {
   EXPECT_THROW(save(example().cache, full), std::runtime_error);
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

@@ -37,7 +37,7 @@ TYPED_TEST(KvCacheOf, AnswersLikeRecomputationAfterAnyOperations) {
   using T = typename TypeParam::first_type;
   // With the group size and the tokens beyond complete groups.
   std::set<std::tuple<operation, std::int64_t, std::int64_t>> done;
-  for (std::uint64_t seed = 1; seed <= 240 && !this->HasFailure(); ++seed) {
+  for (std::uint64_t seed = 1; seed <= 320 && !this->HasFailure(); ++seed) {
     random_engine random(seed);
     attention_rule<T> rule;
     const auto judge = [&](const auto&... answer) { rule.add(answer...); };
@@ -52,7 +52,8 @@ TYPED_TEST(KvCacheOf, AnswersLikeRecomputationAfterAnyOperations) {
 
 // ---------------------------------------------------------------------------------------------------------- chunks
 
-const std::array<options, 6> example_options{{{.group_size = 1, .window = 1},
+const std::array<options, 7> example_options{{{.group_size = 1, .window = 1},
+                                              {.window = 5},
                                               {.group_size = 3, .window = 4},
                                               {.group_size = 4, .window = 2},
                                               {.group_size = 5, .window = 1, .core_heads = core_heads::per_kv_head},
@@ -112,9 +113,10 @@ TEST(KvCache, IsADenseCacheWithoutAWindow) {
   const operands<float> prompt = random_tokens(setup, 1, 50, random);
   const auto dense = [&](std::int64_t first, std::int64_t end) {
     return [&, first, end]<class Scalar>() {
-      return reference::local_attention<Scalar>(tokens_of(prompt.query.view(), {first, end}),
-                                                tokens_of(prompt.key.view(), {0, end}),
-                                                tokens_of(prompt.value.view(), {0, end}), options{});
+      return reference::attention<Scalar>(
+          inputs{tokens_of(prompt.query.view(), {first, end}), tokens_of(prompt.key.view(), {0, end}),
+                 tokens_of(prompt.value.view(), {0, end})},
+          options{});
     };
   };
   kv_cache<float> cache = setup.make();
@@ -551,12 +553,14 @@ TEST(KvCache, RefusesShapesAndOptionsThatMakeNoSense) {
   expect_refused("shape.capacity", [](auto& s) { s.shape.capacity = -1; });
   expect_refused("shape.capacity", [](auto& s) { s.shape.capacity = std::int64_t{1} << 57; });
   expect_refused("shape.rewind", [](auto& s) { s.shape.rewind = -1; });
-  expect_refused("options.group_size", [](auto& s) { s.options.group_size = 0; });
+  expect_refused("options.group_size", [](auto& s) { s.options.group_size = -1; });
   expect_refused("options.group_size", [](auto& s) { s.options.window = unlimited; });
   expect_refused("options.window", [](auto& s) { s.options.window = 0; });
   expect_refused("options.pool", [](auto& s) { s.options.pool = static_cast<pooling>(7); });
+  expect_refused("options.pool", [](auto& s) { s.options.group_size = 0, s.options.pool = pooling::mean; });
   expect_refused("options.core_heads", [](auto& s) { s.options.core_heads = static_cast<cca::core_heads>(7); });
   expect_refused("options.softmax_scale", [](auto& s) { s.options.softmax_scale = NAN; });
+  expect_refused("options.softcap", [](auto& s) { s.options.softcap = -1; });
   expect_refused("options.first_position", [](auto& s) { s.options.first_position = 0; });
 }
 

@@ -2,8 +2,7 @@
 
 #include "entry_points.hpp"
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 /// The tokens `[begin, end)` of a view.
 template <class T>
@@ -64,7 +63,7 @@ TYPED_TEST(Merge, OfPartsIsTheWhole) {
     const results<T> first = part(0, cuts[0]), second = part(cuts[0], cuts[1]), third = part(cuts[1], s.keys);
     const results<T> whole = merged(s, first, merged(s, third, second), random_layout(random), random_layout(random));
     const auto textbook = [&]<class Scalar>() {
-      return reference::local_attention<Scalar>(o.query.view(), o.key.view(), o.value.view(), {});
+      return reference::local_attention<Scalar>(inputs{o.query.view(), o.key.view(), o.value.view()}, {});
     };
     rule.add(whole, textbook, describe(s) + ", cut at " + std::to_string(cuts[0]) + " and " + std::to_string(cuts[1]));
   }
@@ -95,7 +94,7 @@ TYPED_TEST(Merge, OfFarAndNearIsAttention) {
   const results<T> near_part = run<T>(entry::local, s, {o.query.view(), o.key.view(), o.value.view()}, options);
   attention_rule<T> rule;
   rule.add(merged(s, far_part, near_part), [&]<class Scalar>() {
-    return reference::attention<Scalar>(o.query.view(), o.key.view(), o.value.view(), options);
+    return reference::attention<Scalar>(inputs{o.query.view(), o.key.view(), o.value.view()}, options);
   });
   EXPECT_TRUE(rule.holds());
 }
@@ -129,11 +128,11 @@ TYPED_TEST(Merge, WritesOverAPart) {
   const results<T> expected = merged(s, a, b);
   for (results<T>* in_place : {&a, &b}) {
     const results<T> untouched = *in_place;
-    merge(a.out.view(), a.lse.view(), b.out.view(), b.lse.view(), in_place->out.view(), in_place->lse.view());
+    merge(cca::results{a.out.view(), a.lse.view()}, cca::results{b.out.view(), b.lse.view()},
+          cca::results{in_place->out.view(), in_place->lse.view()});
     EXPECT_TRUE(same_bits(*in_place, expected));
     *in_place = untouched;
   }
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

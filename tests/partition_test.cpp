@@ -7,8 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace cca {
-namespace {
+namespace cca { namespace {
 
 constexpr std::int64_t exhaustive = 40;
 
@@ -100,6 +99,29 @@ TEST(Partition, FirstQueryIsWhereTheCoreTakesOver) {
       }
 }
 
+/// Nothing is pooled: the window slides, and what is behind it is not seen.
+TEST(Partition, WithoutGroupsTheWindowIsAll) {
+  for (const std::int64_t s : {std::int64_t{1}, std::int64_t{2}, std::int64_t{7}, exhaustive, unlimited})
+    for (std::int64_t t = -3; t < exhaustive; ++t) {
+      const partition p{0, s};
+      EXPECT_EQ(p.core_count(t), 0);
+      EXPECT_EQ(p.group_count(t + 3), 0);
+      for (std::int64_t j = 0; j <= exhaustive; ++j)
+        EXPECT_EQ(p.raw(t).contains(j), j <= t && t - j < s) << "token " << j << ", position " << t << ", window " << s;
+    }
+}
+
+TEST(Partition, FirstQueryBeyondATokenSeesNoneBeforeItRaw) {
+  for (const std::int64_t g : {0, 1, 2, 3, 7, 16})
+    for (std::int64_t s = 1; s <= exhaustive; ++s)
+      for (std::int64_t token = 0; token <= exhaustive; ++token) {
+        const partition p{g, s};
+        const std::int64_t t = p.first_query_beyond(token);
+        ASSERT_GE(p.raw(t).begin, token) << g << " " << s << " " << token;
+        ASSERT_TRUE(t == 0 || p.raw(t - 1).begin < token) << g << " " << s << " " << token;
+      }
+}
+
 TEST(Partition, PairCountIsTheSumOverQueries) {
   for (std::int64_t g = 1; g <= exhaustive; g += 3)
     for (std::int64_t s = 1; s <= exhaustive; ++s)
@@ -172,5 +194,4 @@ static_assert(intersection({0, 5}, {3, 9}) == range{3, 5});
 static_assert(hull({0, 2}, {5, 6}) == range{0, 6});
 static_assert(shifted({2, 5}, 3) == range{5, 8});
 
-}  // namespace
-}  // namespace cca
+}}  // namespace cca

@@ -100,15 +100,17 @@ template <class Scalar, class T>
 std::vector<reference::tensor<Scalar>> exact_backward(const saved_call& c, const saved_arguments<T>& a) {
   const auto& in = a.operands;
   const options o = options_of(c);
-  const auto grad_out = a.grad_results[0];
-  const auto grad_lse = without_dim(a.grad_lse);
-  auto grad =
-      c.entry == entry::pool ? reference::pool_gradient<Scalar>(in[0], in[1], in[2], grad_out, a.grad_results[1], o)
-      : c.entry == entry::attention ? reference::attention_gradient<Scalar>(in[0], in[1], in[2], grad_out, grad_lse, o)
-      : c.entry == entry::attend
-          ? reference::attend_gradient<Scalar>(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, grad_out,
-                                               grad_lse, o)
-          : reference::local_attention_gradient<Scalar>(in[0], in[1], in[2], grad_out, grad_lse, o);
+  const auto gradient = [&] {
+    if (c.entry == entry::pool)
+      return reference::pool_gradient<Scalar>(in[0], in[1], in[2], a.grad_results[0], a.grad_results[1], o);
+    const inputs<T> operands{in[0], in[1], in[2]};
+    const incoming from{a.grad_results[0], without_dim(a.grad_lse)};
+    if (c.entry == entry::attention) return reference::attention_gradient<Scalar>(operands, from, o);
+    if (c.entry == entry::attend)
+      return reference::attend_gradient<Scalar>(operands, far_context{in[3], in[4], a.seen}, from, o);
+    return reference::local_attention_gradient<Scalar>(operands, from, o);
+  };
+  auto grad = gradient();
   std::vector<reference::tensor<Scalar>> all{std::move(grad.query), std::move(grad.key), std::move(grad.value)};
   if (c.entry == entry::attend) {
     all.push_back(std::move(grad.far_key));
@@ -122,8 +124,8 @@ template <class T, class Core>
 void step(kv_cache<T, Core>& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
           tensor_view<compute_type<T>> out, lse_view<compute_type<T>> lse) {
   if constexpr (sizeof(T) == 2)
-    b ? cache.attend(*b, tokens.query, tokens.key, tokens.value, out, lse)
-      : cache.attend(tokens.query, tokens.key, tokens.value, out, lse);
+    b ? cache.attend(*b, inputs{tokens.query, tokens.key, tokens.value}, cca::results{out, lse})
+      : cache.attend(inputs{tokens.query, tokens.key, tokens.value}, cca::results{out, lse});
   else
     b ? attend(cache, *b, tokens, out, lse) : attend(cache, tokens, out, lse);
 }

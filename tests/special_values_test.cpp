@@ -2,8 +2,7 @@
 
 #include "entry_points.hpp"
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 template <class T>
 class SpecialValues : public testing::Test {
@@ -28,7 +27,7 @@ struct reach {
 
 /// What query `i` sees of token `j`'s key and value, by the rules.
 reach reach_of_token(const problem& p, std::int64_t j, std::int64_t i) {
-  const std::int64_t g = p.options.group_size, s = p.options.window;
+  const std::int64_t g = std::max<std::int64_t>(p.options.group_size, 1), s = p.options.window;
   const std::int64_t t = p.options.first_position.value_or(p.sizes.keys - p.sizes.queries) + i;
   const std::int64_t last_of_group = j / g * g + g - 1;
   const bool before_window = s != unlimited && last_of_group < t + 1 - s;
@@ -46,7 +45,7 @@ bool sees_nothing(const problem& p, std::int64_t i) {
 reach reach_of(const problem& p, operand operand, std::int64_t j, std::int64_t i) {
   if (operand == operand::far_key || operand == operand::far_value) return {.raw = j < seen_count(p, 0, 0, i)};
   if (operand != operand::query) return reach_of_token(p, j, i);
-  const std::int64_t g = p.options.group_size;
+  const std::int64_t g = std::max<std::int64_t>(p.options.group_size, 1);
   return {.raw = i == j && !sees_nothing(p, i), .core = j % g == g - 1 && reach_of_token(p, j, i).core};
 }
 
@@ -265,10 +264,10 @@ testing::AssertionResult exact(const problem& p, const Adjust& adjust, int draws
     call(p, a);
     const auto textbook = [&]<class Scalar>() {
       const auto &q = a.operands[0], &k = a.operands[1], &v = a.operands[2];
-      if (p.entry == entry::attention) return reference::attention<Scalar>(q, k, v, p.options);
+      if (p.entry == entry::attention) return reference::attention<Scalar>(inputs{q, k, v}, p.options);
       if (p.entry == entry::attend)
-        return reference::attend<Scalar>(q, k, v, far_context{a.operands[3], a.operands[4], a.seen}, p.options);
-      return reference::local_attention<Scalar>(q, k, v, p.options);
+        return reference::attend<Scalar>(inputs{q, k, v}, far_context{a.operands[3], a.operands[4], a.seen}, p.options);
+      return reference::local_attention<Scalar>(inputs{q, k, v}, p.options);
     };
     const auto plain = textbook.template operator()<T>();
     const auto truth = textbook.template operator()<exact_type<T>>();
@@ -435,5 +434,4 @@ TYPED_TEST(SpecialValues, OfAPartShowInItsMerge) {
   EXPECT_EQ(merged(T(1e8), -this->infinity), std::pair(T(1), T(1e8)));
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

@@ -85,8 +85,10 @@ T canary() {
 }
 
 template <class T>
-requires std::is_arithmetic_v<T> || (sizeof(T) == 2)  // 16-bit elements
-bool same_bits(T a, T b) { return std::memcmp(&a, &b, sizeof(T)) == 0; }
+requires std::is_arithmetic_v<T> ||(sizeof(T) == 2)  // 16-bit elements
+    bool same_bits(T a, T b) {
+  return std::memcmp(&a, &b, sizeof(T)) == 0;
+}
 
 /// Calls `f(b, h, i)` for every row of a view.
 template <class View, class F>
@@ -190,10 +192,9 @@ inline std::string describe(const sizes& s) {
 
 inline std::string describe(const options& o) {
   std::ostringstream text;
-  text << "group size " << o.group_size << ", window " << o.window << ", pooling " << static_cast<int>(o.pool)
-       << ", core heads " << static_cast<int>(o.core_heads);
-  if (o.softmax_scale) text << ", scale " << *o.softmax_scale;
-  if (o.first_position) text << ", first position " << *o.first_position;
+  detail::for_each_option(o, [&](const char* name, const auto& option) {
+    text << (text.tellp() > 0 ? ", " : "") << name << " " << detail::option_text(option);
+  });
   return text.str();
 }
 

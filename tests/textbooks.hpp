@@ -33,10 +33,10 @@ std::vector<reference::tensor<Scalar>> textbook_forward(const problem& p, const 
     auto cores = reference::pool<Scalar>(in[0], in[1], in[2], p.options);
     return {std::move(cores.first), std::move(cores.second)};
   }
-  auto r = p.entry == entry::attention ? reference::attention<Scalar>(in[0], in[1], in[2], p.options)
-           : p.entry == entry::attend
-               ? reference::attend<Scalar>(in[0], in[1], in[2], far_context{in[3], in[4], seen}, p.options)
-               : reference::local_attention<Scalar>(in[0], in[1], in[2], p.options);
+  const inputs<T> operands{in[0], in[1], in[2]};
+  auto r = p.entry == entry::attention ? reference::attention<Scalar>(operands, p.options)
+           : p.entry == entry::attend  ? reference::attend<Scalar>(operands, far_context{in[3], in[4], seen}, p.options)
+                                       : reference::local_attention<Scalar>(operands, p.options);
   return {std::move(r.out), std::move(r.lse)};
 }
 

@@ -73,7 +73,10 @@ TEST(Threads, OpenMPRefusesCountsBelow1) {
       const tensor<float, 3> lse({1, 1, length});
       tensor<float> out({1, 1, length, 2});
       tensor<float, 3> out_lse({1, 1, length});
-      expect_refused([&] { merge(part.view(), lse.view(), part.view(), lse.view(), out.view(), out_lse.view(), run); });
+      expect_refused([&] {
+        merge<const float, const float>({part.view(), lse.view()}, {part.view(), lse.view()},
+                                        {out.view(), out_lse.view()}, run);
+      });
     }
   }
 }

@@ -9,28 +9,31 @@ namespace cca::test {
 template <class Element>
 void call(const problem& p, const unit_arguments<Element>& a, const any_executor& run) {
   const auto& in = a.operands;
-  const tensor_view<float> out = a.results[0];
-  const lse_view<float> lse = without_dim(a.results[1]);
+  const inputs<Element> operands{in[0], in[1], in[2], a.sinks};
+  const cca::results<float> to{a.results[0], without_dim(a.results[1])};
   if (p.entry == entry::attend)
-    attend(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, out, lse, p.options, run);
+    attend(operands, far_context{in[3], in[4], a.seen}, to, p.options, run);
   else if (p.entry == entry::attention)
-    attention(in[0], in[1], in[2], out, lse, p.options, run);
+    attention(operands, to, p.options, run);
   else
-    local_attention(in[0], in[1], in[2], out, lse, p.options, run);
+    local_attention(operands, to, p.options, run);
 }
 
 template <class Element>
 void call_gradient(const problem& p, const unit_arguments<Element>& a, const any_executor& run) {
   const auto& in = a.operands;
   const auto& grad = a.results;
+  const inputs<Element> operands{in[0], in[1], in[2], a.sinks};
+  const cca::results of{a.out, a.lse};
+  const incoming from{a.grad_out, a.grad_lse};
   if (p.entry == entry::attend)
-    attend_gradient(in[0], in[1], in[2], far_context{in[3], in[4], a.seen}, a.out, a.lse, a.grad_out, a.grad_lse, grad[0],
-                    grad[1], grad[2], grad[3], grad[4], p.options, run);
+    attend_gradient(operands, far_context{in[3], in[4], a.seen}, of, from,
+                    gradients<float>{grad[0], grad[1], grad[2], grad[3], grad[4], a.grad_sinks}, p.options, run);
   else if (p.entry == entry::attention)
-    attention_gradient(in[0], in[1], in[2], a.out, a.lse, a.grad_out, a.grad_lse, grad[0], grad[1], grad[2], p.options,
+    attention_gradient(operands, of, from, gradients<float>{grad[0], grad[1], grad[2], {}, {}, a.grad_sinks}, p.options,
                        run);
   else
-    local_attention_gradient(in[0], in[1], in[2], a.out, a.lse, a.grad_out, a.grad_lse, grad[0], grad[1], grad[2],
+    local_attention_gradient(operands, of, from, gradients<float>{grad[0], grad[1], grad[2], {}, {}, a.grad_sinks},
                              p.options, run);
 }
 

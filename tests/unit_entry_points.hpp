@@ -19,6 +19,8 @@ struct unit_arguments {
   lse_view<const float> lse{};
   tensor_view<const Element> grad_out{};
   lse_view<const float> grad_lse{};
+  lse_view<const float> sinks{};
+  lse_view<float> grad_sinks{};
 };
 
 /// Calls one of `unit_entries`.

@@ -18,6 +18,7 @@ namespace {
 
 using namespace cca;
 using namespace cca::test;
+using cca::test::results;
 using Eigen::bfloat16, Eigen::half;
 
 /// The units that multiply such elements here.
@@ -43,6 +44,7 @@ struct unit_call {
   problem p;
   std::vector<tensor<Element>> operands;
   tensor<std::int64_t, 3> seen;
+  tensor<float, 3> sinks{{0, 0, 0}};  // none
 
   template <class NextLayout>
   unit_call(const problem& of, random_engine& random, const NextLayout& next_layout)
@@ -59,8 +61,13 @@ struct unit_call {
   [[nodiscard]] unit_arguments<Element> arguments() const {
     unit_arguments<Element> a{.operands = {}, .seen = seen.view(), .results = {}};
     for (const tensor<Element>& t : operands) a.operands.push_back(t.view());
+    a.sinks = sink_logits();
     return a;
   }
+  [[nodiscard]] lse_view<const float> sink_logits() const {
+    return sinks.view().empty() ? lse_view<const float>{} : sinks.view();
+  }
+  [[nodiscard]] inputs<Element> in() const { return {operand(0), operand(1), operand(2), sink_logits()}; }
 
   [[nodiscard]] problem with(matrix_unit unit) const {
     problem asked = p;
@@ -80,7 +87,8 @@ struct unit_call {
         layout);
   }
 
-  /// The gradients of the operands, for the results of a forward pass.
+  /// The gradients of the operands, and where there are sinks, of those as rows of one element, for the results of a
+  /// forward pass.
   [[nodiscard]] std::vector<tensor<float>> gradient(matrix_unit unit, const results<float>& of,
                                                     const tensor<Element>& grad_out, const tensor<float, 3>& grad_lse,
                                                     const any_executor& run = {}) const {
@@ -88,11 +96,15 @@ struct unit_call {
     for (const extents& e : gradient_result_extents(p)) grad.emplace_back(e);
     unit_arguments<Element> a = arguments();
     for (tensor<float>& g : grad) a.results.push_back(g.view());
+    const std::array<std::int64_t, 3>& e = a.sinks.extent;
+    tensor<float> grad_sinks({e[0], e[1], e[2], 1});
+    if (a.sinks.data != nullptr) a.grad_sinks = without_dim(grad_sinks.view());
     a.out = of.out.view();
     a.lse = of.lse.view();
     a.grad_out = grad_out.view();
     a.grad_lse = grad_lse.view();
     call_gradient(with(unit), a, run);
+    if (a.sinks.data != nullptr) grad.push_back(grad_sinks);
     for (const tensor<float>& g : grad) EXPECT_TRUE(g.canaries_intact());
     return grad;
   }
@@ -119,7 +131,8 @@ struct textbook {
 
   textbook(const unit_call<Element>& c, tensor_view<const Element> grad_out, lse_view<const float> grad_lse)
       : result{{c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries, c.p.sizes.value_dim},
-               {c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries, 1}} {
+               {c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries, 1}},
+        sinks_(c.sink_logits()) {
     const auto query = c.operand(0), key = c.operand(1), value = c.operand(2);
     const options& o = c.p.options;
     std::pair<reference::tensor<float>, reference::tensor<float>> cores;
@@ -153,15 +166,18 @@ struct textbook {
   using matrix = reference::matrix<float>;
   using vector = reference::vector<float>;
 
+  lse_view<const float> sinks_;
+
   template <class Query, class Key, class Far, class Seen, class Raw>
   void go(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Key> value, tensor_view<Far> far_key,
           tensor_view<Far> far_value, tensor_view<const Element> grad_out, lse_view<const float> grad_lse,
           const options& o, const Seen& seen, const Raw& raw) {
     using reference::head;
-    const auto scale = static_cast<float>(detail::softmax_scale(o, key.dim()));
-    grad = {reference::tensor<float>(query.extent), reference::tensor<float>(key.extent),
-            reference::tensor<float>(value.extent), reference::tensor<float>(far_key.extent),
-            reference::tensor<float>(far_value.extent)};
+    const auto scale = static_cast<float>(detail::softmax_scale(o, key.dim())), cap = static_cast<float>(o.softcap);
+    const auto& sink_extent = sinks_.extent;
+    grad = {reference::tensor<float>(query.extent),     reference::tensor<float>(key.extent),
+            reference::tensor<float>(value.extent),     reference::tensor<float>(far_key.extent),
+            reference::tensor<float>(far_value.extent), {sink_extent[0], sink_extent[1], sink_extent[2], 1}};
     for (std::int64_t b = 0; b < query.batch(); ++b)
       for (std::int64_t h = 0; h < query.heads(); ++h) {
         const std::int64_t kv = h / (query.heads() / key.heads()), fh = h / (query.heads() / far_key.heads());
@@ -173,22 +189,34 @@ struct textbook {
           const range near = raw(i);
           const std::int64_t count = far + near.size();
           float& lse = *result.lse.view().row(b, h, i);
-          lse = -std::numeric_limits<float>::infinity();
-          if (count == 0) continue;
+          const float sink = reference::sink_logit<float>(sinks_, b, h, i);
+          const auto add_to_sink = [&](float delta) {
+            if (sinks_.data != nullptr)
+              *grad.sink_logits.view().row(b % sink_extent[0], h, i % sink_extent[2]) -= std::exp(sink - lse) * delta;
+          };
+          lse = sink;
+          if (count == 0) {
+            add_to_sink(-*grad_lse.row(b, h, i));
+            continue;
+          }
           matrix keys(count, k.cols()), values(count, v.cols());
           keys << fk.topRows(far), k.middleRows(near.begin, near.size());
           values << fv.topRows(far), v.middleRows(near.begin, near.size());
           const auto round = [](float x) { return rounded<Element>(x); };
-          const vector logits = scale * (keys * q.row(i).transpose());
-          const float maximum = logits.maxCoeff();
+          const vector logits = reference::scores<float>(keys, vector(q.row(i)), o);
+          const float maximum = std::max(logits.maxCoeff(), sink);
           const vector weights = (logits.array() - maximum).exp();
-          lse = maximum + std::log(weights.sum());
-          const vector out = values.transpose() * weights.unaryExpr(round) / weights.sum();
+          const float sum = weights.sum() + std::exp(sink - maximum);
+          lse = maximum + std::log(sum);
+          const vector out = values.transpose() * weights.unaryExpr(round) / sum;
           std::copy_n(out.data(), out.size(), result.out.view().row(b, h, i));
 
           const vector p = (logits.array() - lse).exp(), dp = values * dout.row(i).transpose();
           const float delta = out.dot(dout.row(i)) - *grad_lse.row(b, h, i);
-          const vector ds = p.cwiseProduct((dp.array() - delta).matrix()).unaryExpr(round);
+          add_to_sink(delta);
+          vector ds = p.cwiseProduct((dp.array() - delta).matrix());
+          if (cap > 0) ds.array() *= 1 - (logits / cap).array().square();
+          ds = ds.unaryExpr(round).eval();
           head(grad.query, b, h).row(i) = scale * (ds.transpose() * keys);
           const matrix dk = scale * (ds * q.row(i)), dv = p.unaryExpr(round) * dout.row(i);
           head(grad.far_key, b, fh).topRows(far) += dk.topRows(far);
@@ -211,17 +239,16 @@ class rules {
     grad_out.randomize(random);
     grad_lse.randomize(random);
     const textbook<Element> plain(c, std::as_const(grad_out).view(), std::as_const(grad_lse).view());
-    const auto q = c.operand(0), k = c.operand(1), v = c.operand(2);
     const auto& o = c.p.options;
-    const auto exact = c.p.entry == entry::attend      ? reference::attend<double>(q, k, v, c.far_rows(), o)
-                       : c.p.entry == entry::attention ? reference::attention<double>(q, k, v, o)
-                                                       : reference::local_attention<double>(q, k, v, o);
+    const auto exact = c.p.entry == entry::attend      ? reference::attend<double>(c.in(), c.far_rows(), o)
+                       : c.p.entry == entry::attention ? reference::attention<double>(c.in(), o)
+                                                       : reference::local_attention<double>(c.in(), o);
     const auto dout = std::as_const(grad_out).view();
     const auto dlse = std::as_const(grad_lse).view();
     const auto grad =
-        c.p.entry == entry::attend      ? reference::attend_gradient<double>(q, k, v, c.far_rows(), dout, dlse, o)
-        : c.p.entry == entry::attention ? reference::attention_gradient<double>(q, k, v, dout, dlse, o)
-                                        : reference::local_attention_gradient<double>(q, k, v, dout, dlse, o);
+        c.p.entry == entry::attend ? reference::attend_gradient<double>(c.in(), c.far_rows(), incoming{dout, dlse}, o)
+        : c.p.entry == entry::attention ? reference::attention_gradient<double>(c.in(), incoming{dout, dlse}, o)
+                                        : reference::local_attention_gradient<double>(c.in(), incoming{dout, dlse}, o);
     std::ostringstream label;
     label << c.p;
     for (const matrix_unit unit : units<Element>()) {
@@ -235,13 +262,16 @@ class rules {
       const auto exact_parts = {&reference::gradient<double>::query, &reference::gradient<double>::key,
                                 &reference::gradient<double>::value, &reference::gradient<double>::far_key,
                                 &reference::gradient<double>::far_value};
-      for (std::size_t i = 0; i < grads.size(); ++i)
+      for (std::size_t i = 0; i < gradient_result_extents(c.p).size(); ++i)
         rule_[2 + i].add(grads[i].view(), (plain.grad.*(parts.begin()[i])).view(),
                          (grad.*(exact_parts.begin()[i])).view(), label.str());
+      if (!c.sinks.view().empty())
+        sink_rule_.add(grads.back().view(), plain.grad.sink_logits.view(), grad.sink_logits.view(), label.str());
     }
   }
 
   void expect() const { expect(far_ ? 7 : 5); }
+  void expect_sinks() const { EXPECT_TRUE(sink_rule_.holds()); }
 
   /// Of the first `count` of them.
   void expect(std::size_t count) const {
@@ -253,6 +283,7 @@ class rules {
 
  private:
   std::array<error_rule<float>, 7> rule_;
+  error_rule<float> sink_rule_;
 };
 
 // ---------------------------------------------------------------------------------------------------------------- tests
@@ -321,6 +352,30 @@ TYPED_TEST(UnitTest, EveryConvention) {
   }
 }
 
+/// Softcaps and sink logits of any extents.
+TYPED_TEST(UnitTest, EveryScore) {
+  random_engine random(17);
+  for (const entry entry : unit_entries) {
+    rules<TypeParam> rules;
+    rules.far_ = entry == entry::attend;
+    for (const double softcap : {0.0, 0.5, 4.0, 30.0})
+      for (const bool per_sequence : {false, true})
+        for (const bool per_query : {false, true})
+          for (const std::int64_t length : {9, 33, 70, 130}) {
+            problem p = example(
+                entry,
+                {.batch = 2, .heads = 2, .kv_heads = 1, .queries = length, .keys = length, .dim = 24, .value_dim = 16});
+            p.options.softcap = softcap;
+            unit_call<TypeParam> c(p, random);
+            c.sinks = tensor<float, 3>({per_sequence ? 2 : 1, 2, per_query ? length : 1});
+            c.sinks.randomize(random, 3);
+            rules.add(c, random);
+          }
+    rules.expect();
+    rules.expect_sinks();
+  }
+}
+
 /// Longer than a block of rows, and several stacks of queries.
 TYPED_TEST(UnitTest, ManyBlocks) {
   random_engine random(4);
@@ -371,8 +426,9 @@ TYPED_TEST(UnitTest, LargeLogits) {
     }
     for (const matrix_unit unit : units<TypeParam>()) {
       const results<float> got = c.forward(unit);
-      const auto v = reference::local_attention<double>(c.operand(0), c.operand(1), c.operand(2), c.p.options);
-      const auto plain = reference::local_attention<float>(c.operand(0), c.operand(1), c.operand(2), c.p.options);
+      const auto v = reference::local_attention<double>(inputs{c.operand(0), c.operand(1), c.operand(2)}, c.p.options);
+      const auto plain =
+          reference::local_attention<float>(inputs{c.operand(0), c.operand(1), c.operand(2)}, c.p.options);
       error_rule<float> out, lse;
       out.add(got.out.view(), plain.out.view(), v.out.view());
       lse.add(with_dim(got.lse.view()), plain.lse.view(), v.lse.view());
@@ -393,8 +449,8 @@ TYPED_TEST(UnitTest, EqualKeys) {
   std::vector<float> out(16), lse(16);
   options options{.unit = units<TypeParam>().front()};
   options.first_position = keys - 16;
-  dense_attention(bhsd(std::as_const(query).data(), 1, 1, 16, 1), k, k, bhsd(out.data(), 1, 1, 16, 1),
-                  bhs(lse.data(), 1, 1, 16), options);
+  attention(inputs{bhsd(std::as_const(query).data(), 1, 1, 16, 1), k, k},
+            cca::results{bhsd(out.data(), 1, 1, 16, 1), bhs(lse.data(), 1, 1, 16)}, options);
   const auto value = static_cast<float>(rows[0]);
   for (std::int64_t i = 0; i < 16; ++i) {
     // The mean of equal values. Weights are rounded alike, by at most half a unit in their last place.
@@ -514,8 +570,8 @@ TYPED_TEST(UnitTest, Denormals) {
   std::vector<TypeParam> zeros(16), values(16, TypeParam(tiny));
   for (const matrix_unit unit : units<TypeParam>()) {
     std::vector<float> out(16, 7.0f);
-    dense_attention(bhsd(std::as_const(zeros).data(), 1, 1, 16, 1), bhsd(std::as_const(zeros).data(), 1, 1, 16, 1),
-                    bhsd(std::as_const(values).data(), 1, 1, 16, 1), bhsd(out.data(), 1, 1, 16, 1), {.unit = unit});
+    attention(bhsd(std::as_const(zeros).data(), 1, 1, 16, 1), bhsd(std::as_const(zeros).data(), 1, 1, 16, 1),
+              bhsd(std::as_const(values).data(), 1, 1, 16, 1), bhsd(out.data(), 1, 1, 16, 1), {.unit = unit});
     for (const float x : out) EXPECT_FLOAT_EQ(x, (std::is_same_v<TypeParam, bfloat16>) ? 0.0f : tiny);
   }
 }
@@ -601,12 +657,12 @@ TYPED_TEST(UnitTest, Workspace) {
     options.unit = unit;
     const results<float> want = c.forward(unit);
     tensor<float> out({1, 1, 90, 16});
-    std::vector<std::byte> workspace(workspace_size(c.operand(0), c.operand(1), c.operand(2), options));
-    attention(c.operand(0), c.operand(1), c.operand(2), out.view(), options, serial_executor{}, workspace);
+    std::vector<std::byte> workspace(workspace_size(inputs{c.operand(0), c.operand(1), c.operand(2)}, options));
+    attention(c.operand(0), c.operand(1), c.operand(2), out.view(), options, {serial_executor{}, workspace});
     EXPECT_TRUE(same_bits(out.view(), want.out.view()));
     const std::size_t least = workspace.size() - detail::scratch_alignment;
-    EXPECT_THROW(attention(c.operand(0), c.operand(1), c.operand(2), out.view(), options, serial_executor{},
-                           std::span(workspace).first(least - 1)),
+    EXPECT_THROW(attention(c.operand(0), c.operand(1), c.operand(2), out.view(), options,
+                           {serial_executor{}, std::span(workspace).first(least - 1)}),
                  std::invalid_argument);
   }
 }
@@ -651,7 +707,7 @@ TYPED_TEST(UnitTest, Cache) {
   const tensor<TypeParam> grad_out({s.batch, s.heads, s.queries, s.value_dim});
   const tensor<float, 3> grad_lse({s.batch, s.heads, s.queries});
   const textbook<TypeParam> plain(c, grad_out.view(), grad_lse.view());
-  const auto exact = reference::attention<double>(c.operand(0), c.operand(1), c.operand(2), c.p.options);
+  const auto exact = reference::attention<double>(inputs{c.operand(0), c.operand(1), c.operand(2)}, c.p.options);
   const auto rows = [](auto view, range part) {
     view.data = view.row(0, 0, part.begin);
     view.extent[2] = part.size();
@@ -672,8 +728,8 @@ TYPED_TEST(UnitTest, Cache) {
           lse_view<float> lse_part = lse;
           lse_part.data = lse.row(0, 0, begin);
           lse_part.extent[2] = count;
-          cache.attend(rows(c.operand(0), part), rows(c.operand(1), part), rows(c.operand(2), part), rows(out, part),
-                       lse_part);
+          cache.attend(inputs{rows(c.operand(0), part), rows(c.operand(1), part), rows(c.operand(2), part)},
+                       cca::results{rows(out, part), lse_part});
           begin += count;
           std::stringstream file;
           save(cache, file);
@@ -712,14 +768,12 @@ TEST(UnitRefusals, Name) {
     return "none";
   };
   const auto out = bhsd(f.data(), 1, 1, 16, 4);
-  EXPECT_EQ(refusal([&] { dense_attention(of(f), of(f), of(f), out, {.unit = matrix_unit::best}); }),
+  EXPECT_EQ(refusal([&] { attention(of(f), of(f), of(f), out, {.unit = matrix_unit::best}); }),
             "cca: options.unit: got best, wants none: the operands are not all of the same 16-bit type");
-  EXPECT_NE(
-      refusal([&] { dense_attention(of(b), of(f), of(b), out, {.unit = matrix_unit::best}); }).find("options.unit"),
-      std::string::npos);
-  EXPECT_NE(
-      refusal([&] { dense_attention(of(b), of(b), of(b), out, {.unit = static_cast<matrix_unit>(9)}); }).find("got 9"),
-      std::string::npos);
+  EXPECT_NE(refusal([&] { attention(of(b), of(f), of(b), out, {.unit = matrix_unit::best}); }).find("options.unit"),
+            std::string::npos);
+  EXPECT_NE(refusal([&] { attention(of(b), of(b), of(b), out, {.unit = static_cast<matrix_unit>(9)}); }).find("got 9"),
+            std::string::npos);
   EXPECT_NE(refusal([&] { pool(of(b), of(b), of(b), out, out, {.unit = matrix_unit::best}); }).find("options.unit"),
             std::string::npos);
   const cache_shape shape{.heads = 1, .kv_heads = 1, .dim = 4};
@@ -730,9 +784,9 @@ TEST(UnitRefusals, Name) {
   EXPECT_EQ(cache.length(), 0);
   detail::matrix_units& present = detail::present_units();
   const detail::matrix_units had = std::exchange(present, {});
-  EXPECT_EQ(refusal([&] { dense_attention(of(b), of(b), of(b), out, {.unit = matrix_unit::amx}); }),
+  EXPECT_EQ(refusal([&] { attention(of(b), of(b), of(b), out, {.unit = matrix_unit::amx}); }),
             "cca: options.unit: got amx, wants best, or a unit that this processor has for the operands' type");
-  EXPECT_EQ(refusal([&] { dense_attention(of(b), of(b), of(b), out, {.unit = matrix_unit::best}); }), "none");
+  EXPECT_EQ(refusal([&] { attention(of(b), of(b), of(b), out, {.unit = matrix_unit::best}); }), "none");
   present = had;
 }
 

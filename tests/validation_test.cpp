@@ -2,8 +2,7 @@
 
 #include "entry_points.hpp"
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 /// A call that is valid until something is changed.
 struct prepared {
@@ -318,13 +317,8 @@ struct option_refusal {
 
 TEST(Validation, RefusesOptions) {
   static constexpr double infinity = std::numeric_limits<double>::infinity();
-  const auto ignored = [](const std::string& option, const std::string& reason) {
-    return refusal{option, "a value other than the default", reason};
-  };
   const std::vector<option_refusal> table{
-      {{entry::local, entry::attention, entry::attend, entry::pool},
-       [](options& o) { o.group_size = 0; },
-       {"options.group_size", "0", "at least 1"}},
+      {{entry::pool}, [](options& o) { o.group_size = 0; }, {"options.group_size", "0", "at least 1"}},
       {{entry::local, entry::attention, entry::attend, entry::pool},
        [](options& o) { o.group_size = -3; },
        {"options.group_size", "-3", "at least 1"}},
@@ -358,15 +352,27 @@ TEST(Validation, RefusesOptions) {
        [](options& o) { o.first_position = -unlimited; },
        {"options.first_position", std::to_string(-unlimited), "a position between -2^62 and 2^62"}},
       {with_query_per_key, [](options& o) { o.first_position = 3; }, {"options.first_position", "3", "0 or none"}},
+      {with_keys, [](options& o) { o.softcap = -1; }, {"options.softcap", "-1", "a finite number above 0"}},
+      {with_keys, [](options& o) { o.softcap = infinity; }, {"options.softcap", "inf", "a finite number above 0"}},
+      {with_keys, [](options& o) { o.softcap = 1e300; }, {"options.softcap", "1", "a finite number above 0"}},
+      {with_keys,
+       [](options& o) { o.softcap = std::numeric_limits<double>::quiet_NaN(); },
+       {"options.softcap", "nan", "a finite number above 0"}},
       // Whatever would have no effect.
-      {with_raw, [](options& o) { o.pool = pooling::mean; }, ignored("options.pool", "none")},
-      {with_raw, [](options& o) { o.core_heads = core_heads::per_kv_head; }, ignored("options.core_heads", "none")},
-      {{entry::dense}, [](options& o) { o.window = 5; }, ignored("options.window", "none")},
-      {{entry::pool}, [](options& o) { o.window = 5; }, ignored("options.window", "none")},
-      {{entry::dense}, [](options& o) { o.group_size = 5; }, ignored("options.group_size", "1")},
+      {with_raw, [](options& o) { o.pool = pooling::mean; }, {"options.pool", "mean", "last_query: "}},
+      {with_raw,
+       [](options& o) { o.core_heads = core_heads::per_kv_head; },
+       {"options.core_heads", "per_kv_head", "per_query_head: "}},
+      {{entry::attention},
+       [](options& o) { o.pool = pooling::max, o.group_size = 0; },
+       {"options.pool", "max", "last_query: nothing is pooled"}},
+      {{entry::dense}, [](options& o) { o.window = 5; }, {"options.window", "5", "unlimited: "}},
+      {{entry::pool}, [](options& o) { o.window = 5; }, {"options.window", "5", "unlimited: "}},
+      {{entry::pool}, [](options& o) { o.softcap = 5; }, {"options.softcap", "5", "0"}},
+      {{entry::dense}, [](options& o) { o.group_size = 5; }, {"options.group_size", "5", "0: "}},
       {{entry::local, entry::attention, entry::attend},
        [](options& o) { o.group_size = 5, o.window = unlimited; },
-       ignored("options.group_size", "1 where no window is set")},
+       {"options.group_size", "5", "0: without options.window"}},
   };
   for (const auto& [entries, change, expected] : table)
     for (const entry entry : entries) {
@@ -382,7 +388,7 @@ TEST(Validation, RefusesAScaleWhereThereAreNoWeights) {
   for (const pooling pool : {pooling::mean, pooling::max}) {
     const sizes s{.heads = 2, .queries = 6, .keys = 6, .dim = 5, .value_dim = 3};
     prepared call({.entry = entry::pool, .sizes = s, .options = {.group_size = 3, .pool = pool, .softmax_scale = 0.5}});
-    expect_refused(call, {"options.softmax_scale", "a value other than the default", "none"});
+    expect_refused(call, {"options.softmax_scale", "0.5", "none: "});
     prepared attention({.entry = entry::attention,
                         .sizes = s,
                         .options = {.group_size = 3, .window = 1, .pool = pool, .softmax_scale = 0.5}});
@@ -420,5 +426,4 @@ TEST(Validation, WantsNoLogSumExps) {
   }
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

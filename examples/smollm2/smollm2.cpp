@@ -55,7 +55,7 @@ row parse_row(const std::string& text, const config& model, std::int64_t tokens,
   if (text == "dense") {
     return {"dense",
             [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
-              cca::dense_attention(query, key, value, out, {}, executor);
+              cca::attention(query, key, value, out, {}, executor);
             },
             model.kv_heads * tokens};
   }
@@ -63,7 +63,7 @@ row parse_row(const std::string& text, const config& model, std::int64_t tokens,
     const cca::options options{.window = std::stoll(match[1])};
     return {fmt::format("window s={}", options.window),
             [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
-              cca::local_attention(query, key, value, out, options, executor);
+              cca::attention(query, key, value, out, options, executor);
             },
             model.kv_heads * std::min(options.window, tokens)};
   }

@@ -23,35 +23,23 @@ template <class T>
 void attention_layer<T>::forward(const executor& run, const head_layout& layout, const matrix<T>& qkv, matrix<T>& out) {
   out.resize(qkv.rows(), layout.heads * layout.head_dim);
   lse_.resize(layout.heads, qkv.rows());
-  const auto query = layout.query(qkv), key = layout.key(qkv), value = layout.value(qkv);
-  const auto result = layout.view(out, 0, layout.heads);
-  switch (choice_.kind) {
-    case context_kind::dense:
-      return cca::dense_attention(query, key, value, result, lse(layout), choice_.options, run);
-    case context_kind::cca:
-      return cca::attention(query, key, value, result, lse(layout), choice_.options, run);
-    case context_kind::window:
-      return cca::local_attention(query, key, value, result, lse(layout), choice_.options, run);
-  }
+  const cca::inputs in{layout.query(qkv), layout.key(qkv), layout.value(qkv)};
+  const cca::results to{layout.view(out, 0, layout.heads), lse(layout)};
+  if (choice_.kind == context_kind::window) return cca::local_attention(in, to, choice_.options, run);
+  cca::attention(in, to, choice_.options, run);
 }
 
 template <class T>
 void attention_layer<T>::backward(const executor& run, const head_layout& layout, const matrix<T>& qkv,
                                   const matrix<T>& out, const matrix<T>& grad_out, matrix<T>& grad_qkv) {
   grad_qkv.resize(qkv.rows(), qkv.cols());
-  const auto gradient = [&](auto&& function) {
-    function(layout.query(qkv), layout.key(qkv), layout.value(qkv), layout.view(out, 0, layout.heads), lse(layout),
-             layout.view(grad_out, 0, layout.heads), layout.query(grad_qkv), layout.key(grad_qkv),
-             layout.value(grad_qkv), choice_.options, run);
-  };
-  switch (choice_.kind) {
-    case context_kind::dense:
-      return gradient([](auto&&... operands) { cca::dense_attention_gradient(operands...); });
-    case context_kind::cca:
-      return gradient([](auto&&... operands) { cca::attention_gradient(operands...); });
-    case context_kind::window:
-      return gradient([](auto&&... operands) { cca::local_attention_gradient(operands...); });
-  }
+  const cca::inputs in{layout.query(qkv), layout.key(qkv), layout.value(qkv)};
+  const cca::results of{layout.view(out, 0, layout.heads), lse(layout)};
+  const cca::incoming from{layout.view(grad_out, 0, layout.heads)};
+  const cca::gradients to{layout.query(grad_qkv), layout.key(grad_qkv), layout.value(grad_qkv)};
+  if (choice_.kind == context_kind::window)
+    return cca::local_attention_gradient(in, of, from, to, choice_.options, run);
+  cca::attention_gradient(in, of, from, to, choice_.options, run);
 }
 
 template class attention_layer<float>;

@@ -1,15 +1,13 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <numeric>
-#include <span>
-#include <string>
 #include <type_traits>
 
+#include "call.hpp"
 #include "detail/base/scratch.hpp"
 #include "detail/base/validate.hpp"
 #include "detail/context/source.hpp"
@@ -17,109 +15,23 @@
 #include "detail/product/choose_unit.hpp"
 #include "detail/softmax/score_rule.hpp"
 #include "element.hpp"
-#include "executor.hpp"
 #include "options.hpp"
 #include "partition.hpp"
 #include "pooling.hpp"
 #include "tensor_view.hpp"
 
 namespace cca { inline namespace CCA_TARGET {
-
-/// Far context that any compressor made: `attend` puts it before the window in one softmax.
-template <class Key, class Value>
-struct far_context {
-  tensor_view<Key> key;               ///< `[batch, far heads, far length, dim]`
-  tensor_view<Value> value;           ///< `[batch, far heads, far length, value dim]`
-  lse_view<const std::int64_t> seen;  ///< `[batch, query heads, query length]`: the query sees far rows `[0, seen)`
-};
-
-/// Counts may be mutable.
-template <class Key, class Value, class Count>
-far_context(tensor_view<Key>, tensor_view<Value>, lse_view<Count>) -> far_context<Key, Value>;
-
 namespace detail {
 
 /// The tokens that query `i` sees raw.
-template <class Query, class Key, class Value>
-auto raw_source(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, const options& options) {
-  const partition partition{options.group_size, options.window};
-  const std::int64_t first = first_position(options, query.length(), key.length()), length = key.length();
-  return view_source(key, value, [partition, first, length](std::int64_t, std::int64_t, std::int64_t i) {
-    return intersection(partition.raw(first + i), {0, length});
-  });
-}
-
-/// The engine for these queries and sources of `rows`, of whose heads `head_groups` is the greatest common divisor.
-/// `Element` is the operands' `product_type`.
-template <class Element, class Query, executor E>
-forward<Element> plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
-                      std::initializer_list<std::int64_t> rows, bool staged, matrix_unit unit, const E& run) {
-  std::int64_t parts = 0;
-  for (const std::int64_t count : rows) parts += forward<Element>::count_parts(count);
-  return {query.batch(), query.heads(), query.length(), tile_form{query.dim(), value_dim, chosen_unit<Element>(unit)},
-          head_groups,   parts,         staged,         concurrency(run)};
-}
-
-template <class Query, class Key, class Value, class FarKey, class FarValue, executor E>
-auto attend_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-                 const far_context<FarKey, FarValue>& context, matrix_unit unit, const E& run) {
-  using T = compute_type<Query, Key, Value, FarKey, FarValue>;
-  return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
-      query, value.dim(), std::gcd(key.heads(), context.key.heads()), {context.key.length(), key.length()},
-      !in_place<T, Key, Value, FarKey, FarValue>, unit, run);
-}
-
-/// Operands and options of local and dense attention.
-template <class Query, class Key, class Value>
-void require_raw(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-                 const options& options) {
-  require_options<compute_type<Query, Key, Value>>(options);
-  require_unit<product_type<Query, Key, Value>>(options);
-  require_positions(options);
-  require_operand("query", query);
-  require_key_value("key", "value", query, key, value);
-  require_unused(options.pool == pooling::last_query, "options.pool", "none: nothing is pooled");
-  require_unused(options.core_heads == core_heads::per_query_head, "options.core_heads", "none: nothing is pooled");
-}
-
-/// What dense attention has no use for.
-inline void require_dense(const options& options) {
-  require_unused(options.group_size == 1, "options.group_size", "1: dense attention has no groups");
-  require_unused(options.window == unlimited, "options.window", "none: dense attention has no window");
-}
-
-/// Operands and options of `attend`.
-template <class Query, class Key, class Value, class FarKey, class FarValue>
-void require_attend(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-                    const far_context<FarKey, FarValue>& context, const options& options) {
-  require_options<compute_type<Query, Key, Value, FarKey, FarValue>>(options);
-  require_unit<product_type<Query, Key, Value, FarKey, FarValue>>(options);
-  require_grouping(options);
-  require_positions(options);
-  require_operand("query", query);
-  require_key_value("key", "value", query, key, value);
-  require_key_value("far.key", "far.value", query, context.key, context.value);
-  if (context.value.dim() != value.dim())
-    refuse("far.value", "dim " + std::to_string(context.value.dim()), "the value's dim " + std::to_string(value.dim()));
-  require_operand("far.seen", context.seen);
-  require_extents("far.seen", context.seen, {query.batch(), query.heads(), query.length()});
-  require_seen(context.seen, context.key.length());
-  require_unused(options.pool == pooling::last_query, "options.pool", "none: the caller pools");
-  require_unused(options.core_heads == core_heads::per_query_head, "options.core_heads", "none: the caller pools");
-}
-
-/// The raw part of the context alone: local and dense attention.
-template <class Query, class Key, class Value, class Out, class Lse, executor E>
-void attend_raw(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
-                lse_view<Lse> lse, const options& options, const E& run, std::span<std::byte> workspace) {
-  using T = compute_type<Query, Key, Value>;
-  require_raw(query, key, value, options);
-  require_results(query, value.dim(), out, lse);
-
-  const auto forward = plan<product_type<Query, Key, Value>>(query, value.dim(), key.heads(), {key.length()},
-                                                             !in_place<T, Key, Value>, options.unit, run);
-  scratch memory(workspace, forward.bytes());
-  forward(query, out, lse, make_score_rule<T>(options, key.dim()), run, memory, raw_source(query, key, value, options));
+template <class Inputs>
+auto raw_source(const Inputs& in, const options& options) {
+  const std::int64_t length = in.key.length(), first = first_position(options, in.query.length(), length);
+  return view_source(in.key, in.value,
+                     [partition = partition{options.group_size, options.window}, first, length](
+                         std::int64_t, std::int64_t, std::int64_t i) {
+                       return intersection(partition.raw(first + i), {0, length});
+                     });
 }
 
 /// The far part `[0, seen)` of a caller's rows or of cores.
@@ -138,12 +50,13 @@ auto seen_source(const far_context<Key, Value>& context) {
   });
 }
 
-/// Cores.
+/// Cores. Where nothing is pooled there are none.
 template <class T>
-auto core_source(tensor_view<T> key, tensor_view<T> value, const options& options) {
-  return far_source(key, value,
-                    [partition = partition{options.group_size, options.window}](
-                        std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); });
+auto core_source(const cores<T>& rows, const options& options) {
+  return far_source(
+      rows.key, rows.value,
+      [partition = partition{options.group_size, options.window}, count = rows.key.length()](
+          std::int64_t, std::int64_t, std::int64_t t) { return std::min(partition.core_count(t), count); });
 }
 
 /// Calls `f(std::type_identity<Core>)`, where `Core` is what cores are kept in: what is computed in or, for a matrix unit,
@@ -155,183 +68,234 @@ decltype(auto) with_core_type(matrix_unit unit, const F& f) {
   return f(std::type_identity<compute_type<Element>>{});
 }
 
-/// Scratch for the cores that some query of CCA attention visible.
+/// The engine for these queries and sources of `rows`, of whose heads `head_groups` is the greatest common divisor.
+/// `Element` is the operands' `product_type`.
+template <class Element, class Query>
+forward<Element> plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
+                      std::initializer_list<std::int64_t> rows, bool staged, matrix_unit unit, const execution& run) {
+  std::int64_t parts = 0;
+  for (const std::int64_t count : rows) parts += forward<Element>::count_parts(count);
+  return {query.batch(), query.heads(), query.length(), tile_form{query.dim(), value_dim, chosen_unit<Element>(unit)},
+          head_groups,   parts,         staged,         run.concurrency()};
+}
+
+template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
+auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+                 matrix_unit unit, const execution& run) {
+  using T = compute_type<Query, Key, Value, FarKey, FarValue>;
+  return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
+      in.query, in.value.dim(), std::gcd(in.key.heads(), context.key.heads()), {context.key.length(), in.key.length()},
+      !in_place<T, Key, Value, FarKey, FarValue>, unit, run);
+}
+
+/// Scratch for the cores that some query sees: none where nothing is pooled.
 template <class Core>
 struct core_plan {
-  std::int64_t cores, core_heads, core_key_size, core_value_size;
+  std::int64_t batch, heads, count, dim, value_dim;
 
-  template <class Query, class Key, class Value>
-  core_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-            const options& options)
-      : cores(partition{options.group_size, options.window}.core_count(key.length() - 1)),
-        core_heads(core_head_count(options, query.heads(), key.heads())),
-        core_key_size(element_count<Core>(key.batch(), core_heads, cores, key.dim())),
-        core_value_size(element_count<Core>(key.batch(), core_heads, cores, value.dim())) {}
+  template <class Inputs>
+  core_plan(const Inputs& in, const options& options)
+      : batch(in.key.batch()),
+        heads(core_head_count(options, in.query.heads(), in.key.heads())),
+        count(pools(options) ? partition{options.group_size, options.window}.core_count(in.key.length() - 1) : 0),
+        dim(in.key.dim()),
+        value_dim(in.value.dim()) {}
 
+  template <class Row = Core>
   [[nodiscard]] std::size_t bytes() const {
-    return scratch_bytes<Core>(core_key_size) + scratch_bytes<Core>(core_value_size);
+    return scratch_bytes<Row>(elements<Row>(dim)) + scratch_bytes<Row>(elements<Row>(value_dim));
+  }
+
+  template <class Row = Core>
+  [[nodiscard]] cores<Row> take(scratch& memory) const {
+    const auto rows = [&](std::int64_t d) {
+      return bhsd(memory.take<Row>(elements<Row>(d)), batch, heads, count, d);
+    };
+    const tensor_view<Row> key = rows(dim);
+    return {key, rows(value_dim)};
+  }
+
+ private:
+  template <class Row>
+  [[nodiscard]] std::int64_t elements(std::int64_t d) const {
+    return element_count<Row>(batch, heads, count, d);
   }
 };
 
 /// Scratch of CCA attention: the cores, what pools them, and what attends to them.
 template <class Element, class Core>
-struct cca_plan : core_plan<Core> {
+struct cca_plan {
   using T = compute_type<Element>;
+  core_plan<Core> cores;
   std::int64_t workers, pooler_size;
   detail::forward<Element> forward;
 
-  template <class Query, class Key, class Value, executor E>
-  cca_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-           const options& options, const E& run)
-      : core_plan<Core>(query, key, value, options),
-        workers(pool_workers(key, options, run)),
-        pooler_size(group_rows<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>)),
-        forward(plan<Element>(query, value.dim(), key.heads(), {this->cores, key.length()},
+  template <class Query, class Key, class Value, class Sink>
+  cca_plan(const inputs<Query, Key, Value, Sink>& in, const options& options, const execution& run)
+      : cores(in, options),
+        workers(pool_workers(in.key, options, run)),
+        pooler_size(group_rows<T>::size(cores.dim, cores.value_dim, !in_place<T, Key, Value>)),
+        forward(plan<Element>(in.query, cores.value_dim, in.key.heads(), {cores.count, in.key.length()},
                               !in_place<T, Key, Value, Core>, options.unit, run)) {}
 
   [[nodiscard]] std::size_t bytes() const {
-    return core_plan<Core>::bytes() + worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
+    return cores.bytes() + worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
   }
 };
+
+/// Operands and options of attention.
+template <class Query, class Key, class Value, class Sink>
+void require_attention(const inputs<Query, Key, Value, Sink>& in, const options& options) {
+  require_options<product_type<Query, Key, Value>>(options);
+  require_inputs<compute_type<Query, Key, Value>>(in);
+  require_grouping(options);
+  pools(options) ? require_query_for_every_key(in.query, in.key, options) : require_positions(options);
+}
+
+/// Operands and options of `attend`.
+template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
+void require_attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+                    const options& options) {
+  require_options<product_type<Query, Key, Value, FarKey, FarValue>>(options);
+  require_grouping(options);
+  require_positions(options);
+  require_inputs<compute_type<Query, Key, Value, FarKey, FarValue>>(in);
+  require_far(in, context);
+  require_no_pooling(options, "the caller pools");
+}
+
+/// No far rows: what is left of `attend` is its raw part.
+template <class Query, class Key, class Value, class Sink>
+far_context<Key, Value> no_far_context(const inputs<Query, Key, Value, Sink>& in) {
+  static constexpr std::int64_t none = 0;
+  far_context<Key, Value> context{
+      in.key, in.value, {&none, {in.query.batch(), in.query.heads(), in.query.length()}, {}}};
+  context.key.extent[2] = context.value.extent[2] = 0;
+  return context;
+}
 
 }  // namespace detail
 
 /// Bytes of workspace that every entry point but `attend` is content with for these operands, options and executor.
-template <class Query, class Key, class Value, executor E = serial_executor>
-[[nodiscard]] std::size_t workspace_size(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                                         const options& options, const E& run = {}) {
+/// @throws std::invalid_argument  for options that make no sense
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>>
+[[nodiscard]] std::size_t workspace_size(const inputs<Query, Key, Value, Sink>& in, const options& options = {},
+                                         const execution& run = {}) {
   using Element = detail::product_type<Query, Key, Value>;
-  detail::require_options<compute_type<Element>>(options);
-  detail::require_unit<Element>(options);
-  detail::require_sizes("query", query);
-  detail::require_sizes("key", key);
-  detail::require_sizes("value", value);
+  detail::require_options<Element>(options);
+  detail::require_sizes(in);
   return detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
-    return detail::cca_plan<Element, Core>(query, key, value, options, run).bytes() + detail::scratch_alignment;
+    return detail::cca_plan<Element, Core>(in, options, run).bytes() + detail::scratch_alignment;
   });
 }
 
 /// The same for `attend`, whose far context may be larger than the cores. Of its options only the unit matters.
-template <class Query, class Key, class Value, class FarKey, class FarValue, executor E = serial_executor>
-[[nodiscard]] std::size_t workspace_size(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                                         far_context<FarKey, FarValue> context, const E& run = {},
-                                         matrix_unit unit = matrix_unit::none) {
-  detail::require_sizes("query", query);
-  detail::require_sizes("key", key);
-  detail::require_sizes("value", value);
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
+          class FarKey = Query, class FarValue = FarKey>
+[[nodiscard]] std::size_t workspace_size(const inputs<Query, Key, Value, Sink>& in,
+                                         const far_context<FarKey, FarValue>& context, const options& options = {},
+                                         const execution& run = {}) {
+  detail::require_sizes(in);
   detail::require_sizes("far.key", context.key);
-  return detail::attend_plan(query, key, value, context, unit, run).bytes() + detail::scratch_alignment;
+  return detail::attend_plan(in, context, options.unit, run).bytes() + detail::scratch_alignment;
 }
 
-/// Core Context Aware attention: the query at position t sees the cores of all groups before its window and the raw
-/// tokens from there to t, in one softmax.
+/// Attention. What the options ask for decides which:
+/// - `{}`: dense causal attention, to every token at or before the query's position;
+/// - `{.window = s}`: sliding-window attention, to the `s` tokens `[t + 1 - s, t + 1)` of the query at position t;
+/// - `{.group_size = g, .window = s}`: Core Context Aware attention: the query at t sees the cores of all groups before its
+///   window and the raw tokens from there to t, in one softmax.
 ///
-/// @param query  `[batch, query heads, length, dim]`
-/// @param key  `[batch, heads, length, dim]`, `heads` a divisor of the query's; as attention sees them, with RoPE applied
-/// @param value  `[batch, heads, length, value dim]`
-/// @param out  `[batch, query heads, length, value dim]`, written whole; overlaps no operand
-/// @param lse  natural log-sum-exp of each query's scores, `[batch, query heads, length]`, written whole;
-///   `lse_view<>{}` when not wanted
-/// @param options  all are used, but `first_position`: there is a query for every key
-/// @param run  executor; the results are bitwise the same for any
-/// @param workspace  at least `workspace_size` bytes, or empty: then memory for the cores is allocated
+/// Without groups queries may be fewer than keys: they are the last ones, or start at `options.first_position`. With
+/// groups there is a query for every key; `kv_cache` takes sequences piece by piece.
+///
+/// @param in  query, key and value, read whole; keys as attention sees them, with RoPE applied
+/// @param to  `out` and, where given, `lse` are written whole; they overlap no operand and not each other
+/// @param options  `pool` and `core_heads` are for groups, `first_position` for none
+/// @param run  an executor, or `{executor, workspace}`; the results are bitwise the same for any
 /// @throws std::invalid_argument  before anything is written, naming the argument, what it got and what it wants
-/// Source: arXiv 2412.12465, section 3.3 (fused CCA attention).
-template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
-void attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
-               lse_view<Lse> lse, const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
+/// Source: arXiv 2412.12465, section 3.3 (fused CCA attention) and 3.2 (locality-preserving attention).
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
+          detail::written Out = Query, class Lse = compute_type<Query, Key, Value>>
+void attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse>& to, const options& options = {},
+               const execution& run = {}) {
   using Element = detail::product_type<Query, Key, Value>;
   using T = compute_type<Element>;
-  detail::require_pooling_operands(query, key, value, options);
-  detail::require_results(query, value.dim(), out, lse);
-  detail::require_grouping(options);
+  detail::require_attention(in, options);
+  detail::require_results(in, to);
 
   detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
-    const detail::cca_plan<Element, Core> plan(query, key, value, options, run);
-    detail::scratch memory(workspace, plan.bytes());
-    const auto cores = [&](std::int64_t size, std::int64_t dim) {
-      return bhsd(memory.take<Core>(size), key.batch(), plan.core_heads, plan.cores, dim);
-    };
-    const auto core_key = cores(plan.core_key_size, key.dim()), core_value = cores(plan.core_value_size, value.dim());
-    detail::pool_views<T>(query, key, value, core_key, core_value, options, run,
-                          detail::worker_scratch<T>(memory, plan.workers, plan.pooler_size));
-    plan.forward(query, out, lse, detail::make_score_rule<T>(options, key.dim()), run, memory,
-                 detail::core_source(core_key, core_value, options), detail::raw_source(query, key, value, options));
+    const detail::cca_plan<Element, Core> plan(in, options, run);
+    detail::scratch memory(run.workspace(), plan.bytes(), "workspace_size");
+    const auto cores = plan.cores.take(memory);
+    const detail::worker_scratch<T> pooler(memory, plan.workers, plan.pooler_size);
+    if (detail::pools(options))
+      detail::pool_views<T>(in.query, in.key, in.value, cores.key, cores.value, options, run, pooler);
+    plan.forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), run,
+                 memory, detail::core_source(cores, options), detail::raw_source(in, options));
   });
 }
 
-/// Without log-sum-exps.
-template <class Query, class Key, class Value, class Out, executor E = serial_executor>
-void attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
-               const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
-  attention(query, key, value, out, lse_view<>{}, options, run, workspace);
-}
-
-/// Sliding-window attention: the raw part of CCA attention alone (locality-preserving attention). With `group_size` 1
-/// the query at t sees the `window` tokens `[t + 1 - window, t + 1)`, otherwise the window reaches back to the start of
-/// a group, as beside cores.
-///
-/// Queries may be fewer than keys: they are the last ones, or start at `options.first_position`. Other parameters and
-/// errors as for `attention`. Source: arXiv 2412.12465, section 3.2.
-template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
-void local_attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
-                     lse_view<Lse> lse, const options& options, const E& run = {},
-                     std::span<std::byte> workspace = {}) {
-  detail::require_grouping(options);
-  detail::attend_raw(query, key, value, out, lse, options, run, workspace);
-}
-
-/// Without log-sum-exps.
-template <class Query, class Key, class Value, class Out, executor E = serial_executor>
-void local_attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
-                     const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
-  local_attention(query, key, value, out, lse_view<>{}, options, run, workspace);
-}
-
-/// Causal attention to every token at or before the query's position. Queries may be fewer than keys, as for
-/// `local_attention`; other parameters and errors as for `attention`.
-template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
-void dense_attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
-                     lse_view<Lse> lse, const options& options = {}, const E& run = {},
-                     std::span<std::byte> workspace = {}) {
-  detail::require_dense(options);
-  detail::attend_raw(query, key, value, out, lse, options, run, workspace);
-}
-
-/// Without log-sum-exps.
-template <class Query, class Key, class Value, class Out, executor E = serial_executor>
-void dense_attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
-                     const options& options = {}, const E& run = {}, std::span<std::byte> workspace = {}) {
-  dense_attention(query, key, value, out, lse_view<>{}, options, run, workspace);
+/// Attention of views, without log-sum-exps.
+template <detail::not_inputs Query, class Key, class Value, class Out>
+void attention(const Query& query, const Key& key, const Value& value, const Out& out, const options& options = {},
+               const execution& run = {}) {
+  if constexpr (detail::check_views<Query, Key, Value, Out>())
+    attention(inputs{query, key, value}, results{out}, options, run);
 }
 
 /// One softmax over far context that the caller made, by any compressor, and the raw window: query i of head h sees the
-/// far rows `[0, far.seen(b, h, i))` and the tokens of `local_attention` with the same options. An empty key and value
-/// leave the far context alone.
+/// far rows `[0, seen(b, h, i))` and the raw tokens that CCA attention with the same options sees: the window, which
+/// reaches back to the start of a group where `group_size` is above 1. An empty key and value leave the far context alone.
 ///
-/// `far_context` has heads that divide the query's; every `seen` lies in `[0, far length]`. Other parameters and errors as for
-/// `local_attention`.
-template <class Query, class Key, class Value, class FarKey, class FarValue, class Out, class Lse,
-          executor E = serial_executor>
-void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-            far_context<FarKey, FarValue> context, tensor_view<Out> out, lse_view<Lse> lse, const options& options,
-            const E& run = {}, std::span<std::byte> workspace = {}) {
+/// @param in,to,run  as for `attention` without groups, as are errors
+/// @param context  its heads divide the query's; every `seen` lies in `[0, far length]`
+/// @param options  all but `pool` and `core_heads`: the caller pools
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
+          class FarKey = Query, class FarValue = FarKey, detail::written Out = Query,
+          class Lse = compute_type<Query, Key, Value, FarKey, FarValue>>
+void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+            const results<Out, Lse>& to, const options& options = {}, const execution& run = {}) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
-  detail::require_attend(query, key, value, context, options);
-  detail::require_results(query, value.dim(), out, lse);
+  detail::require_attend(in, context, options);
+  detail::require_results(in, to, {{"far.key", context.key}, {"far.value", context.value}, {"far.seen", context.seen}});
 
-  const auto forward = detail::attend_plan(query, key, value, context, options.unit, run);
-  detail::scratch memory(workspace, forward.bytes());
-  forward(query, out, lse, detail::make_score_rule<T>(options, key.dim()), run, memory, detail::seen_source(context),
-          detail::raw_source(query, key, value, options));
+  const auto forward = detail::attend_plan(in, context, options.unit, run);
+  detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size of the far context");
+  forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), run, memory,
+          detail::seen_source(context), detail::raw_source(in, options));
 }
 
-/// Without log-sum-exps.
-template <class Query, class Key, class Value, class FarKey, class FarValue, class Out, executor E = serial_executor>
-void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-            far_context<FarKey, FarValue> context, tensor_view<Out> out, const options& options, const E& run = {},
-            std::span<std::byte> workspace = {}) {
-  attend(query, key, value, context, out, lse_view<>{}, options, run, workspace);
+/// @{
+/// Deprecated: without options `attention` is dense.
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
+          class Out = Query, class Lse = compute_type<Query, Key, Value>>
+void dense_attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse>& to,
+                     const options& options = {}, const execution& run = {}) {
+  detail::require_dense(options);
+  attention(in, to, options, run);
 }
+template <detail::not_inputs Query, class Key, class Value, class Out>
+void dense_attention(const Query& query, const Key& key, const Value& value, const Out& out,
+                     const options& options = {}, const execution& run = {}) {
+  dense_attention(inputs{query, key, value}, results{out}, options, run);
+}
+/// @}
+
+/// @{
+/// Deprecated: `attention` with `{.window = s}` is local. With a `group_size` above 1 this is the raw part of CCA
+/// attention, which reaches back to the start of a group, as that of `attend`.
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
+          class Out = Query, class Lse = compute_type<Query, Key, Value>>
+void local_attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse>& to, const options& options,
+                     const execution& run = {}) {
+  attend(in, detail::no_far_context(in), to, options, run);
+}
+template <detail::not_inputs Query, class Key, class Value, class Out>
+void local_attention(const Query& query, const Key& key, const Value& value, const Out& out, const options& options,
+                     const execution& run = {}) {
+  local_attention(inputs{query, key, value}, results{out}, options, run);
+}
+/// @}
 
 }}  // namespace cca::CCA_TARGET

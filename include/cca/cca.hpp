@@ -5,6 +5,7 @@
 /// `reference.hpp`, the textbook in Eigen that the tests measure against, is not included here.
 
 #include "attention.hpp"
+#include "call.hpp"
 #include "element.hpp"
 #include "executor.hpp"
 #include "gradient.hpp"

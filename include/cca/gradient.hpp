@@ -4,11 +4,12 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <numeric>
-#include <span>
 #include <type_traits>
 
 #include "attention.hpp"
+#include "call.hpp"
 #include "detail/base/scratch.hpp"
 #include "detail/base/validate.hpp"
 #include "detail/context/source.hpp"
@@ -25,326 +26,274 @@
 namespace cca { inline namespace CCA_TARGET {
 namespace detail {
 
-/// A gradient is summed where it is written.
-template <class T>
-void require_gradient(const char* name, const tensor_view<T>& gradient, const std::array<std::int64_t, 4>& extents) {
-  require_output(name, gradient);
-  require_extents(name, gradient, extents);
-}
-
-template <class T, class... Operand>
-constexpr void require_gradient_type() {
-  static_assert(std::is_same_v<T, compute_type<Operand...>>,
-                "gradients are of the type that is computed in: float, or double if an operand is");
-}
-
-template <class Query, class Key, class Value, class T>
-void require_gradients(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-                       const tensor_view<T>& grad_query, const tensor_view<T>& grad_key,
-                       const tensor_view<T>& grad_value) {
-  require_gradient("grad_query", grad_query, query.extent);
-  require_gradient("grad_key", grad_key, key.extent);
-  require_gradient("grad_value", grad_value, value.extent);
-}
-
-template <class T, class Query, class Out, class Lse, class GradOut, class GradLse>
-void require_query_results(const query_results<Query, Out, Lse, GradOut, GradLse>& of, std::int64_t value_dim) {
-  static_assert(std::is_floating_point_v<Lse> && sizeof(Lse) >= sizeof(T),
-                "the weights come from lse: a float one would cost double gradients half of their digits");
-  static_assert(std::is_floating_point_v<std::remove_const_t<GradLse>>, "grad_lse is float or double");
-  const std::array<std::int64_t, 4> out{of.query.batch(), of.query.heads(), of.query.length(), value_dim};
+/// The results that a gradient reads, and the gradients that come in, for the engine. `T` is what is computed in.
+template <class T, class Inputs, class Out, class Lse, class GradOut, class GradLse>
+auto checked_results(const Inputs& in, const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from) {
+  static_assert(sizeof(Lse) >= sizeof(T),
+                "cca: the weights come from lse: a float one would cost double gradients half of their digits");
+  const std::array<std::int64_t, 4> out{in.query.batch(), in.query.heads(), in.query.length(), in.value.dim()};
   const std::array<std::int64_t, 3> lse{out[0], out[1], out[2]};
   require_operand("out", of.out);
   require_extents("out", of.out, out);
   require_operand("lse", of.lse);
   require_extents("lse", of.lse, lse);
-  require_operand("grad_out", of.grad_out);
-  require_extents("grad_out", of.grad_out, out);
-  if (of.grad_lse.data == nullptr && of.grad_lse.extent == std::array<std::int64_t, 3>{}) return;
-  require_operand("grad_lse", of.grad_lse);
-  require_extents("grad_lse", of.grad_lse, lse);
+  require_operand("grad_out", from.grad_out);
+  require_extents("grad_out", from.grad_out, out);
+  if (given(from.grad_lse)) {
+    require_operand("grad_lse", from.grad_lse);
+    require_extents("grad_lse", from.grad_lse, lse);
+  }
+  using Query = typename decltype(in.query)::element_type;
+  return query_results<Query, const Out, const Lse, const GradOut, const GradLse>{in.query, of.out, of.lse,
+                                                                                  from.grad_out, from.grad_lse};
 }
 
-template <class T, executor E>
-void fill_zero(tensor_view<T> view, const E& run) {
-  run_tasks(run, concurrency(run), view.batch() * view.heads(), [&](std::int64_t, std::int64_t task) {
+/// A gradient is summed where it is written.
+template <class T, std::size_t Rank>
+void require_gradient(const char* name, const tensor_view<T, Rank>& gradient,
+                      const std::array<std::int64_t, Rank>& extents) {
+  require_output(name, gradient);
+  require_extents(name, gradient, extents);
+}
+
+/// The gradients of inputs, apart from them and from `more` that the call reads. `T` is what is computed in.
+template <class T, class Inputs, class G>
+void require_gradients(const Inputs& in, const gradients<G>& to, std::initializer_list<named_view> more) {
+  static_assert(std::is_same_v<G, T>,
+                "cca: gradients are of the type that is computed in: double if an operand is, otherwise float");
+  require_gradient("grad_query", to.query, in.query.extent);
+  require_gradient("grad_key", to.key, in.key.extent);
+  require_gradient("grad_value", to.value, in.value.extent);
+  if (given(to.sink_logits)) {
+    if (!given(in.sink_logits))
+      refuse("grad_sink_logits", to_string(to.sink_logits.extent), "none: there are no sinks");
+    require_gradient("grad_sink_logits", to.sink_logits, in.sink_logits.extent);
+  }
+  const auto require = [&](std::initializer_list<named_view> read) {
+    require_apart({{"grad_query", to.query},
+                   {"grad_key", to.key},
+                   {"grad_value", to.value},
+                   {"grad_far_key", to.far_key},
+                   {"grad_far_value", to.far_value},
+                   {"grad_sink_logits", to.sink_logits}},
+                  read);
+  };
+  require({{"query", in.query}, {"key", in.key}, {"value", in.value}, {"sink_logits", in.sink_logits}});
+  require(more);
+}
+
+/// Far gradients where there are no far rows.
+template <class T>
+void require_no_far_gradients(const gradients<T>& to) {
+  if (given(to.far_key)) refuse("grad_far_key", to_string(to.far_key.extent), "none: there is no far context");
+  if (given(to.far_value)) refuse("grad_far_value", to_string(to.far_value.extent), "none: there is no far context");
+}
+
+template <class T>
+void fill_zero(tensor_view<T> view, const execution& run) {
+  run_tasks(run, run.concurrency(), view.batch() * view.heads(), [&](std::int64_t, std::int64_t task) {
     for (std::int64_t i = 0; i < view.length(); ++i)
       std::fill_n(view.row(task / view.heads(), task % view.heads(), i), view.dim(), T(0));
   });
 }
 
-/// The engine of the gradients for these queries and sources of whose heads `head_groups` is the greatest common divisor.
-/// `Element` is the operands' `product_type`.
-template <class Element, class Query, executor E>
-backward<Element> backward_plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
-                                bool staged, matrix_unit unit, const E& run) {
-  return {query.batch(), query.heads(), query.length(),  tile_form{query.dim(), value_dim, chosen_unit<Element>(unit)},
-          head_groups,   staged,        concurrency(run)};
+/// Adds what the gradients of cores say of the tokens that were pooled, and of the queries that weighed them.
+template <class Inputs, class Core, class T>
+void add_pool_gradient(const Inputs& in, const cores<Core>& from, const gradients<T>& to, const options& options,
+                       const execution& run, const worker_scratch<T>& scratch) {
+  add_pool_gradient<std::remove_pointer_t<decltype(in.query.data)>, std::remove_pointer_t<decltype(in.key.data)>,
+                    std::remove_pointer_t<decltype(in.value.data)>, T>(
+      in.query, in.key, in.value, from.key, from.value, to.query, to.key, to.value, options, run, scratch);
 }
 
-template <class Query, class Key, class Value, class FarKey, class FarValue, executor E>
-auto attend_backward(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-                     const far_context<FarKey, FarValue>& context, matrix_unit unit, const E& run) {
+/// The engine of the gradients for these queries and sources of whose heads `head_groups` is the greatest common divisor.
+/// `Element` is the operands' `product_type`.
+template <class Element, class Query>
+backward<Element> backward_plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
+                                bool staged, matrix_unit unit, const execution& run) {
+  return {query.batch(), query.heads(), query.length(),   tile_form{query.dim(), value_dim, chosen_unit<Element>(unit)},
+          head_groups,   staged,        run.concurrency()};
+}
+
+template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
+auto attend_backward(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+                     matrix_unit unit, const execution& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return backward_plan<product_type<Query, Key, Value, FarKey, FarValue>>(
-      query, value.dim(), std::gcd(key.heads(), context.key.heads()), !in_place<T, Key, Value, FarKey, FarValue>, unit,
-      run);
+      in.query, in.value.dim(), std::gcd(in.key.heads(), context.key.heads()),
+      !in_place<T, Key, Value, FarKey, FarValue>, unit, run);
 }
 
 /// Scratch of the gradient of CCA attention: cores and their gradients, what pools them, and the engine.
 template <class Element, class Core>
-struct cca_gradient_plan : core_plan<Core> {
+struct cca_gradient_plan {
   using T = compute_type<Element>;
+  core_plan<Core> cores;
   std::int64_t workers, pooler_size;
   detail::backward<Element> backward;
 
-  template <class Query, class Key, class Value, executor E>
-  cca_gradient_plan(const tensor_view<Query>& query, const tensor_view<Key>& key, const tensor_view<Value>& value,
-                    const options& options, const E& run)
-      : core_plan<Core>(query, key, value, options),
-        workers(pool_workers(key, options, run)),
-        pooler_size(group_rows<T>::size(key.dim(), value.dim(), !in_place<T, Key, Value>)),
-        backward(backward_plan<Element>(query, value.dim(), key.heads(), !in_place<T, Key, Value, Core>, options.unit,
-                                        run)) {}
+  template <class Query, class Key, class Value, class Sink>
+  cca_gradient_plan(const inputs<Query, Key, Value, Sink>& in, const options& options, const execution& run)
+      : cores(in, options),
+        workers(pool_workers(in.key, options, run)),
+        pooler_size(group_rows<T>::size(cores.dim, cores.value_dim, !in_place<T, Key, Value>)),
+        backward(backward_plan<Element>(in.query, cores.value_dim, in.key.heads(), !in_place<T, Key, Value, Core>,
+                                        options.unit, run)) {}
 
   [[nodiscard]] std::size_t bytes() const {
-    return core_plan<Core>::bytes() + scratch_bytes<T>(this->core_key_size) + scratch_bytes<T>(this->core_value_size) +
-           worker_scratch<T>::bytes(workers, pooler_size) + backward.bytes();
+    return cores.bytes() + cores.template bytes<T>() + worker_scratch<T>::bytes(workers, pooler_size) +
+           backward.bytes();
   }
 };
-
-/// Local and dense attention.
-template <class Query, class Out, class Lse, class GradOut, class GradLse, class Key, class Value, class T, executor E>
-void raw_gradient(const query_results<Query, Out, Lse, GradOut, GradLse>& results, tensor_view<Key> key,
-                  tensor_view<Value> value, tensor_view<T> grad_query, tensor_view<T> grad_key,
-                  tensor_view<T> grad_value, const options& options, const E& run, std::span<std::byte> workspace) {
-  require_gradient_type<T, Query, Key, Value>();
-  const auto& query = results.query;
-  require_raw(query, key, value, options);
-  require_query_results<T>(results, value.dim());
-  require_gradients(query, key, value, grad_query, grad_key, grad_value);
-
-  const auto backward = backward_plan<product_type<Query, Key, Value>>(query, value.dim(), key.heads(),
-                                                                       !in_place<T, Key, Value>, options.unit, run);
-  scratch memory(workspace, backward.bytes(), "gradient_workspace_size");
-  fill_zero(grad_key, run);
-  fill_zero(grad_value, run);
-  backward(results, grad_query, make_score_rule<T>(options, key.dim()), {}, run, memory,
-           source_gradient{raw_source(query, key, value, options), grad_key, grad_value});
-}
 
 }  // namespace detail
 
 /// Bytes of workspace that every gradient but that of `attend` is content with for these operands, options and executor.
-template <class Query, class Key, class Value, executor E = serial_executor>
-[[nodiscard]] std::size_t gradient_workspace_size(tensor_view<Query> query, tensor_view<Key> key,
-                                                  tensor_view<Value> value, const options& options, const E& run = {}) {
+/// @throws std::invalid_argument  for options that make no sense
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>>
+[[nodiscard]] std::size_t gradient_workspace_size(const inputs<Query, Key, Value, Sink>& in,
+                                                  const options& options = {}, const execution& run = {}) {
   using Element = detail::product_type<Query, Key, Value>;
-  detail::require_options<compute_type<Element>>(options);
-  detail::require_unit<Element>(options);
-  detail::require_sizes("query", query);
-  detail::require_sizes("key", key);
-  detail::require_sizes("value", value);
+  detail::require_options<Element>(options);
+  detail::require_sizes(in);
   return detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
-    return detail::cca_gradient_plan<Element, Core>(query, key, value, options, run).bytes() +
-           detail::scratch_alignment;
+    return detail::cca_gradient_plan<Element, Core>(in, options, run).bytes() + detail::scratch_alignment;
   });
 }
 
-/// The same for `attend_gradient`.
-template <class Query, class Key, class Value, class FarKey, class FarValue, executor E = serial_executor>
-[[nodiscard]] std::size_t gradient_workspace_size(tensor_view<Query> query, tensor_view<Key> key,
-                                                  tensor_view<Value> value, far_context<FarKey, FarValue> context,
-                                                  const E& run = {}, matrix_unit unit = matrix_unit::none) {
-  detail::require_sizes("query", query);
-  detail::require_sizes("key", key);
-  detail::require_sizes("value", value);
+/// The same for `attend_gradient`. Of the options only the unit matters.
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
+          class FarKey = Query, class FarValue = FarKey>
+[[nodiscard]] std::size_t gradient_workspace_size(const inputs<Query, Key, Value, Sink>& in,
+                                                  const far_context<FarKey, FarValue>& context,
+                                                  const options& options = {}, const execution& run = {}) {
+  detail::require_sizes(in);
   detail::require_sizes("far.key", context.key);
-  return detail::attend_backward(query, key, value, context, unit, run).bytes() + detail::scratch_alignment;
+  return detail::attend_backward(in, context, options.unit, run).bytes() + detail::scratch_alignment;
 }
 
 /// Gradients of `pool`: of the keys and values, and through the weights of the queries.
 ///
-/// @param query,key,value,options  as for `pool`
-/// @param grad_core_key,grad_core_value  gradients of the cores, of their extents
-/// @param grad_query,grad_key,grad_value  written whole, of the extents of the operand; 0 for what is not pooled and for
+/// @param in,options  as for `pool`
+/// @param from  gradients of the cores, of their extents
+/// @param to  query, key and value, written whole, of the extents of the operand; 0 for what is not pooled and for
 ///   queries that are not a group's last. With `max` pooling an element's gradient goes to the first token that has the
 ///   maximum.
-/// @param run,workspace  as for `attention_gradient`, as are errors
+/// @param run  as for `attention_gradient`, as are errors
 /// Source: arXiv 2412.12465, section 3.1, differentiated.
-template <class Query, class Key, class Value, class T, executor E = serial_executor>
-void pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                   tensor_view<const std::type_identity_t<T>> grad_core_key,
-                   tensor_view<const std::type_identity_t<T>> grad_core_value, tensor_view<T> grad_query,
-                   tensor_view<T> grad_key, tensor_view<T> grad_value, const options& options, const E& run = {},
-                   std::span<std::byte> workspace = {}) {
-  detail::require_gradient_type<T, Query, Key, Value>();
-  detail::require_pool(query, key, value, options);
-  const auto [core_key, core_value] = detail::core_extents(query, key, value, options);
-  detail::require_operand("grad_core_key", grad_core_key);
-  detail::require_operand("grad_core_value", grad_core_value);
-  detail::require_extents("grad_core_key", grad_core_key, core_key);
-  detail::require_extents("grad_core_value", grad_core_value, core_value);
-  detail::require_gradients(query, key, value, grad_query, grad_key, grad_value);
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
+          class GradCore = const compute_type<Query, Key, Value>, class T = compute_type<Query, Key, Value>>
+void pool_gradient(const inputs<Query, Key, Value, Sink>& in, const cores<GradCore>& from, const gradients<T>& to,
+                   const options& options, const execution& run = {}) {
+  static_assert(std::is_same_v<std::remove_const_t<GradCore>, T>, "cca: gradients of cores are of the gradients' type");
+  detail::require_pool(in, options);
+  detail::require_operand("grad_core_key", from.key);
+  detail::require_operand("grad_core_value", from.value);
+  detail::require_cores("grad_core_key", "grad_core_value", in, from, options);
+  detail::require_no_far_gradients(to);
+  detail::require_gradients<compute_type<Query, Key, Value>>(
+      in, to, {{"grad_core_key", from.key}, {"grad_core_value", from.value}});
 
-  const std::int64_t workers = detail::pool_workers(key, options, run);
-  const std::int64_t size = detail::group_rows<T>::size(key.dim(), value.dim(), !detail::in_place<T, Key, Value>);
-  detail::scratch memory(workspace, detail::worker_scratch<T>::bytes(workers, size), "gradient_workspace_size");
-  detail::fill_zero(grad_query, run);
-  detail::fill_zero(grad_key, run);
-  detail::fill_zero(grad_value, run);
-  detail::add_pool_gradient(query, key, value, grad_core_key, grad_core_value, grad_query, grad_key, grad_value,
-                            options, run, detail::worker_scratch<T>(memory, workers, size));
+  const std::int64_t workers = detail::pool_workers(in.key, options, run);
+  const std::int64_t size =
+      detail::group_rows<T>::size(in.key.dim(), in.value.dim(), !detail::in_place<T, Key, Value>);
+  detail::scratch memory(run.workspace(), detail::worker_scratch<T>::bytes(workers, size), "gradient_workspace_size");
+  for (const auto& sum : {to.query, to.key, to.value}) detail::fill_zero(sum, run);
+  detail::add_pool_gradient(in, from, to, options, run, detail::worker_scratch<T>(memory, workers, size));
 }
 
-/// Gradients of `attention` with respect to query, key and value, through the cores and their weights as well.
+/// Gradients of `attention` with respect to query, key and value, through the cores and their weights as well, and to the
+/// sink logits.
 ///
 /// The weights of the softmax are computed again from `lse`: nothing of size length x length is stored. A query that
 /// sees nothing has gradients of 0; a token gets none, not even a NaN, from a query that does not see it.
 ///
-/// @param query,key,value,options  those of the forward pass
-/// @param out,lse  what it wrote. `lse` is at least as precise as what is computed in: double for double.
-/// @param grad_out  gradient of `out`, of its extents; any outer strides, 0 included
-/// @param grad_lse  gradient of `lse`, of its extents; left out, it is 0
-/// @param grad_query,grad_key,grad_value  written whole, of the extents of the operand; of the type that is computed in:
-///   double if an operand is, otherwise float. They overlap nothing.
-/// @param run  executor; the results are bitwise the same for any. Tasks may wait for others that were begun before.
-/// @param workspace  at least `gradient_workspace_size` bytes, or empty: then memory for the cores, their gradients and
-///   the workers is allocated
+/// @param in,options  those of the forward pass
+/// @param of  `out` and `lse` as it wrote them. `lse` is at least as precise as what is computed in: double for double.
+/// @param from  gradients of `out` and of `lse`
+/// @param to  written whole, of the extents of the operands. They overlap nothing.
+/// @param run  an executor, or `{executor, workspace}` with at least `gradient_workspace_size` bytes; the results are
+///   bitwise the same for any. Tasks may wait for others that were begun before.
 /// @throws std::invalid_argument  before anything is written, naming the argument, what it got and what it wants
 /// Source: arXiv 2412.12465, section 3.3, differentiated; recomputation as in FlashAttention, arXiv 2205.14135.
-template <class Query, class Key, class Value, class Out, class Lse, class GradOut, class GradLse, class T,
-          executor E = serial_executor>
-void attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
-                        lse_view<Lse> lse, tensor_view<GradOut> grad_out, lse_view<GradLse> grad_lse,
-                        tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
-                        const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
-  detail::require_gradient_type<T, Query, Key, Value>();
-  const detail::query_results results{query, out, lse, grad_out, grad_lse};
-  detail::require_pooling_operands(query, key, value, options);
-  detail::require_grouping(options);
-  detail::require_query_results<T>(results, value.dim());
-  detail::require_gradients(query, key, value, grad_query, grad_key, grad_value);
-
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
+          class Out = const Query, class Lse = const compute_type<Query, Key, Value>,
+          class GradOut = std::remove_const_t<Out>, class GradLse = std::remove_const_t<Lse>,
+          class T = compute_type<Query, Key, Value>>
+void attention_gradient(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse>& of,
+                        const incoming<GradOut, GradLse>& from, const gradients<T>& to, const options& options = {},
+                        const execution& run = {}) {
   using Element = detail::product_type<Query, Key, Value>;
+  detail::require_attention(in, options);
+  const auto results = detail::checked_results<compute_type<Element>>(in, of, from);
+  detail::require_no_far_gradients(to);
+  detail::require_gradients<compute_type<Element>>(
+      in, to, {{"out", of.out}, {"lse", of.lse}, {"grad_out", from.grad_out}, {"grad_lse", from.grad_lse}});
+
+  const bool pooled = detail::pools(options);
   detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
-    const detail::cca_gradient_plan<Element, Core> plan(query, key, value, options, run);
-    detail::scratch memory(workspace, plan.bytes(), "gradient_workspace_size");
-    const auto cores = [&]<class Row>(std::type_identity<Row>) {
-      const auto rows = [&](std::int64_t size, std::int64_t dim) {
-        return bhsd(memory.take<Row>(size), key.batch(), plan.core_heads, plan.cores, dim);
-      };
-      return std::pair(rows(plan.core_key_size, key.dim()), rows(plan.core_value_size, value.dim()));
-    };
-    const auto [core_key, core_value] = cores(std::type_identity<Core>{});
-    const auto [grad_core_key, grad_core_value] = cores(std::type_identity<T>{});
+    const detail::cca_gradient_plan<Element, Core> plan(in, options, run);
+    detail::scratch memory(run.workspace(), plan.bytes(), "gradient_workspace_size");
+    const auto core_rows = plan.cores.take(memory);
+    const auto grad_cores = plan.cores.template take<T>(memory);
     const detail::worker_scratch<T> pooler(memory, plan.workers, plan.pooler_size);
-    detail::pool_views<T>(query, key, value, core_key, core_value, options, run, pooler);
-    for (const auto& sum : {grad_key, grad_value, grad_core_key, grad_core_value}) detail::fill_zero(sum, run);
-    plan.backward(
-        results, grad_query, detail::make_score_rule<T>(options, key.dim()), {}, run, memory,
-        detail::source_gradient{detail::core_source(core_key, core_value, options), grad_core_key, grad_core_value},
-        detail::source_gradient{detail::raw_source(query, key, value, options), grad_key, grad_value});
-    detail::add_pool_gradient<Query, Key, Value, T>(query, key, value, grad_core_key, grad_core_value, grad_query,
-                                                    grad_key, grad_value, options, run, pooler);
+    if (pooled) detail::pool_views<T>(in.query, in.key, in.value, core_rows.key, core_rows.value, options, run, pooler);
+    for (const auto& sum : {to.key, to.value, grad_cores.key, grad_cores.value}) detail::fill_zero(sum, run);
+    plan.backward(results, to.query, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), to.sink_logits,
+                  run, memory,
+                  detail::source_gradient{detail::core_source(core_rows, options), grad_cores.key, grad_cores.value},
+                  detail::source_gradient{detail::raw_source(in, options), to.key, to.value});
+    if (pooled) detail::add_pool_gradient(in, grad_cores, to, options, run, pooler);
   });
 }
 
-/// Without a gradient of `lse`.
-template <class Query, class Key, class Value, class Out, class Lse, class GradOut, class T,
-          executor E = serial_executor>
-void attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
-                        lse_view<Lse> lse, tensor_view<GradOut> grad_out, tensor_view<T> grad_query,
-                        tensor_view<T> grad_key, tensor_view<T> grad_value, const options& options, const E& run = {},
-                        std::span<std::byte> workspace = {}) {
-  attention_gradient(query, key, value, out, lse, grad_out, lse_view<>{}, grad_query, grad_key, grad_value, options,
-                     run, workspace);
+/// Gradients of `attend`, also with respect to the caller's far keys and values: `to.far_key` and `to.far_value` are of
+/// their extents and written whole. Other parameters and errors as for `attention_gradient`.
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
+          class FarKey = Query, class FarValue = FarKey, class Out = const Query,
+          class Lse = const compute_type<Query, Key, Value, FarKey, FarValue>, class GradOut = std::remove_const_t<Out>,
+          class GradLse = std::remove_const_t<Lse>, class T = compute_type<Query, Key, Value, FarKey, FarValue>>
+void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+                     const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from, const gradients<T>& to,
+                     const options& options = {}, const execution& run = {}) {
+  using Number = compute_type<Query, Key, Value, FarKey, FarValue>;
+  detail::require_attend(in, context, options);
+  const auto results = detail::checked_results<Number>(in, of, from);
+  detail::require_gradient("grad_far_key", to.far_key, context.key.extent);
+  detail::require_gradient("grad_far_value", to.far_value, context.value.extent);
+  detail::require_gradients<Number>(in, to,
+                                    {{"far.key", context.key},
+                                     {"far.value", context.value},
+                                     {"out", of.out},
+                                     {"lse", of.lse},
+                                     {"grad_out", from.grad_out},
+                                     {"grad_lse", from.grad_lse}});
+
+  const auto backward = detail::attend_backward(in, context, options.unit, run);
+  detail::scratch memory(run.workspace(), backward.bytes(), "gradient_workspace_size of the far context");
+  for (const auto& sum : {to.key, to.value, to.far_key, to.far_value}) detail::fill_zero(sum, run);
+  backward(results, to.query, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), to.sink_logits, run,
+           memory, detail::source_gradient{detail::seen_source(context), to.far_key, to.far_value},
+           detail::source_gradient{detail::raw_source(in, options), to.key, to.value});
 }
 
-/// Gradients of `local_attention`: queries may be fewer than keys. Parameters and errors as for `attention_gradient`.
-template <class Query, class Key, class Value, class Out, class Lse, class GradOut, class GradLse, class T,
-          executor E = serial_executor>
-void local_attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                              tensor_view<Out> out, lse_view<Lse> lse, tensor_view<GradOut> grad_out,
-                              lse_view<GradLse> grad_lse, tensor_view<T> grad_query, tensor_view<T> grad_key,
-                              tensor_view<T> grad_value, const options& options, const E& run = {},
-                              std::span<std::byte> workspace = {}) {
-  detail::require_grouping(options);
-  detail::raw_gradient(detail::query_results{query, out, lse, grad_out, grad_lse}, key, value, grad_query, grad_key,
-                       grad_value, options, run, workspace);
-}
-
-/// Without a gradient of `lse`.
-template <class Query, class Key, class Value, class Out, class Lse, class GradOut, class T,
-          executor E = serial_executor>
-void local_attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                              tensor_view<Out> out, lse_view<Lse> lse, tensor_view<GradOut> grad_out,
-                              tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
-                              const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
-  local_attention_gradient(query, key, value, out, lse, grad_out, lse_view<>{}, grad_query, grad_key, grad_value,
-                           options, run, workspace);
-}
-
-/// Gradients of `dense_attention`. Parameters and errors as for `attention_gradient`.
-template <class Query, class Key, class Value, class Out, class Lse, class GradOut, class GradLse, class T,
-          executor E = serial_executor>
-void dense_attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                              tensor_view<Out> out, lse_view<Lse> lse, tensor_view<GradOut> grad_out,
-                              lse_view<GradLse> grad_lse, tensor_view<T> grad_query, tensor_view<T> grad_key,
-                              tensor_view<T> grad_value, const options& options = {}, const E& run = {},
-                              std::span<std::byte> workspace = {}) {
+/// @{
+/// Deprecated, as `dense_attention` and `local_attention` are.
+template <class Inputs, class Results, class Incoming, class Gradients>
+void dense_attention_gradient(const Inputs& in, const Results& of, const Incoming& from, const Gradients& to,
+                              const options& options = {}, const execution& run = {}) {
   detail::require_dense(options);
-  detail::raw_gradient(detail::query_results{query, out, lse, grad_out, grad_lse}, key, value, grad_query, grad_key,
-                       grad_value, options, run, workspace);
+  attention_gradient(in, of, from, to, options, run);
 }
-
-/// Without a gradient of `lse`.
-template <class Query, class Key, class Value, class Out, class Lse, class GradOut, class T,
-          executor E = serial_executor>
-void dense_attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                              tensor_view<Out> out, lse_view<Lse> lse, tensor_view<GradOut> grad_out,
-                              tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
-                              const options& options = {}, const E& run = {}, std::span<std::byte> workspace = {}) {
-  dense_attention_gradient(query, key, value, out, lse, grad_out, lse_view<>{}, grad_query, grad_key, grad_value,
-                           options, run, workspace);
+template <class Inputs, class Results, class Incoming, class T>
+void local_attention_gradient(const Inputs& in, const Results& of, const Incoming& from, const gradients<T>& to,
+                              const options& options, const execution& run = {}) {
+  const auto no_rows = detail::no_far_context(in);
+  gradients<T> with_far = to;
+  with_far.far_key = {nullptr, no_rows.key.extent, no_rows.key.stride};
+  with_far.far_value = {nullptr, no_rows.value.extent, no_rows.value.stride};
+  attend_gradient(in, no_rows, of, from, with_far, options, run);
 }
-
-/// Gradients of `attend`, also with respect to the caller's far keys and values, of whose extents `grad_far_key` and
-/// `grad_far_value` are and which are written whole. Other parameters and errors as for `attention_gradient`.
-template <class Query, class Key, class Value, class FarKey, class FarValue, class Out, class Lse, class GradOut,
-          class GradLse, class T, executor E = serial_executor>
-void attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                     far_context<FarKey, FarValue> context, tensor_view<Out> out, lse_view<Lse> lse,
-                     tensor_view<GradOut> grad_out, lse_view<GradLse> grad_lse, tensor_view<T> grad_query,
-                     tensor_view<T> grad_key, tensor_view<T> grad_value, tensor_view<T> grad_far_key,
-                     tensor_view<T> grad_far_value, const options& options, const E& run = {},
-                     std::span<std::byte> workspace = {}) {
-  detail::require_gradient_type<T, Query, Key, Value, FarKey, FarValue>();
-  const detail::query_results results{query, out, lse, grad_out, grad_lse};
-  detail::require_attend(query, key, value, context, options);
-  detail::require_query_results<T>(results, value.dim());
-  detail::require_gradients(query, key, value, grad_query, grad_key, grad_value);
-  detail::require_gradient("grad_far_key", grad_far_key, context.key.extent);
-  detail::require_gradient("grad_far_value", grad_far_value, context.value.extent);
-
-  const auto backward = detail::attend_backward(query, key, value, context, options.unit, run);
-  detail::scratch memory(workspace, backward.bytes(), "gradient_workspace_size");
-  for (const auto& sum : {grad_key, grad_value, grad_far_key, grad_far_value}) detail::fill_zero(sum, run);
-  backward(results, grad_query, detail::make_score_rule<T>(options, key.dim()), {}, run, memory,
-           detail::source_gradient{detail::seen_source(context), grad_far_key, grad_far_value},
-           detail::source_gradient{detail::raw_source(query, key, value, options), grad_key, grad_value});
-}
-
-/// Without a gradient of `lse`.
-template <class Query, class Key, class Value, class FarKey, class FarValue, class Out, class Lse, class GradOut,
-          class T, executor E = serial_executor>
-void attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                     far_context<FarKey, FarValue> context, tensor_view<Out> out, lse_view<Lse> lse,
-                     tensor_view<GradOut> grad_out, tensor_view<T> grad_query, tensor_view<T> grad_key,
-                     tensor_view<T> grad_value, tensor_view<T> grad_far_key, tensor_view<T> grad_far_value,
-                     const options& options, const E& run = {}, std::span<std::byte> workspace = {}) {
-  attend_gradient(query, key, value, context, out, lse, grad_out, lse_view<>{}, grad_query, grad_key, grad_value,
-                  grad_far_key, grad_far_value, options, run, workspace);
-}
+/// @}
 
 }}  // namespace cca::CCA_TARGET

@@ -10,11 +10,11 @@
 
 #include "attention.hpp"
 #include "cache_shape.hpp"
+#include "call.hpp"
 #include "detail/base/validate.hpp"
 #include "detail/context/row_store.hpp"
 #include "detail/softmax/score_rule.hpp"
 #include "element.hpp"
-#include "executor.hpp"
 #include "options.hpp"
 #include "partition.hpp"
 #include "pooling.hpp"
@@ -42,7 +42,7 @@ struct cache_file;
 /// Source: arXiv 2412.12465, section 3.4 (inference).
 template <class Element = float, class Core = Element>
 class kv_cache {
-  static_assert(detail::is_element<Core>, "cores are float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(detail::check_elements<Element, Core>());
   static_assert(std::is_same_v<Element, double> || !std::is_same_v<Core, double>,
                 "cores are computed in float unless keys and values are double: as double they would hold no more");
 
@@ -76,8 +76,7 @@ class kv_cache {
   [[nodiscard]] std::int64_t raw_count(std::int64_t b = 0) const { return known(b).length - known(b).oldest; }
   /// The least length to which `truncate` can take sequence `b`.
   [[nodiscard]] std::int64_t least_length(std::int64_t b = 0) const {
-    const std::int64_t cores = (known(b).oldest + options_.group_size - 1) / options_.group_size;
-    return cores == 0 ? 0 : partition_.first_query(cores - 1);
+    return partition_.first_query_beyond(known(b).oldest);
   }
 
   /// Bytes of the cores and raw tokens held.
@@ -98,56 +97,64 @@ class kv_cache {
   /// Appends the same number of tokens to every sequence and attends for their queries: `out` and `lse` as of
   /// `attention` over each whole sequence, its last rows.
   ///
-  /// @param query  `[batch, heads, new tokens, dim]`; with `last_query` pooling the last tokens' of groups are also pooled with
-  /// @param key,value  `[batch, kv_heads, new tokens, dim]` and the same with `value_dim`, of the cache's element type
-  /// @param out,lse  `[batch, heads, new tokens, value_dim]` and `[batch, heads, new tokens]`, written whole
-  /// @param run  executor; the results are bitwise the same for any
-  template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
-  void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
-              lse_view<Lse> lse, const E& run = {}) {
-    require_query(query, shape_.batch);
-    detail::require_results(query, shape_.value_dim, out, lse);
-    step(0, query, key, value, &out, lse, run);
+  /// @param in  the new tokens: query `[batch, heads, new tokens, dim]`; key `[batch, kv_heads, new tokens, dim]` and value,
+  ///   the same with `value_dim`, of the cache's element type; sink logits for these queries. With `last_query` pooling
+  ///   groups are pooled with the query of their last token.
+  /// @param to  `out` `[batch, heads, new tokens, value_dim]` and, where given, `lse`, written whole
+  /// @param run  executor; the results are bitwise the same for any. A cache has a workspace of its own.
+  template <class Query = Element, class Sink = compute_type<Query, Element>, detail::written Out = Element,
+            class Lse = compute_type<Query, Element>>
+  void attend(const inputs<Query, Element, Element, Sink>& in, const results<Out, Lse>& to, const execution& run = {}) {
+    require_query(in.query, shape_.batch);
+    detail::require_sink_logits<compute_type<Query, Element>>(in.query, in.sink_logits);
+    detail::require_results(in.query, shape_.value_dim, to.out, to.lse);
+    step(0, in, &to, run);
   }
 
-  /// Without log-sum-exps.
-  template <class Query, class Key, class Value, class Out, executor E = serial_executor>
-  void attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<Out> out,
-              const E& run = {}) {
-    attend(query, key, value, out, lse_view<>{}, run);
+  /// Of views, without log-sum-exps.
+  template <detail::view_or_mistaken Query, class Key, class Value, class Out>
+  void attend(const Query& query, const Key& key, const Value& value, const Out& out, const execution& run = {}) {
+    if constexpr (detail::check_views<Query, Key, Value, Out>() && check_tokens<Key, Value>())
+      attend(inputs{query, key, value}, results{out}, run);
   }
 
   /// The same for sequence `b` alone: the views' batch is 1. So sequences grow to different lengths.
-  template <class Query, class Key, class Value, class Out, class Lse, executor E = serial_executor>
-  void attend(std::int64_t b, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-              tensor_view<Out> out, lse_view<Lse> lse, const E& run = {}) {
+  template <class Query = Element, class Sink = compute_type<Query, Element>, detail::written Out = Element,
+            class Lse = compute_type<Query, Element>>
+  void attend(std::int64_t b, const inputs<Query, Element, Element, Sink>& in, const results<Out, Lse>& to,
+              const execution& run = {}) {
     require_sequence("b", b);
-    require_query(query, 1);
-    detail::require_results(query, shape_.value_dim, out, lse);
-    step(b, query, key, value, &out, lse, run);
+    require_query(in.query, 1);
+    detail::require_sink_logits<compute_type<Query, Element>>(in.query, in.sink_logits);
+    detail::require_results(in.query, shape_.value_dim, to.out, to.lse);
+    step(b, in, &to, run);
   }
 
-  /// The same without log-sum-exps.
-  template <class Query, class Key, class Value, class Out, executor E = serial_executor>
-  void attend(std::int64_t b, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-              tensor_view<Out> out, const E& run = {}) {
-    attend(b, query, key, value, out, lse_view<>{}, run);
+  /// Of views, without log-sum-exps.
+  template <class Query, class Key, class Value, class Out>
+  void attend(std::int64_t b, const Query& query, const Key& key, const Value& value, const Out& out,
+              const execution& run = {}) {
+    if constexpr (detail::check_views<Query, Key, Value, Out>() && check_tokens<Key, Value>())
+      attend(b, inputs{query, key, value}, results{out}, run);
   }
 
   /// Appends to every sequence without attending.
-  template <class Query, class Key, class Value, executor E = serial_executor>
-  void append(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, const E& run = {}) {
-    require_query(query, shape_.batch);
-    step<Query, Key, Value, float, float>(0, query, key, value, nullptr, {}, run);
+  template <detail::view_or_mistaken Query, class Key, class Value>
+  void append(const Query& query, const Key& key, const Value& value, const execution& run = {}) {
+    if constexpr (detail::check_views<Query, Key, Value>() && check_tokens<Key, Value>()) {
+      require_query(query, shape_.batch);
+      step<float, compute_type<Element>>(0, inputs{query, key, value}, nullptr, run);
+    }
   }
 
   /// Appends to sequence `b` alone without attending.
-  template <class Query, class Key, class Value, executor E = serial_executor>
-  void append(std::int64_t b, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-              const E& run = {}) {
-    require_sequence("b", b);
-    require_query(query, 1);
-    step<Query, Key, Value, float, float>(b, query, key, value, nullptr, {}, run);
+  template <class Query, class Key, class Value>
+  void append(std::int64_t b, const Query& query, const Key& key, const Value& value, const execution& run = {}) {
+    if constexpr (detail::check_views<Query, Key, Value>() && check_tokens<Key, Value>()) {
+      require_sequence("b", b);
+      require_query(query, 1);
+      step<float, compute_type<Element>>(b, inputs{query, key, value}, nullptr, run);
+    }
   }
 
   /// Takes back the tokens of sequence `b` from `length` on, as speculative decoding does with those that were refused.
@@ -223,7 +230,16 @@ class kv_cache {
     return options_.window == unlimited ? 0 : partition_.group_count(length);
   }
 
-  /// The raw tokens held that the next query visible.
+  /// Whether tokens can be taken in as they are.
+  template <class Key, class Value>
+  static constexpr bool check_tokens() {
+    constexpr bool of_cache = std::is_same_v<std::remove_const_t<typename Key::element_type>, Element> &&
+                              std::is_same_v<std::remove_const_t<typename Value::element_type>, Element>;
+    static_assert(of_cache, "cca: keys and values have the cache's element type: attention sees them as it keeps them");
+    return of_cache;
+  }
+
+  /// The raw tokens held that the next query sees.
   [[nodiscard]] typename ring::pieces window_of(const sequence& s) const {
     return s.raw.find({partition_.raw(s.length).begin, s.length});
   }
@@ -260,10 +276,9 @@ class kv_cache {
   }
 
   static cca::options validated(const cca::options& options) {
-    detail::require_options<compute_type<Element>>(options);
+    detail::require_options<detail::product_type<Element, Core>>(options);
     detail::require_grouping(options);
-    detail::require_unused(!options.first_position, "options.first_position", "none: a cache knows its positions");
-    detail::require_unit<detail::product_type<Element, Core>>(options);
+    detail::require_unset(options, &cca::options::first_position, "a cache knows its positions");
     return options;
   }
 
@@ -278,18 +293,15 @@ class kv_cache {
     detail::require_extents("query", query, {batch, shape_.heads, query.length(), shape_.dim});
   }
 
-  /// Everything that can fail comes first; then groups are pooled and queries answered beside what counts; only then
-  /// does the cache change. `out` is null where nothing is asked. The sequences are those from `first` on.
-  template <class Query, class Key, class Value, class Out, class Lse, executor E>
-  void step(std::int64_t first, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-            const tensor_view<Out>* out, lse_view<Lse> lse, const E& run) {
-    static_assert(
-        std::is_same_v<std::remove_const_t<Key>, Element> && std::is_same_v<std::remove_const_t<Value>, Element>,
-        "keys and values have the cache's element type: attention then sees them as the cache keeps them");
-    using T = compute_type<Query, Element>;
-    using Product = detail::product_type<Query, Element, Core>;
-    if (out != nullptr) detail::require_unit<Product>(options_);
-    const std::int64_t count = query.length(), batch = query.batch();
+  /// The sequences of a step, `count` of them from `first` on, and its new tokens for each.
+  struct step_extent {
+    std::int64_t first, count, tokens;
+  };
+
+  /// Keys and values of a step, and room for its tokens.
+  template <class Key, class Value>
+  void require_tokens(const step_extent& extent, tensor_view<Key> key, tensor_view<Value> value) const {
+    const auto& [first, batch, count] = extent;
     detail::require_operand("key", key);
     detail::require_operand("value", value);
     detail::require_extents("key", key, {batch, shape_.kv_heads, count, shape_.dim});
@@ -298,67 +310,104 @@ class kv_cache {
       if (count > shape_.capacity - at(b).length)
         detail::refuse("key", std::to_string(count) + " tokens after " + std::to_string(at(b).length),
                        "at most the capacity of " + std::to_string(shape_.capacity));
-    const std::int64_t workers =  // of the most groups that so many tokens can complete
-        detail::worker_count(
-            run, detail::pool_tasks(1, shape_.kv_heads, group_count(count) + 1, options_.group_size).size());
-    if (count == 0) return;
-    for (std::int64_t b = first; b < first + batch; ++b) reserve("key", at(b), at(b).length + count);
+  }
 
+  /// Everything that can fail comes first; then groups are pooled and queries answered beside what counts; only then
+  /// does the cache change. `to` is null where nothing is asked. The sequences are those from `first` on.
+  template <class Out, class Lse, class Inputs>
+  void step(std::int64_t first, const Inputs& in, const results<Out, Lse>* to, const execution& run) {
+    using Query = std::remove_const_t<typename decltype(in.query)::element_type>;
+    using T = compute_type<Query, Element>;
+    using Product = detail::product_type<Query, Element, Core>;
+    const step_extent extent{first, in.query.batch(), in.query.length()};
+    if (to != nullptr) detail::require_unit<Product>(options_);
+    require_tokens(extent, in.key, in.value);
+    if (extent.tokens == 0) return;
+    for (std::int64_t b = first; b < first + extent.count; ++b) reserve("key", at(b), at(b).length + extent.tokens);
+
+    const std::int64_t workers = pool_workers(extent.tokens, run);
     const std::int64_t pooler_size =
         detail::group_rows<T>::size(shape_.dim, shape_.value_dim, !detail::in_place<T, Element>);
-    std::int64_t cores = 0, raw = 0;
-    for (std::int64_t b = first; b < first + batch; ++b) {
-      cores = std::max(cores, at(b).cores.capacity());
-      raw = std::max(raw, at(b).raw.capacity());
+    const source_rows rows = rows_of_step(extent);
+    const auto forward =
+        detail::plan<Product>(in.query, shape_.value_dim, shape_.kv_heads, {rows.cores, rows.raw, rows.raw, rows.fresh},
+                              !detail::in_place<T, Element, Core>, options_.unit, run);
+    detail::scratch memory =
+        take_workspace(detail::worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes());
+    pool_new_groups(first, in.query, in.key, in.value, run,
+                    detail::worker_scratch<T>(memory, workers, pooler_size));
+    if (to != nullptr) answer(forward, first, in, *to, rows, run, memory);
+    for (std::int64_t b = 0; b < extent.count; ++b) keep(at(first + b), in.key, in.value, b);
+  }
+
+  /// Workers of pooling the most groups that so many tokens can complete.
+  [[nodiscard]] std::int64_t pool_workers(std::int64_t tokens, const execution& run) const {
+    if (!detail::pools(options_)) return 1;
+    return detail::worker_count(
+        run, detail::pool_tasks(1, shape_.kv_heads, group_count(tokens) + 1, options_.group_size).size());
+  }
+
+  /// Rows of the sources of a step, of the longest sequence.
+  struct source_rows {
+    std::int64_t cores, raw, fresh;
+  };
+  [[nodiscard]] source_rows rows_of_step(const step_extent& extent) const {
+    source_rows rows{0, 0, extent.tokens};
+    for (std::int64_t b = extent.first; b < extent.first + extent.count; ++b) {
+      rows.cores = std::max(rows.cores, at(b).cores.capacity());
+      rows.raw = std::max(rows.raw, at(b).raw.capacity());
     }
-    const auto forward = detail::plan<Product>(query, shape_.value_dim, shape_.kv_heads, {cores, raw, raw, count},
-                                               !detail::in_place<T, Element, Core>, options_.unit, run);
-    const std::size_t bytes = detail::worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
+    return rows;
+  }
+
+  /// Memory for a step, which stays for the next.
+  [[nodiscard]] detail::scratch take_workspace(std::size_t bytes) {
     if (workspace_.bytes() < bytes + detail::scratch_alignment)
       workspace_ = detail::aligned_memory(bytes + detail::scratch_alignment);
-    detail::scratch memory({workspace_.data(), workspace_.bytes()}, bytes);
+    return {{workspace_.data(), workspace_.bytes()}, bytes};
+  }
 
-    pool_new_groups(first, query, key, value, run, detail::worker_scratch<T>(memory, workers, pooler_size));
-    if (out != nullptr) {
-      const auto sequence_of = [this, first](std::int64_t b) -> const sequence& { return at(first + b); };
-      const auto raw_of = [this, sequence_of](std::int64_t b, std::int64_t i) {
-        return partition_.raw(sequence_of(b).length + i);
-      };
-      const auto rule = detail::make_score_rule<T>(options_, shape_.dim);
-      forward(query, *out, lse, rule, run, memory,
-              detail::source{core_heads_, cores,
-                             [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
-                             [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
-                               return range{0, partition_.core_count(sequence_of(b).length + i)};
-                             }},
-              detail::source{shape_.kv_heads, raw,
-                             [=, this](std::int64_t b, std::int64_t h) {
-                               return sequence_of(b).raw.rows(h, window_of(sequence_of(b)).row);
-                             },
-                             [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
-                               const range piece = window_of(sequence_of(b)).first;
-                               return shifted(intersection(raw_of(b, i), piece), -piece.begin);
-                             }},
-              detail::source{shape_.kv_heads, raw,
-                             [=](std::int64_t b, std::int64_t h) { return sequence_of(b).raw.rows(h, 0); },
-                             [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
-                               const range piece = window_of(sequence_of(b)).second;
-                               return shifted(intersection(raw_of(b, i), piece), -piece.begin);
-                             }},
-              detail::source{shape_.kv_heads, count,
-                             [=](std::int64_t b, std::int64_t h) { return detail::rows_of(key, value, b, h); },
-                             [=](std::int64_t b, std::int64_t, std::int64_t i) {
-                               const std::int64_t length = sequence_of(b).length;
-                               return shifted(intersection(raw_of(b, i), {length, length + count}), -length);
-                             }});
-    }
-    for (std::int64_t b = 0; b < batch; ++b) keep(at(first + b), key, value, b);
+  /// Attends to the cores, to the two pieces of the raw tokens held, and to the new tokens.
+  template <class Forward, class Inputs, class Out, class Lse>
+  void answer(const Forward& forward, std::int64_t first, const Inputs& in, const results<Out, Lse>& to,
+              const source_rows& rows, const execution& run, detail::scratch& memory) const {
+    using T = compute_type<typename decltype(in.query)::element_type, Element>;
+    const auto sequence_of = [this, first](std::int64_t b) -> const sequence& { return at(first + b); };
+    /// Of the raw tokens that query `i` sees those of a piece, counted from its first.
+    const auto seen_of = [this, sequence_of](std::int64_t b, std::int64_t i, range piece) {
+      return shifted(intersection(partition_.raw(sequence_of(b).length + i), piece), -piece.begin);
+    };
+    forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options_, shape_.dim, in.sink_logits), run, memory,
+            detail::source{core_heads_, rows.cores,
+                           [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
+                           [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
+                             return range{0, partition_.core_count(sequence_of(b).length + i)};
+                           }},
+            detail::source{shape_.kv_heads, rows.raw,
+                           [=, this](std::int64_t b, std::int64_t h) {
+                             return sequence_of(b).raw.rows(h, window_of(sequence_of(b)).row);
+                           },
+                           [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
+                             return seen_of(b, i, window_of(sequence_of(b)).first);
+                           }},
+            detail::source{shape_.kv_heads, rows.raw,
+                           [=](std::int64_t b, std::int64_t h) { return sequence_of(b).raw.rows(h, 0); },
+                           [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
+                             return seen_of(b, i, window_of(sequence_of(b)).second);
+                           }},
+            detail::source{shape_.kv_heads, rows.fresh,
+                           [=](std::int64_t b, std::int64_t h) { return detail::rows_of(in.key, in.value, b, h); },
+                           [=](std::int64_t b, std::int64_t, std::int64_t i) {
+                             const std::int64_t length = sequence_of(b).length;
+                             return seen_of(b, i, {length, length + rows.fresh});
+                           }});
   }
 
   /// Pools the groups that the new tokens complete, from old rows and new ones.
-  template <class T, class Query, class Key, class Value, executor E>
+  template <class T, class Query, class Key, class Value>
   void pool_new_groups(std::int64_t first, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                       const E& run, const detail::worker_scratch<T>& scratch) {
+                       const execution& run, const detail::worker_scratch<T>& scratch) {
+    if (!detail::pools(options_)) return;
     for (std::int64_t b = 0; b < query.batch(); ++b) {
       const sequence& s = at(first + b);
       const auto absorb = [&](auto& pooler, std::int64_t, std::int64_t h, range group) {

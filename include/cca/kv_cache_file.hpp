@@ -47,21 +47,51 @@ inline std::string to_string(const element_code& code) {
   return "elements of " + numbers(0) + (code.bytes >> 8 > 0 ? ", cores of " + numbers(8) : "");
 }
 
-/// A file of a cache: this header, then per sequence its length and first raw token, then the rows of its cores and of its
-/// raw tokens, `[head][keys | values][row][dim]`; behind each a checksum of all so far. Numbers are as in memory, in the
-/// byte order that `byte_order` tells.
-struct cache_file_header {
+/// How a file of a cache begins, whatever its version.
+struct cache_file_start {
   std::array<char, 8> magic{'c', 'c', 'a', '-', 'k', 'v', '\r', '\n'};
   std::uint32_t byte_order = 0x01020304;
-  std::uint32_t version = 1;
+  std::uint32_t version = 2;
+};
+
+/// Then this header; the options that are not the defaults; per sequence its length and first raw token, and the rows of
+/// its cores and of its raw tokens, `[head][keys | values][row][dim]`; behind each part a checksum of all so far. Numbers
+/// are as in memory, in the byte order that `byte_order` tells.
+struct cache_file_header {
   element_code elements;
-  std::uint32_t pool = 0, cores = 0;
-  std::uint32_t has_scale = 0;
+  std::uint32_t option_count = 0;
+  cache_shape shape{};
+};
+
+/// An option in a file.
+struct cache_file_option {
+  std::array<char, 24> name{};  ///< zeros behind it
+  option_code code{};
+
+  friend bool operator==(const cache_file_option&, const cache_file_option&) = default;
+};
+
+/// The header of version 1, whose options were these.
+struct cache_file_header_1 {
+  element_code elements;
+  std::uint32_t pool = 0, cores = 0, has_scale = 0;
   double softmax_scale = 0;
   std::int64_t group_size = 0, window = 0;
-  std::int64_t batch = 0, heads = 0, kv_heads = 0, dim = 0, value_dim = 0, capacity = 0, rewind = 0;
+  cache_shape shape{};
+
+  [[nodiscard]] cca::options options() const {
+    cca::options all{.group_size = group_size,
+                     .window = window,
+                     .pool = static_cast<pooling>(pool),
+                     .core_heads = static_cast<core_heads>(cores)};
+    if (has_scale) all.softmax_scale = softmax_scale;
+    return all;
+  }
 };
-static_assert(sizeof(cache_file_header) == 8 + 6 * 4 + 8 + 9 * 8, "no padding: it would be written, and differ");
+static_assert(sizeof(cache_shape) == 7 * 8 && sizeof(cache_file_start) == 16 &&
+                  sizeof(cache_file_header) == 8 + 7 * 8 && sizeof(cache_file_option) == 24 + 16 &&
+                  sizeof(cache_file_header_1) == 16 + 3 * 8 + 7 * 8,
+              "no padding: it would be written, and differ");
 
 /// 64-bit FNV-1a over 8 bytes at a time, however they come in: tells damage, not malice.
 class checksum {
@@ -159,39 +189,47 @@ class cache_reader {
 
 /// What of a cache goes into a file and how it comes back.
 struct cache_file {
-  template <class Element, class Core>
-  static cache_file_header header_of(const kv_cache<Element, Core>& cache) {
-    const options& options = cache.options();
-    const cache_shape& shape = cache.shape();
-    cache_file_header header;
-    header.elements = element_code::of<Element, Core>();
-    header.pool = static_cast<std::uint32_t>(options.pool);
-    header.cores = static_cast<std::uint32_t>(options.core_heads);
-    header.has_scale = options.softmax_scale.has_value();
-    header.softmax_scale = options.softmax_scale.value_or(0);
-    header.group_size = options.group_size;
-    header.window = options.window;
-    header.batch = shape.batch;
-    header.heads = shape.heads;
-    header.kv_heads = shape.kv_heads;
-    header.dim = shape.dim;
-    header.value_dim = shape.value_dim;
-    header.capacity = shape.capacity;
-    header.rewind = shape.rewind;
-    return header;
+  /// The options that a file says: those that are not the defaults. It does not say the unit, for it may be read on
+  /// another machine.
+  static std::vector<cache_file_option> options_of(options options) {
+    options.unit = matrix_unit::none;
+    std::vector<cache_file_option> all;
+    const auto entry_of = [](const char* name, const auto& option) {
+      cache_file_option entry{.code = encode_option(option)};
+      std::copy_n(name, std::min(std::strlen(name), entry.name.size()), entry.name.begin());
+      return entry;
+    };
+    for_each_option(options, [&](const char* name, const auto& option) { all.push_back(entry_of(name, option)); });
+    const cca::options defaults;
+    for_each_option(defaults, [&](const char* name, const auto& option) { std::erase(all, entry_of(name, option)); });
+    return all;
   }
 
-  /// A cache as the header says, but without sequences yet: they bring their memory with them.
+  static options options_from(const std::vector<cache_file_option>& all) {
+    options options;
+    for (const cache_file_option& entry : all) {
+      const std::string name(entry.name.data(), strnlen(entry.name.data(), entry.name.size()));
+      bool known = false;
+      for_each_option(options, [&](const char* own, auto& option) {
+        if (name != own) return;
+        decode_option(entry.code, option);
+        known = true;
+      });
+      if (!known) refuse_file("got an option " + name + ", which this version of the library does not have");
+    }
+    return options;
+  }
+
+  static void require_elements(const element_code& got, const element_code& wanted) {
+    if (got != wanted) refuse_file("got " + to_string(got) + ", wants " + to_string(wanted));
+  }
+
+  /// A cache of the shape, but without sequences yet: they bring their memory with them.
   template <class Element, class Core>
-  static kv_cache<Element, Core> empty_cache(const cache_file_header& header, matrix_unit unit) {
-    if (header.batch < 0) refuse_file("got " + std::to_string(header.batch) + " sequences, wants none below 0");
-    cache_shape shape{0, header.heads, header.kv_heads, header.dim, header.value_dim, header.capacity, header.rewind};
-    options options{.group_size = header.group_size,
-                    .window = header.window,
-                    .pool = static_cast<pooling>(header.pool),
-                    .core_heads = static_cast<cca::core_heads>(header.cores),
-                    .unit = unit};
-    if (header.has_scale) options.softmax_scale = header.softmax_scale;
+  static kv_cache<Element, Core> empty_cache(cache_shape shape, options options, matrix_unit unit) {
+    if (shape.batch < 0) refuse_file("got " + std::to_string(shape.batch) + " sequences, wants none below 0");
+    shape.batch = 0;
+    options.unit = unit;
     try {
       return kv_cache<Element, Core>(shape, options);
     } catch (const std::invalid_argument& error) {
@@ -281,10 +319,16 @@ struct cache_file {
 template <class Element, class Core>
 void save(const kv_cache<Element, Core>& cache, std::ostream& stream) {
   detail::cache_writer writer(stream);
-  const detail::cache_file_header header = detail::cache_file::header_of(cache);
+  const auto options = detail::cache_file::options_of(cache.options());
+  const detail::cache_file_start start;
+  const detail::cache_file_header header{detail::element_code::of<Element, Core>(),
+                                         static_cast<std::uint32_t>(options.size()), cache.shape()};
+  writer.put(&start, 1);
   writer.put(&header, 1);
   writer.end_part();
-  for (std::int64_t b = 0; b < header.batch; ++b) detail::cache_file::save_sequence(cache, b, writer);
+  writer.put(options.data(), std::ssize(options));
+  writer.end_part();
+  for (std::int64_t b = 0; b < cache.shape().batch; ++b) detail::cache_file::save_sequence(cache, b, writer);
   if (!stream.flush()) detail::refuse_file("cannot be written");
 }
 
@@ -298,19 +342,35 @@ template <class Element, class Core = Element>
 [[nodiscard]] kv_cache<Element, Core> load(std::istream& stream, matrix_unit unit = matrix_unit::none) {
   detail::require_unit<detail::product_type<Element, Core>>({.unit = unit});
   detail::cache_reader reader(stream);
+  detail::cache_file_start start;
+  const detail::cache_file_start wanted;
+  reader.get(&start, 1);
+  if (start.magic != wanted.magic) detail::refuse_file("is not one");
+  if (start.byte_order != wanted.byte_order) detail::refuse_file("was written in another byte order");
+  const auto read = [&](const cache_shape& shape, const options& options) {
+    auto cache = detail::cache_file::empty_cache<Element, Core>(shape, options, unit);
+    for (std::int64_t b = 0; b < shape.batch; ++b) detail::cache_file::load_sequence(cache, reader);
+    return cache;
+  };
+  const auto elements = detail::element_code::of<Element, Core>();
+  if (start.version == 1) {
+    detail::cache_file_header_1 header;
+    reader.get(&header, 1);
+    reader.end_part();
+    detail::cache_file::require_elements(header.elements, elements);
+    return read(header.shape, header.options());
+  }
+  if (start.version != wanted.version)
+    detail::refuse_file("got version " + std::to_string(start.version) + ", wants 1 or " +
+                        std::to_string(wanted.version));
   detail::cache_file_header header;
-  const detail::cache_file_header wanted;
   reader.get(&header, 1);
-  if (header.magic != wanted.magic) detail::refuse_file("is not one");
-  if (header.byte_order != wanted.byte_order) detail::refuse_file("was written in another byte order");
-  if (header.version != wanted.version)
-    detail::refuse_file("got version " + std::to_string(header.version) + ", wants " + std::to_string(wanted.version));
   reader.end_part();
-  if (const auto elements = detail::element_code::of<Element, Core>(); header.elements != elements)
-    detail::refuse_file("got " + to_string(header.elements) + ", wants " + to_string(elements));
-  auto cache = detail::cache_file::empty_cache<Element, Core>(header, unit);
-  for (std::int64_t b = 0; b < header.batch; ++b) detail::cache_file::load_sequence(cache, reader);
-  return cache;
+  detail::cache_file::require_elements(header.elements, elements);
+  std::vector<detail::cache_file_option> options;
+  reader.get(options, header.option_count);
+  reader.end_part();
+  return read(header.shape, detail::cache_file::options_from(options));
 }
 
 }}  // namespace cca::CCA_TARGET

@@ -5,10 +5,9 @@
 #include <cstdint>
 #include <limits>
 
+#include "call.hpp"
 #include "detail/base/validate.hpp"
 #include "element.hpp"
-#include "executor.hpp"
-#include "options.hpp"
 #include "tensor_view.hpp"
 
 namespace cca { inline namespace CCA_TARGET {
@@ -18,15 +17,21 @@ namespace cca { inline namespace CCA_TARGET {
 ///
 /// A part whose `lse` is -inf is empty and its `out` is not looked at; of two empty parts the result is empty: 0, -inf.
 ///
-/// @param out_a,out_b  `[batch, heads, length, dim]`, read whole
-/// @param lse_a,lse_b  `[batch, heads, length]`, natural logarithms, read whole
-/// @param out,lse  the same extents, written whole; each may be the very view of a part (not a shifted one)
+/// @param first,second  the parts: `[batch, heads, length, dim]` and natural logarithms `[batch, heads, length]`, read whole
+/// @param whole  the same extents, written whole; each may be the very view of a part (not a shifted one)
 /// @param run  executor; the results are bitwise the same for any
 /// @throws std::invalid_argument  before anything is written, naming the argument, what it got and what it wants
-template <class A, class LseA, class B, class LseB, class Out, class Lse, executor E = serial_executor>
-void merge(tensor_view<A> out_a, lse_view<LseA> lse_a, tensor_view<B> out_b, lse_view<LseB> lse_b, tensor_view<Out> out,
-           lse_view<Lse> lse, const E& run = {}) {
+template <class A = const float, class LseA = const compute_type<A>, class B = const float,
+          class LseB = const compute_type<B>, detail::written Out = float, class Lse = compute_type<Out>>
+void merge(const results<A, LseA>& first, const results<B, LseB>& second, const results<Out, Lse>& whole,
+           const execution& run = {}) {
   using T = compute_type<A, B>;
+  const tensor_view<A> out_a = first.out;
+  const tensor_view<B> out_b = second.out;
+  const tensor_view<Out> out = whole.out;
+  const lse_view<LseA> lse_a = first.lse;
+  const lse_view<LseB> lse_b = second.lse;
+  const lse_view<Lse> lse = whole.lse;
   const std::array<std::int64_t, 3> rows{out_a.batch(), out_a.heads(), out_a.length()};
   detail::require_operand("out_a", out_a);
   detail::require_operand("lse_a", lse_a);

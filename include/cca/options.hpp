@@ -1,8 +1,13 @@
 #pragma once
 
+#include <array>
+#include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string>
+#include <type_traits>
 
 #include "detail/base/target.hpp"
 #include "partition.hpp"
@@ -35,19 +40,90 @@ enum class matrix_unit {
   amx           ///< tiles, for bfloat16, and on processors that have them for half
 };
 
-/// Settings of every entry point. The defaults mean plain causal attention.
+/// Settings of every entry point. The defaults mean plain causal attention, `{.window = s}` the sliding window, and
+/// `{.group_size = g, .window = s}` Core Context Aware attention.
 struct options {
-  std::int64_t group_size = 1;         ///< tokens per core, g >= 1
+  std::int64_t group_size = 0;         ///< tokens per core; 0: nothing is pooled
   std::int64_t window = unlimited;     ///< tokens that stay raw, s >= 1; counts the current one
   pooling pool = pooling::last_query;  ///< see `pooling`
   /// see `core_heads`
   cca::core_heads core_heads = cca::core_heads::per_query_head;
-  std::optional<double> softmax_scale{};         ///< default `1 / sqrt(dim)` of query and key
+  std::optional<double> softmax_scale{};  ///< default `1 / sqrt(dim)` of query and key
+  double softcap = 0;  ///< a scaled score x becomes `softcap tanh(x / softcap)` before the softmax; 0: it stays
   std::optional<std::int64_t> first_position{};  ///< position of query 0; default: the last query is the last key
   matrix_unit unit = matrix_unit::none;          ///< for operands that are all bfloat16 or all half, see `matrix_unit`
 };
 
 namespace detail {
+
+/// The list of all options: calls `f(name, option)` for each. Validation, files of caches, `cca::dispatch` and the
+/// descriptions of the tests go by it. The binding does not compile for an option that the list lacks.
+template <class Options, class F>
+constexpr void for_each_option(Options& all, const F& f) {
+  auto& [group_size, window, pool, heads, scale, softcap, position, unit] = all;
+  f("group_size", group_size);
+  f("window", window);
+  f("pool", pool);
+  f("core_heads", heads);
+  f("softmax_scale", scale);
+  f("softcap", softcap);
+  f("first_position", position);
+  f("unit", unit);
+}
+
+/// The names of an option's enumerators, in the order of their values.
+constexpr auto enumerators(pooling) { return std::array{"last_query", "mean", "max"}; }
+constexpr auto enumerators(core_heads) { return std::array{"per_query_head", "per_kv_head"}; }
+constexpr auto enumerators(matrix_unit) { return std::array{"none", "best", "avx512_bf16", "amx"}; }
+
+/// The value of an option in words.
+template <class Option>
+std::string option_text(const Option& option) {
+  if constexpr (std::is_enum_v<Option>) {
+    constexpr auto names = enumerators(Option{});
+    const auto number = static_cast<std::size_t>(option);
+    return number < names.size() ? names[number] : std::to_string(static_cast<int>(option));
+  } else if constexpr (std::is_same_v<Option, std::int64_t>) {
+    return option == unlimited ? "unlimited" : std::to_string(option);
+  } else if constexpr (std::is_arithmetic_v<Option>) {
+    return std::to_string(option);
+  } else {
+    return option ? option_text(*option) : "none";
+  }
+}
+
+/// An option as numbers that mean the same in every translation unit and in a file.
+struct option_code {
+  std::int64_t present = 1;  ///< 0: an optional one without a value
+  std::int64_t bits = 0;
+
+  friend bool operator==(const option_code&, const option_code&) = default;
+};
+
+template <class Option>
+option_code encode_option(const Option& option) {
+  if constexpr (std::is_same_v<Option, double>)
+    return {1, std::bit_cast<std::int64_t>(option)};
+  else if constexpr (std::is_arithmetic_v<Option> || std::is_enum_v<Option>)
+    return {1, static_cast<std::int64_t>(option)};
+  else
+    return option ? encode_option(*option) : option_code{0, 0};
+}
+
+template <class Option>
+void decode_option(const option_code& code, Option& option) {
+  if constexpr (std::is_same_v<Option, double>)
+    option = std::bit_cast<double>(code.bits);
+  else if constexpr (std::is_arithmetic_v<Option> || std::is_enum_v<Option>)
+    option = static_cast<Option>(code.bits);
+  else if (code.present != 0)
+    decode_option(code, option.emplace());
+  else
+    option.reset();
+}
+
+/// Whether there are groups, and queries that see their cores: without a window there are none.
+inline bool pools(const options& options) { return options.group_size >= 1 && options.window != unlimited; }
 
 inline double softmax_scale(const options& options, std::int64_t dim) {
   return options.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(dim)));

@@ -41,25 +41,32 @@ struct range {
   return {std::min(a.begin, b.begin), std::max(a.end, b.end)};
 }
 
-/// Which context the query at position `t` visible, and in which form: the cores `[0, core_count(t))`, then the raw tokens
+/// Which context the query at position `t` sees, and in which form: the cores `[0, core_count(t))`, then the raw tokens
 /// `raw(t)`. Every token at or before `t` is seen exactly once: token `j` raw until its group's core takes its place.
 /// All window and group arithmetic of the library is here.
 ///
 /// Source: arXiv 2412.12465, section 3 (globality-aware pooling and locality-preserving attention); the window start
-/// is that of the authors' reference mask. `group_size >= 1`, `window >= 1`; positions count from 0, up to 2^62.
+/// is that of the authors' reference mask. `window >= 1`; positions count from 0, up to 2^62.
 struct partition {
-  std::int64_t group_size = 1;      ///< tokens per core
+  std::int64_t group_size = 1;      ///< tokens per core; 0: nothing is pooled
   std::int64_t window = unlimited;  ///< tokens that stay raw, the current one among them
 
   /// The cores that the query at `t` sees: those of the complete groups whose tokens all lie before its window,
   /// `max(0, floor((t + 1 - window) / group_size))`. A query before the sequence (`t < 0`) sees nothing.
   [[nodiscard]] constexpr std::int64_t core_count(std::int64_t t) const {
-    return t < window ? 0 : (t - window + 1) / group_size;
+    return t < window || group_size == 0 ? 0 : (t - window + 1) / group_size;
   }
 
-  /// The tokens that the query at `t` sees raw: `[core_count(t) * group_size, t + 1)`.
+  /// The tokens that the query at `t` sees raw: `[core_count(t) * group_size, t + 1)`, without groups the last `window`.
   [[nodiscard]] constexpr range raw(std::int64_t t) const {
-    return {core_count(t) * group_size, std::max<std::int64_t>(t + 1, 0)};
+    const std::int64_t begin = group_size > 0 ? core_count(t) * group_size : t < window ? 0 : t - window + 1;
+    return {begin, std::max<std::int64_t>(t + 1, 0)};
+  }
+
+  /// The first position whose query sees no token before `token` raw. Needs a window below `unlimited`, but for token 0.
+  [[nodiscard]] constexpr std::int64_t first_query_beyond(std::int64_t token) const {
+    if (token <= 0) return 0;
+    return group_size > 0 ? first_query((token - 1) / group_size) : window - 1 + token;
   }
 
   /// The first position whose query sees core `b`: there the core takes the place of its tokens. Needs a window below
@@ -70,7 +77,9 @@ struct partition {
   [[nodiscard]] constexpr range group(std::int64_t b) const { return {b * group_size, (b + 1) * group_size}; }
 
   /// The complete groups among the first `length` tokens.
-  [[nodiscard]] constexpr std::int64_t group_count(std::int64_t length) const { return length / group_size; }
+  [[nodiscard]] constexpr std::int64_t group_count(std::int64_t length) const {
+    return group_size > 0 ? length / group_size : 0;
+  }
 
   /// Query-key pairs of the queries `[positions.begin, positions.end)`: the scores that attention has to compute.
   [[nodiscard]] constexpr std::int64_t pair_count(range positions) const {

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "attention.hpp"
+#include "call.hpp"
 #include "element.hpp"
 #include "options.hpp"
 #include "partition.hpp"
@@ -49,12 +49,12 @@ struct result {
   tensor<Scalar> lse;  ///< `[batch, query heads, length, 1]`
 };
 
-/// Of the operands of the same names; those of far rows are empty where the caller has none.
+/// Of the operands of the same names; those of far rows and of sink logits are empty where the caller has none.
 template <class Scalar>
 struct gradient {
   /// @{
   /// Of the operand's extents.
-  tensor<Scalar> query, key, value, far_key, far_value;
+  tensor<Scalar> query, key, value, far_key, far_value, sink_logits;
   /// @}
 };
 
@@ -89,18 +89,18 @@ matrix<Scalar> mean_query(tensor_view<T> query, std::int64_t b, std::int64_t h, 
   return mean;
 }
 
-/// Weights and log-sum-exp of a row of scores. A score of -inf is masked: its weight is 0. No score but such: no weight,
-/// -inf.
+/// Weights and log-sum-exp of a row of scores, of which one more, the sink, takes part in the sum alone. A score of -inf is
+/// masked: its weight is 0. No score but such, and no sink: no weight, -inf.
 template <class Scalar>
-Scalar softmax(vector<Scalar>& scores) {
+Scalar softmax(vector<Scalar>& scores, Scalar sink = -std::numeric_limits<Scalar>::infinity()) {
   constexpr Scalar none = -std::numeric_limits<Scalar>::infinity();
-  const Scalar maximum = scores.size() == 0 ? none : scores.template maxCoeff<Eigen::PropagateNaN>();
+  const Scalar maximum = scores.size() == 0 ? sink : std::max(scores.template maxCoeff<Eigen::PropagateNaN>(), sink);
   if (maximum == none) {
     scores.setZero();
     return none;
   }
   scores = (scores.array() - maximum).exp();
-  const Scalar sum = scores.sum();
+  const Scalar sum = scores.sum() + std::exp(sink - maximum);
   scores /= sum;
   return maximum + std::log(sum);
 }
@@ -153,28 +153,46 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
   return cores;
 }
 
+/// Scores of a query and keys: `x = scale q . k`, and with a softcap `cap tanh(x / cap)` in its place.
+template <class Scalar, class Keys, class Row>
+vector<Scalar> scores(const Keys& keys, const Row& query, const options& options) {
+  const vector<Scalar> x = static_cast<Scalar>(cca::detail::softmax_scale(options, keys.cols())) * (keys * query);
+  const auto cap = static_cast<Scalar>(options.softcap);
+  return cap > 0 ? vector<Scalar>(cap * (x / cap).array().tanh()) : x;
+}
+
+/// The sink logit of query `i`; where there is none, that of no weight.
+template <class Scalar, class Sink>
+Scalar sink_logit(const lse_view<Sink>& sinks, std::int64_t b, std::int64_t h, std::int64_t i) {
+  if (sinks.data == nullptr) return -std::numeric_limits<Scalar>::infinity();
+  return static_cast<Scalar>(*sinks.row(b % sinks.batch(), h, i % sinks.length()));
+}
+
 /// Attention of every query to the far rows `[0, seen(b, h, i))` and the tokens `raw(i)`, in one softmax.
-template <class Scalar, class Query, class Key, class Value, class FarKey, class FarValue, class Seen, class Raw>
-result<Scalar> attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                      tensor_view<FarKey> far_key, tensor_view<FarValue> far_value, const options& options,
-                      const Seen& seen, const Raw& raw) {
-  const auto scale = static_cast<Scalar>(detail::softmax_scale(options, key.dim()));
-  result<Scalar> result{{query.batch(), query.heads(), query.length(), value.dim()},
+template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class Seen,
+          class Raw>
+result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, tensor_view<FarKey> far_key,
+                      tensor_view<FarValue> far_value, const options& options, const Seen& seen, const Raw& raw) {
+  const auto& query = in.query;
+  const std::int64_t value_dim = in.value.dim();
+  result<Scalar> result{{query.batch(), query.heads(), query.length(), value_dim},
                         {query.batch(), query.heads(), query.length(), 1}};
   for (std::int64_t b = 0; b < query.batch(); ++b)
     for (std::int64_t h = 0; h < query.heads(); ++h) {
-      const std::int64_t kv_head = h / (query.heads() / key.heads()), far_head = h / (query.heads() / far_key.heads());
+      const std::int64_t kv_head = h / (query.heads() / in.key.heads()),
+                         far_head = h / (query.heads() / far_key.heads());
       const matrix<Scalar> q = head<Scalar>(query, b, h);
-      const matrix<Scalar> k = head<Scalar>(key, b, kv_head), v = head<Scalar>(value, b, kv_head);
+      const matrix<Scalar> k = head<Scalar>(in.key, b, kv_head), v = head<Scalar>(in.value, b, kv_head);
       const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
         const std::int64_t pooled = seen(b, h, i);
         const range window = raw(i);
+        const vector<Scalar> row = q.row(i);
         vector<Scalar> weights(pooled + window.size());
-        weights.head(pooled) = scale * (fk.topRows(pooled) * q.row(i).transpose());
-        weights.tail(window.size()) = scale * (k.middleRows(window.begin, window.size()) * q.row(i).transpose());
-        *result.lse.view().row(b, h, i) = softmax(weights);
-        Eigen::Map<vector<Scalar>>(result.out.view().row(b, h, i), value.dim()) =
+        weights << scores<Scalar>(fk.topRows(pooled), row, options),
+            scores<Scalar>(k.middleRows(window.begin, window.size()), row, options);
+        *result.lse.view().row(b, h, i) = softmax(weights, sink_logit<Scalar>(in.sink_logits, b, h, i));
+        Eigen::Map<vector<Scalar>>(result.out.view().row(b, h, i), value_dim) =
             fv.topRows(pooled).transpose() * weights.head(pooled) +
             v.middleRows(window.begin, window.size()).transpose() * weights.tail(window.size());
       }
@@ -206,35 +224,35 @@ void add_max_gradient(const Rows& rows, const Core& grad_core, Gradient&& grad) 
 
 }  // namespace detail
 
-/// `cca::attention`: cores, then raw tokens.
-template <class Scalar, class Query, class Key, class Value>
-result<Scalar> attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                         const options& options) {
-  const partition partition{options.group_size, options.window};
-  const auto cores = pool<Scalar>(query, key, value, options);
+/// The raw part of attention alone: the window, or with the default options every token up to the query's own.
+template <class Scalar, class Query, class Key, class Value, class Sink>
+result<Scalar> local_attention(const inputs<Query, Key, Value, Sink>& in, const options& options) {
   return attend<Scalar>(
-      query, key, value, cores.first.view(), cores.second.view(), options,
-      [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); },
-      detail::raw_tokens(query, key, options));
+      in, in.key, in.value, options, [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; },
+      detail::raw_tokens(in.query, in.key, options));
 }
 
-/// `cca::local_attention`, and with the default options `cca::dense_attention`: raw tokens alone.
-template <class Scalar, class Query, class Key, class Value>
-result<Scalar> local_attention(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                               const options& options) {
+/// `cca::attention`: cores, where something is pooled, then raw tokens.
+template <class Scalar, class Query, class Key, class Value, class Sink>
+result<Scalar> attention(const inputs<Query, Key, Value, Sink>& in, const options& options) {
+  if (!cca::detail::pools(options)) return local_attention<Scalar>(in, options);
+  const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
   return attend<Scalar>(
-      query, key, value, key, value, options, [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; },
-      detail::raw_tokens(query, key, options));
+      in, cores.first.view(), cores.second.view(), options,
+      [&](std::int64_t, std::int64_t, std::int64_t t) {
+        return partition{options.group_size, options.window}.core_count(t);
+      },
+      detail::raw_tokens(in.query, in.key, options));
 }
 
 /// `cca::attend`: the caller's far rows, then raw tokens.
-template <class Scalar, class Query, class Key, class Value, class FarKey, class FarValue>
-result<Scalar> attend(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                      const far_context<FarKey, FarValue>& context, const options& options) {
+template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
+result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+                      const options& options) {
   return attend<Scalar>(
-      query, key, value, context.key, context.value, options,
+      in, context.key, context.value, options,
       [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *context.seen.row(b, h, i); },
-      detail::raw_tokens(query, key, options));
+      detail::raw_tokens(in.query, in.key, options));
 }
 
 // -------------------------------------------------------------------------------------------------------- gradients
@@ -249,7 +267,8 @@ gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, t
   const partition partition{options.group_size, options.window};
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
   const std::int64_t heads = grad_core_key.heads(), sharing = query.heads() / std::max<std::int64_t>(heads, 1);
-  gradient<Scalar> grad{tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent), {}, {}};
+  gradient<Scalar> grad{
+      tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent), {}, {}, {}};
   for (std::int64_t b = 0; b < key.batch(); ++b)
     for (std::int64_t h = 0; h < heads; ++h) {
       const std::int64_t kv_head = h / (heads / key.heads());
@@ -286,63 +305,84 @@ gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, t
 }
 
 /// Of `attend`: with `dO` and `dlse` the gradients of the output and of the log-sum-exp, `P = exp(S - lse)`,
-/// `dV = P^T dO`, `dP = dO V^T`, `dS = P (dP - rowsum(P dP) + dlse)`, `dQ = scale dS K`, `dK = scale dS^T Q`. No
-/// `grad_lse`: 0.
-template <class Scalar, class Query, class Key, class Value, class FarKey, class FarValue, class GradOut, class GradLse,
-          class Seen, class Raw>
-gradient<Scalar> attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                                 tensor_view<FarKey> far_key, tensor_view<FarValue> far_value,
-                                 tensor_view<GradOut> grad_out, lse_view<GradLse> grad_lse, const options& options,
-                                 const Seen& seen, const Raw& raw) {
-  const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
-  gradient<Scalar> grad{tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent),
-                        tensor<Scalar>(far_key.extent), tensor<Scalar>(far_value.extent)};
+/// `dV = P^T dO`, `dP = dO V^T`, `delta = rowsum(P dP) - dlse`, `dS = P (dP - delta)`, with a softcap times
+/// `1 - (S / cap)^2`; `dQ = scale dS K`, `dK = scale dS^T Q`. A sink logit: `-exp(sink - lse) delta`, of all queries that it
+/// is for. No `grad_lse`: 0.
+template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class GradOut,
+          class GradLse, class Seen, class Raw>
+gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tensor_view<FarKey> far_key,
+                                 tensor_view<FarValue> far_value, const incoming<GradOut, GradLse>& from,
+                                 const options& options, const Seen& seen, const Raw& raw) {
+  const auto& query = in.query;
+  const std::array<std::int64_t, 3>& sinks = in.sink_logits.extent;
+  const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, query.dim()));
+  const auto cap = static_cast<Scalar>(options.softcap);
+  gradient<Scalar> grad{tensor<Scalar>(query.extent),     tensor<Scalar>(in.key.extent),
+                        tensor<Scalar>(in.value.extent),  tensor<Scalar>(far_key.extent),
+                        tensor<Scalar>(far_value.extent), {sinks[0], sinks[1], sinks[2], 1}};
   for (std::int64_t b = 0; b < query.batch(); ++b)
     for (std::int64_t h = 0; h < query.heads(); ++h) {
-      const std::int64_t kv_head = h / (query.heads() / key.heads()), far_head = h / (query.heads() / far_key.heads());
-      const matrix<Scalar> q = head<Scalar>(query, b, h), grad_rows = head<Scalar>(grad_out, b, h);
-      const matrix<Scalar> k = head<Scalar>(key, b, kv_head), v = head<Scalar>(value, b, kv_head);
+      const std::int64_t kv_head = h / (query.heads() / in.key.heads()),
+                         far_head = h / (query.heads() / far_key.heads());
+      const matrix<Scalar> q = head<Scalar>(query, b, h), grad_rows = head<Scalar>(from.grad_out, b, h);
+      const matrix<Scalar> k = head<Scalar>(in.key, b, kv_head), v = head<Scalar>(in.value, b, kv_head);
       const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
         const std::int64_t pooled = seen(b, h, i);
         const range window = raw(i);
-        const std::int64_t count = pooled + window.size();
-        if (count == 0) continue;
-        matrix<Scalar> keys(count, key.dim()), values(count, value.dim());
+        matrix<Scalar> keys(pooled + window.size(), query.dim()), values(pooled + window.size(), in.value.dim());
         keys << fk.topRows(pooled), k.middleRows(window.begin, window.size());
         values << fv.topRows(pooled), v.middleRows(window.begin, window.size());
-        const vector<Scalar> logits = scale * (keys * q.row(i).transpose());
+        const vector<Scalar> logits = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
+        const Scalar sink = sink_logit<Scalar>(in.sink_logits, b, h, i);
         vector<Scalar> weights = logits;
-        const Scalar lse = softmax(weights);
+        const Scalar lse = softmax(weights, sink);
         if (lse == -std::numeric_limits<Scalar>::infinity()) continue;  // all are masked
         weights = (logits.array() - lse).exp();  // with the rounding of lse, which is what the forward pass leaves
         const vector<Scalar> dp = values * grad_rows.row(i).transpose();
-        const Scalar dlse = grad_lse.data ? static_cast<Scalar>(*grad_lse.row(b, h, i)) : Scalar(0);
-        const vector<Scalar> ds = weights.cwiseProduct((dp.array() - (weights.dot(dp) - dlse)).matrix());
+        const Scalar delta =
+            weights.dot(dp) - (from.grad_lse.data ? static_cast<Scalar>(*from.grad_lse.row(b, h, i)) : Scalar(0));
+        vector<Scalar> ds = weights.cwiseProduct((dp.array() - delta).matrix());
+        if (cap > 0) ds.array() *= 1 - (logits / cap).array().square();
         const matrix<Scalar> grad_keys = scale * ds * q.row(i), grad_values = weights * grad_rows.row(i);
         head(grad.query, b, h).row(i) = scale * ds.transpose() * keys;
         head(grad.far_key, b, far_head).topRows(pooled) += grad_keys.topRows(pooled);
         head(grad.far_value, b, far_head).topRows(pooled) += grad_values.topRows(pooled);
         head(grad.key, b, kv_head).middleRows(window.begin, window.size()) += grad_keys.bottomRows(window.size());
         head(grad.value, b, kv_head).middleRows(window.begin, window.size()) += grad_values.bottomRows(window.size());
+        if (in.sink_logits.data)
+          *grad.sink_logits.view().row(b % sinks[0], h, i % sinks[2]) -= std::exp(sink - lse) * delta;
       }
     }
   return grad;
 }
 
-/// Of `attention`: that of attending to the cores and the raw tokens, and through the cores that of pooling.
-template <class Scalar, class Query, class Key, class Value, class GradOut, class GradLse>
-gradient<Scalar> attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                                    tensor_view<GradOut> grad_out, lse_view<GradLse> grad_lse, const options& options) {
-  const partition partition{options.group_size, options.window};
-  const auto cores = pool<Scalar>(query, key, value, options);
+/// Of the raw part of attention.
+template <class Scalar, class Query, class Key, class Value, class Sink, class GradOut, class GradLse>
+gradient<Scalar> local_attention_gradient(const inputs<Query, Key, Value, Sink>& in,
+                                          const incoming<GradOut, GradLse>& from, const options& options) {
   gradient<Scalar> grad = attend_gradient<Scalar>(
-      query, key, value, cores.first.view(), cores.second.view(), grad_out, grad_lse, options,
+      in, in.key, in.value, from, options, [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; },
+      detail::raw_tokens(in.query, in.key, options));
+  grad.far_key = grad.far_value = {};
+  return grad;
+}
+
+/// Of `attention`: that of attending to the cores and the raw tokens, and through the cores that of pooling.
+template <class Scalar, class Query, class Key, class Value, class Sink, class GradOut, class GradLse>
+gradient<Scalar> attention_gradient(const inputs<Query, Key, Value, Sink>& in, const incoming<GradOut, GradLse>& from,
+                                    const options& options) {
+  if (!cca::detail::pools(options)) return local_attention_gradient<Scalar>(in, from, options);
+  const partition partition{options.group_size, options.window};
+  const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
+  gradient<Scalar> grad = attend_gradient<Scalar>(
+      in, cores.first.view(), cores.second.view(), from, options,
       [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); },
-      detail::raw_tokens(query, key, options));
+      detail::raw_tokens(in.query, in.key, options));
   auto grad_core_key = grad.far_key.view(), grad_core_value = grad.far_value.view();
-  grad_core_key.extent[2] = grad_core_value.extent[2] = partition.core_count(key.length() - 1);  // those that are seen
-  const gradient<Scalar> pooled = pool_gradient<Scalar>(query, key, value, grad_core_key, grad_core_value, options);
+  grad_core_key.extent[2] = grad_core_value.extent[2] = partition.core_count(in.key.length() - 1);  // those seen
+  const gradient<Scalar> pooled =
+      pool_gradient<Scalar>(in.query, in.key, in.value, grad_core_key, grad_core_value, options);
   for (const auto part : {&gradient<Scalar>::query, &gradient<Scalar>::key, &gradient<Scalar>::value})
     std::transform((pooled.*part).data.begin(), (pooled.*part).data.end(), (grad.*part).data.begin(),
                    (grad.*part).data.begin(), std::plus<Scalar>());
@@ -350,28 +390,16 @@ gradient<Scalar> attention_gradient(tensor_view<Query> query, tensor_view<Key> k
   return grad;
 }
 
-/// Of `local_attention`.
-template <class Scalar, class Query, class Key, class Value, class GradOut, class GradLse>
-gradient<Scalar> local_attention_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                                          tensor_view<GradOut> grad_out, lse_view<GradLse> grad_lse,
-                                          const options& options) {
-  gradient<Scalar> grad = attend_gradient<Scalar>(
-      query, key, value, key, value, grad_out, grad_lse, options,
-      [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; },
-      detail::raw_tokens(query, key, options));
-  grad.far_key = grad.far_value = {};
-  return grad;
-}
-
 /// Of `attend` to the caller's far rows.
-template <class Scalar, class Query, class Key, class Value, class FarKey, class FarValue, class GradOut, class GradLse>
-gradient<Scalar> attend_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                                 const far_context<FarKey, FarValue>& context, tensor_view<GradOut> grad_out,
-                                 lse_view<GradLse> grad_lse, const options& options) {
+template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class GradOut,
+          class GradLse>
+gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in,
+                                 const far_context<FarKey, FarValue>& context, const incoming<GradOut, GradLse>& from,
+                                 const options& options) {
   return attend_gradient<Scalar>(
-      query, key, value, context.key, context.value, grad_out, grad_lse, options,
+      in, context.key, context.value, from, options,
       [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *context.seen.row(b, h, i); },
-      detail::raw_tokens(query, key, options));
+      detail::raw_tokens(in.query, in.key, options));
 }
 
 }}}  // namespace cca::CCA_TARGET::reference

@@ -4,6 +4,7 @@
 #include <Eigen/Core>
 #include <cca/cca.hpp>
 #include <cca/dispatch/plain.hpp>
+#include <cca/dispatch/to_plain.hpp>
 #include <cca/gradient.hpp>
 #include <cca/kv_cache_file.hpp>
 
@@ -33,58 +34,94 @@ template <class T, std::size_t Rank>
 tensor_view<T, Rank> typed(const plain::view<T, Rank>& view) {
   return {view.data, view.extent, view.stride};
 }
-matrix_unit typed(int unit) { return static_cast<matrix_unit>(unit); }
-options typed(const plain::options& o) {
-  return {.group_size = o.group_size,
-          .window = o.window,
-          .pool = static_cast<pooling>(o.pool),
-          .core_heads = static_cast<cca::core_heads>(o.core_heads),
-          .softmax_scale = o.softmax_scale,
-          .first_position = o.first_position,
-          .unit = typed(o.unit)};
-}
 cache_shape typed(const plain::cache_shape& s) {
   return {s.batch, s.heads, s.kv_heads, s.dim, s.value_dim, s.capacity, s.rewind};
 }
-erased_executor typed(const plain::executor& run) { return {run}; }
-plain::workspace typed(const plain::workspace& workspace) { return workspace; }
 
 template <class T>
+inputs<T> inputs_of(const plain::call<T>& c) {
+  return {typed(c.query), typed(c.key), typed(c.value), typed(c.sink_logits)};
+}
+template <class T>
+far_context<T> far_of(const plain::call<T>& c) {
+  return {typed(c.far_key), typed(c.far_value), typed(c.seen)};
+}
+template <class T>
+results<T> results_of(const plain::call<T>& c) {
+  return {typed(c.out), typed(c.lse)};
+}
+template <class T>
+results<const T, const compute_type<T>> first_of(const plain::call<T>& c) {
+  return {typed(c.out_a), typed(c.lse_a)};
+}
+template <class T>
+results<const T, const compute_type<T>> second_of(const plain::call<T>& c) {
+  return {typed(c.out_b), typed(c.lse_b)};
+}
+template <class T>
+incoming<T> incoming_of(const plain::call<T>& c) {
+  return {typed(c.grad_out), typed(c.grad_lse)};
+}
+template <class T>
+gradients<compute_type<T>> gradients_of(const plain::call<T>& c) {
+  return {typed(c.grad_query),   typed(c.grad_key),       typed(c.grad_value),
+          typed(c.grad_far_key), typed(c.grad_far_value), typed(c.grad_sink_logits)};
+}
+template <class T>
+cores<T> cores_of(const plain::call<T>& c) {
+  return {typed(c.core_key), typed(c.core_value)};
+}
+template <class T>
+cores<const compute_type<T>> grad_cores_of(const plain::call<T>& c) {
+  return {typed(c.grad_core_key), typed(c.grad_core_value)};
+}
+
+/// Calls `f(options, execution)` with those of a call.
+template <class T, class F>
+auto with(const plain::call<T>& c, const F& f) {
+  const erased_executor run{c.run};
+  return f(detail::from_plain(c.options), execution{run, c.workspace});
+}
+
+template <class T, class C = plain::call<T>>
 constexpr plain::functions<T> functions{
-    .attention = [](const auto&... all) { attention(typed(all)...); },
-    .local_attention = [](const auto&... all) { local_attention(typed(all)...); },
-    .dense_attention = [](const auto&... all) { dense_attention(typed(all)...); },
+    .attention = [](const C& c) { with(c, [&](const auto&... on) { attention(inputs_of(c), results_of(c), on...); }); },
     .attend =
-        [](const auto& query, const auto& key, const auto& value, const auto& far_key, const auto& far_value,
-           const auto& seen, const auto&... rest) {
-          attend(typed(query), typed(key), typed(value), far_context{typed(far_key), typed(far_value), typed(seen)},
-                 typed(rest)...);
+        [](const C& c) { with(c, [&](const auto&... on) { attend(inputs_of(c), far_of(c), results_of(c), on...); }); },
+    .pool = [](const C& c) { with(c, [&](const auto&... on) { pool(inputs_of(c), cores_of(c), on...); }); },
+    .merge =
+        [](const C& c) {
+          with(c, [&](const auto&, const auto& run) { merge(first_of(c), second_of(c), results_of(c), run); });
         },
-    .pool = [](const auto&... all) { pool(typed(all)...); },
-    .merge = [](const auto&... all) { merge(typed(all)...); },
-    .workspace_size = [](const auto&... all) { return workspace_size(typed(all)...); },
-    .attend_workspace_size =
-        [](const auto& query, const auto& key, const auto& value, const auto& far_key, const auto& far_value,
-           const auto& seen, const auto&... rest) {
-          return workspace_size(typed(query), typed(key), typed(value),
-                                far_context{typed(far_key), typed(far_value), typed(seen)}, typed(rest)...);
+    .attention_gradient =
+        [](const C& c) {
+          with(c, [&](const auto&... on) {
+            attention_gradient(inputs_of(c), first_of(c), incoming_of(c), gradients_of(c), on...);
+          });
         },
-    .attention_gradient = [](const auto&... all) { attention_gradient(typed(all)...); },
-    .local_attention_gradient = [](const auto&... all) { local_attention_gradient(typed(all)...); },
-    .dense_attention_gradient = [](const auto&... all) { dense_attention_gradient(typed(all)...); },
     .attend_gradient =
-        [](const auto& query, const auto& key, const auto& value, const auto& far_key, const auto& far_value,
-           const auto& seen, const auto&... rest) {
-          attend_gradient(typed(query), typed(key), typed(value),
-                          far_context{typed(far_key), typed(far_value), typed(seen)}, typed(rest)...);
+        [](const C& c) {
+          with(c, [&](const auto&... on) {
+            attend_gradient(inputs_of(c), far_of(c), first_of(c), incoming_of(c), gradients_of(c), on...);
+          });
         },
-    .pool_gradient = [](const auto&... all) { pool_gradient(typed(all)...); },
-    .gradient_workspace_size = [](const auto&... all) { return gradient_workspace_size(typed(all)...); },
+    .pool_gradient =
+        [](const C& c) {
+          with(c, [&](const auto&... on) { pool_gradient(inputs_of(c), grad_cores_of(c), gradients_of(c), on...); });
+        },
+    .workspace_size =
+        [](const C& c) { return with(c, [&](const auto&... on) { return workspace_size(inputs_of(c), on...); }); },
+    .attend_workspace_size =
+        [](const C& c) {
+          return with(c, [&](const auto&... on) { return workspace_size(inputs_of(c), far_of(c), on...); });
+        },
+    .gradient_workspace_size =
+        [](const C& c) {
+          return with(c, [&](const auto&... on) { return gradient_workspace_size(inputs_of(c), on...); });
+        },
     .attend_gradient_workspace_size =
-        [](const auto& query, const auto& key, const auto& value, const auto& far_key, const auto& far_value,
-           const auto& seen, const auto&... rest) {
-          return gradient_workspace_size(typed(query), typed(key), typed(value),
-                                         far_context{typed(far_key), typed(far_value), typed(seen)}, typed(rest)...);
+        [](const C& c) {
+          return with(c, [&](const auto&... on) { return gradient_workspace_size(inputs_of(c), far_of(c), on...); });
         }};
 
 template <class T>
@@ -99,32 +136,29 @@ const kv_cache<T>& cache_at(const void* cache) {
 template <class T>
 constexpr plain::cache_functions<T> cache_functions{
     .make = [](const plain::cache_shape& shape, const plain::options& options) -> void* {
-      return new kv_cache<T>(typed(shape), typed(options));
+      return new kv_cache<T>(typed(shape), detail::from_plain(options));
     },
     .destroy = [](void* cache) { delete &cache_at<T>(cache); },
     .attend =
-        [](void* cache, const auto& b, const auto&... all) {
-          b ? cache_at<T>(cache).attend(*b, typed(all)...) : cache_at<T>(cache).attend(typed(all)...);
+        [](void* cache, const auto& b, const auto& c) {
+          with(c, [&](const auto&, const auto& run) {
+            b ? cache_at<T>(cache).attend(*b, inputs_of(c), results_of(c), run)
+              : cache_at<T>(cache).attend(inputs_of(c), results_of(c), run);
+          });
         },
     .append =
-        [](void* cache, const auto& b, const auto&... all) {
-          b ? cache_at<T>(cache).append(*b, typed(all)...) : cache_at<T>(cache).append(typed(all)...);
+        [](void* cache, const auto& b, const auto& c) {
+          with(c, [&](const auto&, const auto& run) {
+            const auto [query, key, value, sinks] = inputs_of(c);
+            b ? cache_at<T>(cache).append(*b, query, key, value, run)
+              : cache_at<T>(cache).append(query, key, value, run);
+          });
         },
     .truncate = [](void* cache, std::int64_t b, std::int64_t length) { cache_at<T>(cache).truncate(b, length); },
     .reset = [](void* cache, const auto& b) { b ? cache_at<T>(cache).reset(*b) : cache_at<T>(cache).reset(); },
     .fork = [](void* cache, std::int64_t from, std::int64_t to) { cache_at<T>(cache).fork(from, to); },
-    .shape =
-        [](const void* cache) {
-          const cache_shape& s = cache_at<T>(cache).shape();
-          return plain::cache_shape{s.batch, s.heads, s.kv_heads, s.dim, s.value_dim, s.capacity, s.rewind};
-        },
-    .settings =
-        [](const void* cache) {
-          const options& o = cache_at<T>(cache).options();
-          return plain::options{
-              o.group_size,    o.window,         static_cast<int>(o.pool), static_cast<int>(o.core_heads),
-              o.softmax_scale, o.first_position, static_cast<int>(o.unit)};
-        },
+    .shape = [](const void* cache) { return detail::to_plain(cache_at<T>(cache).shape()); },
+    .settings = [](const void* cache) { return detail::to_plain(cache_at<T>(cache).options()); },
     .counts =
         [](const void* cache, std::int64_t b) {
           const auto& c = cache_at<T>(cache);
@@ -135,7 +169,9 @@ constexpr plain::cache_functions<T> cache_functions{
           return std::array{cache_at<T>(cache).bytes(), cache_at<T>(cache).allocated_bytes()};
         },
     .save = [](const void* cache, std::ostream& stream) { save(cache_at<T>(cache), stream); },
-    .load = [](std::istream& stream, int unit) -> void* { return new kv_cache<T>(load<T>(stream, typed(unit))); }};
+    .load = [](std::istream& stream, int unit) -> void* {
+      return new kv_cache<T>(load<T>(stream, static_cast<matrix_unit>(unit)));
+    }};
 
 template <class T>
 constexpr plain::kernels<T> kernels{functions<T>, cache_functions<T>};

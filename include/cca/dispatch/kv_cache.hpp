@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "../cache_shape.hpp"
-#include "../executor.hpp"
+#include "../call.hpp"
 #include "../options.hpp"
 #include "../tensor_view.hpp"
 #include "plain.hpp"
@@ -17,12 +17,13 @@ namespace cca { inline namespace CCA_TARGET { namespace dispatch {
 
 /// `cca::kv_cache` for the processor that the program runs on; see there. It stays with the instruction set that it was
 /// made with. Queries have the cache's element type.
-template <element Element = float>
+template <class Element = float>
 class kv_cache {
  public:
   /// As in `cca::kv_cache`, and so are all members here.
   ///@{
   using element_type = Element;
+  using operand = tensor_view<const Element>;
 
   kv_cache(const cache_shape& shape, const options& options)
       : kv_cache(detail::kernels<Element>().cache, [&](const auto& kernels) {
@@ -39,34 +40,27 @@ class kv_cache {
   [[nodiscard]] std::size_t bytes() const { return kernels_->bytes(cache_.get())[0]; }
   [[nodiscard]] std::size_t allocated_bytes() const { return kernels_->bytes(cache_.get())[1]; }
 
-  template <class Lse, executor E = serial_executor>
-  void attend(operand<Element> query, operand<Element> key, operand<Element> value, tensor_view<Element> out,
-              lse_view<Lse> lse, const E& run = {}) {
-    attend_at({}, query, key, value, out, lse, run);
+  void attend(const inputs<Element>& in, const results<Element>& to, const execution& run = {}) {
+    step(kernels_->attend, {}, in, to, run);
   }
-  template <executor E = serial_executor>
-  void attend(operand<Element> query, operand<Element> key, operand<Element> value, tensor_view<Element> out,
-              const E& run = {}) {
-    attend_at({}, query, key, value, out, lse_view<>{}, run);
+  void attend(std::int64_t b, const inputs<Element>& in, const results<Element>& to, const execution& run = {}) {
+    step(kernels_->attend, b, in, to, run);
   }
-  template <class Lse, executor E = serial_executor>
-  void attend(std::int64_t b, operand<Element> query, operand<Element> key, operand<Element> value,
-              tensor_view<Element> out, lse_view<Lse> lse, const E& run = {}) {
-    attend_at(b, query, key, value, out, lse, run);
+  void attend(const operand& query, const operand& key, const operand& value, const tensor_view<Element>& out,
+              const execution& run = {}) {
+    attend({query, key, value}, {out}, run);
   }
-  template <executor E = serial_executor>
-  void attend(std::int64_t b, operand<Element> query, operand<Element> key, operand<Element> value,
-              tensor_view<Element> out, const E& run = {}) {
-    attend_at(b, query, key, value, out, lse_view<>{}, run);
+  void attend(std::int64_t b, const operand& query, const operand& key, const operand& value,
+              const tensor_view<Element>& out, const execution& run = {}) {
+    attend(b, {query, key, value}, {out}, run);
   }
 
-  template <executor E = serial_executor>
-  void append(operand<Element> query, operand<Element> key, operand<Element> value, const E& run = {}) {
-    append_at({}, query, key, value, run);
+  void append(const operand& query, const operand& key, const operand& value, const execution& run = {}) {
+    step(kernels_->append, {}, inputs<Element>{query, key, value}, run);
   }
-  template <executor E = serial_executor>
-  void append(std::int64_t b, operand<Element> query, operand<Element> key, operand<Element> value, const E& run = {}) {
-    append_at(b, query, key, value, run);
+  void append(std::int64_t b, const operand& query, const operand& key, const operand& value,
+              const execution& run = {}) {
+    step(kernels_->append, b, inputs<Element>{query, key, value}, run);
   }
 
   void truncate(std::int64_t b, std::int64_t length) { kernels_->truncate(cache_.get(), b, length); }
@@ -76,9 +70,9 @@ class kv_cache {
   ///@}
 
  private:
-  template <element T>
+  template <class T>
   friend void save(const kv_cache<T>& cache, std::ostream& stream);
-  template <element T>
+  template <class T>
   friend kv_cache<T> load(std::istream& stream, matrix_unit unit);
 
   using functions = plain::cache_functions<Element>;
@@ -88,31 +82,16 @@ class kv_cache {
   kv_cache(const functions& kernels, const Make& make) : kernels_(&kernels), cache_(make(kernels), kernels.destroy) {
     const plain::cache_shape s = kernels.shape(cache_.get());
     shape_ = {s.batch, s.heads, s.kv_heads, s.dim, s.value_dim, s.capacity, s.rewind};
-    const plain::options o = kernels.settings(cache_.get());
-    options_ = {.group_size = o.group_size,
-                .window = o.window,
-                .pool = static_cast<pooling>(o.pool),
-                .core_heads = static_cast<cca::core_heads>(o.core_heads),
-                .softmax_scale = o.softmax_scale,
-                .first_position = o.first_position,
-                .unit = static_cast<matrix_unit>(o.unit)};
+    options_ = detail::from_plain(kernels.settings(cache_.get()));
   }
 
   [[nodiscard]] plain::sequence_counts counts(std::int64_t b) const { return kernels_->counts(cache_.get(), b); }
 
-  template <class Lse, executor E>
-  void attend_at(const std::optional<std::int64_t>& b, operand<Element> query, operand<Element> key,
-                 operand<Element> value, tensor_view<Element> out, lse_view<Lse> lse, const E& run) {
-    using namespace detail;
-    kernels_->attend(cache_.get(), b, to_plain(query), to_plain(key), to_plain(value), to_plain(out),
-                     lse_to_plain<compute_type<Element>>("lse", lse), to_plain(run));
-  }
-
-  template <executor E>
-  void append_at(const std::optional<std::int64_t>& b, operand<Element> query, operand<Element> key,
-                 operand<Element> value, const E& run) {
-    using namespace detail;
-    kernels_->append(cache_.get(), b, to_plain(query), to_plain(key), to_plain(value), to_plain(run));
+  template <class Function, class... Arguments>
+  void step(Function* function, const std::optional<std::int64_t>& b, const Arguments&... arguments) {
+    plain::call<Element> all{};
+    (detail::put(all, arguments), ...);
+    function(cache_.get(), b, all);
   }
 
   const functions* kernels_;
@@ -122,13 +101,13 @@ class kv_cache {
 };
 
 /// `cca::save`: the file is the same for every instruction set.
-template <element Element>
+template <class Element>
 void save(const kv_cache<Element>& cache, std::ostream& stream) {
   cache.kernels_->save(cache.cache_.get(), stream);
 }
 
 /// `cca::load`.
-template <element Element>
+template <class Element>
 [[nodiscard]] kv_cache<Element> load(std::istream& stream, matrix_unit unit = matrix_unit::none) {
   return {detail::kernels<Element>().cache,
           [&](const auto& kernels) { return kernels.load(stream, static_cast<int>(unit)); }};

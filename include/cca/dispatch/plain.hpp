@@ -39,13 +39,12 @@ struct view {
   std::array<std::int64_t, Rank> stride{};
 };
 
-/// `cca::options`, its enumerators as numbers.
+/// `cca::options`, each by its place in their list: whether it has a value, and the value's bits.
+struct option {
+  std::int64_t present, bits;
+};
 struct options {
-  std::int64_t group_size, window;
-  int pool, core_heads;
-  std::optional<double> softmax_scale;
-  std::optional<std::int64_t> first_position;
-  int unit;
+  option all[16];
 };
 
 /// `cache_shape`.
@@ -60,51 +59,39 @@ struct executor {
   void (*run)(const void* self, std::int64_t n, const void* task, void (*call)(const void* task, std::int64_t i));
 };
 
-using workspace = std::span<std::byte>;
+/// The arguments of any call, in the places of their names; those that the function does not take are empty.
+template <class T>
+struct call {
+  using number = typename computed<T>::type;
+  using operand = view<const T>;
+  using lse_operand = view<const number, 3>;
 
-/// Everything is passed as the function of the same name in `cca` takes it.
+  operand query, key, value;  // inputs
+  lse_operand sink_logits;
+  operand far_key, far_value;  // far context
+  view<const std::int64_t, 3> seen;
+  view<T> out;  // results
+  view<number, 3> lse;
+  operand out_a, out_b, grad_out;  // results that are read, and the gradients that come in
+  lse_operand lse_a, lse_b, grad_lse;
+  view<number> grad_query, grad_key, grad_value, grad_far_key, grad_far_value;  // gradients
+  view<number, 3> grad_sink_logits;
+  view<T> core_key, core_value;  // cores, and their gradients that come in
+  view<const number> grad_core_key, grad_core_value;
+  plain::options options;
+  plain::executor run;
+  std::span<std::byte> workspace;
+};
+
+/// The functions of these names in `cca`.
 template <class T>
 struct functions {
-  using number = typename computed<T>::type;
-  using in = const view<const T>&;
-  using to = const view<T>&;
-  using gradient_in = const view<const number>&;
-  using gradient_to = const view<number>&;
-  using lse_in = const view<const number, 3>&;
-  using lse_to = const view<number, 3>&;
-  using seen_in = const view<const std::int64_t, 3>&;
-  using with = const options&;
-  using on = const executor&;
-  using memory = const workspace&;
+  using run = void(const call<T>&);
+  using count = std::size_t(const call<T>&);
 
-  void (*attention)(in query, in key, in value, to out, lse_to lse, with, on, memory);
-  void (*local_attention)(in query, in key, in value, to out, lse_to lse, with, on, memory);
-  void (*dense_attention)(in query, in key, in value, to out, lse_to lse, with, on, memory);
-  void (*attend)(in query, in key, in value, in far_key, in far_value, seen_in seen, to out, lse_to lse, with, on,
-                 memory);
-  void (*pool)(in query, in key, in value, to core_key, to core_value, with, on, memory);
-  void (*merge)(in out_a, lse_in lse_a, in out_b, lse_in lse_b, to out, lse_to lse, on);
-  std::size_t (*workspace_size)(in query, in key, in value, with, on);
-  std::size_t (*attend_workspace_size)(in query, in key, in value, in far_key, in far_value, seen_in seen, on,
-                                       const int& unit);
-
-  void (*attention_gradient)(in query, in key, in value, in out, lse_in lse, in grad_out, lse_in grad_lse,
-                             gradient_to grad_query, gradient_to grad_key, gradient_to grad_value, with, on, memory);
-  void (*local_attention_gradient)(in query, in key, in value, in out, lse_in lse, in grad_out, lse_in grad_lse,
-                                   gradient_to grad_query, gradient_to grad_key, gradient_to grad_value, with, on,
-                                   memory);
-  void (*dense_attention_gradient)(in query, in key, in value, in out, lse_in lse, in grad_out, lse_in grad_lse,
-                                   gradient_to grad_query, gradient_to grad_key, gradient_to grad_value, with, on,
-                                   memory);
-  void (*attend_gradient)(in query, in key, in value, in far_key, in far_value, seen_in seen, in out, lse_in lse,
-                          in grad_out, lse_in grad_lse, gradient_to grad_query, gradient_to grad_key,
-                          gradient_to grad_value, gradient_to grad_far_key, gradient_to grad_far_value, with, on,
-                          memory);
-  void (*pool_gradient)(in query, in key, in value, gradient_in grad_core_key, gradient_in grad_core_value,
-                        gradient_to grad_query, gradient_to grad_key, gradient_to grad_value, with, on, memory);
-  std::size_t (*gradient_workspace_size)(in query, in key, in value, with, on);
-  std::size_t (*attend_gradient_workspace_size)(in query, in key, in value, in far_key, in far_value, seen_in seen, on,
-                                                const int& unit);
+  run *attention, *attend, *pool, *merge;
+  run *attention_gradient, *attend_gradient, *pool_gradient;
+  count *workspace_size, *attend_workspace_size, *gradient_workspace_size, *attend_gradient_workspace_size;
 };
 
 /// What a cache says about one of its sequences.
@@ -115,14 +102,12 @@ struct sequence_counts {
 /// A cache is a pointer to the `kv_cache<T>` of the architecture that made it. Without a sequence `b`, all are meant.
 template <class T>
 struct cache_functions {
-  using in = const view<const T>&;
   using sequence = const std::optional<std::int64_t>&;
 
   void* (*make)(const cache_shape&, const options&);
   void (*destroy)(void* cache);
-  void (*attend)(void* cache, sequence b, in query, in key, in value, const view<T>& out,
-                 const view<typename computed<T>::type, 3>& lse, const executor&);
-  void (*append)(void* cache, sequence b, in query, in key, in value, const executor&);
+  void (*attend)(void* cache, sequence b, const call<T>&);
+  void (*append)(void* cache, sequence b, const call<T>&);
   void (*truncate)(void* cache, std::int64_t b, std::int64_t length);
   void (*reset)(void* cache, sequence b);
   void (*fork)(void* cache, std::int64_t from, std::int64_t to);

@@ -1,83 +1,114 @@
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
 #include "../cache_shape.hpp"
-#include "../detail/base/validate.hpp"
+#include "../call.hpp"
 #include "../element.hpp"
-#include "../executor.hpp"
 #include "../options.hpp"
 #include "../tensor_view.hpp"
 #include "plain.hpp"
 
-namespace cca { inline namespace CCA_TARGET {
-namespace dispatch {
-
-/// What kernels are compiled for.
-template <class T>
-concept element = detail::is_element<T>;
-
-/// An operand of a call of which another one has elements of type `T`.
-template <class T>
-using operand = tensor_view<const std::type_identity_t<std::remove_const_t<T>>>;
-
-/// Gradients, and what a call takes of them.
-template <class T>
-using gradient = tensor_view<compute_type<T>>;
-template <class T>
-using gradient_operand = operand<compute_type<T>>;
-
-/// Log-sum-exps that a call takes.
-template <class T>
-using lse_operand = lse_view<const compute_type<T>>;
-
-}  // namespace dispatch
-
-namespace detail {
+namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 template <class T, std::size_t Rank>
 plain::view<T, Rank> to_plain(const tensor_view<T, Rank>& view) {
   return {view.data, view.extent, view.stride};
 }
 
-inline plain::options to_plain(const options& o) {
-  return {o.group_size,    o.window,         static_cast<int>(o.pool), static_cast<int>(o.core_heads),
-          o.softmax_scale, o.first_position, static_cast<int>(o.unit)};
+inline plain::options to_plain(const options& options) {
+  plain::options to{};
+  plain::option* place = to.all;
+  for_each_option(options, [&](const char*, const auto& option) {
+    const option_code code = encode_option(option);
+    *place++ = {code.present, code.bits};
+  });
+  return to;
+}
+
+inline options from_plain(const plain::options& from) {
+  options options;
+  const plain::option* place = from.all;
+  for_each_option(options, [&](const char*, auto& option) {
+    decode_option({place->present, place->bits}, option);
+    ++place;
+  });
+  return options;
 }
 
 inline plain::cache_shape to_plain(const cache_shape& s) {
   return {s.batch, s.heads, s.kv_heads, s.dim, s.value_dim, s.capacity, s.rewind};
 }
 
-template <executor E>
-plain::executor to_plain(const E& run) {
-  return {concurrency(run), &run,
-          [](const void* self, std::int64_t n, const void* task, void (*call)(const void*, std::int64_t)) {
-            (*static_cast<const E*>(self))(n, [=](std::int64_t i) { call(task, i); });
-          }};
+/// @{
+/// Puts an argument into its place in a call.
+template <class T>
+void put(plain::call<T>& to, const inputs<T>& in) {
+  to.query = to_plain(in.query);
+  to.key = to_plain(in.key);
+  to.value = to_plain(in.value);
+  to.sink_logits = to_plain(in.sink_logits);
 }
-
-/// Log-sum-exps or their gradients. Kernels are compiled for those of the type that is computed in alone; those of another,
-/// as `lse_view<>{}` may be, can only say that they are not wanted.
-template <class To, class Lse>
-plain::view<To, 3> lse_to_plain(const char* name, const lse_view<Lse>& lse) {
-  if constexpr (std::is_convertible_v<lse_view<Lse>, lse_view<To>>) {
-    return to_plain(lse_view<To>(lse));
-  } else {
-    if (lse.data != nullptr || lse.extent != std::array<std::int64_t, 3>{})
-      refuse(name, "elements of another type", "elements of the type that is computed in");
-    return {};
-  }
+template <class T>
+void put(plain::call<T>& to, const far_context<T>& context) {
+  to.far_key = to_plain(context.key);
+  to.far_value = to_plain(context.value);
+  to.seen = to_plain(context.seen);
 }
+template <class T>
+void put(plain::call<T>& to, const results<T>& results) {
+  to.out = to_plain(results.out);
+  to.lse = to_plain(results.lse);
+}
+template <class T>
+void put(plain::call<T>& to, const results<const T, const compute_type<T>>& read) {
+  const bool first = to.out_a.data == nullptr && to.out_a.extent == decltype(to.out_a.extent){};
+  (first ? to.out_a : to.out_b) = to_plain(read.out);
+  (first ? to.lse_a : to.lse_b) = to_plain(read.lse);
+}
+template <class T>
+void put(plain::call<T>& to, const incoming<T>& from) {
+  to.grad_out = to_plain(from.grad_out);
+  to.grad_lse = to_plain(from.grad_lse);
+}
+template <class T>
+void put(plain::call<T>& to, const gradients<compute_type<T>>& grad) {
+  to.grad_query = to_plain(grad.query);
+  to.grad_key = to_plain(grad.key);
+  to.grad_value = to_plain(grad.value);
+  to.grad_far_key = to_plain(grad.far_key);
+  to.grad_far_value = to_plain(grad.far_value);
+  to.grad_sink_logits = to_plain(grad.sink_logits);
+}
+template <class T>
+void put(plain::call<T>& to, const cores<T>& cores) {
+  to.core_key = to_plain(cores.key);
+  to.core_value = to_plain(cores.value);
+}
+template <class T>
+void put(plain::call<T>& to, const cores<const compute_type<T>>& grad) {
+  to.grad_core_key = to_plain(grad.key);
+  to.grad_core_value = to_plain(grad.value);
+}
+template <class T>
+void put(plain::call<T>& to, const options& options) {
+  to.options = to_plain(options);
+}
+template <class T>
+void put(plain::call<T>& to, const execution& run) {
+  to.run = {run.concurrency(), &run,
+            [](const void* self, std::int64_t n, const void* task, void (*call)(const void*, std::int64_t)) {
+              (*static_cast<const execution*>(self))(n, [=](std::int64_t i) { call(task, i); });
+            }};
+  to.workspace = run.workspace();
+}
+/// @}
 
-/// For operands of elements `Element`, constant or not.
-template <class Element>
-const auto& kernels() {
-  using T = std::remove_const_t<Element>;
-  static_assert(dispatch::element<T>, "kernels are compiled for float, double, Eigen::bfloat16 and Eigen::half");
+/// For operands of elements `T`.
+template <class T>
+const plain::kernels<T>& kernels() {
   const plain::architecture& chosen = plain::chosen();
   if constexpr (std::is_same_v<T, float>) return chosen.of_float;
   if constexpr (std::is_same_v<T, double>) return chosen.of_double;
@@ -85,5 +116,12 @@ const auto& kernels() {
   if constexpr (is_half<T>) return chosen.of_half;
 }
 
-}  // namespace detail
-}}  // namespace cca::CCA_TARGET
+/// Calls a function of the table.
+template <class T, class Function, class... Arguments>
+auto call(Function* plain::functions<T>::*function, const Arguments&... arguments) {
+  plain::call<T> all{};
+  (put(all, arguments), ...);
+  return (kernels<T>().calls.*function)(all);
+}
+
+}}}  // namespace cca::CCA_TARGET::detail

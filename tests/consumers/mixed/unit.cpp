@@ -16,13 +16,13 @@ float UNIT(const float* tokens) {
   const auto sums = cca::bhs(lse, 1, 1, length);
 
   cca::pool(view, view, view, cores_of(core[0]), cores_of(core[1]), {.group_size = group});
-  cca::attention(view, view, view, result, sums, options);
-  cca::attention_gradient(view, view, view, result, sums, view, tokens_of(grad[0]), tokens_of(grad[1]),
-                          tokens_of(grad[2]), options);
-  cca::merge(result, sums, result, sums, result, sums);
+  cca::attention({view, view, view}, {result, sums}, options);
+  cca::attention_gradient({view, view, view}, {result, sums}, {view},
+                          {tokens_of(grad[0]), tokens_of(grad[1]), tokens_of(grad[2])}, options);
+  cca::merge({result, sums}, {result, sums}, {result, sums});
   cca::kv_cache<float> cache({.batch = 1, .heads = 1, .kv_heads = 1, .dim = dim}, options);
   cache.attend(view, view, view, tokens_of(grad[0]));
-  cca::local_attention(view, view, view, tokens_of(grad[1]), {.window = 4});
+  cca::attention(view, view, view, tokens_of(grad[1]), {.window = 4});
 
   float sum = 0;
   for (const float x : out) sum += x;

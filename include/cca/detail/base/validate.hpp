@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <iterator>
+#include <initializer_list>
 #include <limits>
 #include <numbers>
 #include <optional>
@@ -56,6 +56,14 @@ void require_sizes(const char* name, const tensor_view<T, Rank>& view) {
     if (view.dim() > std::int64_t{1} << 31) refuse(name, "dim " + std::to_string(view.dim()), "a dim of at most 2^31");
 }
 
+/// Those of what attention reads.
+template <class Inputs>
+void require_sizes(const Inputs& in) {
+  require_sizes("query", in.query);
+  require_sizes("key", in.key);
+  require_sizes("value", in.value);
+}
+
 /// A view that can be read: extents, strides and pointer make sense.
 template <class T, std::size_t Rank>
 void require_operand(const char* name, const tensor_view<T, Rank>& view) {
@@ -73,7 +81,7 @@ void require_operand(const char* name, const tensor_view<T, Rank>& view) {
 /// stride, each dimension has to step over all that the smaller ones reach; every permuted or padded layout does.
 template <class T, std::size_t Rank>
 void require_output(const char* name, const tensor_view<T, Rank>& view) {
-  static_assert(!std::is_const_v<T>, "an output's elements are mutable");
+  static_assert(!std::is_const_v<T>, "cca: an output's elements are mutable");
   require_operand(name, view);
   if (view.empty()) return;
   std::array<std::pair<std::int64_t, std::int64_t>, Rank> dims;
@@ -117,52 +125,72 @@ template <class Element>
 void require_unit(const options& options) {
   const matrix_unit unit = options.unit;
   if (unit == matrix_unit::none) return;
-  const char* const names[] = {"none", "best", "avx512_bf16", "amx"};
-  const auto number = static_cast<std::size_t>(unit);
-  if (number >= std::size(names)) refuse("options.unit", std::to_string(number), "none, best, avx512_bf16 or amx");
   if (!is_unit_element<Element>)
-    refuse("options.unit", names[number], "none: the operands are not all of the same 16-bit type");
+    refuse("options.unit", option_text(unit), "none: the operands are not all of the same 16-bit type");
   if (unit != matrix_unit::best && !has_unit<Element>(unit))
-    refuse("options.unit", names[number], "best, or a unit that this processor has for the operands' type");
+    refuse("options.unit", option_text(unit), "best, or a unit that this processor has for the operands' type");
 }
 
-/// `T` is what is computed in: a scale beyond its numbers would turn every score into NaN.
-template <class T>
+/// An option with a value that its enumeration has.
+template <class Option>
+void require_known(const char* name, const Option& option) {
+  if constexpr (std::is_enum_v<Option>) {
+    constexpr auto names = enumerators(Option{});
+    if (static_cast<std::size_t>(option) < names.size()) return;
+    std::string wanted;
+    for (std::size_t i = 0; i < names.size(); ++i)
+      wanted += (i == 0 ? "" : i + 1 < names.size() ? ", " : " or ") + std::string(names[i]);
+    refuse("options." + std::string(name), option_text(option), wanted);
+  }
+}
+
+/// Options that make sense by themselves. `Element` is the operands' `product_type`: a scale beyond the numbers that it
+/// is computed in would turn every score into NaN.
+template <class Element>
 void require_options(const options& options) {
-  if (options.group_size < 1) refuse("options.group_size", std::to_string(options.group_size), "at least 1");
+  using T = compute_type<Element>;
+  for_each_option(options, [](const char* name, const auto& option) { require_known(name, option); });
+  require_unit<Element>(options);
+  if (options.group_size < 0)
+    refuse("options.group_size", std::to_string(options.group_size), "at least 1, or 0 where nothing is pooled");
   if (options.window < 1) refuse("options.window", std::to_string(options.window), "at least 1");
-  if (!(options.pool == pooling::last_query || options.pool == pooling::mean || options.pool == pooling::max))
-    refuse("options.pool", std::to_string(static_cast<int>(options.pool)), "last_query, mean or max");
-  if (!(options.core_heads == core_heads::per_query_head || options.core_heads == core_heads::per_kv_head))
-    refuse("options.core_heads", std::to_string(static_cast<int>(options.core_heads)), "per_query_head or per_kv_head");
   // What is computed with is the scale times log2(e).
-  if (const double scale = std::abs(options.softmax_scale.value_or(0));
-      !(scale * std::numbers::log2e <= static_cast<double>(std::numeric_limits<T>::max())))
+  constexpr double largest = static_cast<double>(std::numeric_limits<T>::max()) / std::numbers::log2e;
+  if (!(std::abs(options.softmax_scale.value_or(0)) <= largest))
     refuse("options.softmax_scale", std::to_string(*options.softmax_scale),
-           "a number below " + std::to_string(std::numeric_limits<T>::max() / std::numbers::log2e));
+           "a finite number, at most " + std::to_string(largest));
+  if (!(0 <= options.softcap && options.softcap <= static_cast<double>(std::numeric_limits<T>::max())))
+    refuse("options.softcap", std::to_string(options.softcap), "a finite number above 0, or 0 for none");
 }
 
-/// An option that this entry point would ignore.
-inline void require_unused(bool unused, const char* option, const char* reason) {
-  if (!unused) refuse(option, "a value other than the default", reason);
+/// An option that this call would ignore.
+template <class Option>
+void require_unset(const options& options, Option cca::options::*option, const char* reason) {
+  if (options.*option == cca::options{}.*option) return;
+  for_each_option(options, [&](const char* name, const auto& value) {
+    if (static_cast<const void*>(&value) == static_cast<const void*>(&(options.*option)))
+      refuse("options." + std::string(name), option_text(value),
+             option_text(cca::options{}.*option) + ": " + std::string(reason));
+  });
 }
 
-/// Groups without a window would be ignored.
+/// What only cores have a use for.
+inline void require_no_pooling(const options& options, const char* reason) {
+  require_unset(options, &options::pool, reason);
+  require_unset(options, &options::core_heads, reason);
+}
+
+/// What dense attention has no use for.
+inline void require_dense(const options& options) {
+  if (options.group_size > 1) require_unset(options, &options::group_size, "dense attention has no groups");
+  require_unset(options, &options::window, "dense attention has no window");
+}
+
+/// Groups without a window would be ignored; those of one token change nothing. So would poolings without groups.
 inline void require_grouping(const options& options) {
-  require_unused(options.group_size == 1 || options.window != unlimited, "options.group_size",
-                 "1 where no window is set: without one nothing is pooled");
-}
-
-template <class Query, class Out, class Lse>
-void require_results(const tensor_view<Query>& query, std::int64_t value_dim, const tensor_view<Out>& out,
-                     const lse_view<Lse>& lse) {
-  require_output("out", out);
-  require_extents("out", out, {query.batch(), query.heads(), query.length(), value_dim});
-  static_assert(std::is_floating_point_v<Lse>, "lse is float or double");
-  const bool wanted = lse.data != nullptr || lse.extent != std::array<std::int64_t, 3>{};
-  if (!wanted) return;
-  require_output("lse", lse);
-  require_extents("lse", lse, {query.batch(), query.heads(), query.length()});
+  if (options.group_size == 0) require_no_pooling(options, "nothing is pooled, for options.group_size is 0");
+  if (options.group_size > 1 && options.window == unlimited)
+    require_unset(options, &options::group_size, "without options.window no query sees a core");
 }
 
 /// Positions are exact up to 2^62: the partition adds a group and a window to them.
@@ -172,15 +200,106 @@ inline void require_positions(const options& options) {
     refuse("options.first_position", std::to_string(position), "a position between -2^62 and 2^62");
 }
 
-inline void require_seen(const lse_view<const std::int64_t>& seen, std::int64_t length) {
+/// A query for every key: the last one of a group weighs it.
+template <class Query, class Key>
+void require_query_for_every_key(const tensor_view<Query>& query, const tensor_view<Key>& key, const options& options) {
+  if (query.length() != key.length())
+    refuse("query", std::to_string(query.length()) + " queries",
+           "a query for each of the " + std::to_string(key.length()) +
+               " keys, since a group is pooled with its last one; new tokens after old ones are for kv_cache");
+  if (options.first_position.value_or(0) != 0)
+    refuse("options.first_position", std::to_string(*options.first_position),
+           "0 or none: there is a query for every key");
+}
+
+/// Whether an optional view was given.
+template <class T, std::size_t Rank>
+bool given(const tensor_view<T, Rank>& view) {
+  return view.data != nullptr || view.extent != std::array<std::int64_t, Rank>{};
+}
+
+/// One logit for all sequences or one for each, and the same of queries. `T` is what is computed in.
+template <class T, class Query, class Sink>
+void require_sink_logits(const tensor_view<Query>& query, const lse_view<Sink>& sink_logits) {
+  if (!given(sink_logits)) return;
+  static_assert(std::is_same_v<std::remove_const_t<Sink>, T>,
+                "cca: sink_logits are of the type that is computed in: double if an operand is, otherwise float");
+  require_operand("sink_logits", sink_logits);
+  const std::array<std::int64_t, 3>& e = sink_logits.extent;
+  if ((e[0] != 1 && e[0] != query.batch()) || e[1] != query.heads() || (e[2] != 1 && e[2] != query.length()))
+    refuse("sink_logits", to_string(e),
+           "[1 or " + std::to_string(query.batch()) + ", " + std::to_string(query.heads()) + ", 1 or " +
+               std::to_string(query.length()) + "]");
+}
+
+/// What an entry point of attention reads. `T` is what is computed in.
+template <class T, class Inputs>
+void require_inputs(const Inputs& in) {
+  require_operand("query", in.query);
+  require_key_value("key", "value", in.query, in.key, in.value);
+  require_sink_logits<T>(in.query, in.sink_logits);
+}
+
+/// A caller's far context of a call.
+template <class Inputs, class Far>
+void require_far(const Inputs& in, const Far& far_rows) {
+  require_key_value("far.key", "far.value", in.query, far_rows.key, far_rows.value);
+  if (far_rows.value.dim() != in.value.dim())
+    refuse("far.value", "dim " + std::to_string(far_rows.value.dim()),
+           "the value's dim " + std::to_string(in.value.dim()));
+  const lse_view<const std::int64_t>& seen = far_rows.seen;
+  require_operand("far.seen", seen);
+  require_extents("far.seen", seen, {in.query.batch(), in.query.heads(), in.query.length()});
   for (std::int64_t b = 0; b < seen.batch(); ++b)
     for (std::int64_t h = 0; h < seen.heads(); ++h)
       for (std::int64_t i = 0; i < seen.length(); ++i) {
         const std::int64_t count = *seen.row(b, h, i);
-        if (!(0 <= count && count <= length))
+        if (!(0 <= count && count <= far_rows.key.length()))
           refuse("far.seen", std::to_string(count) + " at " + to_string<3>({b, h, i}),
-                 "a count in [0, " + std::to_string(length) + "]");
+                 "a count in [0, " + std::to_string(far_rows.key.length()) + "]");
       }
+}
+
+/// Where a call writes, of the extents that follow from its query.
+template <class Query, class Out, class Lse>
+void require_results(const tensor_view<Query>& query, std::int64_t value_dim, const tensor_view<Out>& out,
+                     const lse_view<Lse>& lse) {
+  require_output("out", out);
+  require_extents("out", out, {query.batch(), query.heads(), query.length(), value_dim});
+  if (!given(lse)) return;
+  require_output("lse", lse);
+  require_extents("lse", lse, {query.batch(), query.heads(), query.length()});
+}
+
+/// A view by its name in refusals.
+struct named_view {
+  const char* name;
+  const void* data;  ///< null where there is nothing
+
+  template <class T, std::size_t Rank>
+  named_view(const char* n, const tensor_view<T, Rank>& view) : name(n), data(view.empty() ? nullptr : view.data) {}
+};
+
+/// What is written shares no memory with what is read or written beside it, as far as the first elements tell: whether
+/// views overlap otherwise is for the caller to see to.
+inline void require_apart(std::initializer_list<named_view> written, std::initializer_list<named_view> read) {
+  const auto require = [](const named_view& a, const named_view& b) {
+    if (a.data != nullptr && a.data == b.data)
+      refuse(a.name, "the memory of " + std::string(b.name), "memory of its own");
+  };
+  for (const named_view* a = written.begin(); a != written.end(); ++a) {
+    for (const named_view& b : read) require(*a, b);
+    for (const named_view* b = written.begin(); b != a; ++b) require(*a, *b);
+  }
+}
+
+/// Where attention writes. `more` is what it reads beside its inputs.
+template <class Inputs, class Results>
+void require_results(const Inputs& in, const Results& to, std::initializer_list<named_view> more = {}) {
+  require_results(in.query, in.value.dim(), to.out, to.lse);
+  require_apart({{"out", to.out}, {"lse", to.lse}}, more);
+  require_apart({{"out", to.out}, {"lse", to.lse}},
+                {{"query", in.query}, {"key", in.key}, {"value", in.value}, {"sink_logits", in.sink_logits}});
 }
 
 }}}  // namespace cca::CCA_TARGET::detail

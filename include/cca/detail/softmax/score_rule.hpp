@@ -89,7 +89,7 @@ struct score_rule {
 /// The rule that the options ask for, for queries and keys of `dim` elements.
 template <class T>
 score_rule<T> make_score_rule(const options& options, std::int64_t dim, tensor_view<const T, 3> sink_logits = {}) {
-  return {static_cast<T>(softmax_scale(options, dim)), T(0), sink_logits};
+  return {static_cast<T>(softmax_scale(options, dim)), static_cast<T>(options.softcap), sink_logits};
 }
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -1,0 +1,187 @@
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+
+#include "detail/base/target.hpp"
+#include "element.hpp"
+#include "executor.hpp"
+#include "tensor_view.hpp"
+
+/// What calls take. In braces their elements are float unless the function's template argument says otherwise:
+/// `attention({query, key, value}, {out, lse}, options)`, `attention<double>({query, key, value}, {out, lse}, options)`.
+/// Spelled out they may be of any mixture: `attention(cca::inputs{query, key, value}, cca::results{out, lse}, options)`.
+namespace cca { inline namespace CCA_TARGET {
+
+/// Who runs the tasks of a call, and the memory that it works in. A parameter: it refers to the executor, which is
+/// often a temporary, and is not for keeping.
+class execution {
+ public:
+  /// On the calling thread, in memory that is allocated.
+  execution() : execution(serial) {}
+
+  /// @param run  an executor; the results are bitwise the same for any
+  /// @param workspace  at least as many bytes as the `workspace_size` of the call says, or empty: then memory is
+  ///   allocated
+  template <executor E>
+  requires(!std::same_as<E, execution>) execution(const E& run, std::span<std::byte> workspace = {})
+      : concurrency_(detail::concurrency(run)),
+        self_(&run),
+        call_([](const void* self, std::int64_t n, const void* task, void (*call)(const void*, std::int64_t)) {
+          (*static_cast<const E*>(self))(n, [=](std::int64_t i) { call(task, i); });
+        }),
+        workspace_(workspace) {}
+
+  /// How many tasks run at once.
+  [[nodiscard]] std::int64_t concurrency() const { return concurrency_; }
+  /// The caller's memory, or nothing.
+  [[nodiscard]] std::span<std::byte> workspace() const { return workspace_; }
+
+  /// Runs `f(i)` for i in `[0, n)`.
+  template <class F>
+  void operator()(std::int64_t n, const F& f) const {
+    call_(self_, n, &f, [](const void* task, std::int64_t i) { (*static_cast<const F*>(task))(i); });
+  }
+
+ private:
+  static constexpr serial_executor serial{};
+
+  std::int64_t concurrency_;
+  const void* self_;
+  void (*call_)(const void*, std::int64_t, const void*, void (*)(const void*, std::int64_t));
+  std::span<std::byte> workspace_;
+};
+
+namespace detail {
+
+/// Whether views may hold these elements; if not, the compiler's message says which they may.
+template <class... Elements>
+constexpr bool check_elements() {
+  static_assert((is_element<std::remove_const_t<Elements>> && ...),
+                "cca: elements are float, double, Eigen::bfloat16 or Eigen::half. View the bits of bf16 numbers in "
+                "std::uint16_t as reinterpret_cast<const Eigen::bfloat16*>(bits)");
+  return true;
+}
+
+/// An output's elements are mutable.
+template <class T>
+concept written = !std::is_const_v<T>;
+
+template <class View>
+inline constexpr bool is_view = false;
+template <class T, std::size_t Rank>
+inline constexpr bool is_view<tensor_view<T, Rank>> = Rank == 4;
+
+/// Whether arguments of a call are views; if not, the compiler's message says what makes them so.
+template <class... Arguments>
+constexpr bool check_views() {
+  constexpr bool views = (is_view<Arguments> && ...);
+  static_assert(views,
+                "cca: an operand or output is not a view. Use cca::bhsd(pointer, batch, heads, length, dim), "
+                "cca::bshd(pointer, batch, length, heads, dim) or cca::matrix(row_major_eigen_matrix)");
+  return views;
+}
+
+}  // namespace detail
+
+/// What attention reads.
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>>
+struct inputs {
+  static_assert(detail::check_elements<Query, Key, Value, Sink>());
+  tensor_view<const Query> query;  ///< `[batch, query heads, query length, dim]`
+  tensor_view<const Key> key;      ///< `[batch, heads, key length, dim]`, `heads` a divisor of the query's
+  tensor_view<const Value> value;  ///< `[batch, heads, key length, value dim]`
+  /// A score that joins each query's softmax with a value of zero: `[1 or batch, query heads, 1 or query length]`, of the
+  /// type that is computed in; without data there is none.
+  lse_view<const Sink> sink_logits{};
+};
+template <class Q, class K, class V>
+inputs(tensor_view<Q>, tensor_view<K>, tensor_view<V>)
+    -> inputs<std::remove_const_t<Q>, std::remove_const_t<K>, std::remove_const_t<V>>;
+template <class Q, class K, class V, class S>
+inputs(tensor_view<Q>, tensor_view<K>, tensor_view<V>, lse_view<S>)
+    -> inputs<std::remove_const_t<Q>, std::remove_const_t<K>, std::remove_const_t<V>, std::remove_const_t<S>>;
+
+namespace detail {
+template <class T>
+inline constexpr bool is_inputs = false;
+template <class Q, class K, class V, class S>
+inline constexpr bool is_inputs<inputs<Q, K, V, S>> = true;
+
+/// The first argument of a call that takes its operands one by one.
+template <class T>
+concept not_inputs = !is_inputs<T>;
+
+/// The same of a cache's methods, whose first argument may be a sequence.
+template <class T>
+concept view_or_mistaken = !is_inputs<T> && !std::integral<T>;
+}  // namespace detail
+
+/// What attention writes, and its gradient reads.
+template <class Out = float, class Lse = compute_type<Out>>
+struct results {
+  static_assert(detail::check_elements<Out>());
+  static_assert(std::is_floating_point_v<Lse>, "cca: lse is float or double");
+  tensor_view<Out> out;  ///< `[batch, query heads, query length, value dim]`
+  /// Natural log-sum-exp of each query's scores, `[batch, query heads, query length]`; without data it is not wanted.
+  lse_view<Lse> lse{};
+};
+template <class O>
+results(tensor_view<O>) -> results<O>;
+template <class O, class L>
+results(tensor_view<O>, lse_view<L>) -> results<O, L>;
+
+/// The gradients of results.
+template <class GradOut = float, class GradLse = compute_type<GradOut>>
+struct incoming {
+  static_assert(detail::check_elements<GradOut>());
+  static_assert(std::is_floating_point_v<GradLse>, "cca: grad_lse is float or double");
+  tensor_view<const GradOut> grad_out;  ///< of the extents of `out`; any outer strides, 0 included
+  lse_view<const GradLse> grad_lse{};   ///< of the extents of `lse`; without data it is zero
+};
+template <class O>
+incoming(tensor_view<O>) -> incoming<std::remove_const_t<O>>;
+template <class O, class L>
+incoming(tensor_view<O>, lse_view<L>) -> incoming<std::remove_const_t<O>, std::remove_const_t<L>>;
+
+/// The gradients of operands, each of the extents of its operand and written whole. They are of the type that is
+/// computed in: double if an operand is, otherwise float.
+template <class T = float>
+struct gradients {
+  static_assert(std::is_floating_point_v<T>, "cca: gradients are of the type that is computed in: float or double");
+  /// @{
+  /// The gradient of the operand of this name. The far ones are for far context alone, the sink's for sink logits.
+  tensor_view<T> query, key, value;
+  tensor_view<T> far_key{}, far_value{};
+  lse_view<T> sink_logits{};
+  /// @}
+};
+template <class T, class... Rest>
+gradients(tensor_view<T>, Rest...) -> gradients<T>;
+
+/// Core keys and values: `[batch, core heads, groups, dim]` and the same with the value's dim.
+template <class Key = float, class Value = Key>
+struct cores {
+  static_assert(detail::check_elements<Key, Value>());
+  tensor_view<Key> key;      ///< core keys
+  tensor_view<Value> value;  ///< core values
+};
+template <class K, class V>
+cores(tensor_view<K>, tensor_view<V>) -> cores<K, V>;
+
+/// Far context that any compressor made: `attend` puts it before the window in one softmax.
+template <class Key = float, class Value = Key>
+struct far_context {
+  static_assert(detail::check_elements<Key, Value>());
+  tensor_view<const Key> key;         ///< `[batch, far heads, far length, dim]`, heads a divisor of the query's
+  tensor_view<const Value> value;     ///< `[batch, far heads, far length, value dim]`
+  lse_view<const std::int64_t> seen;  ///< `[batch, query heads, query length]`: the query sees far rows `[0, seen)`
+};
+template <class K, class V, class Count>
+far_context(tensor_view<K>, tensor_view<V>, lse_view<Count>)
+    -> far_context<std::remove_const_t<K>, std::remove_const_t<V>>;
+
+}}  // namespace cca::CCA_TARGET

@@ -1,0 +1,88 @@
+#!/bin/bash
+# slips.sh <include folder> <c++>..: usual slips do not compile, and what the compiler says of them fits a screen and tells
+# what is wanted.
+set -u
+include=$1
+shift
+screen=45
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+faults=0
+
+compile() {
+  cat > "$work/slip.cpp" << END
+#include <cca/cca.hpp>
+#include <cca/gradient.hpp>
+#include <cstdint>
+#include <vector>
+void f(std::vector<float>& numbers, std::vector<std::uint16_t>& bits, std::vector<std::int8_t>& bytes) {
+  const auto q = cca::bhsd(numbers.data(), 1, 1, 4, 4), k = q, v = q, out = q;
+  const cca::tensor_view<const float> constant = q;
+  const auto lse = cca::bhs(numbers.data(), 1, 1, 4);
+  const auto bf16 = cca::bhsd(bits.data(), 1, 1, 4, 4);
+  const auto int8 = cca::bhsd(bytes.data(), 1, 1, 4, 4);
+  const cca::tensor_view<double> d{};
+  const cca::options options;
+  cca::kv_cache<double> cache({}, options);
+  $1;
+}
+END
+  "$compiler" -std=c++20 -fsyntax-only -I"$include" "$work/slip.cpp" 2> "$work/said"
+}
+
+fault() {
+  echo "$compiler: $1"
+  cat "$work/said"
+  faults=$((faults + 1))
+}
+
+right() {
+  compile "$1" || fault "$1 does not compile"
+}
+
+# What is written, and a pattern of what is said of it.
+slip() {
+  if compile "$1"; then
+    fault "$1 compiles"
+  elif [ "$(wc -l < "$work/said")" -gt $screen ]; then
+    fault "$1: more than $screen lines"
+  elif ! grep -Eq "$2" "$work/said"; then
+    fault "$1: not a word of $2"
+  fi
+}
+
+view='Use cca::bhsd\(pointer, batch, heads, length, dim\)'
+elements='elements are float, double, Eigen::bfloat16 or Eigen::half. View .* reinterpret_cast<const Eigen::bfloat16'
+options="to .*const cca::(\w+::)?options"
+
+for compiler in "$@"; do
+  right 'cca::attention(q, k, v, out, options)'
+  right 'cca::attention({q, k, v}, {out, lse}, options)'
+  # No view.
+  slip 'cca::attention(numbers, k, v, out, options)' "$view"
+  slip 'cca::attention(q, numbers.data(), v, out, options)' "$view"
+  slip 'cca::attention(q, k, v, numbers, options)' "$view"
+  slip 'cca::attention(q, k, lse, out, options)' "$view"
+  slip 'cca::attention({numbers, k, v}, {out}, options)' 'convert.*inputs<|convers.*inputs<'
+  slip 'cca::pool(q, k, numbers, out, out, options)' "$view"
+  slip 'cache.append(numbers, d, d)' "$view"
+  # Out for lse, arguments in other places.
+  slip 'cca::attention({q, k, v}, {out, out}, options)' 'convert.*results<|convers.*results<'
+  slip 'cca::attention(q, k, v, out, lse, options)' "$options"
+  slip 'cca::attention(q, k, v, out, cca::serial_executor{})' "serial_executor.*$options"
+  slip 'cca::attention({q, k, v}, {out}, cca::serial_executor{})' "serial_executor.*$options"
+  # Elements.
+  slip 'cca::attention(bf16, k, v, out, options)' "$elements"
+  slip 'cca::attention(q, k, v, int8, options)' "$elements"
+  slip 'cca::attend(cca::inputs{q, k, v}, cca::far_context{bf16, v, cca::lse_view<const std::int64_t>{}}, {out})' "$elements"
+  slip 'cca::merge(cca::results{int8, lse}, {out, lse}, {out, lse})' "$elements"
+  slip 'cca::kv_cache<std::uint16_t> c({}, options)' "$elements"
+  slip 'cca::attention({d, d, d}, {d}, options)' 'convert.*inputs<|convers.*inputs<'
+  slip 'cca::attention(q, k, v, constant, options)' 'written'
+  slip 'cca::attention(cca::inputs{d, k, v, lse}, {d}, options)' 'sink_logits are of the type that is computed in'
+  slip 'cca::attention_gradient({q, k, v}, {out, lse}, {out}, cca::gradients{d, d, d})' 'gradients are of the type'
+  slip 'cca::attention_gradient(cca::inputs{d, d, d}, cca::results{d, lse}, cca::incoming{d}, cca::gradients{d, d, d})' \
+    'a float one would cost double gradients'
+  slip 'cache.attend(q, k, v, out)' "keys and values have the cache's element type"
+done
+exit $((faults > 0))
