@@ -314,13 +314,6 @@ TYPED_TEST(Range, LargeScales) {
           p.options.softmax_scale = static_cast<double>(scale);
           argument_memory<T> memory = argument_memory<T>(p).randomize(random);
           gradient_memory<T> gradient(p);
-          gradient.randomize(random);
-          // Logits are 0, or about 1.
-          const T of_query = zeros ? T(0) : 1 / std::sqrt(std::abs(scale));
-          for (tensor<T>* t : {&memory.operands[0], &gradient.operands[0]}) times(*t, of_query);
-          for (auto* operands : {&memory.operands, &gradient.operands})
-            for (const std::size_t i : {std::size_t{1}, std::size_t{3}})
-              if (i == 1 || entry == entry::attend) times((*operands)[i], 1 / std::sqrt(std::abs(scale)));
           const auto right_or_refused = [&](const auto& f) {
             try {
               f();
@@ -329,6 +322,13 @@ TYPED_TEST(Range, LargeScales) {
               EXPECT_GT(std::abs(scale), max / std::numbers::log2e_v<T>) << "a scale that is no trouble is refused";
             }
           };
+          right_or_refused([&] { gradient.randomize(random); });
+          // Logits are 0, or about 1.
+          const T of_query = zeros ? T(0) : 1 / std::sqrt(std::abs(scale));
+          for (tensor<T>* t : {&memory.operands[0], &gradient.operands[0]}) times(*t, of_query);
+          for (auto* operands : {&memory.operands, &gradient.operands})
+            for (const std::size_t i : {std::size_t{1}, std::size_t{3}})
+              if (i == 1 || entry == entry::attend) times((*operands)[i], 1 / std::sqrt(std::abs(scale)));
           right_or_refused([&] { add_call(p, memory, forward); });
           right_or_refused([&] {
             // Gradients of queries and keys are as large as the scale.

@@ -108,9 +108,7 @@ struct core_plan {
 
   template <class Row = Core>
   [[nodiscard]] cores<Row> take(scratch& memory) const {
-    const auto rows = [&](std::int64_t d) {
-      return bhsd(memory.take<Row>(elements<Row>(d)), batch, heads, count, d);
-    };
+    const auto rows = [&](std::int64_t d) { return bhsd(memory.take<Row>(elements<Row>(d)), batch, heads, count, d); };
     const tensor_view<Row> key = rows(dim);
     return {key, rows(value_dim)};
   }

@@ -195,8 +195,7 @@ void pool_gradient(const inputs<Query, Key, Value, Sink>& in, const cores<GradCo
       in, to, {{"grad_core_key", from.key}, {"grad_core_value", from.value}});
 
   const std::int64_t workers = detail::pool_workers(in.key, options, run);
-  const std::int64_t size =
-      detail::group_rows<T>::size(in.key.dim(), in.value.dim(), !detail::in_place<T, Key, Value>);
+  const std::int64_t size = detail::group_rows<T>::size(in.key.dim(), in.value.dim(), !detail::in_place<T, Key, Value>);
   detail::scratch memory(run.workspace(), detail::worker_scratch<T>::bytes(workers, size), "gradient_workspace_size");
   for (const auto& sum : {to.query, to.key, to.value}) detail::fill_zero(sum, run);
   detail::add_pool_gradient(in, from, to, options, run, detail::worker_scratch<T>(memory, workers, size));

@@ -332,10 +332,8 @@ class kv_cache {
     const auto forward =
         detail::plan<Product>(in.query, shape_.value_dim, shape_.kv_heads, {rows.cores, rows.raw, rows.raw, rows.fresh},
                               !detail::in_place<T, Element, Core>, options_.unit, run);
-    detail::scratch memory =
-        take_workspace(detail::worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes());
-    pool_new_groups(first, in.query, in.key, in.value, run,
-                    detail::worker_scratch<T>(memory, workers, pooler_size));
+    detail::scratch memory = take_workspace(detail::worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes());
+    pool_new_groups(first, in.query, in.key, in.value, run, detail::worker_scratch<T>(memory, workers, pooler_size));
     if (to != nullptr) answer(forward, first, in, *to, rows, run, memory);
     for (std::int64_t b = 0; b < extent.count; ++b) keep(at(first + b), in.key, in.value, b);
   }

@@ -4,9 +4,11 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <numbers>
 
 #include "call.hpp"
 #include "detail/base/validate.hpp"
+#include "detail/softmax/row_softmax.hpp"
 #include "element.hpp"
 #include "tensor_view.hpp"
 
@@ -46,19 +48,19 @@ void merge(const results<A, LseA>& first, const results<B, LseB>& second, const 
   detail::require_extents("lse", lse, rows);
 
   const auto merge_row = [&](std::int64_t b, std::int64_t h, std::int64_t i) {
-    constexpr double empty = -std::numeric_limits<double>::infinity();
+    constexpr double empty = -std::numeric_limits<double>::infinity(), unit = std::numbers::log2e;
     const auto a = static_cast<double>(*lse_a.row(b, h, i)), c = static_cast<double>(*lse_b.row(b, h, i));
-    const double maximum = std::isnan(a) || a > c ? a : c;  // a NaN stays
-    const double base = maximum == empty ? 0.0 : maximum;
-    const double weight_a = std::exp(a - base), weight_b = std::exp(c - base), sum = weight_a + weight_b;
-    const T share_a = static_cast<T>(weight_a / sum), share_b = static_cast<T>(weight_b / sum);
+    detail::exponential_sum<double> both{a, a == empty ? 0.0 : 1.0};
+    const auto shares = both.join({c, c == empty ? 0.0 : 1.0}, unit);
+    const T share_a = static_cast<T>(shares.first * both.inverse()),
+            share_b = static_cast<T>(shares.second * both.inverse());
     const A* row_a = out_a.row(b, h, i);
     const B* row_b = out_b.row(b, h, i);
     Out* to = out.row(b, h, i);
     for (std::int64_t d = 0; d < out.dim(); ++d)
       to[d] = static_cast<Out>((a == empty ? T(0) : share_a * static_cast<T>(row_a[d])) +
                                (c == empty ? T(0) : share_b * static_cast<T>(row_b[d])));
-    *lse.row(b, h, i) = static_cast<Lse>(maximum == empty ? empty : base + std::log(sum));
+    *lse.row(b, h, i) = static_cast<Lse>(both.sum == 0 ? empty : both.maximum + std::log(both.sum));
   };
   const std::int64_t tasks = out.batch() * out.heads();
   detail::run_tasks(run, detail::worker_count(run, tasks), tasks, [&](std::int64_t, std::int64_t task) {

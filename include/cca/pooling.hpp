@@ -75,8 +75,7 @@ void pool(const inputs<Query, Key, Value, Sink>& in, const cores<CoreKey, CoreVa
                         {{"query", in.query}, {"key", in.key}, {"value", in.value}});
 
   const std::int64_t workers = detail::pool_workers(in.key, options, run);
-  const std::int64_t size =
-      detail::group_rows<T>::size(in.key.dim(), in.value.dim(), !detail::in_place<T, Key, Value>);
+  const std::int64_t size = detail::group_rows<T>::size(in.key.dim(), in.value.dim(), !detail::in_place<T, Key, Value>);
   detail::scratch memory(run.workspace(), detail::worker_scratch<T>::bytes(workers, size), "workspace_size");
   detail::pool_views<T>(in.query, in.key, in.value, to.key, to.value, options, run,
                         detail::worker_scratch<T>(memory, workers, size));

@@ -89,9 +89,10 @@ class backward {
     T* sinks = memory.take<T>(tasks_.size());
     with_product<Element, (of_elements<Element, decltype(gradients.source)> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
+          const score_rule<T> scaled = Product::balances ? rule.balanced() : rule;
           run_tasks(run, workers_, tasks_.size(), [&](std::int64_t worker, std::int64_t i) {
             turn turn(tasks_[i].leads ? nullptr : passed + i - 1, passed + i);
-            sinks[i] = run_stack<gradient_tile<Product>>(results, grad_query, rule, grad_sink, scratch[worker],
+            sinks[i] = run_stack<gradient_tile<Product>>(results, grad_query, scaled, grad_sink, scratch[worker],
                                                          tasks_[i], turn, gradients...);
           });
         });
@@ -134,7 +135,13 @@ class backward {
     std::int64_t offset = 0;
     const auto absorb = [&](const auto& gradient) {
       const std::int64_t head = h / (heads_ / gradient.source.heads);
-      stack.absorb(gradient.source, [&](range rows, const auto* seen) {
+      // A query whose logits are all masked sees nothing.
+      const auto visible = [&](std::int64_t of, std::int64_t head_of, std::int64_t i) {
+        const bool masked = static_cast<T>(*results.lse.row(of, head_of, i)) == -infinity<T>;
+        return masked ? range{} : gradient.source.visible(of, head_of, i);
+      };
+      const source seen_source{gradient.source.heads, gradient.source.length, gradient.source.rows, visible};
+      stack.absorb(seen_source, [&](range rows, const auto* seen) {
         turn.await(offset + rows.end);
         memory.add_to_rows(rows, seen, gradient.key.row(b, head, rows.begin), gradient.key.stride[2],
                            gradient.value.row(b, head, rows.begin), gradient.value.stride[2]);

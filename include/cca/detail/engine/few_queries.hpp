@@ -55,20 +55,23 @@ class partial_result {
     put(whole);
   }
 
-  /// Writes the mean of the values, and returns the natural log-sum-exp; `sink` is seen as well.
-  template <class Out>
-  T finish(Out* to, T unit, int headroom, const exponential_sum<T>& sink) const {
-    const row_softmax<T> softmax = get();
-    exponential_sum<T> total;
-    if (softmax.sum != T(0)) total = {softmax.maximum * unit, std::ldexp(softmax.sum, headroom)};
-    T share = softmax.inverse();
-    if (sink.sum != T(0)) {
-      const T own = total.sum;
-      share *= own * total.join(sink).first * total.inverse();
-    }
-    scale_row(out(), value_dim_, share, to);
-    return total.log();
+  /// What turns `out` into the mean of the values, where `sink` is seen as well.
+  [[nodiscard]] T share(const exponential_sum<T>& sink, T unit, int headroom) const {
+    exponential_sum<T> whole = total(unit, headroom);
+    if (sink.sum == T(0)) return get().inverse();
+    const T own = whole.sum;
+    return get().inverse() * (own * whole.join(sink).first * whole.inverse());
   }
+
+  /// The natural log-sum-exp, of weights without a headroom.
+  [[nodiscard]] T lse(const exponential_sum<T>& sink, T unit) const {
+    exponential_sum<T> whole = total(unit, 0);
+    if (sink.sum != T(0)) whole.join(sink);
+    return whole.log();
+  }
+
+  /// The weighted sum of the values.
+  [[nodiscard]] T* out() const { return memory_ + width<T>; }
 
  private:
   [[nodiscard]] row_softmax<T> get() const { return {{memory_[0], memory_[1]}}; }
@@ -76,7 +79,12 @@ class partial_result {
     memory_[0] = softmax.maximum;
     memory_[1] = softmax.sum;
   }
-  [[nodiscard]] T* out() const { return memory_ + width<T>; }
+  /// What was seen, in base 2.
+  [[nodiscard]] exponential_sum<T> total(T unit, int headroom) const {
+    const row_softmax<T> softmax = get();
+    if (softmax.sum == T(0)) return {};
+    return {softmax.maximum * unit, std::ldexp(softmax.sum, headroom)};
+  }
 
   T* memory_;
   std::int64_t value_dim_;
@@ -113,7 +121,7 @@ class few_queries {
   template <class Query>
   void load(std::int64_t q, const Query* query) {
     T* to = query_ + q * padded<T>(dim_);
-    scale_row(query, dim_, rule_->sign(), to);
+    scale_row(query, dim_, rule_->query_factor(), to);
     std::fill(to + dim_, to + padded<T>(dim_), T(0));
   }
 

@@ -60,12 +60,13 @@ class forward {
     if (few()) {
       T* partials = memory.take<T>(partials_size());
       for (const int headroom : {0, most_headroom})
-        if (attend_few(query, out, lse, rule, headroom, run, scratch, partials, sources...)) return;
+        if (attend_few(query, out, lse, rule.balanced(), headroom, run, scratch, partials, sources...)) return;
       return;
     }
     with_product<Element, (of_elements<Element, Source> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
-          attend_many<query_tile<Product>>(query, out, lse, rule, run, scratch, sources...);
+          attend_many<query_tile<Product>>(query, out, lse, Product::balances ? rule.balanced() : rule, run, scratch,
+                                           sources...);
         });
   }
 
@@ -112,29 +113,17 @@ class forward {
         bool finite = true;
         stack.for_each_tile([&](Tile tile, std::int64_t at) {
           finite &= tile.finish(b, h, first + at);
-          write_tile(tile, out, lse, b, h, first + at, headroom);
+          tile.write(out.row(b, h, first + at), out.stride[2]);
+          for (std::int64_t q = 0; headroom == 0 && lse.data != nullptr && q < tile.count(); ++q)
+            *lse.row(b, h, first + at + q) = static_cast<Lse>(tile.lse(q, b, h, first + at + q));
         });
         if (finite) break;
       }
     });
   }
 
-  /// Writes what the queries of a tile, from query `first` on, found; with a headroom only what is not finite yet.
-  template <class Tile, class Out, class Lse>
-  void write_tile(const Tile& tile, tensor_view<Out> out, lse_view<Lse> lse, std::int64_t b, std::int64_t h,
-                  std::int64_t first, int headroom) const {
-    const auto kept = [&](std::int64_t q) {
-      return headroom != 0 && all_finite_row<T>(out.row(b, h, first + q), form_.value_dim);
-    };
-    for (std::int64_t q = 0; lse.data != nullptr && q < tile.count(); ++q)
-      if (!kept(q)) *lse.row(b, h, first + q) = static_cast<Lse>(tile.lse(q, b, h, first + q));
-    if (headroom == 0) return tile.write({0, tile.count()}, out.row(b, h, first), out.stride[2]);
-    for (std::int64_t q = 0; q < tile.count(); ++q)
-      if (!kept(q)) tile.write({q, q + 1}, out.row(b, h, first + q), out.stride[2]);
-  }
-
   /// A task is the queries of the heads that share rows, over a part of one source; then the parts are merged. Returns
-  /// whether all is finite; with a headroom only what was not is written.
+  /// whether all was finite; with a headroom only what is not finite yet is written.
   template <class Query, class Out, class Lse, executor E, class... Source>
   bool attend_few(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
                   int headroom, const E& run, const worker_scratch<T>& scratch, T* partials,
@@ -166,12 +155,14 @@ class forward {
     run_tasks(run, workers_, batch_ * heads_, [&](std::int64_t, std::int64_t task) {
       const std::int64_t b = task / heads_, h = task % heads_;
       for (std::int64_t i = 0; i < length_; ++i) {
-        if (headroom != 0 && all_finite_row<T>(out.row(b, h, i), form_.value_dim)) continue;
         partial_result<T> whole = partial(b, h, i, 0);
         for (std::int64_t part = 1; part < parts_; ++part) whole.merge(partial(b, h, i, part), rule.unit_in_base_2());
-        const T log = whole.finish(out.row(b, h, i), rule.unit_in_base_2(), headroom, rule.sink_sum(b, h, i));
-        if (lse.data) *lse.row(b, h, i) = static_cast<Lse>(log);
-        if (!all_finite_row<T>(out.row(b, h, i), form_.value_dim)) finite = false;
+        const T share = whole.share(rule.sink_sum(b, h, i), rule.unit_in_base_2(), headroom);
+        if (headroom == 0) {
+          scale_row(whole.out(), form_.value_dim, share, out.row(b, h, i));
+          if (lse.data) *lse.row(b, h, i) = static_cast<Lse>(whole.lse(rule.sink_sum(b, h, i), rule.unit_in_base_2()));
+        }
+        if (!replace_infinite(whole.out(), 1, form_.value_dim, share, out.row(b, h, i))) finite = false;
       }
     });
     return finite;

@@ -68,7 +68,7 @@ class gradient_tile {
   /// Loads the queries and the gradients of their outputs from query `first` of the stack on, and forgets all else.
   void begin(const stack_memory& memory, std::int64_t first) {
     Product::pack(memory.query.row(first), memory.query.row(1) - memory.query.row(0), count_, call_.form.dim,
-                  call_.rule->sign(), query_);
+                  call_.rule->query_factor(), query_);
     Product::pack(memory.grad_out.row(first), memory.grad_out.row(1) - memory.grad_out.row(0), count_,
                   call_.form.value_dim, number(1), grad_out_);
     std::fill(grad_query_, delta_ + lanes, number(0));
@@ -124,9 +124,9 @@ class gradient_tile {
             const vector x = vector::load_aligned(scores.at(j + r, n));
             // No weight is above 1, but where lse was rounded, and of what a lane does not see. A NaN stays.
             const vector p = Factors::exp2(xsimd::min(zero, fma<number>(x, unit, -lse)));
-            const vector dx = p * (vector::load_aligned(grads.at(j + r, n)) - delta);
             weight[r] = mask.select(j + r, p, zero);
-            grad_score[r] = mask.select(j + r, rule.differentiate(x, dx), zero);
+            const vector ds = rule.differentiate(x, p) * (vector::load_aligned(grads.at(j + r, n)) - delta);
+            grad_score[r] = mask.select(j + r, ds, zero);
           });
           factors.put(j, n, weight, grad_score);
         }

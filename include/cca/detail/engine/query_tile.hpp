@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "../../partition.hpp"
+#include "../simd/dot.hpp"
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
@@ -75,7 +75,7 @@ class query_tile {
   /// Loads the queries, rows of `dim` elements, and forgets what was absorbed.
   template <class Query>
   void begin(const Query* query, std::int64_t stride) {
-    Product::pack(query, stride, count_, call_.form.dim, call_.rule->sign(), query_);
+    Product::pack(query, stride, count_, call_.form.dim, call_.rule->query_factor(), query_);
     std::fill_n(out_, call_.form.value_dim * lanes, number(0));
     softmax_.begin();
   }
@@ -111,10 +111,12 @@ class query_tile {
     return xsimd::all(finite);
   }
 
-  /// Writes `value_dim` elements of each of the queries `some`.
+  /// Writes `count` rows of `value_dim` elements; with a headroom only what is not finite there yet.
   template <class Out>
-  void write(range some, Out* out, std::int64_t stride) const {
-    transpose(out_ + some.begin, lanes, out, stride, call_.form.value_dim, some.size());
+  void write(Out* out, std::int64_t stride) const {
+    if (call_.headroom == 0) return transpose(out_, lanes, out, stride, call_.form.value_dim, count_);
+    for (std::int64_t i = 0; i < count_; ++i)
+      replace_infinite(out_ + i, lanes, call_.form.value_dim, number(1), out + i * stride);
   }
 
   /// The natural log-sum-exp of query `i`, -inf where nothing was seen: query `q` of head `h` of sequence `b`.

@@ -52,12 +52,14 @@ class last_query_pooling {
     group_.for_each_block(
         head, rows, [&](std::int64_t first, row_span<T> keys, row_span<T> values, std::int64_t count) {
           score(keys, values, count);
-          softmax_.share(weights, count, unit());
+          softmax_.share(weights, count, unit(), share(count));
           for (std::int64_t j = 0; j < count; ++j) {
-            grads[j] = group_.rule.scale * (weights[j] * (grads[j] - mean));
+            const T grad = grads[j] - mean;
+            grads[j] = group_.rule.scale * weights[j] * grad;
             add_scaled_row(group_.grad_core.key, group_.dim, weights[j], gradients.key_row(first + j));
-            // The query was multiplied by the sign of the scale.
-            add_scaled_row(group_.query, group_.dim, group_.rule.sign() * grads[j], gradients.key_row(first + j));
+            // The query was multiplied by a part of the scale.
+            add_scaled_row(group_.query, group_.dim, group_.rule.score_unit() * weights[j] * grad,
+                           gradients.key_row(first + j));
             add_scaled_row(group_.grad_core.value, group_.value_dim, weights[j], gradients.value_row(first + j));
           }
           add_weighted_rows(grads, keys, group_.dim, count, T(1), group_.grad_query);

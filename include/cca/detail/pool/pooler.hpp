@@ -60,11 +60,11 @@ void for_each_group(const pool_heads& heads, range groups, std::int64_t group_si
   });
 }
 
-/// The mean of the queries of a group's last token that share a core, times the sign of the scale.
+/// The mean of the queries of a group's last token that share a core, times what scores want.
 template <class T, class Query>
 void load_mean_query(group_rows<T>& group, std::int64_t h, std::int64_t sharing, const Query& query) {
   for (std::int64_t q = h * sharing; q < (h + 1) * sharing; ++q)
-    add_scaled_row(query(q), group.dim, group.rule.sign() / static_cast<T>(sharing), group.query);
+    add_scaled_row(query(q), group.dim, group.rule.query_factor() / static_cast<T>(sharing), group.query);
 }
 
 /// Pools the groups `[groups.begin, groups.end)` of every sequence and core head. `absorb(pooling, b, kv_head, tokens)`
@@ -75,11 +75,12 @@ void pool_groups(const pool_heads& heads, range groups, std::int64_t dim, std::i
                  const options& options, const Absorb& absorb, const Query& query, const Core& core, const E& run,
                  const worker_scratch<T>& scratch) {
   const partition partition{options.group_size, options.window};
-  const score_rule<T> rule{static_cast<T>(softmax_scale(options, dim))};
+  const score_rule<T> rule = score_rule<T>{static_cast<T>(softmax_scale(options, dim))}.balanced();
   const auto pool_group = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head, std::int64_t h,
                                              std::int64_t c) {
     const range tokens = partition.group(c);
     group_rows<T> group(scratch[worker], dim, value_dim, rule);
+    const auto [key, value] = core(b, h, c);
     // A mean of finite rows is finite: where it is not, it may have overflowed on the way, and is taken again.
     for (const int headroom : {0, most_headroom}) {
       group.clear();
@@ -89,13 +90,13 @@ void pool_groups(const pool_heads& heads, range groups, std::int64_t dim, std::i
                         [&](std::int64_t q) { return query(b, q, tokens.end - 1); });
       absorb(pooling, b, kv_head, tokens);
       const T share = pooling.share(tokens.size());
-      scale_row(group.core.key, dim, share, group.core.key);
-      scale_row(group.core.value, value_dim, share, group.core.value);
-      if (all_finite(group.core.key, dim) && all_finite(group.core.value, value_dim)) break;
+      if (headroom == 0) {
+        scale_row(group.core.key, dim, share, key);
+        scale_row(group.core.value, value_dim, share, value);
+      }
+      const bool finite_key = replace_infinite(group.core.key, 1, dim, share, key);
+      if (replace_infinite(group.core.value, 1, value_dim, share, value) && finite_key) break;
     }
-    const auto [key, value] = core(b, h, c);
-    scale_row(group.core.key, dim, T(1), key);
-    scale_row(group.core.value, value_dim, T(1), value);
   };
   with_pooling<T>(options.pool, [&]<class Pooling>() {
     for_each_group(heads, groups, options.group_size, run, scratch.workers(),
@@ -126,7 +127,7 @@ void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_vi
                        tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
                        const options& options, const E& run, const worker_scratch<T>& scratch) {
   const partition partition{options.group_size, options.window};
-  const score_rule<T> rule{static_cast<T>(softmax_scale(options, key.dim()))};
+  const score_rule<T> rule = score_rule<T>{static_cast<T>(softmax_scale(options, key.dim()))}.balanced();
   const pool_heads heads{key.batch(), query.heads(), key.heads(), grad_core_key.heads()};
   const auto differentiate = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head,
                                                 std::int64_t h, std::int64_t c) {

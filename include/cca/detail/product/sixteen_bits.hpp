@@ -76,22 +76,23 @@ struct sixteen_bits {
   using visible_lanes = whole_part::visible_lanes;
   using vector = vec<float>;
   static constexpr std::int64_t W = width<float>, lanes = shape::lanes;
+  static constexpr bool balances = is_bfloat16<Element>;  // which has the exponents of floats
 
   // ------------------------------------------------------------------------------------------------------- operands
 
   /// Floats that `pack` writes: pairs `[dim / 2][lanes]`.
   static constexpr std::int64_t packed_size(std::int64_t dim) { return whole_units(dim) / 2 * lanes; }
 
-  /// As `vectors::pack`. A sign, or a zero, does not round.
-  static void pack(const Element* rows, std::int64_t stride, std::int64_t count, std::int64_t dim, float sign,
+  /// As `vectors::pack`. A power of two, or a zero, does not round.
+  static void pack(const Element* rows, std::int64_t stride, std::int64_t count, std::int64_t dim, float factor,
                    float* to) {
     pack_lanes<Element>(count, dim, reinterpret_cast<packed_pair*>(to),
                         [&](std::int64_t i, std::int64_t d, std::int64_t n, Element* row) {
-                          if (sign == 1.0f)
+                          if (factor == 1.0f)
                             std::memcpy(static_cast<void*>(row), rows + i * stride + d,
                                         static_cast<std::size_t>(n) * sizeof *row);
                           else
-                            scale_row(rows + i * stride + d, n, sign, row);
+                            scale_row(rows + i * stride + d, n, factor, row);
                         });
   }
 

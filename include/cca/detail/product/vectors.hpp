@@ -33,20 +33,21 @@ struct vectors {
   using shape = tile_shape<T>;
   using visible_lanes = lane_ranges<T>;
   static constexpr std::int64_t W = width<T>, lanes = shape::lanes;
+  static constexpr bool balances = true;  ///< whether queries may carry a part of the scale
 
   // ------------------------------------------------------------------------------------------------------- operands
 
   /// Numbers that `pack` writes: `[dim][lanes]`.
   static constexpr std::int64_t packed_size(std::int64_t dim) { return dim * lanes; }
 
-  /// Packs `count` rows of `dim` elements, times `sign`, a row in each lane; 0 in the lanes behind.
+  /// Packs `count` rows of `dim` elements, times `factor`, a row in each lane; 0 in the lanes behind.
   template <class Row>
-  static void pack(const Row* rows, std::int64_t stride, std::int64_t count, std::int64_t dim, T sign, T* to) {
+  static void pack(const Row* rows, std::int64_t stride, std::int64_t count, std::int64_t dim, T factor, T* to) {
     if (count < lanes) std::fill_n(to, dim * lanes, T(0));
     transpose(rows, stride, to, lanes, count, dim);
-    if (sign == T(1)) return;
+    if (factor == T(1)) return;
     for (std::int64_t i = 0; i < dim * lanes; i += W)
-      (vec<T>(sign) * vec<T>::load_aligned(to + i)).store_aligned(to + i);
+      (vec<T>(factor) * vec<T>::load_aligned(to + i)).store_aligned(to + i);
   }
 
   /// A block of keys and values, for all tiles of a stack: where they lie, or converted.

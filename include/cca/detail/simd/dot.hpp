@@ -45,12 +45,16 @@ void scale_row(const From* from, std::int64_t dim, T factor, To* to) {
   for (; d < dim; ++d) to[d] = static_cast<To>(static_cast<T>(from[d]) * factor);
 }
 
-/// Whether a row of elements of any type is finite in the type that it is computed in.
-template <class T, class Element>
-[[nodiscard]] bool all_finite_row(const Element* row, std::int64_t dim) {
-  for (std::int64_t d = 0; d < dim; ++d)
-    if (!(std::abs(static_cast<T>(row[d])) <= std::numeric_limits<T>::max())) return false;
-  return true;
+/// `to[d] = from[d * stride] * factor` for the d in `[0, dim)` where `to[d]` is not finite. Returns whether all were.
+template <class T, class To>
+bool replace_infinite(const T* from, std::int64_t stride, std::int64_t dim, T factor, To* to) {
+  bool finite = true;
+  for (std::int64_t d = 0; d < dim; ++d) {
+    if (std::abs(static_cast<T>(to[d])) <= std::numeric_limits<T>::max()) continue;
+    to[d] = static_cast<To>(from[d * stride] * factor);
+    finite = false;
+  }
+  return finite;
 }
 
 /// Vectors whose lanes are summed together: as many as 128 bits have lanes.

@@ -67,14 +67,14 @@ struct row_softmax : exponential_sum<T> {
     return rescale;
   }
 
-  /// Turns scores into the shares of a softmax that has seen all of them.
-  void share(T* scores, std::int64_t count, T unit, int headroom = 0) const {
+  /// Turns scores into the shares of a softmax that has seen all of them, without a headroom.
+  void share(T* scores, std::int64_t count, T unit, T inverse_sum) const {
     constexpr std::int64_t W = width<T>;
     for (std::int64_t j = count; j % W != 0; ++j) scores[j] = -infinity<T>;
-    const vec<T> inverse(this->inverse());
+    const vec<T> inverse(inverse_sum);
     for (std::int64_t j = 0; j < count; j += W) {
       const vec<T> distance = vec<T>::load_aligned(scores + j) - vec<T>(base());
-      (exp2<T>(distance * vec<T>(unit), exp2_range<T>(headroom)) * inverse).store_aligned(scores + j);
+      (exp2<T>(distance * vec<T>(unit)) * inverse).store_aligned(scores + j);
     }
   }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <numbers>
 
 #include "../../options.hpp"
@@ -13,7 +14,7 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-/// What happens between `q . k` and the softmax: `apply` turns a score `sign * q . k` into what the softmax takes, which
+/// What happens between `q . k` and the softmax: `apply` turns a score, `q . k` times `query_factor`, into what the softmax takes, which
 /// is the logit divided by `unit`, and `differentiate` goes back. Where the options ask for no more than a scale, the
 /// scores stay as they are: the softmax multiplies by `unit` after it has subtracted the maximum, which is exact.
 ///
@@ -23,14 +24,29 @@ struct score_rule {
   T scale = T(1);
   T softcap = T(0);                       ///< 0: none
   tensor_view<const T, 3> sink_logits{};  ///< `[1 or batch, heads, 1 or length]`; without data there are none
+  int exponent = 0;                       ///< the power of two of the scale that queries are multiplied by
 
-  /// What queries are multiplied by as they are packed: scores of a negative scale would have their maximum at the wrong
-  /// end, and those of a scale of 0 none.
-  [[nodiscard]] T sign() const { return scale < T(0) ? T(-1) : scale > T(0) ? T(1) : T(0); }
+  /// What queries are multiplied by as they are packed. The sign: scores of a negative scale would have their maximum at the
+  /// wrong end, and those of a scale of 0 none.
+  [[nodiscard]] T query_factor() const {
+    return scale == T(0) ? T(0) : std::copysign(std::ldexp(T(1), exponent), scale);
+  }
+
+  /// The rule with half of an extreme scale on the queries, so that neither `q . k` nor `scale * q` overflows where the
+  /// logit does not.
+  [[nodiscard]] score_rule balanced() const {
+    score_rule rule = *this;
+    const int whole = scale == T(0) ? 0 : std::ilogb(scale);
+    if (std::abs(whole) > 24) rule.exponent = whole / 2;
+    return rule;
+  }
 
   /// The logit of a score of 1, when the rule has been applied. Positive.
-  [[nodiscard]] T unit() const { return softcap != T(0) || scale == T(0) ? T(1) : std::abs(scale); }
+  [[nodiscard]] T unit() const { return softcap != T(0) ? T(1) : score_unit(); }
   [[nodiscard]] T unit_in_base_2() const { return unit() * std::numbers::log2e_v<T>; }
+
+  /// The scaled `q . k` of a score of 1.
+  [[nodiscard]] T score_unit() const { return scale == T(0) ? T(1) : std::ldexp(std::abs(scale), -exponent); }
 
   [[nodiscard]] bool has_sinks() const { return sink_logits.data != nullptr; }
   /// The sink of query `i` of head `h` of sequence `b` as a sum of exponentials; nothing where there are none.
@@ -67,9 +83,9 @@ struct score_rule {
     for (std::int64_t j = 0; j < count; j += width<T>) cap(vec<T>::load_aligned(scores + j)).store_aligned(scores + j);
   }
 
-  /// From the gradient of a logit to that of `q . k`; `x` is what `apply` left.
-  [[nodiscard]] CCA_INLINE vec<T> differentiate(vec<T> x, vec<T> grad) const {
-    const vec<T> scaled = grad * vec<T>(scale);
+  /// A weight times the derivative of its logit by `q . k`; `x` is what `apply` left.
+  [[nodiscard]] CCA_INLINE vec<T> differentiate(vec<T> x, vec<T> weight) const {
+    const vec<T> scaled = weight * vec<T>(scale);
     if (softcap == T(0)) return scaled;
     const vec<T> share = x * vec<T>(T(1) / softcap);
     return scaled * (vec<T>(T(1)) - share * share);
@@ -78,12 +94,11 @@ struct score_rule {
  private:
   [[nodiscard]] vec<T> cap(vec<T> score) const {
     // Beyond 32 the hyperbolic tangent is 1 in every precision; a NaN passes both comparisons.
-    vec<T> x = score * vec<T>(unit_before_cap()) * vec<T>(T(1) / softcap);
+    vec<T> x = score * vec<T>(score_unit()) * vec<T>(T(1) / softcap);
     x = xsimd::select(x > vec<T>(T(32)), vec<T>(T(32)), x);
     x = xsimd::select(x < vec<T>(T(-32)), vec<T>(T(-32)), x);
     return vec<T>(softcap) * xsimd::tanh(x);
   }
-  [[nodiscard]] T unit_before_cap() const { return scale == T(0) ? T(1) : std::abs(scale); }
 };
 
 /// The rule that the options ask for, for queries and keys of `dim` elements.
