@@ -345,7 +345,9 @@ class error_rule {
     const auto mean = [&](long double squares) { return std::sqrt(squares / static_cast<long double>(count_)); };
     // A number is stored to half a unit in its last place, and the step before it, by the sum of the weights or from
     // base 2 to base e, rounds as much again: together epsilon times the number at most.
-    const long double rounding = static_cast<long double>(std::numeric_limits<T>::epsilon()) * mean(size_);
+    // Below the normal numbers a unit in the last place is the least of them.
+    const long double rounding = std::max(static_cast<long double>(std::numeric_limits<T>::epsilon()) * mean(size_),
+                                          static_cast<long double>(std::numeric_limits<T>::denorm_min()));
     // An infinite error of the textbook would allow anything.
     if (std::isfinite(worst_) && std::isfinite(textbook_) && mean(kernel_) <= 2 * mean(textbook_) + rounding)
       return testing::AssertionSuccess();

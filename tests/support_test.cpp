@@ -53,6 +53,9 @@ TEST(ErrorRule, AllowsTwiceTheTextbookAndRounding) {
   EXPECT_FALSE(rule(1 + 2 * epsilon, 1, 1));
   EXPECT_TRUE(rule(1024 * (1 + epsilon), 1024, 1024)) << "rounding is relative";
   EXPECT_FALSE(rule(epsilon, 0, 0));
+  constexpr double least = std::numeric_limits<double>::denorm_min();
+  EXPECT_TRUE(rule(8 * least, 7 * least, 7 * least)) << "rounding to denormal numbers is not relative";
+  EXPECT_FALSE(rule(9 * least, 7 * least, 7 * least));
 }
 
 TEST(ErrorRule, FailsOnNanAndInfinity) {
