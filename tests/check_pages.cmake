@@ -1,4 +1,4 @@
-# cmake -P check_pages.cmake [folder of the project]: what the pages of Markdown link to is there.
+# cmake -P check_pages.cmake [folder of the project]: what the pages of Markdown link to is there, and the README is short.
 
 cmake_minimum_required(VERSION 3.25)
 
@@ -26,6 +26,13 @@ foreach(page IN LISTS pages)
     endif()
   endforeach()
 endforeach()
+
+file(READ ${root}/README.md text)
+string(REGEX MATCHALL "\n" lines "${text}")
+list(LENGTH lines length)
+if(length GREATER 160)
+  list(APPEND faults "README.md has ${length} lines, at most 160 are read")
+endif()
 
 if(faults)
   list(JOIN faults "\n" faults)

@@ -30,8 +30,10 @@
 /// @endcond
 /// The part of the library's inline namespace that tells versions apart: v0_1_0.
 #define CCA_VERSION_NAME CCA_VERSION_NAME_OF(CCA_VERSION_MAJOR, CCA_VERSION_MINOR, CCA_VERSION_PATCH)
+/// @cond
 #define CCA_VERSION_NAME_OF(major, minor, patch) CCA_VERSION_NAMED(major, minor, patch)
 #define CCA_VERSION_NAMED(major, minor, patch) v##major##_##minor##_##patch
+/// @endcond
 
 namespace cca {
 

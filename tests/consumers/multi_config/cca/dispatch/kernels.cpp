@@ -2,6 +2,6 @@
 #include "../../configuration.hpp"
 
 extern "C" {
-extern const bool table __asm__("cca_dispatch_" CCA_DISPATCH_TARGET);
+extern const bool table __asm__("cca_dispatch_here_" CCA_DISPATCH_TARGET);
 const bool table = of_a_release;
 }
