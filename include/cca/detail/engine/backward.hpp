@@ -74,29 +74,27 @@ class backward {
   }
 
   [[nodiscard]] std::size_t bytes() const {
-    return worker_scratch<T>::bytes(workers_, worker_size_) + scratch_bytes<turn::counter>(tasks_.size()) +
-           scratch_bytes<T>(tasks_.size());
+    return worker_scratch<T>::bytes(workers_, worker_size_) + scratch_bytes<turn::counter>(tasks_.size());
   }
 
-  /// Adds to the gradients of the sources' rows, and writes those of the queries, and of the sink logits where there are any:
-  /// `[1 or batch, heads, 1]`, or `[batch, heads, length]`.
+  /// Adds to the gradients of the sources' rows, and writes those of the queries, and of the sink logits where they are
+  /// asked for.
   template <class Results, executor E, class... Gradient>
   void operator()(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule,
                   tensor_view<T, 3> grad_sink, const E& run, scratch& memory, const Gradient&... gradients) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
     auto* passed = memory.take<turn::counter>(tasks_.size());
     std::uninitialized_value_construct_n(passed, tasks_.size());
-    T* sinks = memory.take<T>(tasks_.size());
     with_product<Element, (of_elements<Element, decltype(gradients.source)> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
           const score_rule<T> scaled = Product::balances ? rule.balanced() : rule;
           run_tasks(run, workers_, tasks_.size(), [&](std::int64_t worker, std::int64_t i) {
             turn turn(tasks_[i].leads ? nullptr : passed + i - 1, passed + i);
-            sinks[i] = run_stack<gradient_tile<Product>>(results, grad_query, scaled, grad_sink, scratch[worker],
-                                                         tasks_[i], turn, gradients...);
+            run_stack<gradient_tile<Product>>(results, grad_query, scaled, scratch[worker], tasks_[i], turn,
+                                              gradients...);
           });
         });
-    if (grad_sink.data != nullptr && grad_sink.length() == 1) add_sinks(sinks, grad_sink);
+    if (grad_sink.data != nullptr) differentiate_sinks(results, rule, grad_sink, run);
   }
 
  private:
@@ -107,30 +105,21 @@ class backward {
     });
   }
 
-  /// Goes backward with the queries of a task; returns what they say of a sink logit that they share.
+  /// Goes backward with the queries of a task.
   template <class Tile, class Results, class... Gradient>
-  T run_stack(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule, tensor_view<T, 3> grad_sink,
-              T* scratch, const task& task, turn& turn, const Gradient&... gradients) const {
+  void run_stack(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule, T* scratch,
+                 const task& task, turn& turn, const Gradient&... gradients) const {
     const auto [b, h, queries, leads] = task;
     const std::int64_t first = queries.begin;
     stack<Tile> stack(scratch, {form_, &rule}, {b, h, heads_, first, queries.size()});
     auto& memory = stack.memory();
     memory.query.load(queries.size(), [&](std::int64_t i) { return results.query.row(b, h, first + i); });
     memory.grad_out.load(queries.size(), [&](std::int64_t i) { return results.grad_out.row(b, h, first + i); });
-    T sinks = T(0);
     stack.for_each_tile([&](Tile tile, std::int64_t at) {
       tile.begin(memory, at);
-      for (std::int64_t q = 0; q < tile.count(); ++q) {
-        const std::int64_t i = first + at + q;
-        const T lse = static_cast<T>(*results.lse.row(b, h, i));
-        T delta = dot(results.out.row(b, h, i), memory.grad_out.row(at + q));
-        if (results.grad_lse.data != nullptr) delta -= static_cast<T>(*results.grad_lse.row(b, h, i));
-        tile.set(q, lse, delta);
-        if (!rule.has_sinks()) continue;
-        const T grad = -std::exp(rule.sink(b, h, i) - lse) * delta;
-        if (grad_sink.data != nullptr && grad_sink.length() != 1) *grad_sink.row(b, h, i) = grad;
-        sinks += grad;
-      }
+      for (std::int64_t q = 0; q < tile.count(); ++q)
+        tile.set(q, static_cast<T>(*results.lse.row(b, h, first + at + q)),
+                 delta(results, memory.grad_out.row(at + q), b, h, first + at + q));
     });
     std::int64_t offset = 0;
     const auto absorb = [&](const auto& gradient) {
@@ -153,7 +142,6 @@ class backward {
     (absorb(gradients), ...);
     stack.for_each_tile(
         [&](Tile tile, std::int64_t at) { tile.finish(grad_query.row(b, h, first + at), grad_query.stride[2]); });
-    return sinks;
   }
 
   /// `out . grad_out` of one query, in pieces that are converted where they have to be: so the sum has one order for every
@@ -174,12 +162,28 @@ class backward {
     return sum;
   }
 
-  /// Sink logits that the queries of a head, or of the whole batch, share: in the order of the tasks.
-  void add_sinks(const T* sinks, tensor_view<T, 3> grad_sink) const {
-    for (std::int64_t b = 0; b < grad_sink.batch(); ++b)
-      for (std::int64_t h = 0; h < grad_sink.heads(); ++h) *grad_sink.row(b, h, 0) = T(0);
-    for (std::int64_t i = 0; i < tasks_.size(); ++i)
-      *grad_sink.row(grad_sink.batch() == 1 ? 0 : tasks_[i].b, tasks_[i].head, 0) += sinks[i];
+  /// `sum_d out dO - (gradient of lse)` of one query.
+  template <class Results, class GradOut>
+  [[nodiscard]] T delta(const Results& results, const GradOut* grad_out, std::int64_t b, std::int64_t h,
+                        std::int64_t i) const {
+    const T product = dot(results.out.row(b, h, i), grad_out);
+    return results.grad_lse.data == nullptr ? product : product - static_cast<T>(*results.grad_lse.row(b, h, i));
+  }
+
+  /// `d_sink = -sum p_sink delta` over the queries that share a sink logit, one after the other.
+  template <class Results, executor E>
+  void differentiate_sinks(const Results& results, const score_rule<T>& rule, tensor_view<T, 3> grad,
+                           const E& run) const {
+    run_tasks(run, workers_, heads_, [&](std::int64_t, std::int64_t h) {
+      for (std::int64_t b = 0; b < grad.batch(); ++b)
+        for (std::int64_t i = 0; i < grad.length(); ++i) *grad.row(b, h, i) = T(0);
+      for (std::int64_t b = 0; b < results.query.batch(); ++b)
+        for (std::int64_t i = 0; i < length_; ++i) {
+          const T share = std::exp(rule.sink(b, h, i) - static_cast<T>(*results.lse.row(b, h, i)));
+          *grad.row(grad.batch() == 1 ? 0 : b, h, grad.length() == 1 ? 0 : i) -=
+              share * delta(results, results.grad_out.row(b, h, i), b, h, i);
+        }
+    });
   }
 
   std::int64_t heads_, length_;

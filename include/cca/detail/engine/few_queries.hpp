@@ -63,11 +63,11 @@ class partial_result {
     return get().inverse() * (own * whole.join(sink).first * whole.inverse());
   }
 
-  /// The natural log-sum-exp, of weights without a headroom.
-  [[nodiscard]] T lse(const exponential_sum<T>& sink, T unit) const {
-    exponential_sum<T> whole = total(unit, 0);
-    if (sink.sum != T(0)) whole.join(sink);
-    return whole.log();
+  /// What was seen, in base 2.
+  [[nodiscard]] exponential_sum<T> total(T unit, int headroom) const {
+    const row_softmax<T> softmax = get();
+    if (softmax.sum == T(0)) return {};
+    return {softmax.maximum * unit, std::ldexp(softmax.sum, headroom)};
   }
 
   /// The weighted sum of the values.
@@ -79,13 +79,6 @@ class partial_result {
     memory_[0] = softmax.maximum;
     memory_[1] = softmax.sum;
   }
-  /// What was seen, in base 2.
-  [[nodiscard]] exponential_sum<T> total(T unit, int headroom) const {
-    const row_softmax<T> softmax = get();
-    if (softmax.sum == T(0)) return {};
-    return {softmax.maximum * unit, std::ldexp(softmax.sum, headroom)};
-  }
-
   T* memory_;
   std::int64_t value_dim_;
 };

@@ -160,7 +160,7 @@ class forward {
         const T share = whole.share(rule.sink_sum(b, h, i), rule.unit_in_base_2(), headroom);
         if (headroom == 0) {
           scale_row(whole.out(), form_.value_dim, share, out.row(b, h, i));
-          if (lse.data) *lse.row(b, h, i) = static_cast<Lse>(whole.lse(rule.sink_sum(b, h, i), rule.unit_in_base_2()));
+          if (lse.data) *lse.row(b, h, i) = static_cast<Lse>(rule.log(whole.total(rule.unit_in_base_2(), 0), b, h, i));
         }
         if (!replace_infinite(whole.out(), 1, form_.value_dim, share, out.row(b, h, i))) finite = false;
       }

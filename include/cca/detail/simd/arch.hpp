@@ -21,7 +21,7 @@ template <class Base>
 struct arch : Base {};
 
 #if defined(__aarch64__)
-using vector_arch = arch<xsimd::neon64>;
+using vector_arch = xsimd::neon64;  // which every unit has
 using quad_arch = vector_arch;
 #else
 /// The widest vectors. Whatever XSIMD_DEFAULT_ARCH says: the name of the namespace does not.

@@ -101,9 +101,7 @@ class lane_softmax {
 
   /// The natural log-sum-exp of lane `i`, that of query `q` of head `h` of sequence `b`.
   [[nodiscard]] T lse(std::int64_t i, std::int64_t b, std::int64_t h, std::int64_t q) const {
-    exponential_sum<T> whole = total(i);
-    if (rule_->has_sinks()) whole.join(rule_->sink_sum(b, h, q));
-    return whole.log();
+    return rule_->log(total(i), b, h, q);
   }
 
  private:

@@ -59,6 +59,13 @@ struct score_rule {
     return *sink_logits.row(sink_logits.batch() == 1 ? 0 : b, h, sink_logits.length() == 1 ? 0 : i);
   }
 
+  /// The natural log-sum-exp of that query, of which `seen` is all but its sink.
+  [[nodiscard]] T log(exponential_sum<T> seen, std::int64_t b, std::int64_t h, std::int64_t i) const {
+    if (has_sinks() && seen.sum == T(0)) return sink(b, h, i);
+    if (has_sinks()) seen.join(sink_sum(b, h, i));
+    return seen.log();
+  }
+
   /// Of a part of a tile: the scores, and where they are asked for their maxima, for which unseen scores are -inf.
   template <class Part>
   void apply(const Part& part, const score_block<T> scores) const {
