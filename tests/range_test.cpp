@@ -221,6 +221,33 @@ TYPED_TEST(Range, MeansOfValues) {
     }
 }
 
+/// Where the sum of one query's values overflows it is taken again, held back, and so is that of all queries beside it. Those
+/// keep what they had, to the bit: tiny values would lose theirs.
+TYPED_TEST(Range, MeansBesideOneThatOverflows) {
+  using T = TypeParam;
+  random_engine random(12);
+  for (const std::int64_t length : {6, 40, 100}) {
+    const problem p = example(entry::dense, {.heads = 2, .queries = length, .keys = length, .dim = 4, .value_dim = 5});
+    argument_memory<T> memory = argument_memory<T>(p).randomize(random);
+    memory.operands[1].fill(T(1));  // all weigh the same
+    times(memory.operands[2], std::numeric_limits<T>::min() * 1000);
+    argument_memory<T> overflows = memory;
+    for (std::int64_t h = 0; h < 2; ++h)
+      for (std::int64_t t : {length - 2, length - 1})
+        for (std::int64_t d = 0; d < 5; ++d) overflows.operands[2].row(0, h, t)[d] = largest<T>;
+    call(p, memory.arguments());
+    call(p, overflows.arguments());
+    for_each_row(memory.results[0].view(), [&](std::int64_t b, std::int64_t h, std::int64_t t) {
+      for (std::int64_t d = 0; d < 5; ++d) {
+        const T x = overflows.results[0].row(b, h, t)[d];
+        EXPECT_TRUE(std::isfinite(x)) << t;
+        EXPECT_TRUE(t >= length - 2 || same_bits(x, memory.results[0].row(b, h, t)[d])) << t;
+      }
+    });
+    EXPECT_TRUE(same_bits(memory.results[1].view(), overflows.results[1].view()));
+  }
+}
+
 /// Keys are means, too, where groups are pooled: of equal weights, whatever the keys, and of unequal ones.
 TYPED_TEST(Range, MeansOfKeys) {
   using T = TypeParam;

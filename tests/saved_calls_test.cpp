@@ -252,8 +252,8 @@ TEST(SavedCalls, Double) { check_calls<double>(section::float64, all_entries, 1,
 /// Sequences of a cache, and all that they were given.
 template <class T>
 struct saved_sequence {
-  operands<T> tokens;                   // the first `length` of them
-  std::int64_t length = 0, oldest = 0;  // oldest: of the raw tokens that the saved cache still held
+  operands<T> tokens;                    // the first `length` of them
+  std::int64_t length = 0, longest = 0;  // longest: since it was empty
 };
 
 /// A cache that is given tokens one by one and in chunks, truncated, forked, and reset.
@@ -296,7 +296,7 @@ void check_life(const saved_life& life, const std::string& kind, saved_results& 
       copy<T>(added.key, tokens_of(of.tokens.key.view(), place));
       copy<T>(added.value, tokens_of(of.tokens.value.view(), place));
       of.length += count;
-      if (setup.raw_limit() != unlimited) of.oldest = std::max(of.oldest, of.length - setup.raw_limit());
+      of.longest = std::max(of.longest, of.length);
       const auto exact = exact_step<Exact>(tokens_of(of.tokens, {0, of.length}), count, setup.options);
       const auto answer = sequence_of(got, b - batch.begin);
       saved.add<R>(kind + ", out", answer.out.view(), exact.out);
@@ -318,13 +318,10 @@ void check_life(const saved_life& life, const std::string& kind, saved_results& 
       known[static_cast<std::size_t>(to)] = saved_sequence<T>(of);
     } else if (kind_of_step == 1 && random.once_in(3)) {
       cache.reset(b);
-      of.length = of.oldest = 0;
+      of.length = of.longest = 0;
     } else if (kind_of_step <= 3) {
-      // As far as the cache goes whose answers were saved.
-      const partition partition{setup.options.group_size, setup.options.window};
-      std::int64_t least = of.length;
-      while (least > 0 && partition.raw(least - 1).begin >= of.oldest) --least;
-      of.length = random.draw(std::max(least, of.length - 9), of.length);
+      // As far as every cache goes, whatever else it keeps.
+      of.length = random.draw(std::max<std::int64_t>(of.longest - life.rewind, 0), of.length);
       cache.truncate(b, of.length);
     } else if (room > 0) {
       ASSERT_NO_FATAL_FAILURE(step_of(batch, random.draw(1, std::min(most, room))));

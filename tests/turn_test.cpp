@@ -92,24 +92,22 @@ void pass_up_to(counter& to, std::int64_t row) {
 
 /// A task of 70 queries that all see the same rows, behind a task that passes them step by step. Blocks of any kernel end
 /// where `step` divides.
-template <class Stack, class Element>
+template <class Product>
 void check_stack(const detail::tile_form& form) {
-  using T = compute_type<Element>;
+  using Tile = detail::gradient_tile<Product>;
+  using Element = typename Product::element;
+  using T = typename Product::number;
   constexpr std::int64_t rows = 768, step = 256, queries = 70;
+  static_assert(step % Tile::block_rows == 0);
   random_engine random(1);
   const auto random_tensor = [&](std::int64_t count, std::int64_t dim) {
     return tensor<Element>({1, 1, count, dim}).randomize(random, 0.1);
   };
   const tensor<Element> query = random_tensor(queries, form.dim), key = random_tensor(rows, form.dim);
   const tensor<Element> value = random_tensor(rows, form.value_dim), grad_out = random_tensor(queries, form.value_dim);
-  tensor<T> out({1, 1, queries, form.value_dim});
-  tensor<T, 3> lse({1, 1, queries});
-  out.fill(0);
-  lse.fill(T(7));
-  const auto size = static_cast<std::size_t>(Stack::size(Stack::lanes_for(queries, form), form, false));
+  const detail::score_rule<T> rule;
+  const auto size = static_cast<std::size_t>(detail::stack<Tile>::size(queries, form, false));
   const detail::aligned_memory memory(size * sizeof(T));
-  const detail::query_results results{query.view(), std::as_const(out).view(), std::as_const(lse).view(),
-                                      grad_out.view(), lse_view<const T>{}};
   counter before{0}, mine{0};
   const watched_rows grad_key(rows, before, mine), grad_value(rows, before, mine);
   const auto source = detail::view_source(key.view(), value.view(), [](std::int64_t, std::int64_t, std::int64_t) {
@@ -118,10 +116,15 @@ void check_stack(const detail::tile_form& form) {
   const detail::source_gradient gradient{source, grad_key.view<T>(form.dim), grad_value.view<T>(form.value_dim)};
   {
     const std::jthread task([&] {
-      Stack stack(reinterpret_cast<T*>(memory.data()), form, queries);
-      stack.begin(results, 0, 0, 0, T(1));
+      detail::stack<Tile> stack(reinterpret_cast<T*>(memory.data()), {form, &rule}, {0, 0, 1, 0, queries});
+      stack.memory().query.load(queries, [&](std::int64_t i) { return query.row(0, 0, i); });
+      stack.memory().grad_out.load(queries, [&](std::int64_t i) { return grad_out.row(0, 0, i); });
+      stack.for_each_tile([&](Tile tile, std::int64_t first) {
+        tile.begin(stack.memory(), first);
+        for (std::int64_t i = 0; i < tile.count(); ++i) tile.set(i, T(7), T(0));
+      });
       turn turn(&before, &mine);
-      stack.absorb(gradient, 0, 0, 1, 0, 0, turn);
+      detail::absorb_in_turn(stack, gradient, 0, 0, 0, turn);
     });
     for (std::int64_t end = 0; end <= rows; end += step) {
       pass_up_to(before, end);
@@ -142,11 +145,11 @@ void check_stack(const detail::tile_form& form) {
 
 const detail::tile_form form{.dim = 8, .value_dim = 5};
 
-TEST(Turn, OfFloats) { check_stack<detail::gradient_stack<float>, float>(form); }
-TEST(Turn, OfDoubles) { check_stack<detail::gradient_stack<double>, double>(form); }
+TEST(Turn, OfFloats) { check_stack<detail::vectors<float>>(form); }
+TEST(Turn, OfDoubles) { check_stack<detail::vectors<double>>(form); }
 TEST(Turn, OfAMatrixUnit) {
   if (!detail::has_unit<Eigen::bfloat16>(matrix_unit::avx512_bf16)) GTEST_SKIP() << "no AVX-512 BF16";
-  check_stack<detail::unit_gradient_stack<Eigen::bfloat16>, Eigen::bfloat16>(
+  check_stack<detail::sixteen_bits<Eigen::bfloat16>>(
       {.dim = form.dim, .value_dim = form.value_dim, .unit = matrix_unit::avx512_bf16});
 }
 

@@ -46,6 +46,20 @@ template <class Query, class Out, class Lse, class GradOut, class GradLse>
 query_results(tensor_view<Query>, tensor_view<Out>, lse_view<Lse>, tensor_view<GradOut>, lse_view<GradLse>)
     -> query_results<Query, Out, Lse, GradOut, GradLse>;
 
+/// Goes backward with a stack over a source, and adds to the gradients of its rows of head `head` when it is this task's
+/// turn. All that a chain of tasks adds to counts as rows one after the other; those of the source begin at `offset`.
+template <class Tile, class Gradient>
+void absorb_in_turn(stack<Tile>& stack, const Gradient& gradient, std::int64_t b, std::int64_t head,
+                    std::int64_t offset, turn& turn) {
+  stack.absorb(gradient.source, [&](range rows, const auto* seen) {
+    turn.await(offset + rows.end);
+    stack.memory().add_to_rows(rows, seen, gradient.key.row(b, head, rows.begin), gradient.key.stride[2],
+                               gradient.value.row(b, head, rows.begin), gradient.value.stride[2]);
+    turn.pass(offset + rows.end);
+  });
+  turn.pass(offset + gradient.source.length);
+}
+
 /// The gradients of attention of every query over all sources: the counterpart of `forward`. `Element` is the operands'
 /// `product_type`.
 ///
@@ -123,21 +137,15 @@ class backward {
     });
     std::int64_t offset = 0;
     const auto absorb = [&](const auto& gradient) {
-      const std::int64_t head = h / (heads_ / gradient.source.heads);
       // A query whose logits are all masked sees nothing.
       const auto visible = [&](std::int64_t of, std::int64_t head_of, std::int64_t i) {
         const bool masked = static_cast<T>(*results.lse.row(of, head_of, i)) == -infinity<T>;
         return masked ? range{} : gradient.source.visible(of, head_of, i);
       };
       const source seen_source{gradient.source.heads, gradient.source.length, gradient.source.rows, visible};
-      stack.absorb(seen_source, [&](range rows, const auto* seen) {
-        turn.await(offset + rows.end);
-        memory.add_to_rows(rows, seen, gradient.key.row(b, head, rows.begin), gradient.key.stride[2],
-                           gradient.value.row(b, head, rows.begin), gradient.value.stride[2]);
-        turn.pass(offset + rows.end);
-      });
+      const source_gradient seen_gradient{seen_source, gradient.key, gradient.value};
+      absorb_in_turn(stack, seen_gradient, b, h / (heads_ / gradient.source.heads), offset, turn);
       offset += gradient.source.length;
-      turn.pass(offset);
     };
     (absorb(gradients), ...);
     stack.for_each_tile(
