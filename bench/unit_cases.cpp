@@ -1,10 +1,11 @@
-// Speed of matrix units: the best one that this processor has for bfloat16 and for half; no cases where it has none. Each
+// Speed of matrix units: the one with the most multiply-adds that this processor has for bfloat16 and for half; no cases where it has none. Each
 // iteration takes turns of the unit, of floats, and of the same 16-bit operands computed in float, each timed by the
 // thread's own clock; the counters are of the best turns:
 //   flop/s     useful operations of the unit, as elsewhere
 //   peak       their share of the unit's products of 32 x 64 x 128 from first-level cache on random numbers, with their
 //              loads and stores, measured around the calls
 //   speedup    over floats
+//   best       1 where `matrix_unit::best` means this unit, 0 where floats are faster
 //   stored     speed of the same operands without the unit, over floats
 //   error      root of the mean square of the differences from floats' result, over that of the result
 
@@ -125,7 +126,7 @@ double relative_error(const std::vector<float>& got, const std::vector<float>& w
 
 template <class Element>
 void on_unit(benchmark::State& state, const unit_case& c) {
-  const cca::matrix_unit unit = cca::best_unit<Element>();
+  const cca::matrix_unit unit = cca::detail::present_unit<Element>();
   operands<float> numbers(1, c.heads, c.heads, c.length, c.length, c.dim);
   fill(numbers.out, 4);
   unit_operands<Element> stored(c, numbers);
@@ -154,13 +155,14 @@ void on_unit(benchmark::State& state, const unit_case& c) {
   state.counters["flop/s"] = c.flops() / on;
   state.counters["peak"] = c.flops() / on / peak;
   state.counters["speedup"] = in_floats / on;
+  state.counters["best"] = cca::best_unit<Element>() == unit;
   state.counters["stored"] = in_floats / off;
   state.counters["error"] = error;
 }
 
 template <class Element>
 void add_cases_of(const char* element) {
-  if (cca::best_unit<Element>() == cca::matrix_unit::none) return;
+  if (cca::detail::present_unit<Element>() == cca::matrix_unit::none) return;
   constexpr std::int64_t K = 1024;
   const auto add_case = [&](const unit_case& c) {
     add(c.name(element), c.flops() / 40e9, [c](benchmark::State& state) { on_unit<Element>(state, c); });

@@ -35,7 +35,7 @@ enum class core_heads {
 /// are taken for zeros. The softmax itself is computed in float.
 enum class matrix_unit {
   none,         ///< products of floats
-  best,         ///< the fastest of those below that the processor has and the operating system allows, otherwise `none`
+  best,         ///< the fastest of all for the operands, which for floats and doubles is `none`; see `best_unit`
   avx512_bf16,  ///< for bfloat16
   amx           ///< tiles, for bfloat16, and on processors that have them for half
 };

@@ -124,10 +124,10 @@ void require_key_value(const char* key_name, const char* value_name, const tenso
 template <class Element>
 void require_unit(const options& options) {
   const matrix_unit unit = options.unit;
-  if (unit == matrix_unit::none) return;
+  if (unit == matrix_unit::none || unit == matrix_unit::best) return;
   if (!is_unit_element<Element>)
     refuse("options.unit", option_text(unit), "none: the operands are not all of the same 16-bit type");
-  if (unit != matrix_unit::best && !has_unit<Element>(unit))
+  if (!has_unit<Element>(unit))
     refuse("options.unit", option_text(unit), "best, or a unit that this processor has for the operands' type");
 }
 

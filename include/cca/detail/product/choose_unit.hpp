@@ -1,11 +1,18 @@
 #pragma once
 
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
 #include <type_traits>
 
 #include "../../element.hpp"
 #include "../../options.hpp"
 #include "../base/processor.hpp"
 #include "../base/target.hpp"
+
+#if defined(CCA_MATRIX_UNITS)
+#include <immintrin.h>
+#endif
 
 namespace cca { inline namespace CCA_TARGET {
 namespace detail {
@@ -18,13 +25,67 @@ template <class Element>
   return unit == matrix_unit::avx512_bf16 && is_bfloat16<Element> && units.avx512_bf16;
 }
 
+/// The unit with the most multiply-adds that the processor has for such elements, faster than floats or not.
+template <class Element>
+[[nodiscard]] matrix_unit present_unit() {
+  for (const matrix_unit unit : {matrix_unit::amx, matrix_unit::avx512_bf16})
+    if (has_unit<Element>(unit)) return unit;
+  return matrix_unit::none;
+}
+
+#if defined(CCA_MATRIX_UNITS)
+
+/// Seconds of `steps` multiply-adds in each of 16 registers, of pairs of bfloat16 or of floats.
+template <bool Pairs>
+__attribute__((target("avx512f,avx512bw,avx512bf16"))) double multiply_add_seconds(std::int64_t steps) {
+  constexpr int registers = 16;
+  __m512 sum[registers];
+#pragma GCC unroll 16
+  for (int r = 0; r < registers; ++r) sum[r] = _mm512_setzero_ps();
+  __m512 factor = _mm512_set1_ps(1.0f);
+  const auto begin = std::chrono::steady_clock::now();
+  for (std::int64_t i = 0; i < steps; ++i) {
+    asm volatile("" : "+v"(factor));
+#pragma GCC unroll 16
+    for (int r = 0; r < registers; ++r)
+      sum[r] = Pairs ? _mm512_dpbf16_ps(sum[r], (__m512bh)factor, (__m512bh)factor)
+                     : _mm512_fmadd_ps(factor, factor, sum[r]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < registers; ++r) asm volatile("" : : "v"(sum[r]));
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+/// Whether AVX-512 BF16, which is there, multiplies faster than vectors of floats. AMD's do, at twice the speed. Intel's
+/// first ones take as long for a pair as for two floats or longer: what is not known is measured once, in a tenth of a
+/// millisecond.
+inline bool avx512_bf16_pays() {
+  static const bool pays = [] {
+    constexpr unsigned amd = 0x68747541;  // "Auth", the first word of the vendor's name
+    if (cpuid(0, 0).ebx == amd) return true;
+    constexpr std::int64_t steps = 500;
+    double pairs = 1, floats = 1;
+    for (int i = 0; i < 5; ++i) {
+      pairs = std::min(pairs, multiply_add_seconds<true>(steps));
+      floats = std::min(floats, multiply_add_seconds<false>(steps));
+    }
+    return pairs < 1.8 * floats;  // a pair is two multiply-adds, and rounding between products costs some
+  }();
+  return pays;
+}
+
+#else
+
+inline bool avx512_bf16_pays() { return false; }
+
+#endif
+
 /// The unit that `wanted` means for operands whose `product_type` is `Element`: never `best`.
 template <class Element>
 [[nodiscard]] matrix_unit chosen_unit(matrix_unit wanted) {
   if (wanted != matrix_unit::best) return wanted;
-  for (const matrix_unit unit : {matrix_unit::amx, matrix_unit::avx512_bf16})
-    if (has_unit<Element>(unit)) return unit;
-  return matrix_unit::none;
+  const matrix_unit unit = present_unit<Element>();
+  return unit == matrix_unit::avx512_bf16 && !avx512_bf16_pays() ? matrix_unit::none : unit;
 }
 
 }  // namespace detail
