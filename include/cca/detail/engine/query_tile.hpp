@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include "../simd/dot.hpp"
 #include "../simd/register_block.hpp"
@@ -98,17 +97,16 @@ class query_tile {
   /// Returns whether all are finite.
   bool finish(std::int64_t b, std::int64_t h, std::int64_t first) {
     softmax_.finish(count_, b, h, first);
-    const vec<number> largest(std::numeric_limits<number>::max());
-    auto finite = largest == largest;
+    finite_check<number> finite;
     for (std::int64_t lane = 0; lane < lanes; lane += width<number>) {
       const auto share = vec<number>::load_aligned(softmax_.shares() + lane);
       for (number* o = out_ + lane; o < out_ + call_.form.value_dim * lanes; o += lanes) {
         const vec<number> mean = share * vec<number>::load_aligned(o);
-        finite = finite & (xsimd::abs(mean) <= largest);
+        finite.add(mean);
         mean.store_aligned(o);
       }
     }
-    return xsimd::all(finite);
+    return finite.holds();
   }
 
   /// Writes `count` rows of `value_dim` elements; with a headroom only what is not finite there yet.

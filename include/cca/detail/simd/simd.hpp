@@ -113,16 +113,6 @@ CCA_INLINE void prefetch(const T* from, std::int64_t rows, std::int64_t stride, 
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) + offset * sizeof(T)), 0, 2);
 }
 
-/// Whether none of the `n` elements is infinite or NaN.
-template <class T>
-bool all_finite(const T* x, std::int64_t n) {
-  const vec<T> largest(std::numeric_limits<T>::max());
-  auto finite = largest == largest;
-  std::int64_t i = 0;
-  for (; i + width<T> <= n; i += width<T>) finite = finite & (xsimd::abs(vec<T>::load_unaligned(x + i)) <= largest);
-  return xsimd::all(finite & (xsimd::abs(load_partial(x + i, n - i)) <= largest));
-}
-
 /// Minimax polynomials for 2^f on [-1/2, 1/2] with p(0) = 1, so that the weight of the maximum is exactly 1.
 /// Relative error 2.6e-9 (float) and 1.8e-17 (double), below the rounding of the evaluation.
 template <class T>
@@ -145,6 +135,34 @@ struct exp2_constants<double> {
                                           0x1.5d87fe7bbbe07p-10, 0x1.3b2ab6fba1e1cp-7,  0x1.c6b08d7048f31p-5,
                                           0x1.ebfbdff82c598p-3,  0x1.62e42fefa39f3p-1};
 };
+
+/// Whether all of some vectors are finite. Bits without their sign are ordered as magnitudes are, infinities and NaNs last:
+/// a maximum raises no exception, and truth values, which move between registers, are made once.
+template <class T>
+class finite_check {
+  using integer = typename exp2_constants<T>::integer;
+  static constexpr integer exponent = (2 * integer(exp2_constants<T>::bias) + 1) << exp2_constants<T>::mantissa_bits;
+
+ public:
+  CCA_INLINE void add(vec<T> x) {
+    constexpr integer magnitude = std::numeric_limits<integer>::max();
+    largest_ = xsimd::max(largest_, cast_bits<integer>(x) & vec<integer>(magnitude));
+  }
+  [[nodiscard]] CCA_INLINE bool holds() const { return xsimd::all(largest_ < vec<integer>(exponent)); }
+
+ private:
+  vec<integer> largest_{integer(0)};
+};
+
+/// Whether none of the `n` elements is infinite or NaN.
+template <class T>
+bool all_finite(const T* x, std::int64_t n) {
+  finite_check<T> finite;
+  std::int64_t i = 0;
+  for (; i + width<T> <= n; i += width<T>) finite.add(vec<T>::load_unaligned(x + i));
+  finite.add(load_partial(x + i, n - i));
+  return finite.holds();
+}
 
 /// Where the results of `exp2` end. With a `headroom` of h they are 2^-h times as large, so that 2^h of them, times numbers
 /// of any size, add up to a finite sum; those below the normal numbers are 0.
