@@ -222,30 +222,45 @@ TYPED_TEST(Range, MeansOfValues) {
 }
 
 /// Where the sum of one query's values overflows it is taken again, held back, and so is that of all queries beside it. Those
-/// keep what they had, to the bit: tiny values would lose theirs.
+/// keep what they had, to the bit: tiny values would lose theirs. What was held back has its share of a sum with a sink.
 TYPED_TEST(Range, MeansBesideOneThatOverflows) {
   using T = TypeParam;
   random_engine random(12);
-  for (const std::int64_t length : {6, 40, 100}) {
-    const problem p = example(entry::dense, {.heads = 2, .queries = length, .keys = length, .dim = 4, .value_dim = 5});
-    argument_memory<T> memory = argument_memory<T>(p).randomize(random);
-    memory.operands[1].fill(T(1));  // all weigh the same
-    times(memory.operands[2], std::numeric_limits<T>::min() * 1000);
-    argument_memory<T> overflows = memory;
-    for (std::int64_t h = 0; h < 2; ++h)
-      for (std::int64_t t : {length - 2, length - 1})
-        for (std::int64_t d = 0; d < 5; ++d) overflows.operands[2].row(0, h, t)[d] = largest<T>;
-    call(p, memory.arguments());
-    call(p, overflows.arguments());
-    for_each_row(memory.results[0].view(), [&](std::int64_t b, std::int64_t h, std::int64_t t) {
-      for (std::int64_t d = 0; d < 5; ++d) {
-        const T x = overflows.results[0].row(b, h, t)[d];
-        EXPECT_TRUE(std::isfinite(x)) << t;
-        EXPECT_TRUE(t >= length - 2 || same_bits(x, memory.results[0].row(b, h, t)[d])) << t;
+  tensor<T, 3> sinks({1, 2, 1});
+  sinks.fill(T(0.5));
+  for (const std::int64_t length : {6, 40, 100})
+    for (const bool with_sinks : {false, true}) {
+      SCOPED_TRACE(testing::Message() << "length " << length << ", sinks " << with_sinks);
+      const problem p =
+          example(entry::dense, {.heads = 2, .queries = length, .keys = length, .dim = 4, .value_dim = 5});
+      argument_memory<T> memory = argument_memory<T>(p).randomize(random);
+      memory.operands[1].fill(T(1));  // of one query all weigh the same
+      times(memory.operands[2], std::numeric_limits<T>::min() * 1000);
+      argument_memory<T> overflows = memory;
+      for (std::int64_t h = 0; h < 2; ++h)
+        for (std::int64_t t : {length - 2, length - 1})
+          for (std::int64_t d = 0; d < 5; ++d) overflows.operands[2].row(0, h, t)[d] = largest<T>;
+      for (argument_memory<T>* of : {&memory, &overflows}) {
+        arguments<T> a = of->arguments();
+        if (with_sinks) a.sinks = std::as_const(sinks).view();
+        call(p, a);
       }
-    });
-    EXPECT_TRUE(same_bits(memory.results[1].view(), overflows.results[1].view()));
-  }
+      EXPECT_TRUE(same_bits(memory.results[1].view(), overflows.results[1].view()));
+      for_each_row(memory.results[0].view(), [&](std::int64_t b, std::int64_t h, std::int64_t t) {
+        const double lse = static_cast<double>(*overflows.results[1].row(b, h, t));
+        const double seen = with_sinks ? 1 - std::exp(0.5 - lse) : 1.0;  // the share of all but the sink
+        for (std::int64_t d = 0; d < 5; ++d) {
+          const T x = overflows.results[0].row(b, h, t)[d];
+          if (t < length - 2) {
+            EXPECT_TRUE(same_bits(x, memory.results[0].row(b, h, t)[d])) << t;
+          } else {
+            EXPECT_NEAR(static_cast<double>(x / largest<T>),
+                        static_cast<double>(t - length + 3) * seen / static_cast<double>(t + 1), 1e-5)
+                << t;
+          }
+        }
+      });
+    }
 }
 
 /// Keys are means, too, where groups are pooled: of equal weights, whatever the keys, and of unequal ones.
