@@ -10,6 +10,7 @@
 #include "../../element.hpp"
 #include "../../executor.hpp"
 #include "../../tensor_view.hpp"
+#include "../base/numbers.hpp"
 #include "../base/scratch.hpp"
 #include "../base/turn.hpp"
 #include "../context/source.hpp"
@@ -164,8 +165,8 @@ class backward {
     alignas(scratch_alignment) T a[piece], b[piece];
     T sum = T(0);
     for (std::int64_t d = 0; d < form_.value_dim; d += piece) {
-      const std::int64_t count = std::min(piece, form_.value_dim - d);
-      std::fill_n(b, piece, T(0));
+      const std::int64_t count = smaller(piece, form_.value_dim - d);
+      fill_n(b, piece, T(0));
       convert(grad_out + d, count, b);
       T more;
       dot_rows(b, stage(out + d, 0, count, 1, a), count, 1, &more);

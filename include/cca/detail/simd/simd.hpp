@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../base/numbers.hpp"
 #include "../base/target.hpp"
 #include "arch.hpp"
 
@@ -61,9 +62,15 @@ CCA_INLINE vec<T> fma(vec<T> a, vec<T> b, vec<T> c) {
 #endif
 }
 
+/// Not by xsimd's AVX2 where AVX-512 is there: it would be shared with units of AVX2.
 template <class T>
 CCA_INLINE T reduce_add(vec<T> x) {
-#if XSIMD_VERSION_MAJOR >= 9
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_reduce_add_ps(x);
+  else
+    return _mm512_reduce_add_pd(x);
+#elif XSIMD_VERSION_MAJOR >= 9
   return xsimd::reduce_add(x);
 #else
   return xsimd::hadd(x);
@@ -116,7 +123,7 @@ CCA_INLINE void prefetch(const T* from, std::int64_t rows, std::int64_t stride, 
 /// Whether none of the `n` elements is infinite or NaN.
 template <class T>
 bool all_finite(const T* x, std::int64_t n) {
-  const vec<T> largest(std::numeric_limits<T>::max());
+  const vec<T> largest(largest_finite<T>);
   auto finite = largest == largest;
   std::int64_t i = 0;
   for (; i + width<T> <= n; i += width<T>) finite = finite & (xsimd::abs(vec<T>::load_unaligned(x + i)) <= largest);

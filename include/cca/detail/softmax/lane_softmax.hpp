@@ -1,10 +1,10 @@
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <numbers>
 
+#include "../base/numbers.hpp"
 #include "../context/visible.hpp"
 #include "../simd/simd.hpp"
 #include "row_softmax.hpp"
@@ -37,8 +37,8 @@ class lane_softmax {
         rescale_(stored_ + lanes) {}
 
   void begin() {
-    std::fill(maximum_, sum_, -infinity<T>);
-    std::fill(sum_, rescale_, T(0));
+    fill(maximum_, sum_, -infinity<T>);
+    fill(sum_, rescale_, T(0));
   }
 
   /// Turns the scores of a part into weights relative to the raised maximum, which `weights.put(j, n, vectors)` stores, and

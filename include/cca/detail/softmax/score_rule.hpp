@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -8,6 +7,7 @@
 
 #include "../../options.hpp"
 #include "../../tensor_view.hpp"
+#include "../base/numbers.hpp"
 #include "../context/visible.hpp"
 #include "../simd/simd.hpp"
 #include "row_softmax.hpp"
@@ -37,7 +37,7 @@ struct score_rule {
   [[nodiscard]] score_rule balanced() const {
     score_rule rule = *this;
     const int whole = scale == T(0) ? 0 : std::ilogb(scale);
-    if (std::abs(whole) > 24) rule.exponent = whole / 2;
+    if (magnitude(whole) > 24) rule.exponent = whole / 2;
     return rule;
   }
 
@@ -46,7 +46,7 @@ struct score_rule {
   [[nodiscard]] T unit_in_base_2() const { return unit() * std::numbers::log2e_v<T>; }
 
   /// The scaled `q . k` of a score of 1.
-  [[nodiscard]] T score_unit() const { return scale == T(0) ? T(1) : std::ldexp(std::abs(scale), -exponent); }
+  [[nodiscard]] T score_unit() const { return scale == T(0) ? T(1) : std::ldexp(magnitude(scale), -exponent); }
 
   [[nodiscard]] bool has_sinks() const { return sink_logits.data != nullptr; }
   /// The sink of query `i` of head `h` of sequence `b` as a sum of exponentials; nothing where there are none.
