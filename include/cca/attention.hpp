@@ -1,13 +1,12 @@
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
-#include <numeric>
 #include <type_traits>
 
 #include "call.hpp"
+#include "detail/base/numbers.hpp"
 #include "detail/base/scratch.hpp"
 #include "detail/base/validate.hpp"
 #include "detail/context/source.hpp"
@@ -56,7 +55,7 @@ auto core_source(const cores<T>& rows, const options& options) {
   return far_source(
       rows.key, rows.value,
       [partition = partition{options.group_size, options.window}, count = rows.key.length()](
-          std::int64_t, std::int64_t, std::int64_t t) { return std::min(partition.core_count(t), count); });
+          std::int64_t, std::int64_t, std::int64_t t) { return smaller(partition.core_count(t), count); });
 }
 
 /// Calls `f(std::type_identity<Core>)`, where `Core` is what cores are kept in: what is computed in or, for a matrix unit,
@@ -84,7 +83,7 @@ auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<Fa
                  matrix_unit unit, const execution& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
-      in.query, in.value.dim(), std::gcd(in.key.heads(), context.key.heads()), {context.key.length(), in.key.length()},
+      in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()), {context.key.length(), in.key.length()},
       !in_place<T, Key, Value, FarKey, FarValue>, unit, run);
 }
 

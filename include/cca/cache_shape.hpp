@@ -1,9 +1,8 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <string>
 
+#include "detail/base/numbers.hpp"
 #include "detail/base/target.hpp"
 #include "detail/base/validate.hpp"
 #include "options.hpp"
@@ -36,13 +35,13 @@ inline constexpr long double max_elements = 0x1p58L;
 
 /// Elements of the keys or values of `tokens` tokens, at most.
 [[nodiscard]] inline long double elements(const cache_shape& shape, std::int64_t tokens) {
-  return elements(shape.heads, tokens, std::max(shape.dim, shape.value_dim));
+  return elements(shape.heads, tokens, larger(shape.dim, shape.value_dim));
 }
 
 /// The shape with its defaults filled in; refuses one that makes no sense.
 [[nodiscard]] inline cache_shape complete(cache_shape shape) {
   const auto least = [](const char* name, std::int64_t got, std::int64_t wanted) {
-    if (got < wanted) refuse(name, std::to_string(got), "at least " + std::to_string(wanted));
+    if (got < wanted) refuse(name, to_string(got), "at least " + to_string(wanted));
   };
   least("shape.batch", shape.batch, 0);
   least("shape.heads", shape.heads, 1);
@@ -53,8 +52,8 @@ inline constexpr long double max_elements = 0x1p58L;
   least("shape.capacity", shape.capacity, 0);
   least("shape.rewind", shape.rewind, 0);
   if (shape.value_dim == 0) shape.value_dim = shape.dim;
-  if (elements(shape, std::max<std::int64_t>(shape.capacity, 1)) > max_elements)
-    refuse("shape.capacity", std::to_string(shape.capacity) + " tokens", "a cache below 2^58 elements");
+  if (elements(shape, larger<std::int64_t>(shape.capacity, 1)) > max_elements)
+    refuse("shape.capacity", to_string(shape.capacity) + " tokens", "a cache below 2^58 elements");
   return shape;
 }
 

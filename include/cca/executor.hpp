@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
-#include <string>
 #include <thread>
 
 #if defined(_OPENMP)
@@ -13,6 +12,7 @@
 #endif
 
 #include "detail/base/float_mode.hpp"
+#include "detail/base/numbers.hpp"
 #include "detail/base/refuse.hpp"
 #include "detail/base/target.hpp"
 
@@ -41,7 +41,7 @@ template <executor E>
 std::int64_t concurrency(const E& run) {
   if constexpr (requires { run.concurrency(); }) {
     const auto said = run.concurrency();
-    if (said < 1) refuse("executor", "a concurrency of " + std::to_string(said), "at least 1");
+    if (said < 1) refuse("executor", "a concurrency of " + to_string(said), "at least 1");
     if (said <= most_workers) return static_cast<std::int64_t>(said);
   }
   return std::clamp<std::int64_t>(std::thread::hardware_concurrency(), 1, most_workers);
@@ -59,7 +59,7 @@ template <executor E, class Task>
 void run_tasks(const E& run, std::int64_t workers, std::int64_t count, const Task& task) {
   if (count <= 0) return;
   std::atomic<std::int64_t> next{0};
-  run(std::min(workers, count), [&, mode = current_float_mode()](std::int64_t worker) {
+  run(smaller(workers, count), [&, mode = current_float_mode()](std::int64_t worker) {
     const float_mode_scope scope(mode);
     for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(worker, i);
   });
@@ -117,7 +117,7 @@ struct openmp_executor {
   /// One call per thread.
   /// @throws std::invalid_argument  for less than one thread
   [[nodiscard]] std::int64_t concurrency() const {
-    if (threads < 1) detail::refuse("openmp_executor.threads", std::to_string(threads), "at least 1");
+    if (threads < 1) detail::refuse("openmp_executor.threads", detail::to_string(threads), "at least 1");
     return threads;
   }
 

@@ -1,15 +1,14 @@
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
-#include <numeric>
 #include <type_traits>
 
 #include "attention.hpp"
 #include "call.hpp"
+#include "detail/base/numbers.hpp"
 #include "detail/base/scratch.hpp"
 #include "detail/base/validate.hpp"
 #include "detail/context/source.hpp"
@@ -93,7 +92,7 @@ template <class T>
 void fill_zero(tensor_view<T> view, const execution& run) {
   run_tasks(run, run.concurrency(), view.batch() * view.heads(), [&](std::int64_t, std::int64_t task) {
     for (std::int64_t i = 0; i < view.length(); ++i)
-      std::fill_n(view.row(task / view.heads(), task % view.heads(), i), view.dim(), T(0));
+      fill_n(view.row(task / view.heads(), task % view.heads(), i), view.dim(), T(0));
   });
 }
 
@@ -120,8 +119,8 @@ auto attend_backward(const inputs<Query, Key, Value, Sink>& in, const far_contex
                      matrix_unit unit, const execution& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return backward_plan<product_type<Query, Key, Value, FarKey, FarValue>>(
-      in.query, in.value.dim(), std::gcd(in.key.heads(), context.key.heads()),
-      !in_place<T, Key, Value, FarKey, FarValue>, unit, run);
+      in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()), !in_place<T, Key, Value, FarKey, FarValue>,
+      unit, run);
 }
 
 /// Scratch of the gradient of CCA attention: cores and their gradients, what pools them, and the engine.

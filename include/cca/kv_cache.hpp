@@ -1,9 +1,7 @@
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -11,6 +9,7 @@
 #include "attention.hpp"
 #include "cache_shape.hpp"
 #include "call.hpp"
+#include "detail/base/numbers.hpp"
 #include "detail/base/validate.hpp"
 #include "detail/context/row_store.hpp"
 #include "detail/softmax/score_rule.hpp"
@@ -164,8 +163,8 @@ class kv_cache {
   void truncate(std::int64_t b, std::int64_t length) {
     require_sequence("b", b);
     if (!(least_length(b) <= length && length <= at(b).length))
-      detail::refuse("length", std::to_string(length),
-                     "between " + std::to_string(least_length(b)) + " and " + std::to_string(at(b).length) +
+      detail::refuse("length", detail::to_string(length),
+                     "between " + detail::to_string(least_length(b)) + " and " + detail::to_string(at(b).length) +
                          ": what earlier queries saw has left the window");
     at(b).length = length;
   }
@@ -264,12 +263,12 @@ class kv_cache {
   /// Room for `length` tokens, which `argument` asks for. While the raw entries still grow nothing has wrapped around:
   /// every token keeps its row.
   void reserve(const char* argument, sequence& s, std::int64_t length) {
-    const std::int64_t cores = group_count(length), raw = std::min(length, raw_limit());
+    const std::int64_t cores = group_count(length), raw = detail::smaller(length, raw_limit());
     const std::int64_t dims = shape_.dim + shape_.value_dim;
     const long double bytes = detail::elements(core_heads_, cores, dims) * sizeof(Core) +
                               detail::elements(shape_.kv_heads, raw, dims) * sizeof(Element);
     if (bytes > detail::most_allocated_bytes)
-      detail::refuse(argument, std::to_string(length) + " tokens of " + detail::to_string(bytes) + " bytes",
+      detail::refuse(argument, detail::to_string(length) + " tokens of " + detail::to_string(bytes) + " bytes",
                      "at most 2^40 bytes per sequence");
     s.cores.reserve(cores, unlimited);
     s.raw.reserve(raw, raw_limit());
@@ -284,7 +283,7 @@ class kv_cache {
 
   void require_sequence(const char* name, std::int64_t b) const {
     if (!(0 <= b && b < shape_.batch))
-      detail::refuse(name, std::to_string(b), "a sequence in [0, " + std::to_string(shape_.batch) + ")");
+      detail::refuse(name, detail::to_string(b), "a sequence in [0, " + detail::to_string(shape_.batch) + ")");
   }
 
   template <class Query>
@@ -308,8 +307,8 @@ class kv_cache {
     detail::require_extents("value", value, {batch, shape_.kv_heads, count, shape_.value_dim});
     for (std::int64_t b = first; b < first + batch && shape_.capacity > 0; ++b)
       if (count > shape_.capacity - at(b).length)
-        detail::refuse("key", std::to_string(count) + " tokens after " + std::to_string(at(b).length),
-                       "at most the capacity of " + std::to_string(shape_.capacity));
+        detail::refuse("key", detail::to_string(count) + " tokens after " + detail::to_string(at(b).length),
+                       "at most the capacity of " + detail::to_string(shape_.capacity));
   }
 
   /// Everything that can fail comes first; then groups are pooled and queries answered beside what counts; only then
@@ -352,8 +351,8 @@ class kv_cache {
   [[nodiscard]] source_rows rows_of_step(const step_extent& extent) const {
     source_rows rows{0, 0, extent.tokens};
     for (std::int64_t b = extent.first; b < extent.first + extent.count; ++b) {
-      rows.cores = std::max(rows.cores, at(b).cores.capacity());
-      rows.raw = std::max(rows.raw, at(b).raw.capacity());
+      rows.cores = detail::larger(rows.cores, at(b).cores.capacity());
+      rows.raw = detail::larger(rows.raw, at(b).raw.capacity());
     }
     return rows;
   }
@@ -431,7 +430,7 @@ class kv_cache {
   template <class Key, class Value>
   void keep(sequence& s, tensor_view<Key> key, tensor_view<Value> value, std::int64_t b) {
     const std::int64_t length = s.length + key.length();
-    const range tokens{std::max(s.length, length - s.raw.capacity()), length};
+    const range tokens{detail::larger(s.length, length - s.raw.capacity()), length};
     s.raw.write(tokens, [&](std::int64_t h) {
       auto rows = detail::rows_of(key, value, b, h);
       rows.key += (tokens.begin - s.length) * rows.key_stride;
@@ -439,7 +438,7 @@ class kv_cache {
       return rows;
     });
     s.length = length;
-    s.oldest = std::max(s.oldest, length - s.raw.capacity());
+    s.oldest = detail::larger(s.oldest, length - s.raw.capacity());
   }
 
   cache_shape shape_;

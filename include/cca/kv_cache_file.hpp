@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -9,11 +8,14 @@
 #include <new>
 #include <ostream>
 #include <stdexcept>
-#include <string>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "detail/base/numbers.hpp"
+#include "detail/base/refuse.hpp"
+#include "detail/base/scratch.hpp"
 #include "detail/base/validate.hpp"
 #include "element.hpp"
 #include "kv_cache.hpp"
@@ -39,10 +41,10 @@ struct element_code {
   friend bool operator==(const element_code&, const element_code&) = default;
 };
 
-inline std::string to_string(const element_code& code) {
+inline text to_string(const element_code& code) {
   const auto numbers = [&](int shift) {
-    return std::to_string(code.bytes >> shift & 0xff) + " bytes and " + std::to_string(code.digits >> shift & 0xff) +
-           " digits";
+    return detail::to_string(code.bytes >> shift & 0xff) + " bytes and " +
+           detail::to_string(code.digits >> shift & 0xff) + " digits";
   };
   return "elements of " + numbers(0) + (code.bytes >> 8 > 0 ? ", cores of " + numbers(8) : "");
 }
@@ -98,7 +100,7 @@ class checksum {
  public:
   void add(const char* data, std::size_t bytes) {
     while (bytes > 0) {
-      const std::size_t part = std::min(bytes, sizeof word_ - filled_);
+      const std::size_t part = smaller(bytes, sizeof word_ - filled_);
       std::memcpy(reinterpret_cast<char*>(&word_) + filled_, data, part);
       data += part;
       bytes -= part;
@@ -122,7 +124,9 @@ class checksum {
   std::size_t filled_ = 0;  // bytes of the word
 };
 
-[[noreturn]] inline void refuse_file(const std::string& what) { throw std::runtime_error("cca: cache file: " + what); }
+[[noreturn]] inline void refuse_file(const text& what) {
+  throw std::runtime_error(("cca: cache file: " + what).c_str());
+}
 
 class cache_writer {
  public:
@@ -158,17 +162,21 @@ class cache_reader {
     sum_.add(bytes, size);
   }
 
-  /// Appends `count` elements to `to`. Memory is taken as the bytes come in, so that a file that claims more than it
-  /// holds costs nothing.
+  /// Memory with `count` elements. It is taken as the bytes come in, so that a file that claims more than it holds costs
+  /// nothing.
   template <class T>
-  void get(std::vector<T>& to, std::int64_t count) {
+  [[nodiscard]] aligned_memory get(std::int64_t count) {
     constexpr std::int64_t at_once = std::int64_t{1} << 20;
+    aligned_memory memory;
     for (std::int64_t done = 0; done < count;) {
-      const std::int64_t part = std::min(count - done, at_once);
-      to.resize(to.size() + static_cast<std::size_t>(part));
-      get(to.data() + to.size() - part, part);
-      done += part;
+      const std::int64_t next = smaller(count, larger(2 * done, at_once));
+      aligned_memory grown(static_cast<std::size_t>(next) * sizeof(T));
+      if (done > 0) std::memcpy(grown.data(), memory.data(), static_cast<std::size_t>(done) * sizeof(T));
+      memory = std::move(grown);
+      get(reinterpret_cast<T*>(memory.data()) + done, next - done);
+      done = next;
     }
+    return memory;
   }
 
   void end_part() {
@@ -196,7 +204,7 @@ struct cache_file {
     std::vector<cache_file_option> all;
     const auto entry_of = [](const char* name, const auto& option) {
       cache_file_option entry{.code = encode_option(option)};
-      std::copy_n(name, std::min(std::strlen(name), entry.name.size()), entry.name.begin());
+      std::memcpy(entry.name.data(), name, smaller(std::strlen(name), entry.name.size()));
       return entry;
     };
     for_each_option(options, [&](const char* name, const auto& option) { all.push_back(entry_of(name, option)); });
@@ -205,17 +213,19 @@ struct cache_file {
     return all;
   }
 
-  static options options_from(const std::vector<cache_file_option>& all) {
+  static options options_from(const cache_file_option* all, std::int64_t count) {
     options options;
-    for (const cache_file_option& entry : all) {
-      const std::string name(entry.name.data(), strnlen(entry.name.data(), entry.name.size()));
+    for (std::int64_t i = 0; i < count; ++i) {
+      const cache_file_option& entry = all[i];
+      char name[std::tuple_size_v<decltype(entry.name)> + 1] = {};
+      std::memcpy(name, entry.name.data(), entry.name.size());
       bool known = false;
       for_each_option(options, [&](const char* own, auto& option) {
-        if (name != own) return;
+        if (std::strcmp(name, own) != 0) return;
         decode_option(entry.code, option);
         known = true;
       });
-      if (!known) refuse_file("got an option " + name + ", which this version of the library does not have");
+      if (!known) refuse_file("got an option " + text(name) + ", which this version of the library does not have");
     }
     return options;
   }
@@ -227,7 +237,7 @@ struct cache_file {
   /// A cache of the shape, but without sequences yet: they bring their memory with them.
   template <class Element, class Core>
   static kv_cache<Element, Core> empty_cache(cache_shape shape, options options, matrix_unit unit) {
-    if (shape.batch < 0) refuse_file("got " + std::to_string(shape.batch) + " sequences, wants none below 0");
+    if (shape.batch < 0) refuse_file("got " + to_string(shape.batch) + " sequences, wants none below 0");
     shape.batch = 0;
     options.unit = unit;
     try {
@@ -274,19 +284,19 @@ struct cache_file {
 
     auto sequence = cache.new_sequence();
     const std::int64_t cores = cache.group_count(length);
-    const std::vector<Core> core_rows = read_rows<Core>(reader, cache.core_heads_, cores, shape);
-    const std::vector<Element> raw_rows = read_rows<Element>(reader, shape.kv_heads, held.size(), shape);
+    const aligned_memory core_rows = read_rows<Core>(reader, cache.core_heads_, cores, shape);
+    const aligned_memory raw_rows = read_rows<Element>(reader, shape.kv_heads, held.size(), shape);
     reader.end_part();
     try {
-      cache.reserve("shape.capacity", sequence, std::max(length, shape.capacity));
+      cache.reserve("shape.capacity", sequence, larger(length, shape.capacity));
     } catch (const std::exception& error) {
       refuse_file(error.what());
     }
     // Heads are worth a loop only where the file brought rows of them.
     for (std::int64_t h = 0; h < cache.core_heads_ && cores > 0; ++h)
-      sequence.cores.copy_rows(h, 0, rows_of_head(core_rows, h, cores, shape), cores);
+      sequence.cores.copy_rows(h, 0, rows_of_head<Core>(core_rows, h, cores, shape), cores);
     if (!held.empty())
-      sequence.raw.write(held, [&](std::int64_t h) { return rows_of_head(raw_rows, h, held.size(), shape); });
+      sequence.raw.write(held, [&](std::int64_t h) { return rows_of_head<Element>(raw_rows, h, held.size(), shape); });
     sequence.length = length;
     sequence.oldest = oldest;
     cache.add(std::move(sequence));
@@ -295,19 +305,17 @@ struct cache_file {
  private:
   /// `[head][keys | values][row][dim]`
   template <class Element>
-  static std::vector<Element> read_rows(cache_reader& reader, std::int64_t heads, std::int64_t rows,
-                                        const cache_shape& shape) {
+  static aligned_memory read_rows(cache_reader& reader, std::int64_t heads, std::int64_t rows,
+                                  const cache_shape& shape) {
     if (elements(heads, rows, shape.dim + shape.value_dim) > max_elements)
-      refuse_file("got " + std::to_string(rows) + " rows of " + std::to_string(heads) + " heads, more than memory has");
-    std::vector<Element> all;
-    reader.get(all, heads * rows * (shape.dim + shape.value_dim));
-    return all;
+      refuse_file("got " + to_string(rows) + " rows of " + to_string(heads) + " heads, more than memory has");
+    return reader.get<Element>(heads * rows * (shape.dim + shape.value_dim));
   }
 
   template <class Element>
-  static context_rows<Element, Element> rows_of_head(const std::vector<Element>& all, std::int64_t h, std::int64_t rows,
+  static context_rows<Element, Element> rows_of_head(const aligned_memory& all, std::int64_t h, std::int64_t rows,
                                                      const cache_shape& shape) {
-    const Element* keys = all.data() + h * rows * (shape.dim + shape.value_dim);
+    const auto* keys = reinterpret_cast<const Element*>(all.data()) + h * rows * (shape.dim + shape.value_dim);
     return {keys, shape.dim, keys + rows * shape.dim, shape.value_dim};
   }
 };
@@ -361,16 +369,17 @@ template <class Element, class Core = Element>
     return read(header.shape, header.options());
   }
   if (start.version != wanted.version)
-    detail::refuse_file("got version " + std::to_string(start.version) + ", wants 1 or " +
-                        std::to_string(wanted.version));
+    detail::refuse_file("got version " + detail::to_string(start.version) + ", wants 1 or " +
+                        detail::to_string(wanted.version));
   detail::cache_file_header header;
   reader.get(&header, 1);
   reader.end_part();
   detail::cache_file::require_elements(header.elements, elements);
-  std::vector<detail::cache_file_option> options;
-  reader.get(options, header.option_count);
+  const auto options = reader.get<detail::cache_file_option>(header.option_count);
   reader.end_part();
-  return read(header.shape, detail::cache_file::options_from(options));
+  return read(header.shape,
+              detail::cache_file::options_from(reinterpret_cast<const detail::cache_file_option*>(options.data()),
+                                               header.option_count));
 }
 
 }}  // namespace cca::CCA_TARGET

@@ -7,7 +7,9 @@
 #include <numbers>
 
 #include "call.hpp"
+#include "detail/base/numbers.hpp"
 #include "detail/base/validate.hpp"
+#include "detail/simd/convert.hpp"
 #include "detail/softmax/row_softmax.hpp"
 #include "element.hpp"
 #include "tensor_view.hpp"
@@ -58,9 +60,9 @@ void merge(const results<A, LseA>& first, const results<B, LseB>& second, const 
     const B* row_b = out_b.row(b, h, i);
     Out* to = out.row(b, h, i);
     for (std::int64_t d = 0; d < out.dim(); ++d)
-      to[d] = static_cast<Out>((a == empty ? T(0) : share_a * static_cast<T>(row_a[d])) +
-                               (c == empty ? T(0) : share_b * static_cast<T>(row_b[d])));
-    *lse.row(b, h, i) = static_cast<Lse>(both.sum == 0 ? empty : both.maximum + std::log(both.sum));
+      to[d] = detail::element_cast<Out>((a == empty ? T(0) : share_a * detail::element_cast<T>(row_a[d])) +
+                                        (c == empty ? T(0) : share_b * detail::element_cast<T>(row_b[d])));
+    *lse.row(b, h, i) = static_cast<Lse>(both.sum == 0 ? empty : both.maximum + detail::log(both.sum));
   };
   const std::int64_t tasks = out.batch() * out.heads();
   detail::run_tasks(run, detail::worker_count(run, tasks), tasks, [&](std::int64_t, std::int64_t task) {

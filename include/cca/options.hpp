@@ -1,14 +1,13 @@
 #pragma once
 
 #include <array>
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
-#include <string>
 #include <type_traits>
 
+#include "detail/base/refuse.hpp"
 #include "detail/base/target.hpp"
 #include "partition.hpp"
 
@@ -40,6 +39,23 @@ enum class matrix_unit {
   amx           ///< tiles, for bfloat16, and on processors that have them for half
 };
 
+namespace detail {
+
+/// A `double` in everything but its name: `std::optional<double>` is shared by units of different flags, see target.hpp.
+struct number {
+  double value = 0;
+
+  constexpr number() = default;
+  constexpr number(double v) : value(v) {}
+  constexpr operator double&() { return value; }
+  constexpr operator double() const { return value; }
+};
+
+template <class Option>
+inline constexpr bool is_real = std::is_same_v<Option, double> || std::is_same_v<Option, number>;
+
+}  // namespace detail
+
 /// Settings of every entry point. The defaults mean plain causal attention, `{.window = s}` the sliding window, and
 /// `{.group_size = g, .window = s}` Core Context Aware attention.
 struct options {
@@ -48,7 +64,7 @@ struct options {
   pooling pool = pooling::last_query;  ///< see `pooling`
   /// see `core_heads`
   cca::core_heads core_heads = cca::core_heads::per_query_head;
-  std::optional<double> softmax_scale{};  ///< default `1 / sqrt(dim)` of query and key
+  std::optional<detail::number> softmax_scale{};  ///< default `1 / sqrt(dim)` of query and key
   double softcap = 0;  ///< a scaled score x becomes `softcap tanh(x / softcap)` before the softmax; 0: it stays
   std::optional<std::int64_t> first_position{};  ///< position of query 0; default: the last query is the last key
   matrix_unit unit = matrix_unit::none;          ///< for operands that are all bfloat16 or all half, see `matrix_unit`
@@ -78,15 +94,15 @@ constexpr auto enumerators(matrix_unit) { return std::array{"none", "best", "avx
 
 /// The value of an option in words.
 template <class Option>
-std::string option_text(const Option& option) {
+text option_text(const Option& option) {
   if constexpr (std::is_enum_v<Option>) {
     constexpr auto names = enumerators(Option{});
     const auto number = static_cast<std::size_t>(option);
-    return number < names.size() ? names[number] : std::to_string(static_cast<int>(option));
+    return number < names.size() ? names[number] : to_string(static_cast<int>(option));
   } else if constexpr (std::is_same_v<Option, std::int64_t>) {
-    return option == unlimited ? "unlimited" : std::to_string(option);
-  } else if constexpr (std::is_arithmetic_v<Option>) {
-    return std::to_string(option);
+    return option == unlimited ? "unlimited" : to_string(option);
+  } else if constexpr (is_real<Option>) {
+    return to_string<double>(option);
   } else {
     return option ? option_text(*option) : "none";
   }
@@ -102,8 +118,8 @@ struct option_code {
 
 template <class Option>
 option_code encode_option(const Option& option) {
-  if constexpr (std::is_same_v<Option, double>)
-    return {1, std::bit_cast<std::int64_t>(option)};
+  if constexpr (is_real<Option>)
+    return {1, __builtin_bit_cast(std::int64_t, static_cast<double>(option))};
   else if constexpr (std::is_arithmetic_v<Option> || std::is_enum_v<Option>)
     return {1, static_cast<std::int64_t>(option)};
   else
@@ -112,8 +128,8 @@ option_code encode_option(const Option& option) {
 
 template <class Option>
 void decode_option(const option_code& code, Option& option) {
-  if constexpr (std::is_same_v<Option, double>)
-    option = std::bit_cast<double>(code.bits);
+  if constexpr (is_real<Option>)
+    option = __builtin_bit_cast(double, code.bits);
   else if constexpr (std::is_arithmetic_v<Option> || std::is_enum_v<Option>)
     option = static_cast<Option>(code.bits);
   else if (code.present != 0)

@@ -1,9 +1,9 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <limits>
 
+#include "detail/base/numbers.hpp"
 #include "detail/base/target.hpp"
 
 namespace cca { inline namespace CCA_TARGET {
@@ -18,7 +18,7 @@ struct range {
 
   /// @{
   /// The set of numbers that it stands for.
-  [[nodiscard]] constexpr std::int64_t size() const { return std::max<std::int64_t>(end - begin, 0); }
+  [[nodiscard]] constexpr std::int64_t size() const { return detail::larger<std::int64_t>(end - begin, 0); }
   [[nodiscard]] constexpr bool empty() const { return end <= begin; }
   [[nodiscard]] constexpr bool contains(std::int64_t i) const { return begin <= i && i < end; }
   /// @}
@@ -29,7 +29,7 @@ struct range {
 
 /// What both contain.
 [[nodiscard]] constexpr range intersection(range a, range b) {
-  return {std::max(a.begin, b.begin), std::min(a.end, b.end)};
+  return {detail::larger(a.begin, b.begin), detail::smaller(a.end, b.end)};
 }
 
 /// The range moved up by `by`.
@@ -38,7 +38,7 @@ struct range {
 /// The smallest range that contains both.
 [[nodiscard]] constexpr range hull(range a, range b) {
   if (a.empty() || b.empty()) return a.empty() ? b : a;
-  return {std::min(a.begin, b.begin), std::max(a.end, b.end)};
+  return {detail::smaller(a.begin, b.begin), detail::larger(a.end, b.end)};
 }
 
 /// Which context the query at position `t` sees, and in which form: the cores `[0, core_count(t))`, then the raw tokens
@@ -60,7 +60,7 @@ struct partition {
   /// The tokens that the query at `t` sees raw: `[core_count(t) * group_size, t + 1)`, without groups the last `window`.
   [[nodiscard]] constexpr range raw(std::int64_t t) const {
     const std::int64_t begin = group_size > 0 ? core_count(t) * group_size : t < window ? 0 : t - window + 1;
-    return {begin, std::max<std::int64_t>(t + 1, 0)};
+    return {begin, detail::larger<std::int64_t>(t + 1, 0)};
   }
 
   /// The first position whose query sees no token before `token` raw. Needs a window below `unlimited`, but for token 0.

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "call.hpp"
 #include "detail/base/scratch.hpp"
@@ -22,7 +21,7 @@ void require_pool(const inputs<Query, Key, Value, Sink>& in, const options& opti
   require_operand("query", in.query);
   require_key_value("key", "value", in.query, in.key, in.value);
   require_query_for_every_key(in.query, in.key, options);
-  if (options.group_size < 1) refuse("options.group_size", std::to_string(options.group_size), "at least 1");
+  if (options.group_size < 1) refuse("options.group_size", to_string(options.group_size), "at least 1");
   require_unset(options, &options::window, "every complete group is pooled");
   require_unset(options, &options::unit, "pooling reads more than it multiplies");
   require_unset(options, &options::softcap, "the weights of pooling have none");

@@ -3,7 +3,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <string>
 #include <type_traits>
 
 #include "detail/base/refuse.hpp"
@@ -64,8 +63,8 @@ struct tensor_view {
   [[nodiscard]] constexpr tensor_view part(const char* what, std::int64_t first, std::int64_t count) const {
     const std::int64_t all = extent[Dimension];
     if (!(0 <= first && first <= all && 0 <= count && count <= all - first))
-      detail::refuse(what, std::to_string(count) + " from " + std::to_string(first) + " on",
-                     "a part of [0, " + std::to_string(all) + ")");
+      detail::refuse(what, detail::to_string(count) + " from " + detail::to_string(first) + " on",
+                     "a part of [0, " + detail::to_string(all) + ")");
     tensor_view view = *this;
     if (data != nullptr && count > 0) view.data += first * stride[Dimension];
     view.extent[Dimension] = count;

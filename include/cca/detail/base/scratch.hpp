@@ -6,7 +6,6 @@
 #include <memory>
 #include <new>
 #include <span>
-#include <string>
 
 #include "refuse.hpp"
 
@@ -20,12 +19,6 @@ inline constexpr long double most_bytes = 0x1p59L;
 
 /// What the library allocates at a time, at most. A system with less memory may promise more, and end whoever uses it.
 inline constexpr std::size_t most_allocated_bytes = std::size_t{1} << 40;
-
-/// A whole number that 64 bits may not hold.
-inline std::string to_string(long double number) {
-  const std::string text = std::to_string(number);
-  return text.substr(0, text.find_first_not_of("-0123456789"));
-}
 
 /// The product of sizes that callers choose, elements of a part of scratch memory.
 template <class T, class... Size>
@@ -79,7 +72,7 @@ class aligned_memory {
 
   static std::byte* allocate(std::size_t bytes, const char* argument) {
     if (bytes > most_allocated_bytes)
-      refuse(argument, "a call that needs " + std::to_string(bytes) + " bytes of it",
+      refuse(argument, "a call that needs " + to_string(bytes) + " bytes of it",
              "one from the caller: the library allocates at most 2^40 bytes");
     try {
       return static_cast<std::byte*>(::operator new(bytes + scratch_alignment));
@@ -105,8 +98,8 @@ class scratch {
     void* aligned = workspace.data();
     std::size_t space = workspace.size();
     if (std::align(scratch_alignment, bytes, aligned, space) == nullptr)
-      refuse("workspace", std::to_string(workspace.size()) + " bytes",
-             std::to_string(bytes + scratch_alignment) + " (see " + size_function + ")");
+      refuse("workspace", to_string(workspace.size()) + " bytes",
+             to_string(bytes + scratch_alignment) + " (see " + size_function + ")");
     next_ = static_cast<std::byte*>(aligned);
   }
 

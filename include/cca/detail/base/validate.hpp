@@ -1,16 +1,13 @@
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <initializer_list>
-#include <limits>
 #include <numbers>
 #include <optional>
-#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -19,6 +16,7 @@
 #include "../../partition.hpp"
 #include "../../tensor_view.hpp"
 #include "../product/choose_unit.hpp"
+#include "numbers.hpp"
 #include "refuse.hpp"
 #include "target.hpp"
 
@@ -30,7 +28,7 @@ std::optional<std::int64_t> reach(const tensor_view<T, Rank>& view) {
   // Long double holds every product of two 63-bit numbers closely enough to tell whether it fits.
   long double total = 0;
   for (std::size_t i = 0; i < Rank; ++i)
-    total += std::fabs(static_cast<long double>(view.stride[i])) * static_cast<long double>(view.extent[i] - 1);
+    total += magnitude(static_cast<long double>(view.stride[i])) * static_cast<long double>(view.extent[i] - 1);
   if (total * sizeof(T) >= 0x1p62L) return std::nullopt;
   return static_cast<std::int64_t>(total);
 }
@@ -39,7 +37,7 @@ std::optional<std::int64_t> reach(const tensor_view<T, Rank>& view) {
 template <class T, std::size_t Rank>
 bool countable(const tensor_view<T, Rank>& view) {
   long double bytes = sizeof(T);
-  for (const std::int64_t e : view.extent) bytes *= static_cast<long double>(std::max<std::int64_t>(e, 1));
+  for (const std::int64_t e : view.extent) bytes *= static_cast<long double>(larger<std::int64_t>(e, 1));
   return bytes < 0x1p62L;
 }
 
@@ -50,10 +48,10 @@ void require_sizes(const char* name, const tensor_view<T, Rank>& view) {
   for (const std::int64_t e : view.extent)
     if (e < 0) refuse(name, "extents " + to_string(view.extent), "none below 0");
   if constexpr (Rank == 4)
-    if (view.dim() < 1) refuse(name, "dim " + std::to_string(view.dim()), "a dim of at least 1");
+    if (view.dim() < 1) refuse(name, "dim " + to_string(view.dim()), "a dim of at least 1");
   if (!countable(view)) refuse(name, "extents " + to_string(view.extent), "fewer than 2^62 bytes of elements");
   if constexpr (Rank == 4)
-    if (view.dim() > std::int64_t{1} << 31) refuse(name, "dim " + std::to_string(view.dim()), "a dim of at most 2^31");
+    if (view.dim() > std::int64_t{1} << 31) refuse(name, "dim " + to_string(view.dim()), "a dim of at most 2^31");
 }
 
 /// Those of what attention reads.
@@ -84,10 +82,16 @@ void require_output(const char* name, const tensor_view<T, Rank>& view) {
   static_assert(!std::is_const_v<T>, "cca: an output's elements are mutable");
   require_operand(name, view);
   if (view.empty()) return;
-  std::array<std::pair<std::int64_t, std::int64_t>, Rank> dims;
-  for (std::size_t i = 0; i < Rank; ++i)  // the stride of a single element, which may be any number, leads nowhere
-    dims[i] = {view.extent[i] == 1 ? 0 : std::abs(view.stride[i]), view.extent[i]};
-  std::sort(dims.begin(), dims.end());
+  struct dimension {
+    std::int64_t stride, extent;
+  } dims[Rank];
+  for (std::size_t i = 0; i < Rank; ++i) {
+    // The stride of a single element, which may be any number, leads nowhere.
+    const dimension next{view.extent[i] == 1 ? 0 : magnitude(view.stride[i]), view.extent[i]};
+    std::size_t place = i;
+    for (; place > 0 && dims[place - 1].stride > next.stride; --place) dims[place] = dims[place - 1];
+    dims[place] = next;
+  }
   std::int64_t covered = 0;
   for (const auto& [stride, extent] : dims) {
     if (extent == 1) continue;
@@ -106,7 +110,7 @@ void require_extents(const char* name, const tensor_view<T, Rank>& view, const s
 /// `heads` key/value heads serve `query_heads`: head `h` uses `h / (query_heads / heads)`.
 inline void require_heads(const char* name, std::int64_t heads, std::int64_t query_heads) {
   if (!(heads > 0 ? query_heads % heads == 0 : query_heads == 0))
-    refuse(name, std::to_string(heads) + " heads", "a divisor of the " + std::to_string(query_heads) + " query heads");
+    refuse(name, to_string(heads) + " heads", "a divisor of the " + to_string(query_heads) + " query heads");
 }
 
 /// Key and value, as seen by query: the same batch, heads that divide the query's, equal dims of query and key.
@@ -137,10 +141,10 @@ void require_known(const char* name, const Option& option) {
   if constexpr (std::is_enum_v<Option>) {
     constexpr auto names = enumerators(Option{});
     if (static_cast<std::size_t>(option) < names.size()) return;
-    std::string wanted;
+    text wanted = "";
     for (std::size_t i = 0; i < names.size(); ++i)
-      wanted += (i == 0 ? "" : i + 1 < names.size() ? ", " : " or ") + std::string(names[i]);
-    refuse("options." + std::string(name), option_text(option), wanted);
+      wanted += (i == 0 ? "" : i + 1 < names.size() ? ", " : " or ") + text(names[i]);
+    refuse("options." + text(name), option_text(option), wanted);
   }
 }
 
@@ -152,15 +156,15 @@ void require_options(const options& options) {
   for_each_option(options, [](const char* name, const auto& option) { require_known(name, option); });
   require_unit<Element>(options);
   if (options.group_size < 0)
-    refuse("options.group_size", std::to_string(options.group_size), "at least 1, or 0 where nothing is pooled");
-  if (options.window < 1) refuse("options.window", std::to_string(options.window), "at least 1");
+    refuse("options.group_size", to_string(options.group_size), "at least 1, or 0 where nothing is pooled");
+  if (options.window < 1) refuse("options.window", to_string(options.window), "at least 1");
   // What is computed with is the scale times log2(e).
-  constexpr double largest = static_cast<double>(std::numeric_limits<T>::max()) / std::numbers::log2e;
-  if (!(std::abs(options.softmax_scale.value_or(0)) <= largest))
-    refuse("options.softmax_scale", std::to_string(*options.softmax_scale),
-           "a finite number, at most " + std::to_string(largest));
-  if (!(0 <= options.softcap && options.softcap <= static_cast<double>(std::numeric_limits<T>::max())))
-    refuse("options.softcap", std::to_string(options.softcap), "a finite number above 0, or 0 for none");
+  constexpr double largest = static_cast<double>(largest_finite<T>) / std::numbers::log2e;
+  if (!(magnitude<double>(options.softmax_scale.value_or(0)) <= largest))
+    refuse("options.softmax_scale", to_string<double>(*options.softmax_scale),
+           "a finite number, at most " + to_string(largest));
+  if (!(0 <= options.softcap && options.softcap <= static_cast<double>(largest_finite<T>)))
+    refuse("options.softcap", to_string(options.softcap), "a finite number above 0, or 0 for none");
 }
 
 /// An option that this call would ignore.
@@ -169,8 +173,7 @@ void require_unset(const options& options, Option cca::options::*option, const c
   if (options.*option == cca::options{}.*option) return;
   for_each_option(options, [&](const char* name, const auto& value) {
     if (static_cast<const void*>(&value) == static_cast<const void*>(&(options.*option)))
-      refuse("options." + std::string(name), option_text(value),
-             option_text(cca::options{}.*option) + ": " + std::string(reason));
+      refuse("options." + text(name), option_text(value), option_text(cca::options{}.*option) + ": " + text(reason));
   });
 }
 
@@ -197,19 +200,18 @@ inline void require_grouping(const options& options) {
 inline void require_positions(const options& options) {
   const std::int64_t position = options.first_position.value_or(0);
   if (!(-(std::int64_t{1} << 62) <= position && position <= (std::int64_t{1} << 62)))
-    refuse("options.first_position", std::to_string(position), "a position between -2^62 and 2^62");
+    refuse("options.first_position", to_string(position), "a position between -2^62 and 2^62");
 }
 
 /// A query for every key: the last one of a group weighs it.
 template <class Query, class Key>
 void require_query_for_every_key(const tensor_view<Query>& query, const tensor_view<Key>& key, const options& options) {
   if (query.length() != key.length())
-    refuse("query", std::to_string(query.length()) + " queries",
-           "a query for each of the " + std::to_string(key.length()) +
+    refuse("query", to_string(query.length()) + " queries",
+           "a query for each of the " + to_string(key.length()) +
                " keys, since a group is pooled with its last one; new tokens after old ones are for kv_cache");
   if (options.first_position.value_or(0) != 0)
-    refuse("options.first_position", std::to_string(*options.first_position),
-           "0 or none: there is a query for every key");
+    refuse("options.first_position", to_string(*options.first_position), "0 or none: there is a query for every key");
 }
 
 /// Whether an optional view was given.
@@ -228,8 +230,8 @@ void require_sink_logits(const tensor_view<Query>& query, const lse_view<Sink>& 
   const std::array<std::int64_t, 3>& e = sink_logits.extent;
   if ((e[0] != 1 && e[0] != query.batch()) || e[1] != query.heads() || (e[2] != 1 && e[2] != query.length()))
     refuse("sink_logits", to_string(e),
-           "[1 or " + std::to_string(query.batch()) + ", " + std::to_string(query.heads()) + ", 1 or " +
-               std::to_string(query.length()) + "]");
+           "[1 or " + to_string(query.batch()) + ", " + to_string(query.heads()) + ", 1 or " +
+               to_string(query.length()) + "]");
 }
 
 /// What an entry point of attention reads. `T` is what is computed in.
@@ -245,8 +247,7 @@ template <class Inputs, class Far>
 void require_far(const Inputs& in, const Far& far_rows) {
   require_key_value("far.key", "far.value", in.query, far_rows.key, far_rows.value);
   if (far_rows.value.dim() != in.value.dim())
-    refuse("far.value", "dim " + std::to_string(far_rows.value.dim()),
-           "the value's dim " + std::to_string(in.value.dim()));
+    refuse("far.value", "dim " + to_string(far_rows.value.dim()), "the value's dim " + to_string(in.value.dim()));
   const lse_view<const std::int64_t>& seen = far_rows.seen;
   require_operand("far.seen", seen);
   require_extents("far.seen", seen, {in.query.batch(), in.query.heads(), in.query.length()});
@@ -255,8 +256,8 @@ void require_far(const Inputs& in, const Far& far_rows) {
       for (std::int64_t i = 0; i < seen.length(); ++i) {
         const std::int64_t count = *seen.row(b, h, i);
         if (!(0 <= count && count <= far_rows.key.length()))
-          refuse("far.seen", std::to_string(count) + " at " + to_string<3>({b, h, i}),
-                 "a count in [0, " + std::to_string(far_rows.key.length()) + "]");
+          refuse("far.seen", to_string(count) + " at " + to_string<3>({b, h, i}),
+                 "a count in [0, " + to_string(far_rows.key.length()) + "]");
       }
 }
 
@@ -284,8 +285,7 @@ struct named_view {
 /// views overlap otherwise is for the caller to see to.
 inline void require_apart(std::initializer_list<named_view> written, std::initializer_list<named_view> read) {
   const auto require = [](const named_view& a, const named_view& b) {
-    if (a.data != nullptr && a.data == b.data)
-      refuse(a.name, "the memory of " + std::string(b.name), "memory of its own");
+    if (a.data != nullptr && a.data == b.data) refuse(a.name, "the memory of " + text(b.name), "memory of its own");
   };
   for (const named_view* a = written.begin(); a != written.end(); ++a) {
     for (const named_view& b : read) require(*a, b);

@@ -1,10 +1,10 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <utility>
 
 #include "../../partition.hpp"
+#include "../base/numbers.hpp"
 #include "../base/scratch.hpp"
 #include "source.hpp"
 
@@ -39,20 +39,20 @@ class row_store {
   /// memory is not to be had.
   void reserve(std::int64_t count, std::int64_t limit) {
     if (count <= capacity_) return;
-    row_store larger(heads_, dim_, value_dim_);
-    larger.capacity_ = std::max(count, std::min(2 * capacity_, limit));
-    larger.keys_ = aligned_memory(scratch_bytes<Element>(heads_ * larger.capacity_ * dim_));
-    larger.values_ = aligned_memory(scratch_bytes<Element>(heads_ * larger.capacity_ * value_dim_));
-    for (std::int64_t h = 0; h < heads_ && capacity_ > 0; ++h) larger.copy_rows(h, 0, rows(h, 0), capacity_);
-    *this = std::move(larger);
+    row_store grown(heads_, dim_, value_dim_);
+    grown.capacity_ = larger(count, smaller(2 * capacity_, limit));
+    grown.keys_ = aligned_memory(scratch_bytes<Element>(heads_ * grown.capacity_ * dim_));
+    grown.values_ = aligned_memory(scratch_bytes<Element>(heads_ * grown.capacity_ * value_dim_));
+    for (std::int64_t h = 0; h < heads_ && capacity_ > 0; ++h) grown.copy_rows(h, 0, rows(h, 0), capacity_);
+    *this = std::move(grown);
   }
 
   /// Overwrites `count` rows of a head from row `first` on.
   template <class Key, class Value>
   void copy_rows(std::int64_t head, std::int64_t first, const context_rows<Key, Value>& from, std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) {
-      std::copy_n(from.key + i * from.key_stride, dim_, key(head, first + i));
-      std::copy_n(from.value + i * from.value_stride, value_dim_, value(head, first + i));
+      copy_n(from.key + i * from.key_stride, dim_, key(head, first + i));
+      copy_n(from.value + i * from.value_stride, value_dim_, value(head, first + i));
     }
   }
 
@@ -78,7 +78,7 @@ class row_ring : public row_store<Element> {
   [[nodiscard]] pieces find(range tokens) const {
     if (tokens.empty()) return {};
     const std::int64_t row = tokens.begin % this->capacity();
-    const std::int64_t wrap = std::min(tokens.end, tokens.begin + this->capacity() - row);
+    const std::int64_t wrap = smaller(tokens.end, tokens.begin + this->capacity() - row);
     return {{tokens.begin, wrap}, {wrap, tokens.end}, row};
   }
 

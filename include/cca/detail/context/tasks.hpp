@@ -1,9 +1,9 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "../../partition.hpp"
+#include "../base/numbers.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
@@ -23,7 +23,7 @@ class task_list {
             std::int64_t sharing = 1)
       : chains_(sharing > 0 ? heads / sharing : 0),
         length_(length),
-        per_task_(std::max<std::int64_t>(per_task, 1)),
+        per_task_(larger<std::int64_t>(per_task, 1)),
         sharing_(sharing),
         cuts_((length + per_task_ - 1) / per_task_),
         size_(batch * chains_ * sharing * cuts_) {}
@@ -44,7 +44,7 @@ class task_list {
     const std::int64_t first = place / sharing_ * per_task_;
     return {chain / chains_,
             chain % chains_ * sharing_ + place % sharing_,
-            {first, std::min(first + per_task_, length_)},
+            {first, smaller(first + per_task_, length_)},
             place == 0};
   }
 

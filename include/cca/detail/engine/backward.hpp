@@ -10,6 +10,7 @@
 #include "../../element.hpp"
 #include "../../executor.hpp"
 #include "../../tensor_view.hpp"
+#include "../base/numbers.hpp"
 #include "../base/scratch.hpp"
 #include "../base/turn.hpp"
 #include "../context/source.hpp"
@@ -160,8 +161,8 @@ class backward {
     alignas(scratch_alignment) T a[piece], b[piece];
     T sum = T(0);
     for (std::int64_t d = 0; d < form_.value_dim; d += piece) {
-      const std::int64_t count = std::min(piece, form_.value_dim - d);
-      std::fill_n(b, piece, T(0));
+      const std::int64_t count = smaller(piece, form_.value_dim - d);
+      fill_n(b, piece, T(0));
       convert(grad_out + d, count, b);
       T more;
       dot_rows(b, stage(out + d, 0, count, 1, a), count, 1, &more);
@@ -187,7 +188,7 @@ class backward {
         for (std::int64_t i = 0; i < grad.length(); ++i) *grad.row(b, h, i) = T(0);
       for (std::int64_t b = 0; b < results.query.batch(); ++b)
         for (std::int64_t i = 0; i < length_; ++i) {
-          const T share = std::exp(rule.sink(b, h, i) - static_cast<T>(*results.lse.row(b, h, i)));
+          const T share = detail::exp(rule.sink(b, h, i) - static_cast<T>(*results.lse.row(b, h, i)));
           *grad.row(grad.batch() == 1 ? 0 : b, h, grad.length() == 1 ? 0 : i) -=
               share * delta(results, results.grad_out.row(b, h, i), b, h, i);
         }

@@ -6,6 +6,7 @@
 
 #include "../../element.hpp"
 #include "../../partition.hpp"
+#include "../base/numbers.hpp"
 #include "../base/scratch.hpp"
 #include "../context/row_span.hpp"
 #include "../context/source.hpp"
@@ -28,7 +29,7 @@ class partial_result {
 
   void begin() {
     put({});
-    std::fill_n(out(), value_dim_, T(0));
+    fill_n(out(), value_dim_, T(0));
   }
 
   /// Turns `count` scores into weights, and shrinks what was added before to match.
@@ -67,7 +68,7 @@ class partial_result {
   [[nodiscard]] exponential_sum<T> total(T unit, int headroom) const {
     const row_softmax<T> softmax = get();
     if (softmax.sum == T(0)) return {};
-    return {softmax.maximum * unit, std::ldexp(softmax.sum, headroom)};
+    return {softmax.maximum * unit, detail::ldexp(softmax.sum, headroom)};
   }
 
   /// The weighted sum of the values.
@@ -115,7 +116,7 @@ class few_queries {
   void load(std::int64_t q, const Query* query) {
     T* to = query_ + q * padded<T>(dim_);
     scale_row(query, dim_, rule_->query_factor(), to);
-    std::fill(to + dim_, to + padded<T>(dim_), T(0));
+    fill(to + dim_, to + padded<T>(dim_), T(0));
   }
 
   /// Says which rows of the next head query `q` visible.
@@ -144,7 +145,7 @@ class few_queries {
   /// with. (Sums are rounded where a slice ends, so 16 bits have the slices of floats.)
   static constexpr std::int64_t slice_rows(std::int64_t dim, std::int64_t value_dim) {
     constexpr std::int64_t n = sums_at_a_time<T>;
-    return std::clamp(rows_ahead<T>(std::max(dim, value_dim)) / n * n, n, row_block);
+    return std::clamp(rows_ahead<T>(larger(dim, value_dim)) / n * n, n, row_block);
   }
 
   /// Elements that hold the ranges, in whole cache lines.
@@ -183,9 +184,9 @@ class few_queries {
     const range seen = shifted(intersection(seen_[q], block), -first);
     if (seen.empty()) return;
     T* scores = scores_of(q);
-    std::fill_n(scores, seen.begin, T(0));
+    fill_n(scores, seen.begin, T(0));
     rule_->apply(scores, seen.end);
-    std::fill_n(scores, seen.begin, -infinity<T>);
+    fill_n(scores, seen.begin, -infinity<T>);
     result.weigh(scores, seen.end, rule_->unit_in_base_2(), headroom_);
   }
 

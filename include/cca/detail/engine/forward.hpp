@@ -5,12 +5,12 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 
 #include "../../element.hpp"
 #include "../../executor.hpp"
 #include "../../tensor_view.hpp"
+#include "../base/numbers.hpp"
 #include "../base/scratch.hpp"
 #include "../context/source.hpp"
 #include "../context/tasks.hpp"
@@ -43,7 +43,7 @@ class forward {
         length_(length),
         form_(form),
         groups_(head_groups),
-        parts_(std::max<std::int64_t>(parts, 1)),
+        parts_(larger<std::int64_t>(parts, 1)),
         workers_(std::clamp<std::int64_t>(most_tasks(), 1, workers)),
         worker_size_(worker_size(staged)) {}
 
@@ -83,7 +83,7 @@ class forward {
   }
   template <class Tile>
   [[nodiscard]] std::int64_t lanes() const {
-    return Tile::stack_lanes(length_, std::max(length_, parts_ * part_rows), form_);
+    return Tile::stack_lanes(length_, larger(length_, parts_ * part_rows), form_);
   }
   /// Tasks of many queries, if every tile were a stack of its own. How many tiles a stack has depends on the context, and
   /// a workspace is sized for more of that than some entry points have.
@@ -177,7 +177,7 @@ class forward {
       queries.see(q, seen);
       total = hull(total, seen);
     }
-    const range rows{total.begin + part * part_rows, std::min(total.begin + (part + 1) * part_rows, total.end)};
+    const range rows{total.begin + part * part_rows, smaller(total.begin + (part + 1) * part_rows, total.end)};
     if (rows.empty()) return;
     const std::int64_t sharing = heads_ / source.heads;  // they divide `heads`, a group
     for (std::int64_t h = heads.begin; h < heads.end; h += sharing) {

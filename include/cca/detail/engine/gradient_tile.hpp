@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <numbers>
 
+#include "../base/numbers.hpp"
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
@@ -71,7 +72,7 @@ class gradient_tile {
                   call_.rule->query_factor(), query_);
     Product::pack(memory.grad_out.row(first), memory.grad_out.row(1) - memory.grad_out.row(0), count_,
                   call_.form.value_dim, number(1), grad_out_);
-    std::fill(grad_query_, delta_ + lanes, number(0));
+    fill(grad_query_, delta_ + lanes, number(0));
   }
 
   /// The natural log-sum-exp of query `i`, and its `delta`. One that saw nothing, or only logits of -inf, has the

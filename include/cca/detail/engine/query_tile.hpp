@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../base/numbers.hpp"
 #include "../simd/dot.hpp"
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
@@ -58,8 +59,8 @@ class query_tile {
     constexpr std::int64_t tasks = 64, budget = std::int64_t{1} << 19;
     const std::int64_t affordable = budget / (size(form) * static_cast<std::int64_t>(sizeof(number)));
     const std::int64_t wanted = std::clamp(rows / (tasks * lanes), shape::least_stack, shape::stack);
-    const std::int64_t needed = std::max((length + lanes - 1) / lanes, shape::least_stack);
-    return lanes * std::clamp<std::int64_t>(std::min(wanted, needed), 1, std::max<std::int64_t>(affordable, 1));
+    const std::int64_t needed = larger((length + lanes - 1) / lanes, shape::least_stack);
+    return lanes * std::clamp<std::int64_t>(smaller(wanted, needed), 1, larger<std::int64_t>(affordable, 1));
   }
 
   query_tile(number* scratch, const tile_call<number>& call, std::int64_t count)
@@ -75,7 +76,7 @@ class query_tile {
   template <class Query>
   void begin(const Query* query, std::int64_t stride) {
     Product::pack(query, stride, count_, call_.form.dim, call_.rule->query_factor(), query_);
-    std::fill_n(out_, call_.form.value_dim * lanes, number(0));
+    fill_n(out_, call_.form.value_dim * lanes, number(0));
     softmax_.begin();
   }
 

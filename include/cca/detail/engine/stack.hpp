@@ -1,9 +1,9 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "../../partition.hpp"
+#include "../base/numbers.hpp"
 #include "../context/visible.hpp"
 #include "../simd/simd.hpp"
 #include "query_tile.hpp"
@@ -62,7 +62,7 @@ class stack {
     }
     const auto rows = source.rows(queries_.b, queries_.head / (queries_.heads / source.heads));
     for (std::int64_t j = any.begin; j < any.end; j += block_rows - j % block_rows) {
-      block_.stage(rows, {j, std::min(j + block_rows - j % block_rows, any.end)});
+      block_.stage(rows, {j, smaller(j + block_rows - j % block_rows, any.end)});
       for (std::int64_t c = 0; c < tiles_; ++c) at(c).absorb(memory_, block_, seen[c], c);
       after(block_.rows(), seen);
     }
@@ -73,7 +73,7 @@ class stack {
 
  private:
   [[nodiscard]] Tile at(std::int64_t c) const {
-    return Tile(tile_memory_ + c * Tile::size(call_.form), call_, std::min(lanes, queries_.count - c * lanes));
+    return Tile(tile_memory_ + c * Tile::size(call_.form), call_, smaller(lanes, queries_.count - c * lanes));
   }
 
   tile_call<T> call_;

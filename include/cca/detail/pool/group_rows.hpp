@@ -1,9 +1,9 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "../../partition.hpp"
+#include "../base/numbers.hpp"
 #include "../context/row_span.hpp"
 #include "../context/source.hpp"
 #include "../simd/dot.hpp"
@@ -30,7 +30,7 @@ void add_scaled_row(const Row* row, std::int64_t dim, T factor, T* sum) {
   constexpr std::int64_t block = 64;
   T converted[block];
   for (std::int64_t d = 0; d < dim; d += block) {
-    const std::int64_t count = std::min(block, dim - d);
+    const std::int64_t count = smaller(block, dim - d);
     convert(row + d, count, converted);
     add_weighted_rows(&factor, {converted, 0}, count, 1, T(1), sum + d);
   }
@@ -65,13 +65,13 @@ class group_rows {
         staged_keys_(grad_weights + row_block),
         staged_values_(staged_keys_ + row_block * dim) {}
 
-  void clear() { std::fill(query, weights, T(0)); }
+  void clear() { fill(query, weights, T(0)); }
 
   /// Calls `f(first row, keys, values, count)` for blocks of the rows `rows` of a head.
   template <class Key, class Value, class F>
   void for_each_block(const context_rows<Key, Value>& head, range rows, const F& f) {
     for (std::int64_t j = rows.begin; j < rows.end; j += row_block) {
-      const std::int64_t count = std::min(row_block, rows.end - j);
+      const std::int64_t count = smaller(row_block, rows.end - j);
       f(j, stage(head.key + j * head.key_stride, head.key_stride, dim, count, staged_keys_),
         stage(head.value + j * head.value_stride, head.value_stride, value_dim, count, staged_values_), count);
     }

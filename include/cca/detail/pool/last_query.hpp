@@ -29,9 +29,7 @@ class last_query_pooling {
   }
 
   /// What turns the sums into the core.
-  [[nodiscard]] T share(std::int64_t) const {
-    return softmax_.sum == T(0) ? std::numeric_limits<T>::quiet_NaN() : softmax_.inverse();
-  }
+  [[nodiscard]] T share(std::int64_t) const { return softmax_.sum == T(0) ? not_a_number<T> : softmax_.inverse(); }
 
   /// With `dc_k`, `dc_v` the core's gradients and `w` the weights,
   ///

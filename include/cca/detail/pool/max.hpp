@@ -1,9 +1,8 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <utility>
 
+#include "../base/numbers.hpp"
 #include "group_rows.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -15,8 +14,8 @@ class max_pooling {
   static constexpr bool uses_query = false;
 
   explicit max_pooling(group_rows<T>& group, int = 0) : group_(group) {
-    std::fill_n(group.core.key, group.dim, -infinity<T>);
-    std::fill_n(group.core.value, group.value_dim, -infinity<T>);
+    fill_n(group.core.key, group.dim, -infinity<T>);
+    fill_n(group.core.value, group.value_dim, -infinity<T>);
   }
 
   template <class Key, class Value>
@@ -35,7 +34,7 @@ class max_pooling {
     absorb(head, rows);
     const auto give = [](const T* row, std::int64_t dim, const T* maximum, T* gradient, T* to) {
       for (std::int64_t d = 0; d < dim; ++d)
-        if (row[d] == maximum[d] || row[d] != row[d]) to[d] += std::exchange(gradient[d], T(0));
+        if (row[d] == maximum[d] || row[d] != row[d]) to[d] += exchange(gradient[d], T(0));
     };
     group_.for_each_block(
         head, rows, [&](std::int64_t first, row_span<T> keys, row_span<T> values, std::int64_t count) {

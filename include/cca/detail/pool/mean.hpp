@@ -1,9 +1,9 @@
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
+#include "../base/numbers.hpp"
 #include "group_rows.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -14,12 +14,13 @@ class mean_pooling {
  public:
   static constexpr bool uses_query = false;
 
-  explicit mean_pooling(group_rows<T>& group, int headroom = 0) : group_(group), weight_(std::ldexp(T(1), -headroom)) {}
+  explicit mean_pooling(group_rows<T>& group, int headroom = 0)
+      : group_(group), weight_(detail::ldexp(T(1), -headroom)) {}
 
   template <class Key, class Value>
   void absorb(const context_rows<Key, Value>& head, range rows) {
     group_.for_each_block(head, rows, [&](std::int64_t, row_span<T> keys, row_span<T> values, std::int64_t count) {
-      std::fill_n(group_.weights, count, weight_);
+      fill_n(group_.weights, count, weight_);
       add_weighted_rows(group_.weights, keys, group_.dim, count, T(1), group_.core.key);
       add_weighted_rows(group_.weights, values, group_.value_dim, count, T(1), group_.core.value);
     });

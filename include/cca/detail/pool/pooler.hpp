@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <utility>
 
@@ -8,6 +7,7 @@
 #include "../../options.hpp"
 #include "../../partition.hpp"
 #include "../../tensor_view.hpp"
+#include "../base/numbers.hpp"
 #include "../base/scratch.hpp"
 #include "../context/tasks.hpp"
 #include "group_rows.hpp"
@@ -135,8 +135,8 @@ void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_vi
     const std::int64_t sharing = heads.query_heads / heads.core_heads;
     group_rows<T> group(scratch[worker], key.dim(), value.dim(), rule);
     group.clear();
-    std::copy_n(grad_core_key.row(b, h, c), key.dim(), group.grad_core.key);
-    std::copy_n(grad_core_value.row(b, h, c), value.dim(), group.grad_core.value);
+    copy_n(grad_core_key.row(b, h, c), key.dim(), group.grad_core.key);
+    copy_n(grad_core_value.row(b, h, c), value.dim(), group.grad_core.value);
     if (Pooling::uses_query)
       load_mean_query(group, h, sharing, [&](std::int64_t q) { return query.row(b, q, tokens.end - 1); });
     Pooling(group).differentiate(

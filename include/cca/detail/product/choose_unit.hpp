@@ -7,6 +7,7 @@
 
 #include "../../element.hpp"
 #include "../../options.hpp"
+#include "../base/numbers.hpp"
 #include "../base/processor.hpp"
 #include "../base/target.hpp"
 
@@ -66,8 +67,8 @@ inline bool avx512_bf16_pays() {
     constexpr std::int64_t steps = 500;
     double pairs = 1, floats = 1;
     for (int i = 0; i < 5; ++i) {
-      pairs = std::min(pairs, multiply_add_seconds<true>(steps));
-      floats = std::min(floats, multiply_add_seconds<false>(steps));
+      pairs = smaller(pairs, multiply_add_seconds<true>(steps));
+      floats = smaller(floats, multiply_add_seconds<false>(steps));
     }
     return pairs < 1.8 * floats;  // a pair is two multiply-adds, and rounding between products costs some
   }();

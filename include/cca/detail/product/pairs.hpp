@@ -6,6 +6,7 @@
 
 #include "../../element.hpp"
 #include "../../tensor_view.hpp"
+#include "../simd/convert.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
 #include "operands.hpp"
@@ -38,7 +39,7 @@ template <class Element>
   if constexpr (is_bfloat16<Element>) {
     const vec<packed_pair> rounded = cast_bits<packed_pair>(x) + vec<packed_pair>(packed_pair{0x8000});
     // The payload of a NaN could carry over, or lie in the bits that go.
-    const vec<float> nan(std::numeric_limits<float>::quiet_NaN());
+    const vec<float> nan(not_a_number<float>);
     return cast_bits<packed_pair>(xsimd::select(x == x, cast_bits<float>(rounded), nan)) >> 16;
   } else {
 #if defined(__AVX512F__)
@@ -81,7 +82,7 @@ template <class Element>
   const vec<float> magnitude = cast_bits<float>((element & vec<packed_pair>(packed_pair{0x7fff})) << 13);
   // The largest exponent of a half is not that of a float: infinities and NaNs are left as what overflows.
   const vec<float> x = magnitude * vec<float>(0x1p112f);
-  const vec<float> nan(std::numeric_limits<float>::quiet_NaN()), infinite(infinity<float>);
+  const vec<float> nan(not_a_number<float>), infinite(infinity<float>);
   const vec<float> special = xsimd::select(magnitude > vec<float>(0x1p-96f), nan, infinite);
   const vec<float> value = xsimd::select(magnitude < vec<float>(0x1p-96f), x, special);
   return cast_bits<float>(cast_bits<packed_pair>(value) | (element & vec<packed_pair>(packed_pair{0x8000})) << 16);
@@ -91,9 +92,7 @@ template <class Element>
 template <class Element>
 [[nodiscard]] float element_of(packed_pair both, bool odd) {
   const auto bits = static_cast<std::uint16_t>(odd ? both >> 16 : both);
-  Element element;
-  std::memcpy(static_cast<void*>(&element), &bits, sizeof bits);
-  return static_cast<float>(element);
+  return is_bfloat16<Element> ? float_of_bfloat16(bits) : float_of_half(bits);
 }
 
 /// `to[i]` = the pair of `even[i]` and `odd[i]`, for i in `[0, n)`.

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -8,6 +7,7 @@
 
 #include "../../element.hpp"
 #include "../../partition.hpp"
+#include "../base/numbers.hpp"
 #include "../context/row_span.hpp"
 #include "../context/source.hpp"
 #include "../context/visible.hpp"
@@ -58,8 +58,8 @@ void pack_lanes(std::int64_t count, std::int64_t dim, packed_pair* to, const Loa
   constexpr std::int64_t lanes = sixteen_bit_shape::lanes, pairs = unit_depth / 2;
   alignas(scratch_alignment) packed_pair step[lanes * pairs] = {};
   for (std::int64_t d = 0; d < dim; d += unit_depth) {
-    const std::int64_t n = std::min(unit_depth, dim - d);
-    if (n < unit_depth) std::fill(std::begin(step), std::end(step), packed_pair{0});
+    const std::int64_t n = smaller(unit_depth, dim - d);
+    if (n < unit_depth) fill(std::begin(step), std::end(step), packed_pair{0});
     for (std::int64_t i = 0; i < count; ++i) load(i, d, n, reinterpret_cast<Element*>(step + i * pairs));
     transpose(step, pairs, to + d / 2 * lanes, lanes, lanes, pairs);
   }
@@ -258,7 +258,7 @@ struct sixteen_bits {
     void clear(range rows, std::int64_t c) const {
       for (std::int64_t j = 0; j < whole_units(rows.end - chunk_begin(rows.begin)); ++j)
         for (std::uint16_t* of : {weights_, grad_scores_})
-          std::fill_n(of + j * stride_ + c * lanes, lanes, std::uint16_t{0});
+          fill_n(of + j * stride_ + c * lanes, lanes, std::uint16_t{0});
     }
     void add_to_rows(range rows, const visible_lanes* seen, float* grad_key, std::int64_t key_stride, float* grad_value,
                      std::int64_t value_stride) const {
@@ -282,7 +282,7 @@ struct sixteen_bits {
 
    private:
     static constexpr std::int64_t products_size(const tile_form& form) {
-      return std::max(block, lanes) * std::max(whole_units(form.dim), whole_units(form.value_dim));
+      return larger(block, lanes) * larger(whole_units(form.dim), whole_units(form.value_dim));
     }
 
     /// `to[j] += sum_i factors[j][i] * of[i]` for the rows `rows` of a block.
@@ -304,7 +304,7 @@ struct sixteen_bits {
           if (seen[i / lanes].lane[i % lanes].contains(j)) {
             const float factor = element_of<Element>(factors[(j - begin) * stride_ + i], false);
             for (std::int64_t d = 0; d < dim; ++d)
-              to[(j - rows.begin) * to_stride + d] += factor * static_cast<float>(row[d]);
+              to[(j - rows.begin) * to_stride + d] += factor * element_cast<float>(row[d]);
           }
       });
     }
@@ -392,7 +392,7 @@ struct sixteen_bits {
       for (std::int64_t lane = 0; lane < part.count; ++lane)
         if (part.seen->lane[lane].contains(j)) {
           const float weight = element_of<Element>(weights[i / 2 * lanes + lane], i % 2 != 0);
-          for (std::int64_t d = 0; d < dim; ++d) sum[d * lanes + lane] += weight * static_cast<float>(row[d]);
+          for (std::int64_t d = 0; d < dim; ++d) sum[d * lanes + lane] += weight * element_cast<float>(row[d]);
         }
     });
   }

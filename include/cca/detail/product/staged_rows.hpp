@@ -1,10 +1,10 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 #include "../../partition.hpp"
+#include "../base/numbers.hpp"
 #include "../context/row_span.hpp"
 #include "../simd/convert.hpp"
 #include "../simd/simd.hpp"
@@ -62,7 +62,7 @@ class row_chunks {
         count = dim_;
         std::memcpy(to, rows_.row(i), static_cast<std::size_t>(dim_) * sizeof *to);
       }
-      std::fill(to + count, to + stride_, std::uint16_t{0});
+      fill(to + count, to + stride_, std::uint16_t{0});
     }
   }
 
@@ -89,7 +89,7 @@ class column_chunks {
         zeros_(reinterpret_cast<std::uint16_t*>(interleaved_ + chunk_rows / 2 * whole_units(dim))),
         dim_(dim),
         stride_(rows / 2) {
-    std::fill_n(zeros_, whole_units(dim), std::uint16_t{0});
+    fill_n(zeros_, whole_units(dim), std::uint16_t{0});
   }
 
   void stage(row_span<Element> rows, range block) {

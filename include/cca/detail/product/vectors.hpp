@@ -1,10 +1,10 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
 #include "../../partition.hpp"
+#include "../base/numbers.hpp"
 #include "../context/row_span.hpp"
 #include "../context/source.hpp"
 #include "../context/visible.hpp"
@@ -43,7 +43,7 @@ struct vectors {
   /// Packs `count` rows of `dim` elements, times `factor`, a row in each lane; 0 in the lanes behind.
   template <class Row>
   static void pack(const Row* rows, std::int64_t stride, std::int64_t count, std::int64_t dim, T factor, T* to) {
-    if (count < lanes) std::fill_n(to, dim * lanes, T(0));
+    if (count < lanes) fill_n(to, dim * lanes, T(0));
     transpose(rows, stride, to, lanes, count, dim);
     if (factor == T(1)) return;
     for (std::int64_t i = 0; i < dim * lanes; i += W)
@@ -146,7 +146,7 @@ struct vectors {
     template <class Row>
     void load(std::int64_t count, const Row& row_of) {
       count_ = count;
-      std::fill_n(rows_, size(lanes_, dim_), T(0));
+      fill_n(rows_, size(lanes_, dim_), T(0));
       for (std::int64_t i = 0; i < count; ++i) convert(row_of(i), dim_, row(i));
       finite_ = all_finite(row_span<T>{rows_, padded<T>(dim_)}, dim_, count);
     }
@@ -249,7 +249,7 @@ struct vectors {
     /// What tile `c` leaves of the rows `rows` of a block where it sees none.
     void clear(range rows, std::int64_t c) const {
       for (std::int64_t j = 0; j < rows.size(); ++j)
-        for (T* of : {weights_, grad_scores_}) std::fill_n(of + j * stride_ + c * lanes, lanes, T(0));
+        for (T* of : {weights_, grad_scores_}) fill_n(of + j * stride_ + c * lanes, lanes, T(0));
     }
 
     /// `dK += dS Q` and `dV += P dO` for the rows `rows` of a block.

@@ -10,7 +10,8 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-// 16-bit elements are converted by their bits, many at a time; other types by `static_cast`, one after the other.
+// 16-bit elements are converted by their bits, many at a time; other types by `static_cast`, one after the other. Never by
+// Eigen's own functions: units of different flags would share them, see detail/base/target.hpp.
 
 /// The upper half of a float.
 CCA_INLINE float float_of_bfloat16(std::uint16_t bits) {
@@ -36,6 +37,45 @@ CCA_INLINE float float_of_half(std::uint16_t bits) {
   std::uint32_t result;
   std::memcpy(&result, &magnitude, sizeof result);
   return as_float(result | sign);
+}
+
+/// To nearest, ties to even; NaN stays NaN with its sign.
+CCA_INLINE std::uint16_t bfloat16_of_float(float x) {
+  const auto bits = __builtin_bit_cast(std::uint32_t, x);
+  if (x != x) return static_cast<std::uint16_t>((bits >> 16 & 0x8000u) | 0x7fc0u);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+/// To nearest, ties to even; NaN stays NaN with its sign. Normal numbers: the exponent moves down to a half's, and half a
+/// unit is added. Denormals: the sum with 0.5 has the fraction in its lowest bits.
+CCA_INLINE std::uint16_t half_of_float(float x) {
+  const auto bits = __builtin_bit_cast(std::uint32_t, x);
+  const std::uint32_t magnitude = bits & 0x7fffffffu, sign = bits >> 16 & 0x8000u;
+  std::uint32_t half = 0x7e00u;
+  if (magnitude < 113u << 23)
+    half = __builtin_bit_cast(std::uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - (126u << 23);
+  else if (magnitude < 143u << 23)
+    half = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  else if (magnitude <= 255u << 23)
+    half = 0x7c00u;
+  return static_cast<std::uint16_t>(half | sign);
+}
+
+/// One element as a number of another type.
+template <class To, class From>
+[[nodiscard]] CCA_INLINE To element_cast(From x) {
+  if constexpr (std::is_same_v<From, To>)
+    return x;
+  else if constexpr (is_bfloat16<From>)
+    return static_cast<To>(float_of_bfloat16(__builtin_bit_cast(std::uint16_t, x)));
+  else if constexpr (is_half<From>)
+    return static_cast<To>(float_of_half(__builtin_bit_cast(std::uint16_t, x)));
+  else if constexpr (is_bfloat16<To>)
+    return __builtin_bit_cast(To, bfloat16_of_float(static_cast<float>(x)));
+  else if constexpr (is_half<To>)
+    return __builtin_bit_cast(To, half_of_float(static_cast<float>(x)));
+  else
+    return static_cast<To>(x);
 }
 
 /// Whether this instruction set converts a vector of these 16-bit elements as it is loaded.
@@ -107,7 +147,7 @@ void convert(const From* from, std::int64_t count, To* to) {
         to[i + j] = is_bfloat16<From> ? float_of_bfloat16(bits[j]) : float_of_half(bits[j]);
     }
   }
-  for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
+  for (; i < count; ++i) to[i] = element_cast<To>(from[i]);
 }
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -1,11 +1,11 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
 #include "../../options.hpp"
 #include "../../partition.hpp"
+#include "../base/numbers.hpp"
 #include "simd.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -30,12 +30,12 @@ struct tile_shape {
   static constexpr std::int64_t single_rows = 12;
   static constexpr std::int64_t lanes = vectors * width<T>;
   static constexpr std::int64_t block = 128;
-  static constexpr std::int64_t least_stack = std::max<std::int64_t>(64 / lanes, 1);
-  static constexpr std::int64_t stack = std::max<std::int64_t>(256 / lanes, 1);
+  static constexpr std::int64_t least_stack = larger<std::int64_t>(64 / lanes, 1);
+  static constexpr std::int64_t stack = larger<std::int64_t>(256 / lanes, 1);
 
   /// Backward: rows whose gradients are summed at once, and tiles whose queries they are summed over.
   static constexpr std::int64_t gradient_block = 64;
-  static constexpr std::int64_t gradient_stack = std::max<std::int64_t>(128 / lanes, 1);
+  static constexpr std::int64_t gradient_stack = larger<std::int64_t>(128 / lanes, 1);
   static constexpr std::int64_t gradient_budget = std::int64_t{1}
                                                   << 19;  ///< bytes of scratch: half of a second-level cache
 

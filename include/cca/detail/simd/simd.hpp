@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../base/numbers.hpp"
 #include "../base/target.hpp"
 #include "arch.hpp"
 
@@ -61,9 +62,15 @@ CCA_INLINE vec<T> fma(vec<T> a, vec<T> b, vec<T> c) {
 #endif
 }
 
+/// Not by xsimd's AVX2 where AVX-512 is there: it would be shared with units of AVX2.
 template <class T>
 CCA_INLINE T reduce_add(vec<T> x) {
-#if XSIMD_VERSION_MAJOR >= 9
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_reduce_add_ps(x);
+  else
+    return _mm512_reduce_add_pd(x);
+#elif XSIMD_VERSION_MAJOR >= 9
   return xsimd::reduce_add(x);
 #else
   return xsimd::hadd(x);
@@ -145,7 +152,7 @@ class finite_check {
 
  public:
   CCA_INLINE void add(vec<T> x) {
-    constexpr integer magnitude = std::numeric_limits<integer>::max();
+    constexpr integer magnitude = (std::numeric_limits<integer>::max)();
     largest_ = xsimd::max(largest_, cast_bits<integer>(x) & vec<integer>(magnitude));
   }
   [[nodiscard]] CCA_INLINE bool holds() const { return xsimd::all(largest_ < vec<integer>(exponent)); }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "convert.hpp"
 #include "simd.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -41,7 +42,7 @@ void transpose(const From* from, std::int64_t from_stride, To* to, std::int64_t 
   }
   for (std::int64_t i = 0; i < rows; ++i)
     for (std::int64_t j = i < full_rows ? full_columns : 0; j < columns; ++j)
-      to[j * to_stride + i] = static_cast<To>(from[i * from_stride + j]);
+      to[j * to_stride + i] = element_cast<To>(from[i * from_stride + j]);
 }
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -1,10 +1,10 @@
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <numbers>
 
+#include "../base/numbers.hpp"
 #include "../context/visible.hpp"
 #include "../simd/simd.hpp"
 #include "row_softmax.hpp"
@@ -37,8 +37,8 @@ class lane_softmax {
         rescale_(stored_ + lanes) {}
 
   void begin() {
-    std::fill(maximum_, sum_, -infinity<T>);
-    std::fill(sum_, rescale_, T(0));
+    fill(maximum_, sum_, -infinity<T>);
+    fill(sum_, rescale_, T(0));
   }
 
   /// Turns the scores of a part into weights relative to the raised maximum, which `weights.put(j, n, vectors)` stores, and
@@ -108,7 +108,7 @@ class lane_softmax {
   /// What lane `i` has seen, in base 2.
   [[nodiscard]] exponential_sum<T> total(std::int64_t i) const {
     if (sum_[i] == T(0)) return {};
-    return {maximum_[i] * rule_->unit_in_base_2(), std::ldexp(sum_[i], headroom_)};
+    return {maximum_[i] * rule_->unit_in_base_2(), detail::ldexp(sum_[i], headroom_)};
   }
 
   static void add(T* sum, vec<T> rescale, vec<T> more) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <numbers>
 
+#include "../base/numbers.hpp"
 #include "../simd/simd.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -26,9 +27,9 @@ struct exponential_sum {
 
   /// Adds another; maxima count `unit` each.
   shares join(const exponential_sum& other, T unit = T(1)) {
-    const T raised = std::isnan(maximum) || maximum > other.maximum ? maximum : other.maximum;  // a NaN stays
+    const T raised = is_nan(maximum) || maximum > other.maximum ? maximum : other.maximum;  // a NaN stays
     const T base = raised == -infinity<T> ? T(0) : raised;
-    const shares s{std::exp2((maximum - base) * unit), std::exp2((other.maximum - base) * unit)};
+    const shares s{exp2((maximum - base) * unit), exp2((other.maximum - base) * unit)};
     sum = sum * s.first + other.sum * s.second;
     maximum = raised;
     return s;
@@ -39,7 +40,7 @@ struct exponential_sum {
 
   /// The natural log-sum-exp, -inf where nothing was seen; the maximum counts `unit`.
   [[nodiscard]] T log(T unit = T(1)) const {
-    return sum == T(0) ? -infinity<T> : (maximum * unit + std::log2(sum)) * std::numbers::ln2_v<T>;
+    return sum == T(0) ? -infinity<T> : (maximum * unit + log2(sum)) * std::numbers::ln2_v<T>;
   }
 };
 
@@ -61,7 +62,7 @@ struct row_softmax : exponential_sum<T> {
       weight.store_aligned(scores + j);
       total += weight;
     }
-    const T rescale = old == base() ? T(1) : std::exp2((old - base()) * unit);
+    const T rescale = old == base() ? T(1) : exp2((old - base()) * unit);
     // A compiler may or may not make one operation of `sum * rescale + x`: this it cannot choose.
     this->sum = reduce_add<T>(fma<T>(load_partial(&this->sum, 1), vec<T>(rescale), total));
     return rescale;
@@ -94,7 +95,7 @@ struct row_softmax : exponential_sum<T> {
     if (!xsimd::any(largest > vec<T>(this->maximum))) return;
     alignas(alignment<T>) T lanes[W];
     largest.store_aligned(lanes);
-    this->maximum = *std::max_element(lanes, lanes + W);
+    for (const T lane : lanes) this->maximum = larger(this->maximum, lane);
   }
 };
 

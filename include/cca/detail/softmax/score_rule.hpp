@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -8,6 +7,7 @@
 
 #include "../../options.hpp"
 #include "../../tensor_view.hpp"
+#include "../base/numbers.hpp"
 #include "../context/visible.hpp"
 #include "../simd/simd.hpp"
 #include "row_softmax.hpp"
@@ -29,15 +29,15 @@ struct score_rule {
   /// What queries are multiplied by as they are packed. The sign: scores of a negative scale would have their maximum at the
   /// wrong end, and those of a scale of 0 none.
   [[nodiscard]] T query_factor() const {
-    return scale == T(0) ? T(0) : std::copysign(std::ldexp(T(1), exponent), scale);
+    return scale == T(0) ? T(0) : detail::ldexp(scale < T(0) ? T(-1) : T(1), exponent);
   }
 
   /// The rule with half of an extreme scale on the queries, so that neither `q . k` nor `scale * q` overflows where the
   /// logit does not.
   [[nodiscard]] score_rule balanced() const {
     score_rule rule = *this;
-    const int whole = scale == T(0) ? 0 : std::ilogb(scale);
-    if (std::abs(whole) > 24) rule.exponent = whole / 2;
+    const int whole = scale == T(0) ? 0 : detail::ilogb(scale);
+    if (magnitude(whole) > 24) rule.exponent = whole / 2;
     return rule;
   }
 
@@ -46,7 +46,7 @@ struct score_rule {
   [[nodiscard]] T unit_in_base_2() const { return unit() * std::numbers::log2e_v<T>; }
 
   /// The scaled `q . k` of a score of 1.
-  [[nodiscard]] T score_unit() const { return scale == T(0) ? T(1) : std::ldexp(std::abs(scale), -exponent); }
+  [[nodiscard]] T score_unit() const { return scale == T(0) ? T(1) : detail::ldexp(magnitude(scale), -exponent); }
 
   [[nodiscard]] bool has_sinks() const { return sink_logits.data != nullptr; }
   /// The sink of query `i` of head `h` of sequence `b` as a sum of exponentials; nothing where there are none.
