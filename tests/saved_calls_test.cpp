@@ -296,7 +296,8 @@ void check_life(const saved_life& life, const std::string& kind, saved_results& 
       copy<T>(added.key, tokens_of(of.tokens.key.view(), place));
       copy<T>(added.value, tokens_of(of.tokens.value.view(), place));
       of.length += count;
-      if (setup.raw_limit() != unlimited) of.oldest = std::max(of.oldest, of.length - setup.raw_limit());
+      const options& o = setup.options;
+      if (o.window != unlimited) of.oldest = std::max(of.oldest, of.length - o.window - o.group_size - life.rewind);
       const auto exact = exact_step<Exact>(tokens_of(of.tokens, {0, of.length}), count, setup.options);
       const auto answer = sequence_of(got, b - batch.begin);
       saved.add<R>(kind + ", out", answer.out.view(), exact.out);

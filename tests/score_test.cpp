@@ -10,15 +10,12 @@
 namespace cca::test { namespace {
 
 /// Extents of sink logits: none, one per head, and one per query or sequence.
-enum class sinks { none, per_head, per_sequence, per_position, per_query };
-constexpr std::array all_sinks{sinks::none, sinks::per_head, sinks::per_sequence, sinks::per_position,
-                               sinks::per_query};
+enum class sinks { none, per_head, per_sequence, per_query };
+constexpr std::array all_sinks{sinks::none, sinks::per_head, sinks::per_sequence, sinks::per_query};
 
 std::array<std::int64_t, 3> sink_extents(sinks kind, const sizes& s) {
   if (kind == sinks::none) return {};
-  const bool per_sequence = kind == sinks::per_sequence || kind == sinks::per_query;
-  const bool per_position = kind == sinks::per_position || kind == sinks::per_query;
-  return {per_sequence ? s.batch : 1, s.heads, per_position ? s.queries : 1};
+  return {kind == sinks::per_head ? 1 : s.batch, s.heads, kind == sinks::per_query ? s.queries : 1};
 }
 
 /// A call with sink logits, its gradient, and all that they need.

@@ -54,15 +54,15 @@ TEST(Scratch, BytesOfWorkersAreExactOrRefused) {
 template <class Pass>
 struct endless {
   using T = typename Pass::element;
-  std::array<T, 4> row{};
+  std::array<T, 16> memory{};  // a row of zeros; then a place for each result
   arguments<T> a;
 
   explicit endless(const problem& p) {
     const bool backward = std::is_same_v<typename Pass::memory, gradient_memory<T>>;
     for (const extents& e : backward ? gradient_operand_extents(p) : operand_extents(p))
-      a.operands.push_back({row.data(), e, {0, 0, 0, 1}});
+      a.operands.push_back({memory.data(), e, {0, 0, 0, 1}});
     for (const extents& e : backward ? gradient_result_extents(p) : result_extents(p)) {
-      const tensor_view<T> dense = bhsd(row.data(), e[0], e[1], e[2], e[3]);
+      const tensor_view<T> dense = bhsd(memory.data() + 4 + a.results.size(), e[0], e[1], e[2], e[3]);
       a.results.push_back(dense);
     }
   }

@@ -360,7 +360,7 @@ TYPED_TEST(UnitTest, EveryScore) {
     rules.far_ = entry == entry::attend;
     for (const double softcap : {0.0, 0.5, 4.0, 30.0})
       for (const bool per_sequence : {false, true})
-        for (const bool per_query : {false, true})
+        for (const bool per_query : {false, per_sequence})
           for (const std::int64_t length : {9, 33, 70, 130}) {
             problem p = example(
                 entry,
