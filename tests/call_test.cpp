@@ -254,7 +254,7 @@ TEST(CallRefusals, SayWhereToGo) {
   };
   EXPECT_EQ(size_function(refusal([&] { attention(a.in(), a.to(), pooled, one_byte); })), "(see workspace_size)");
   EXPECT_EQ(size_function(refusal([&] { attend(a.in(), a.far_rows(), a.to(), {}, one_byte); })),
-            "(see workspace_size of the far context)");
+            "(see workspace_size)");
   EXPECT_EQ(size_function(refusal([&] { attention_gradient(a.in(), a.of(), a.from(), a.grads(), pooled, one_byte); })),
             "(see gradient_workspace_size)");
 }
@@ -267,14 +267,14 @@ TEST(CallRefusals, OptionalArgumentsThatDoNotFit) {
     in.sink_logits = {a.sinks.view().data, {b, h, i}, {0, 1, 0}};
     return in;
   };
-  for (const std::array<std::int64_t, 3>& e :
-       std::vector<std::array<std::int64_t, 3>>{{0, 4, 1}, {3, 4, 1}, {1, 2, 1}, {1, 4, 0}, {1, 4, 8}, {2, 4, 10}}) {
+  for (const std::array<std::int64_t, 3>& e : std::vector<std::array<std::int64_t, 3>>{
+           {0, 4, 1}, {3, 4, 1}, {1, 2, 1}, {1, 4, 0}, {1, 4, 9}, {2, 4, 8}, {2, 4, 10}}) {
     const std::string text = refusal([&] { attention(sinks_of(e[0], e[1], e[2]), a.to(), pooled); });
-    EXPECT_NE(text.find("sink_logits: got " + detail::to_string(e) + ", wants [1 or 2, 4, 1 or 9]"), std::string::npos)
+    EXPECT_NE(text.find("sink_logits: got " + text_of(e) + ", wants [1 or 2, 4, 1] or [2, 4, 9]"),
+              std::string::npos)
         << text;
   }
-  for (const std::array<std::int64_t, 3>& e :
-       std::vector<std::array<std::int64_t, 3>>{{1, 4, 1}, {2, 4, 1}, {1, 4, 9}, {2, 4, 9}})
+  for (const std::array<std::int64_t, 3>& e : std::vector<std::array<std::int64_t, 3>>{{1, 4, 1}, {2, 4, 1}, {2, 4, 9}})
     EXPECT_EQ(refusal([&] { attention(sinks_of(e[0], e[1], e[2]), a.to(), pooled); }), "none");
   inputs<float> null = a.in();
   null.sink_logits.extent = {1, 4, 1};

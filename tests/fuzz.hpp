@@ -203,7 +203,7 @@ void compare(const About& about, const std::string& what, const tensor_view<T>& 
       if (!(distance(got.row(b, h, i)[d], want.row(b, h, i)[d]) <= size * tolerance))
         finding(about, what + ": " + std::to_string(got.row(b, h, i)[d]) + " where " +
                            std::to_string(want.row(b, h, i)[d]) + " is right, at " +
-                           cca::detail::to_string<4>({b, h, i, d}));
+                           text_of<4>({b, h, i, d}));
   });
 }
 

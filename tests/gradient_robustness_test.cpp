@@ -82,11 +82,11 @@ void expect_shown_where_seen(const gradient_memory<T>& clean, std::size_t o, std
         const T gradient = spoilt.results[r].row(b, head, i)[d];
         const bool shows = std::isnan(textbook[r].view().row(b, head, i)[d]);
         ASSERT_EQ(std::isnan(gradient), shows) << p << ": NaN in operand " << o << ", head " << h << ", row " << j
-                                               << ", gradient " << r << " at " << detail::to_string<4>({b, head, i, d});
+                                               << ", gradient " << r << " at " << text_of<4>({b, head, i, d});
         if (!shows && !moves_maximum) {
           ASSERT_TRUE(same_bits(gradient, clean.results[r].row(b, head, i)[d]))
               << p << ": NaN in operand " << o << ", head " << h << ", row " << j << " changes gradient " << r << " at "
-              << detail::to_string<4>({b, head, i, d});
+              << text_of<4>({b, head, i, d});
         }
       }
     });

@@ -50,7 +50,7 @@ void expect_differences(gradient_memory<double>& memory, const arguments<double>
         x = before;
         const double difference = (up - down) / (2 * step);
         ASSERT_NEAR(gradient.row(b, h, i)[d], difference, step * std::max(1.0, std::abs(difference)))
-            << memory.problem << ", operand " << o << " at " << detail::to_string<4>({b, h, i, d});
+            << memory.problem << ", operand " << o << " at " << text_of<4>({b, h, i, d});
       }
     });
   }

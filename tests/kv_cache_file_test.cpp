@@ -310,7 +310,7 @@ TEST(KvCacheFile, AForgedSequenceIsRefused) {
                                                 {greatest, greatest},
                                                 {greatest, 0},
                                                 {(std::int64_t{1} << 62) + 1, std::int64_t{1} << 62}})
-    EXPECT_TRUE(refused(forge(good_header(), numbers, 1000), "got raw tokens")) << detail::to_string(numbers);
+    EXPECT_TRUE(refused(forge(good_header(), numbers, 1000), "got raw tokens")) << text_of(numbers);
   EXPECT_EQ(load_from(forge(good_header(), {9, 6}, (3 + 3) * 2)).raw_count(), 3);
 
   // Rows that the file does not have.

@@ -31,6 +31,12 @@
 
 namespace cca::test {
 
+/// Numbers as refusals write them.
+template <std::size_t Rank>
+std::string text_of(const std::array<std::int64_t, Rank>& numbers) {
+  return detail::to_string(numbers).c_str();
+}
+
 /// Every test seeds its own: it draws the same numbers whichever tests run beside it.
 using random_engine = std::mt19937_64;
 
@@ -193,7 +199,7 @@ inline std::string describe(const sizes& s) {
 inline std::string describe(const options& o) {
   std::ostringstream text;
   detail::for_each_option(o, [&](const char* name, const auto& option) {
-    text << (text.tellp() > 0 ? ", " : "") << name << " " << detail::option_text(option);
+    text << (text.tellp() > 0 ? ", " : "") << name << " " << detail::option_text(option).c_str();
   });
   return text.str();
 }
@@ -280,14 +286,14 @@ template <class A, class B, std::size_t Rank>
 testing::AssertionResult same_bits(const tensor_view<A, Rank>& a, const tensor_view<B, Rank>& b) {
   static_assert(std::is_same_v<std::remove_const_t<A>, std::remove_const_t<B>>, "bits of the same type");
   if (a.extent != b.extent)
-    return testing::AssertionFailure() << "extents " << detail::to_string(a.extent) << " and "
-                                       << detail::to_string(b.extent);
+    return testing::AssertionFailure() << "extents " << text_of(a.extent) << " and "
+                                       << text_of(b.extent);
   std::ostringstream difference;
   std::int64_t differences = 0;
   for_each_row(a, [&](std::int64_t i, std::int64_t j, std::int64_t k) {
     for (std::int64_t d = 0; d < row_size(a); ++d)
       if (!same_bits(a.row(i, j, k)[d], b.row(i, j, k)[d]) && differences++ == 0)
-        difference << a.row(i, j, k)[d] << " and " << b.row(i, j, k)[d] << " at " << detail::to_string<4>({i, j, k, d});
+        difference << a.row(i, j, k)[d] << " and " << b.row(i, j, k)[d] << " at " << text_of<4>({i, j, k, d});
   });
   if (differences == 0) return testing::AssertionSuccess();
   return testing::AssertionFailure() << differences << " elements differ, the first: " << difference.str();
@@ -331,7 +337,7 @@ class error_rule {
         const long double error = distance(kernel.row(b, h, i)[d], x);
         if (error > worst_) {
           worst_ = error;
-          where_ = detail::to_string<4>({b, h, i, d}) + ", " + label;
+          where_ = text_of<4>({b, h, i, d}) + ", " + label;
         }
         kernel_ += error * error;
         textbook_ += std::pow(distance(textbook.row(b, h, i)[d], x), 2);

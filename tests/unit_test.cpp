@@ -360,7 +360,7 @@ TYPED_TEST(UnitTest, EveryScore) {
     rules.far_ = entry == entry::attend;
     for (const double softcap : {0.0, 0.5, 4.0, 30.0})
       for (const bool per_sequence : {false, true})
-        for (const bool per_query : {false, true})
+        for (const bool per_query : {false, per_sequence})
           for (const std::int64_t length : {9, 33, 70, 130}) {
             problem p = example(
                 entry,
@@ -778,7 +778,9 @@ TEST(UnitRefusals, Name) {
             std::string::npos);
   EXPECT_NE(refusal([&] { attention(of(b), of(b), of(b), out, {.unit = static_cast<matrix_unit>(9)}); }).find("got 9"),
             std::string::npos);
-  EXPECT_NE(refusal([&] { pool(of(b), of(b), of(b), out, out, {.unit = matrix_unit::best}); }).find("options.unit"),
+  EXPECT_NE(refusal([&] {
+              pool(of(b), of(b), of(b), out, out, {.group_size = 1, .unit = matrix_unit::best});
+            }).find("options.unit"),
             std::string::npos);
   const cache_shape shape{.heads = 1, .kv_heads = 1, .dim = 4};
   EXPECT_NE(refusal([&] { kv_cache<bfloat16, float>(shape, {.unit = matrix_unit::amx}); }).find("options.unit"),

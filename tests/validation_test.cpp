@@ -100,7 +100,7 @@ TEST(Validation, RefusesNegativeExtents) {
         true, true, [&](auto& view) { view.extent[dimension] = -1; },
         [&](const auto& view) {
           // A log-sum-exp has no dim.
-          const std::string extents = detail::to_string(view.extent);
+          const std::string extents = text_of(view.extent);
           return refusal{{}, "extents " + extents.substr(0, extents.rfind(',')), "none below 0"};
         });
 }
@@ -118,7 +118,7 @@ TEST(Validation, RefusesAnInnerStrideOtherThan1) {
     for_each_tensor(
         true, false, [&](auto& view) { view.stride[3] = stride; },
         [&](const auto& view) {
-          return refusal{{}, "strides " + detail::to_string(view.stride), "an inner stride of 1"};
+          return refusal{{}, "strides " + text_of(view.stride), "an inner stride of 1"};
         });
 }
 
@@ -126,7 +126,7 @@ TEST(Validation, RefusesNullElements) {
   for_each_tensor(
       true, true, [](auto& view) { view.data = nullptr; },
       [](const auto& view) {
-        const std::string extents = detail::to_string(view.extent);
+        const std::string extents = text_of(view.extent);
         return refusal{{}, "a null pointer", "elements " + extents.substr(0, extents.rfind(','))};
       });
 }
@@ -144,7 +144,7 @@ TEST(Validation, RefusesOffsetsThatOverflow) {
 TEST(Validation, RefusesExtentsWhoseProductOverflows) {
   constexpr std::int64_t many = std::int64_t{1} << 40;
   const auto expected = [](const auto& view) {
-    const std::string extents = detail::to_string(view.extent);
+    const std::string extents = text_of(view.extent);
     return refusal{{}, "extents " + extents.substr(0, extents.rfind(',')), "fewer than 2^62 bytes of elements"};
   };
   for (const std::int64_t length : {0, 1})
@@ -203,7 +203,7 @@ TEST(Validation, RefusesExtentsThatDoNotFit) {
         got[dimension] -= 1;
         (is_operand ? call.a.operands[i].extent : call.a.results[i - operands].extent) = got;
         const auto text = [&](const extents& e) {
-          return is_lse ? detail::to_string<3>({e[0], e[1], e[2]}) : detail::to_string(e);
+          return is_lse ? text_of<3>({e[0], e[1], e[2]}) : text_of(e);
         };
         SCOPED_TRACE(testing::Message() << entry << ", " << all[i] << ", dimension " << dimension);
         if (all[i] == "far.value" && dimension == 3)
@@ -298,9 +298,9 @@ TEST(Validation, RefusesCountsOfFarRowsThatThereAreNot) {
   for (std::size_t dimension = 0; dimension < 3; ++dimension) {
     prepared call(entry::attend);
     call.a.seen.extent[dimension] -= 1;
-    expect_refused(call, {"far.seen", detail::to_string(call.a.seen.extent), "extents [2, 4, 6]"});
+    expect_refused(call, {"far.seen", text_of(call.a.seen.extent), "extents [2, 4, 6]"});
     call.a.seen.extent[dimension] = -1;
-    expect_refused(call, {"far.seen", "extents " + detail::to_string(call.a.seen.extent), "none below 0"});
+    expect_refused(call, {"far.seen", "extents " + text_of(call.a.seen.extent), "none below 0"});
   }
   prepared call(entry::attend);
   call.a.seen.data = nullptr;

@@ -258,7 +258,7 @@ void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey,
   detail::require_results(in, to, {{"far.key", context.key}, {"far.value", context.value}, {"far.seen", context.seen}});
 
   const auto forward = detail::attend_plan(in, context, options.unit, run);
-  detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size of the far context");
+  detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size");
   forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), run, memory,
           detail::seen_source(context), detail::raw_source(in, options));
 }

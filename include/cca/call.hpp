@@ -94,8 +94,8 @@ struct inputs {
   tensor_view<const Query> query;  ///< `[batch, query heads, query length, dim]`
   tensor_view<const Key> key;      ///< `[batch, heads, key length, dim]`, `heads` a divisor of the query's
   tensor_view<const Value> value;  ///< `[batch, heads, key length, value dim]`
-  /// A score that joins each query's softmax with a value of zero: `[1 or batch, query heads, 1 or query length]`, of the
-  /// type that is computed in; without data there is none.
+  /// A score that joins each query's softmax with a value of zero: `[1 or batch, query heads, 1]`, or one for each query,
+  /// `[batch, query heads, query length]`, of the type that is computed in; without data there is none.
   lse_view<const Sink> sink_logits{};
 };
 template <class Q, class K, class V>

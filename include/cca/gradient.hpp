@@ -268,7 +268,7 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
                                      {"grad_lse", from.grad_lse}});
 
   const auto backward = detail::attend_backward(in, context, options.unit, run);
-  detail::scratch memory(run.workspace(), backward.bytes(), "gradient_workspace_size of the far context");
+  detail::scratch memory(run.workspace(), backward.bytes(), "gradient_workspace_size");
   for (const auto& sum : {to.key, to.value, to.far_key, to.far_value}) detail::fill_zero(sum, run);
   backward(results, to.query, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), to.sink_logits, run,
            memory, detail::source_gradient{detail::seen_source(context), to.far_key, to.far_value},

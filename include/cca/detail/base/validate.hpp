@@ -220,7 +220,7 @@ bool given(const tensor_view<T, Rank>& view) {
   return view.data != nullptr || view.extent != std::array<std::int64_t, Rank>{};
 }
 
-/// One logit for all sequences or one for each, and the same of queries. `T` is what is computed in.
+/// A logit for each head, of one sequence or of all, or for each query. `T` is what is computed in.
 template <class T, class Query, class Sink>
 void require_sink_logits(const tensor_view<Query>& query, const lse_view<Sink>& sink_logits) {
   if (!given(sink_logits)) return;
@@ -228,10 +228,13 @@ void require_sink_logits(const tensor_view<Query>& query, const lse_view<Sink>& 
                 "cca: sink_logits are of the type that is computed in: double if an operand is, otherwise float");
   require_operand("sink_logits", sink_logits);
   const std::array<std::int64_t, 3>& e = sink_logits.extent;
-  if ((e[0] != 1 && e[0] != query.batch()) || e[1] != query.heads() || (e[2] != 1 && e[2] != query.length()))
-    refuse("sink_logits", to_string(e),
-           "[1 or " + to_string(query.batch()) + ", " + to_string(query.heads()) + ", 1 or " +
-               to_string(query.length()) + "]");
+  const std::int64_t batch = query.batch(), heads = query.heads(), length = query.length();
+  for (const std::array<std::int64_t, 3>& wanted :
+       {std::array<std::int64_t, 3>{1, heads, 1}, {batch, heads, 1}, {batch, heads, length}})
+    if (e == wanted) return;
+  refuse("sink_logits", to_string(e),
+         "[1 or " + to_string(batch) + ", " + to_string(heads) + ", 1] or " +
+             to_string<3>({batch, heads, length}));
 }
 
 /// What an entry point of attention reads. `T` is what is computed in.
