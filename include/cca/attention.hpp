@@ -207,7 +207,8 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 /// groups there is a query for every key; `kv_cache` takes sequences piece by piece.
 ///
 /// @param in  query, key and value, read whole; keys as attention sees them, with RoPE applied
-/// @param to  `out` and, where given, `lse` are written whole; they overlap no operand and not each other
+/// @param to  `out` and, where given, `lse` are written whole; they overlap no operand and not each other. A logit of -inf
+///   is masked: a query that sees no other has the output 0 and the `lse` -inf.
 /// @param options  `pool` and `core_heads` are for groups, `first_position` for none
 /// @param run  an executor, or `{executor, workspace}`; the results are bitwise the same for any
 /// @throws std::invalid_argument  before anything is written, naming the argument, what it got and what it wants
