@@ -321,7 +321,7 @@ void fuzz_unit(byte_source& bytes) {
   problem p = draw_problem(bytes, unit_entries);
   const bool unit = bytes.once_in(2);
   // Cores are rounded to 16 bits, too: what that changes in a logit has to stay below the tolerance.
-  if (unit && p.options.softmax_scale) *p.options.softmax_scale /= 10;
+  if (unit && p.options.softmax_scale) p.options.softmax_scale = *p.options.softmax_scale / 10;
   const guarded_arguments<float, Element> memory(p, bytes);
   const auto asked = [unit](problem q) {
     if (unit) q.options.unit = matrix_unit::best;

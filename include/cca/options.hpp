@@ -47,7 +47,6 @@ struct number {
 
   constexpr number() = default;
   constexpr number(double v) : value(v) {}
-  constexpr operator double&() { return value; }
   constexpr operator double() const { return value; }
 };
 

@@ -8,3 +8,15 @@
 #error "cca: needs C++20: compile with -std=c++20 or newer"
 #include "cca_stops_here"
 #endif
+
+#if !defined(__cpp_exceptions)
+#error "cca: needs exceptions, by which it refuses wrong arguments: compile without -fno-exceptions"
+#include "cca_stops_here"
+#endif
+
+// A query that sees nothing and a NaN that must show both rest on IEEE infinities and NaNs.
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error \
+    "cca: -ffinite-math-only (part of -ffast-math) removes the infinities and NaNs that attention masks rest on: add -fno-finite-math-only"
+#include "cca_stops_here"
+#endif

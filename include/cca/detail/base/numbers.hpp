@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -18,6 +19,9 @@ inline constexpr T not_a_number = std::numeric_limits<T>::quiet_NaN();
 
 template <class T>
 inline constexpr T largest_finite = (std::numeric_limits<T>::max)();
+
+/// The size of an array.
+[[nodiscard]] constexpr std::size_t extent(std::int64_t n) { return static_cast<std::size_t>(n); }
 
 template <class T>
 [[nodiscard]] constexpr T larger(T a, T b) {

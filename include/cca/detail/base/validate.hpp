@@ -233,8 +233,7 @@ void require_sink_logits(const tensor_view<Query>& query, const lse_view<Sink>& 
        {std::array<std::int64_t, 3>{1, heads, 1}, {batch, heads, 1}, {batch, heads, length}})
     if (e == wanted) return;
   refuse("sink_logits", to_string(e),
-         "[1 or " + to_string(batch) + ", " + to_string(heads) + ", 1] or " +
-             to_string<3>({batch, heads, length}));
+         "[1 or " + to_string(batch) + ", " + to_string(heads) + ", 1] or " + to_string<3>({batch, heads, length}));
 }
 
 /// What an entry point of attention reads. `T` is what is computed in.

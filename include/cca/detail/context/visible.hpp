@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../../partition.hpp"
+#include "../base/numbers.hpp"
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
 
@@ -15,9 +16,9 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 template <class T, std::int64_t Lanes = tile_shape<T>::lanes>
 struct lane_ranges {
   static constexpr std::int64_t W = width<T>;
-  range lane[Lanes] = {};
-  range any[Lanes / W] = {};  ///< per vector: the hull of what its queries see
-  range all[Lanes / W] = {};  ///< per vector: what every one of its queries sees
+  range lane[extent(Lanes)] = {};
+  range any[extent(Lanes / W)] = {};  ///< per vector: the hull of what its queries see
+  range all[extent(Lanes / W)] = {};  ///< per vector: what every one of its queries sees
 
   lane_ranges() = default;
 

@@ -124,12 +124,11 @@ class backward {
   template <class Tile, class Results, class... Gradient>
   void run_stack(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule, T* scratch,
                  const task& task, turn& turn, const Gradient&... gradients) const {
-    const auto [b, h, queries, leads] = task;
-    const std::int64_t first = queries.begin;
-    stack<Tile> stack(scratch, {form_, &rule}, {b, h, heads_, first, queries.size()});
+    const std::int64_t b = task.b, h = task.head, first = task.items.begin, count = task.items.size();
+    stack<Tile> stack(scratch, {form_, &rule}, {b, h, heads_, first, count});
     auto& memory = stack.memory();
-    memory.query.load(queries.size(), [&](std::int64_t i) { return results.query.row(b, h, first + i); });
-    memory.grad_out.load(queries.size(), [&](std::int64_t i) { return results.grad_out.row(b, h, first + i); });
+    memory.query.load(count, [&](std::int64_t i) { return results.query.row(b, h, first + i); });
+    memory.grad_out.load(count, [&](std::int64_t i) { return results.grad_out.row(b, h, first + i); });
     stack.for_each_tile([&](Tile tile, std::int64_t at) {
       tile.begin(memory, at);
       for (std::int64_t q = 0; q < tile.count(); ++q)

@@ -102,11 +102,11 @@ class forward {
                    const E& run, const worker_scratch<T>& scratch, const Source&... sources) const {
     const task_list tasks(batch_, heads_, length_, lanes<Tile>());
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
-      const auto [b, h, queries, leads] = tasks.last_first(i);
-      const std::int64_t first = queries.begin;
+      const task task = tasks.last_first(i);
+      const std::int64_t b = task.b, h = task.head, first = task.items.begin, count = task.items.size();
       // A mean of finite values is finite: where it is not, it may have overflowed on the way, and is taken again.
       for (const int headroom : {0, most_headroom}) {
-        stack<Tile> stack(scratch[worker], {form_, &rule, headroom}, {b, h, heads_, first, queries.size()});
+        stack<Tile> stack(scratch[worker], {form_, &rule, headroom}, {b, h, heads_, first, count});
         stack.for_each_tile(
             [&](Tile tile, std::int64_t at) { tile.begin(query.row(b, h, first + at), query.stride[2]); });
         (stack.absorb(sources, [](range, const auto*) {}), ...);

@@ -120,7 +120,7 @@ class gradient_tile {
       const vector lse = vector::load_aligned(lse_ + lane), delta = vector::load_aligned(delta_ + lane);
       part.with_mask(n, [&](const auto& mask) {
         for (std::int64_t j = 0; j < count; j += R) {
-          vector weight[R], grad_score[R];
+          vector weight[extent(R)], grad_score[extent(R)];
           unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
             const vector x = vector::load_aligned(scores.at(j + r, n));
             // No weight is above 1, but where lse was rounded, and of what a lane does not see. A NaN stays.

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../base/numbers.hpp"
 #include "../base/processor.hpp"
 #include "../context/row_span.hpp"
 #include "operands.hpp"
@@ -20,7 +21,7 @@ template <std::int64_t R, std::int64_t N>
 __attribute__((target("avx512f,avx512bw,avx512bf16"))) void multiply_vectors(element_rows a, pair_rows b, float* c,
                                                                              std::int64_t c_stride,
                                                                              std::int64_t pairs) {
-  __m512 sum[R][N];
+  __m512 sum[extent(R)][extent(N)];
 #pragma GCC unroll 16
   for (std::int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -28,7 +29,7 @@ __attribute__((target("avx512f,avx512bw,avx512bf16"))) void multiply_vectors(ele
   const std::uint16_t* element = a.data;
   const packed_pair* lanes = b.data;
   for (std::int64_t i = 0; i < pairs; ++i, element += 2, lanes += b.stride) {
-    __m512i operand[N];
+    __m512i operand[extent(N)];
 #pragma GCC unroll 4
     for (std::int64_t n = 0; n < N; ++n) operand[n] = _mm512_load_si512(lanes + n * 16);
 #pragma GCC unroll 16
@@ -38,7 +39,8 @@ __attribute__((target("avx512f,avx512bw,avx512bf16"))) void multiply_vectors(ele
       const __m512i broadcast = _mm512_set1_epi32(both);
 #pragma GCC unroll 4
       for (std::int64_t n = 0; n < N; ++n)
-        sum[r][n] = _mm512_dpbf16_ps(sum[r][n], (__m512bh)broadcast, (__m512bh)operand[n]);
+        sum[r][n] =
+            _mm512_dpbf16_ps(sum[r][n], reinterpret_cast<__m512bh>(broadcast), reinterpret_cast<__m512bh>(operand[n]));
     }
   }
 #pragma GCC unroll 16

@@ -49,7 +49,7 @@ __attribute__((target("avx512f,avx512bw,avx512bf16"))) double multiply_add_secon
     asm volatile("" : "+v"(factor));
 #pragma GCC unroll 16
     for (int r = 0; r < registers; ++r)
-      sum[r] = Pairs ? _mm512_dpbf16_ps(sum[r], (__m512bh)factor, (__m512bh)factor)
+      sum[r] = Pairs ? _mm512_dpbf16_ps(sum[r], reinterpret_cast<__m512bh>(factor), reinterpret_cast<__m512bh>(factor))
                      : _mm512_fmadd_ps(factor, factor, sum[r]);
   }
 #pragma GCC unroll 16

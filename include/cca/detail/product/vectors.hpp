@@ -136,9 +136,10 @@ struct vectors {
   /// of keys and values are summed from.
   class query_rows {
    public:
-    static constexpr std::int64_t size(std::int64_t lanes, std::int64_t dim) { return lanes * padded<T>(dim); }
+    static constexpr std::int64_t size(std::int64_t count, std::int64_t dim) { return count * padded<T>(dim); }
 
-    query_rows(T* scratch, std::int64_t lanes, std::int64_t dim) : rows_(scratch), lanes_(lanes), dim_(dim) {}
+    query_rows(T* scratch, std::int64_t padded_count, std::int64_t dim)
+        : rows_(scratch), lanes_(padded_count), dim_(dim) {}
 
     [[nodiscard]] T* row(std::int64_t i) const { return rows_ + i * padded<T>(dim_); }
 
@@ -186,7 +187,7 @@ struct vectors {
         constexpr std::int64_t N = n();
         for_row_blocks<shape::template rows_of<N>>(rows.size(), [&](auto r, std::int64_t j) CCA_INLINE_LAMBDA {
           constexpr std::int64_t R = r();
-          vec<T> sum[R][N];
+          vec<T> sum[extent(R)][extent(N)];
           unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
           const auto run = [&](range some) CCA_INLINE_LAMBDA {
             accumulate(sum, factors + j * lanes_ + some.begin, lanes_, adjacent{}, row(some.begin) + v * W,
@@ -294,12 +295,12 @@ struct vectors {
     constexpr std::int64_t N = Part::vectors;
     const row_span<T> keys = block.keys(part.rows.begin);
     const bool asks = first && (N > 1 || part.first == 0);  // vectors by themselves leave it to the first
-    vec<T> maximum[N];
+    vec<T> maximum[extent(N)];
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n] = vec<T>(-infinity<T>); });
     for_row_blocks<shape::template rows_of<N>>(part.rows.size(), [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
       constexpr std::int64_t R = rows();
       for (std::int64_t r = 0; r < (asks ? R : 0); ++r) block.ask_for(part.rows.begin + j + r + shape::block);
-      vec<T> sum[R][N];
+      vec<T> sum[extent(R)][extent(N)];
       multiply(sum, keys.row(j), keys.stride, adjacent{}, packed + part.first * W, lanes, form.dim);
       unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
         unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
@@ -318,7 +319,7 @@ struct vectors {
                             const score_block<T> to) {
     constexpr std::int64_t N = Part::vectors;
     for_row_blocks<shape::template rows_of<N>>(part.rows.size(), [&](auto r, std::int64_t j) CCA_INLINE_LAMBDA {
-      vec<T> sum[r()][N];
+      vec<T> sum[extent(r())][extent(N)];
       multiply(sum, rows.row(j), rows.stride, adjacent{}, packed + part.first * W, lanes, dim);
       unroll<r() * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N].store_aligned(to.at(j + i / N, i % N)); });
     });
@@ -348,13 +349,13 @@ struct vectors {
                        const T* rescale, T* sum, const Runs& for_each_run) {
     constexpr std::int64_t N = Part::vectors;
     T* to = sum + part.first * W;
-    vec<T> factor[N];
+    vec<T> factor[extent(N)];
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
       factor[n] = rescale != nullptr ? vec<T>::load_aligned(rescale + (part.first + n) * W) : vec<T>(T(1));
     });
     for_row_blocks<shape::template rows_of<N>>(dim, [&](auto r, std::int64_t d) CCA_INLINE_LAMBDA {
       constexpr std::int64_t R = r();
-      vec<T> products[R][N];
+      vec<T> products[extent(R)][extent(N)];
       unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { products[i / N][i % N] = vec<T>(T(0)); });
       const auto run = [&](range rows) CCA_INLINE_LAMBDA {
         accumulate(products, columns.row(rows.begin) + d, adjacent{}, columns.stride, weights.at(rows.begin, 0),

@@ -74,7 +74,7 @@ CCA_INLINE void reduce_add_each(const vec<T>* x, T* to) {
   alignas(alignment<T>) T lanes[width<T>];
   sum.store_aligned(lanes);
   quad total = quad::load_aligned(lanes);
-  for (std::int64_t i = quad::size; i < width<T>; i += quad::size) total += quad::load_aligned(lanes + i);
+  for (std::int64_t i = sums_at_a_time<T>; i < width<T>; i += sums_at_a_time<T>) total += quad::load_aligned(lanes + i);
   total.store_unaligned(to);
 }
 
@@ -106,7 +106,7 @@ void dot_rows(const T* query, row_span<Element> keys, std::int64_t dim, std::int
   constexpr std::int64_t n = sums_at_a_time<T>;
   std::int64_t j = 0;
   for (; j + n <= count; j += n) {
-    vec<T> dots[n];
+    vec<T> dots[extent(n)];
     unroll<n>([&](auto i) CCA_INLINE_LAMBDA { dots[i] = dot_lanes(query, keys.row(j + i), keys.stride, dim); });
     reduce_add_each<T>(dots, logits + j);
   }
@@ -122,7 +122,7 @@ void add_weighted_rows(const T* weights, row_span<Element> rows, std::int64_t di
   for_row_blocks<vectors>(dim / W, [&](auto n, std::int64_t first) CCA_INLINE_LAMBDA {
     constexpr std::int64_t N = n();
     const std::int64_t d = first * W;
-    vec<T> partial[N];
+    vec<T> partial[extent(N)];
     unroll<N>([&](auto i) CCA_INLINE_LAMBDA { partial[i] = vec<T>(T(0)); });
     for (std::int64_t j = 0; j < count; ++j) {
       const vec<T> weight(weights[j]);

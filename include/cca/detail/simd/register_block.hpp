@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -56,11 +57,12 @@ using adjacent = std::integral_constant<std::int64_t, 1>;
 /// `sum[r][n] += sum_i a[r * row_stride + i * step] * b[i * b_stride + n * width ..]` for i in `[0, steps)`: the register
 /// block of all products of attention. An element of `a` is broadcast to all lanes, a vector of `b` serves all rows.
 /// (The caller's array, not a returned one: g++ 12 keeps it in registers only so, at three times the speed.)
-template <std::int64_t R, std::int64_t N, class T, class RowStride, class Step>
-CCA_INLINE void accumulate(vec<T> (&sum)[R][N], const T* a, RowStride row_stride, Step step, const T* b,
+template <std::size_t Rows, std::size_t Vectors, class T, class RowStride, class Step>
+CCA_INLINE void accumulate(vec<T> (&sum)[Rows][Vectors], const T* a, RowStride row_stride, Step step, const T* b,
                            std::int64_t b_stride, std::int64_t steps) {
+  constexpr std::int64_t R = Rows, N = Vectors;
   for (std::int64_t i = 0; i < steps; ++i, a += step, b += b_stride) {
-    vec<T> operand[N];
+    vec<T> operand[Vectors];
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA { operand[n] = vec<T>::load_aligned(b + n * width<T>); });
     unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
       const vec<T> element(a[r * row_stride]);
@@ -70,10 +72,11 @@ CCA_INLINE void accumulate(vec<T> (&sum)[R][N], const T* a, RowStride row_stride
 }
 
 /// The same from 0 on.
-template <std::int64_t R, std::int64_t N, class T, class RowStride, class Step>
-CCA_INLINE void multiply(vec<T> (&sum)[R][N], const T* a, RowStride row_stride, Step step, const T* b,
+template <std::size_t Rows, std::size_t Vectors, class T, class RowStride, class Step>
+CCA_INLINE void multiply(vec<T> (&sum)[Rows][Vectors], const T* a, RowStride row_stride, Step step, const T* b,
                          std::int64_t b_stride, std::int64_t steps) {
-  unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
+  constexpr std::int64_t N = Vectors;
+  unroll<Rows * Vectors>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
   accumulate(sum, a, row_stride, step, b, b_stride, steps);
 }
 

@@ -158,7 +158,7 @@ class finite_check {
   [[nodiscard]] CCA_INLINE bool holds() const { return xsimd::all(largest_ < vec<integer>(exponent)); }
 
  private:
-  vec<integer> largest_{integer(0)};
+  vec<integer> largest_ = vec<integer>(integer(0));
 };
 
 /// Whether none of the `n` elements is infinite or NaN.
@@ -186,14 +186,36 @@ struct exp2_range {
                 static_cast<T>(constants::bias - headroom)) {}
 };
 
+/// Keeps a compiler that may reorder sums (-fassociative-math, a part of -ffast-math) from undoing those of `exp2`.
+template <class T>
+CCA_INLINE void keep(vec<T>& x) {
+#if defined(__x86_64__) && defined(__AVX512F__)
+  asm("" : "+v"(x.data));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x.data));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x.data));
+#endif
+}
+
+/// x less the nearest whole number, which `shifted` gets in its lowest bits.
+template <class T>
+CCA_INLINE vec<T> fraction(vec<T> x, const exp2_range<T>& range, vec<T>& shifted) {
+  shifted = x + range.shifter;
+  keep<T>(shifted);
+  vec<T> whole = shifted - range.shifter;
+  keep<T>(whole);
+  return x - whole;
+}
+
 /// 2^x for x <= 0: within 2 ulp, 0 below the normal numbers and for -inf, NaN for NaN; times 2^-headroom. Raises no
 /// floating-point exception but for a NaN.
 template <class T>
 CCA_INLINE vec<T> exp2(vec<T> x, const exp2_range<T>& range = exp2_range<T>()) {
   using constants = exp2_constants<T>;
   x = xsimd::select(x < range.least, range.least - vec<T>(T(1)), x);  // whose power has the bits 0; false for NaN
-  const vec<T> shifted = x + range.shifter;
-  const vec<T> f = x - (shifted - range.shifter);
+  vec<T> shifted;
+  const vec<T> f = fraction<T>(x, range, shifted);
   vec<T> p(constants::polynomial[0]);
   unroll<std::ssize(constants::polynomial) - 1>(
       [&](auto i) CCA_INLINE_LAMBDA { p = fma<T>(p, f, vec<T>(constants::polynomial[i + 1])); });
@@ -208,8 +230,8 @@ CCA_INLINE vec<float> exp2_rounded(vec<float> x, const exp2_range<float>& range 
   constexpr float polynomial[] = {0x1.5bba14p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f,
                                   0x1.ebf9bcp-3f,  0x1.62e42ap-1f, 1.0f};
   x = xsimd::select(x < range.least, range.least - vec<float>(1.0f), x);
-  const vec<float> shifted = x + range.shifter;
-  const vec<float> f = x - (shifted - range.shifter);
+  vec<float> shifted;
+  const vec<float> f = fraction<float>(x, range, shifted);
   vec<float> p(polynomial[0]);
   unroll<std::ssize(polynomial) - 1>([&](auto i)
                                          CCA_INLINE_LAMBDA { p = fma<float>(p, f, vec<float>(polynomial[i + 1])); });

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "../base/numbers.hpp"
 #include "convert.hpp"
 #include "simd.hpp"
 
@@ -12,11 +13,11 @@ template <class T>
 CCA_INLINE void transpose_block(const T* from, std::int64_t from_stride, T* to, std::int64_t to_stride) {
   using quad = xsimd::batch<T, transpose_arch>;
   constexpr std::int64_t n = quad::size;
-  quad rows[n];
+  quad rows[extent(n)];
   unroll<n>([&](auto i) CCA_INLINE_LAMBDA { rows[i] = quad::load_unaligned(from + i * from_stride); });
   // Each round is a perfect shuffle; log2(n) of them transpose.
   for (std::int64_t round = 1; round < n; round *= 2) {
-    quad next[n];
+    quad next[extent(n)];
     unroll<n / 2>([&](auto i) CCA_INLINE_LAMBDA {
       next[2 * i] = xsimd::zip_lo(rows[i], rows[i + n / 2]);
       next[2 * i + 1] = xsimd::zip_hi(rows[i], rows[i + n / 2]);

@@ -61,7 +61,7 @@ class lane_softmax {
       rescale.store_aligned(rescale_ + lane);
       vec<T> sum(T(0)), stored(T(0));
       for (std::int64_t j = 0; j < count; j += R) {
-        vec<T> weight[R];
+        vec<T> weight[extent(R)];
         unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
           weight[r] = Weights::exp2((vec<T>::load_aligned(scores.at(j + r, n)) - base) * unit, range);
           sum += weight[r];

@@ -93,7 +93,7 @@ struct row_softmax : exponential_sum<T> {
       largest = xsimd::select(x > largest, x, largest);
     }
     if (!xsimd::any(largest > vec<T>(this->maximum))) return;
-    alignas(alignment<T>) T lanes[W];
+    alignas(alignment<T>) T lanes[extent(W)];
     largest.store_aligned(lanes);
     for (const T lane : lanes) this->maximum = larger(this->maximum, lane);
   }
