@@ -9,7 +9,7 @@
 namespace cca { inline namespace CCA_TARGET {
 
 /// The window that holds everything: plain causal attention.
-inline constexpr std::int64_t unlimited = std::numeric_limits<std::int64_t>::max();
+inline constexpr std::int64_t unlimited = (std::numeric_limits<std::int64_t>::max)();
 
 /// Half-open: `[begin, end)`. Empty when `end <= begin`.
 struct range {

@@ -94,7 +94,7 @@ matrix<Scalar> mean_query(tensor_view<T> query, std::int64_t b, std::int64_t h, 
 template <class Scalar>
 Scalar softmax(vector<Scalar>& scores, Scalar sink = -std::numeric_limits<Scalar>::infinity()) {
   constexpr Scalar none = -std::numeric_limits<Scalar>::infinity();
-  const Scalar maximum = scores.size() == 0 ? sink : std::max(scores.template maxCoeff<Eigen::PropagateNaN>(), sink);
+  const Scalar maximum = scores.size() == 0 ? sink : (std::max)(scores.template maxCoeff<Eigen::PropagateNaN>(), sink);
   if (maximum == none) {
     scores.setZero();
     return none;
@@ -124,7 +124,7 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
   const auto scale = static_cast<Scalar>(detail::softmax_scale(options, key.dim()));
   const std::int64_t heads = detail::core_head_count(options, query.heads(), key.heads());
   const std::int64_t groups = partition.group_count(key.length()),
-                     sharing = query.heads() / std::max<std::int64_t>(heads, 1);
+                     sharing = query.heads() / (std::max<std::int64_t>)(heads, 1);
   std::pair<tensor<Scalar>, tensor<Scalar>> cores{{key.batch(), heads, groups, key.dim()},
                                                   {key.batch(), heads, groups, value.dim()}};
   for (std::int64_t b = 0; b < key.batch(); ++b)
@@ -266,7 +266,7 @@ gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, t
                                const options& options) {
   const partition partition{options.group_size, options.window};
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
-  const std::int64_t heads = grad_core_key.heads(), sharing = query.heads() / std::max<std::int64_t>(heads, 1);
+  const std::int64_t heads = grad_core_key.heads(), sharing = query.heads() / (std::max<std::int64_t>)(heads, 1);
   gradient<Scalar> grad{
       tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent), {}, {}, {}};
   for (std::int64_t b = 0; b < key.batch(); ++b)

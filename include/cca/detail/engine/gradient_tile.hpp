@@ -124,7 +124,7 @@ class gradient_tile {
           unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
             const vector x = vector::load_aligned(scores.at(j + r, n));
             // No weight is above 1, but where lse was rounded, and of what a lane does not see. A NaN stays.
-            const vector p = Factors::exp2(xsimd::min(zero, fma<number>(x, unit, -lse)));
+            const vector p = Factors::exp2((xsimd::min)(zero, fma<number>(x, unit, -lse)));
             weight[r] = mask.select(j + r, p, zero);
             const vector ds = rule.differentiate(x, p) * (vector::load_aligned(grads.at(j + r, n)) - delta);
             grad_score[r] = mask.select(j + r, ds, zero);

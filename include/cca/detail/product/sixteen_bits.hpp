@@ -359,7 +359,7 @@ struct sixteen_bits {
         for (std::int64_t j = 0; j < count; ++j) {
           const vector x = mask.select(j, vector::load_aligned(to.at(j, n)), vector(-infinity<float>));
           if constexpr (!std::is_same_v<decltype(mask), const unmasked&>) x.store_aligned(to.at(j, n));
-          maximum = xsimd::max(maximum, x);
+          maximum = (xsimd::max)(maximum, x);
         }
         maximum.store_aligned(to.maximum + n * W);
       });

@@ -306,7 +306,7 @@ struct vectors {
         unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
           const vec<T> score = part.mask.select(j + r, sum[r][n], vec<T>(-infinity<T>));
           score.store_aligned(to.at(j + r, n));
-          maximum[n] = xsimd::max(maximum[n], score);
+          maximum[n] = (xsimd::max)(maximum[n], score);
         });
       });
     });

@@ -1,5 +1,12 @@
 #pragma once
 
+// What xsimd uses as names is a macro behind <complex.h> and <windows.h>.
+#pragma push_macro("I")
+#pragma push_macro("min")
+#pragma push_macro("max")
+#undef I
+#undef min
+#undef max
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
 // g++ 12 finds its own AVX-512 intrinsics uninitialised, thousands of lines of it, wherever they are inlined.
 #pragma GCC diagnostic push
@@ -10,6 +17,9 @@
 #else
 #include <xsimd/xsimd.hpp>
 #endif
+#pragma pop_macro("I")
+#pragma pop_macro("min")
+#pragma pop_macro("max")
 
 #include "../base/target.hpp"
 

@@ -153,7 +153,7 @@ class finite_check {
  public:
   CCA_INLINE void add(vec<T> x) {
     constexpr integer magnitude = (std::numeric_limits<integer>::max)();
-    largest_ = xsimd::max(largest_, cast_bits<integer>(x) & vec<integer>(magnitude));
+    largest_ = (xsimd::max)(largest_, cast_bits<integer>(x) & vec<integer>(magnitude));
   }
   [[nodiscard]] CCA_INLINE bool holds() const { return xsimd::all(largest_ < vec<integer>(exponent)); }
 

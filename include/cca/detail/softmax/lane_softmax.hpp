@@ -53,7 +53,7 @@ class lane_softmax {
     for (std::int64_t n = 0; n < Part::vectors; ++n) {
       const std::int64_t lane = (part.first + n) * W;
       const vec<T> old = vec<T>::load_aligned(maximum_ + lane);
-      const vec<T> raised = xsimd::max(old, vec<T>::load_aligned(scores.maximum + n * W));
+      const vec<T> raised = (xsimd::max)(old, vec<T>::load_aligned(scores.maximum + n * W));
       // A lane that has seen nothing has the maximum -inf; -inf - 0 is -inf where -inf - -inf were NaN.
       const vec<T> base = xsimd::select(raised == vec<T>(-infinity<T>), vec<T>(T(0)), raised);
       const vec<T> rescale = exp2<T>((old - base) * unit);

@@ -77,7 +77,7 @@ struct score_rule {
         for (std::int64_t j = 0; j < part.rows.size(); ++j) {
           const vec<T> x = mask.select(j, cap(vec<T>::load_aligned(scores.at(j, n))), unseen);
           x.store_aligned(scores.at(j, n));
-          maximum = xsimd::max(maximum, x);
+          maximum = (xsimd::max)(maximum, x);
         }
         if (scores.maximum != nullptr) maximum.store_aligned(scores.maximum + n * width<T>);
       });
