@@ -233,8 +233,7 @@ void require_sink_logits(const tensor_view<Query>& query, const lse_view<Sink>& 
        {std::array<std::int64_t, 3>{1, heads, 1}, {batch, heads, 1}, {batch, heads, length}})
     if (e == wanted) return;
   refuse("sink_logits", to_string(e),
-         "[1 or " + to_string(batch) + ", " + to_string(heads) + ", 1] or " +
-             to_string<3>({batch, heads, length}));
+         "[1 or " + to_string(batch) + ", " + to_string(heads) + ", 1] or " + to_string<3>({batch, heads, length}));
 }
 
 /// What an entry point of attention reads. `T` is what is computed in.
@@ -296,13 +295,19 @@ inline void require_apart(std::initializer_list<named_view> written, std::initia
   }
 }
 
+/// Results, apart from inputs and from `more` that is read.
+template <class Inputs, class Results>
+void require_results_apart(const Inputs& in, const Results& to, std::initializer_list<named_view> more = {}) {
+  require_apart({{"out", to.out}, {"lse", to.lse}}, more);
+  require_apart({{"out", to.out}, {"lse", to.lse}},
+                {{"query", in.query}, {"key", in.key}, {"value", in.value}, {"sink_logits", in.sink_logits}});
+}
+
 /// Where attention writes. `more` is what it reads beside its inputs.
 template <class Inputs, class Results>
 void require_results(const Inputs& in, const Results& to, std::initializer_list<named_view> more = {}) {
   require_results(in.query, in.value.dim(), to.out, to.lse);
-  require_apart({{"out", to.out}, {"lse", to.lse}}, more);
-  require_apart({{"out", to.out}, {"lse", to.lse}},
-                {{"query", in.query}, {"key", in.key}, {"value", in.value}, {"sink_logits", in.sink_logits}});
+  require_results_apart(in, to, more);
 }
 
 }}}  // namespace cca::CCA_TARGET::detail
