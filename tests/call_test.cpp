@@ -200,6 +200,8 @@ TEST(CallRefusals, OutputsThatAreOtherArguments) {
     expect("lse", name, [&] { attention(in, cca::results{a.out.view(), at(a.lse.view(), memory)}, pooled); });
     expect("out", name, [&] { attend(in, a.far_rows(), cca::results{at(a.out.view(), memory)}); });
   });
+  kv_cache<float> cache({.batch = 2, .heads = 4, .kv_heads = 2, .dim = 5, .value_dim = 3}, pooled);
+  expect("out", "value", [&] { cache.attend(in, cca::results{at(a.out.view(), a.value)}); });
   expect("lse", "out", [&] { attention(in, cca::results{a.out.view(), at(a.lse.view(), a.out)}, pooled); });
   each_far([&](const char* name, auto& memory) {
     expect("out", name, [&] { attend(in, a.far_rows(), cca::results{at(a.out.view(), memory)}); });

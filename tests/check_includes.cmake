@@ -9,7 +9,7 @@ set(order
     detail/base/float_mode.hpp element.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp call.hpp
     # Words that kernels use, and the checks of what callers say.
     detail/base/processor.hpp detail/product/choose_unit.hpp detail/base/validate.hpp
-    detail/base/scratch.hpp detail/base/turn.hpp
+    detail/base/scratch.hpp detail/base/turn.hpp detail/base/checked_stream.hpp
     # Vectors.
     detail/simd/arch.hpp detail/simd/simd.hpp detail/simd/convert.hpp detail/simd/transpose.hpp detail/context/row_span.hpp
     detail/simd/dot.hpp detail/simd/register_block.hpp
@@ -27,9 +27,10 @@ set(order
     detail/engine/query_tile.hpp detail/engine/stack.hpp detail/engine/few_queries.hpp detail/engine/forward.hpp
     detail/engine/gradient_tile.hpp detail/engine/backward.hpp
     # What users call.
-    pooling.hpp attention.hpp merge.hpp gradient.hpp cache_shape.hpp kv_cache.hpp kv_cache_file.hpp
+    pooling.hpp attention.hpp merge.hpp gradient.hpp cache_shape.hpp
+    detail/context/cached_sequences.hpp kv_cache.hpp kv_cache_file.hpp
     # The textbook and the whole.
-    reference.hpp cca.hpp
+    reference.hpp reference_gradient.hpp cca.hpp
     # Compiled kernels behind the same functions.
     dispatch/plain.hpp dispatch/to_plain.hpp dispatch/kv_cache.hpp dispatch.hpp)
 

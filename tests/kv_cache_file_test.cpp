@@ -193,7 +193,7 @@ struct forged_header {
 std::string forge(const forged_header& header, const std::array<std::int64_t, 2>& numbers = {0, 0},
                   std::int64_t elements = 0) {
   std::ostringstream stream;
-  detail::cache_writer writer(stream);
+  detail::checked_writer writer(stream);
   writer.put(&header.start, 1);
   if (header.start.version == 1) {
     const cca::options& o = header.options;

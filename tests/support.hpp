@@ -14,6 +14,7 @@
 #include <bit>
 #include <cca/cca.hpp>
 #include <cca/reference.hpp>
+#include <cca/reference_gradient.hpp>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -11,7 +11,7 @@
 #include "call.hpp"
 #include "detail/base/numbers.hpp"
 #include "detail/base/validate.hpp"
-#include "detail/context/row_store.hpp"
+#include "detail/context/cached_sequences.hpp"
 #include "detail/softmax/score_rule.hpp"
 #include "element.hpp"
 #include "options.hpp"
@@ -51,45 +51,40 @@ class kv_cache {
 
   /// @throws std::invalid_argument  naming the member of `shape` or `options` that makes no sense
   kv_cache(const cache_shape& shape, const options& options)
-      : shape_(detail::complete(shape)),
-        options_(validated(options)),
-        partition_{options.group_size, options.window},
-        core_heads_(detail::core_head_count(options, shape_.heads, shape_.kv_heads)) {
-    for (std::int64_t b = 0; b < shape_.batch; ++b) {
-      sequences_.push_back(new_sequence());
-      reserve("shape.capacity", sequences_.back(), shape_.capacity);
-    }
+      : held_{detail::complete(shape), validated(options),
+              detail::core_head_count(options, shape.heads, shape.kv_heads)} {
+    for (std::int64_t b = 0; b < shape.batch; ++b) held_.add(held_.new_sequence());
   }
 
   /// @{
   /// What the cache was made with, the shape's defaults filled in.
-  [[nodiscard]] const cache_shape& shape() const { return shape_; }
-  [[nodiscard]] const cca::options& options() const { return options_; }
+  [[nodiscard]] const cache_shape& shape() const { return held_.shape; }
+  [[nodiscard]] const cca::options& options() const { return held_.options; }
   /// @}
 
   /// Tokens appended to sequence `b`.
   [[nodiscard]] std::int64_t length(std::int64_t b = 0) const { return known(b).length; }
   /// Core tokens of sequence `b`, per core head.
-  [[nodiscard]] std::int64_t core_count(std::int64_t b = 0) const { return group_count(known(b).length); }
+  [[nodiscard]] std::int64_t core_count(std::int64_t b = 0) const { return held_.group_count(known(b).length); }
   /// Raw tokens of sequence `b` that a query to come can see, or that a rewind needs, per key/value head.
   [[nodiscard]] std::int64_t raw_count(std::int64_t b = 0) const { return known(b).length - known(b).oldest; }
   /// The least length to which `truncate` can take sequence `b`.
   [[nodiscard]] std::int64_t least_length(std::int64_t b = 0) const {
-    return partition_.first_query_beyond(known(b).oldest);
+    return held_.partition().first_query_beyond(known(b).oldest);
   }
 
   /// Bytes of the cores and raw tokens held.
   [[nodiscard]] std::size_t bytes() const {
     std::size_t column = 0;  // one element of every row
-    for (std::int64_t b = 0; b < shape_.batch; ++b)
-      column += static_cast<std::size_t>(core_heads_ * core_count(b)) * sizeof(Core) +
-                static_cast<std::size_t>(shape_.kv_heads * raw_count(b)) * sizeof(Element);
-    return column * static_cast<std::size_t>(shape_.dim + shape_.value_dim);
+    for (std::int64_t b = 0; b < held_.shape.batch; ++b)
+      column += static_cast<std::size_t>(held_.core_heads * core_count(b)) * sizeof(Core) +
+                static_cast<std::size_t>(held_.shape.kv_heads * raw_count(b)) * sizeof(Element);
+    return column * static_cast<std::size_t>(held_.shape.dim + held_.shape.value_dim);
   }
   /// Bytes of memory taken for keys and values.
   [[nodiscard]] std::size_t allocated_bytes() const {
     std::size_t total = 0;
-    for (const sequence& s : sequences_) total += s.cores.bytes() + s.raw.bytes();
+    for (const auto& s : held_.all) total += s.cores.bytes() + s.raw.bytes();
     return total;
   }
 
@@ -104,9 +99,7 @@ class kv_cache {
   template <class Query = Element, class Sink = compute_type<Query, Element>, detail::written Out = Element,
             class Lse = compute_type<Query, Element>>
   void attend(const inputs<Query, Element, Element, Sink>& in, const results<Out, Lse>& to, const execution& run = {}) {
-    require_query(in.query, shape_.batch);
-    detail::require_sink_logits<compute_type<Query, Element>>(in.query, in.sink_logits);
-    detail::require_results(in.query, shape_.value_dim, to.out, to.lse);
+    require_answers(in, to, held_.shape.batch);
     step(0, in, &to, run);
   }
 
@@ -123,9 +116,7 @@ class kv_cache {
   void attend(std::int64_t b, const inputs<Query, Element, Element, Sink>& in, const results<Out, Lse>& to,
               const execution& run = {}) {
     require_sequence("b", b);
-    require_query(in.query, 1);
-    detail::require_sink_logits<compute_type<Query, Element>>(in.query, in.sink_logits);
-    detail::require_results(in.query, shape_.value_dim, to.out, to.lse);
+    require_answers(in, to, 1);
     step(b, in, &to, run);
   }
 
@@ -141,7 +132,7 @@ class kv_cache {
   template <detail::view_or_mistaken Query, class Key, class Value>
   void append(const Query& query, const Key& key, const Value& value, const execution& run = {}) {
     if constexpr (detail::check_views<Query, Key, Value>() && check_tokens<Key, Value>()) {
-      require_query(query, shape_.batch);
+      require_query(query, held_.shape.batch);
       step<float, compute_type<Element>>(0, inputs{query, key, value}, nullptr, run);
     }
   }
@@ -162,72 +153,32 @@ class kv_cache {
   /// however often that many were appended and refused; what was taken back once counts until `longest` grows.
   void truncate(std::int64_t b, std::int64_t length) {
     require_sequence("b", b);
-    if (!(least_length(b) <= length && length <= at(b).length))
+    if (!(least_length(b) <= length && length <= held_.at(b).length))
       detail::refuse("length", detail::to_string(length),
-                     "between " + detail::to_string(least_length(b)) + " and " + detail::to_string(at(b).length) +
+                     "between " + detail::to_string(least_length(b)) + " and " + detail::to_string(held_.at(b).length) +
                          ": what earlier queries saw has left the window");
-    at(b).length = length;
+    held_.at(b).length = length;
   }
 
   /// Empties sequence `b`; its memory stays.
   void reset(std::int64_t b) {
     require_sequence("b", b);
-    at(b).length = at(b).oldest = 0;
+    held_.at(b).length = held_.at(b).oldest = 0;
   }
   /// Empties every sequence.
   void reset() {
-    for (sequence& s : sequences_) s.length = s.oldest = 0;
+    for (auto& s : held_.all) s.length = s.oldest = 0;
   }
 
   /// Makes sequence `to` a copy of sequence `from`, as beam search does.
   void fork(std::int64_t from, std::int64_t to) {
     require_sequence("from", from);
     require_sequence("to", to);
-    if (from == to) return;
-    const sequence& source = at(from);
-    sequence& target = at(to);
-    target.cores.reserve(core_count(from), source.cores.capacity());
-    if (target.raw.capacity() != source.raw.capacity()) {  // a token's row goes by the capacity
-      ring raw(shape_.kv_heads, shape_.dim, shape_.value_dim);
-      raw.reserve(source.raw.capacity(), source.raw.capacity());
-      target.raw = std::move(raw);
-    }
-    for (std::int64_t h = 0; h < core_heads_; ++h)
-      target.cores.copy_rows(h, 0, source.cores.rows(h, 0), core_count(from));
-    const typename ring::pieces held = source.raw.find({source.oldest, source.length});
-    target.raw.write(held.first, [&](std::int64_t h) { return source.raw.rows(h, held.row); });
-    target.raw.write(held.second, [&](std::int64_t h) { return source.raw.rows(h, 0); });
-    target.length = source.length;
-    target.oldest = source.oldest;
+    if (from != to) held_.copy(held_.at(from), held_.at(to));
   }
 
  private:
   friend struct detail::cache_file;
-
-  using ring = detail::row_ring<Element>;
-
-  struct sequence {
-    std::int64_t length = 0;
-    std::int64_t oldest = 0;        // of the raw tokens held, [oldest, length)
-    detail::row_store<Core> cores;  // row b: group b
-    ring raw;
-  };
-
-  [[nodiscard]] sequence new_sequence() const {
-    return {0, 0, {core_heads_, shape_.dim, shape_.value_dim}, {shape_.kv_heads, shape_.dim, shape_.value_dim}};
-  }
-
-  /// Takes a sequence in, as one more of the batch.
-  void add(sequence&& s) {
-    reserve("shape.capacity", s, shape_.capacity);
-    sequences_.push_back(std::move(s));
-    ++shape_.batch;
-  }
-
-  /// Complete groups among `length` tokens; without a window no query ever sees their cores.
-  [[nodiscard]] std::int64_t group_count(std::int64_t length) const {
-    return options_.window == unlimited ? 0 : partition_.group_count(length);
-  }
 
   /// Whether tokens can be taken in as they are.
   template <class Key, class Value>
@@ -238,40 +189,10 @@ class kv_cache {
     return of_cache;
   }
 
-  /// The raw tokens held that the next query sees.
-  [[nodiscard]] typename ring::pieces window_of(const sequence& s) const {
-    return s.raw.find({partition_.raw(s.length).begin, s.length});
-  }
-
-  [[nodiscard]] const sequence& at(std::int64_t b) const { return sequences_[static_cast<std::size_t>(b)]; }
-  [[nodiscard]] sequence& at(std::int64_t b) { return sequences_[static_cast<std::size_t>(b)]; }
   /// A caller's sequence.
-  [[nodiscard]] const sequence& known(std::int64_t b) const {
+  [[nodiscard]] const auto& known(std::int64_t b) const {
     require_sequence("b", b);
-    return at(b);
-  }
-
-  /// Raw entries that a sequence of any length needs: what the queries from `longest - 2 rewind` on see. A refused draft
-  /// takes one `rewind` away, the tokens before it can then be taken back by the other.
-  [[nodiscard]] std::int64_t raw_limit() const {
-    std::int64_t limit = options_.window;
-    for (const std::int64_t more : {options_.group_size, shape_.rewind, shape_.rewind})
-      limit = limit > unlimited - more ? unlimited : limit + more;
-    return limit;
-  }
-
-  /// Room for `length` tokens, which `argument` asks for. While the raw entries still grow nothing has wrapped around:
-  /// every token keeps its row.
-  void reserve(const char* argument, sequence& s, std::int64_t length) {
-    const std::int64_t cores = group_count(length), raw = detail::smaller(length, raw_limit());
-    const std::int64_t dims = shape_.dim + shape_.value_dim;
-    const long double bytes = detail::elements(core_heads_, cores, dims) * sizeof(Core) +
-                              detail::elements(shape_.kv_heads, raw, dims) * sizeof(Element);
-    if (bytes > detail::most_allocated_bytes)
-      detail::refuse(argument, detail::to_string(length) + " tokens of " + detail::to_string(bytes) + " bytes",
-                     "at most 2^40 bytes per sequence");
-    s.cores.reserve(cores, unlimited);
-    s.raw.reserve(raw, raw_limit());
+    return held_.at(b);
   }
 
   static cca::options validated(const cca::options& options) {
@@ -282,14 +203,24 @@ class kv_cache {
   }
 
   void require_sequence(const char* name, std::int64_t b) const {
-    if (!(0 <= b && b < shape_.batch))
-      detail::refuse(name, detail::to_string(b), "a sequence in [0, " + detail::to_string(shape_.batch) + ")");
+    if (!(0 <= b && b < held_.shape.batch))
+      detail::refuse(name, detail::to_string(b), "a sequence in [0, " + detail::to_string(held_.shape.batch) + ")");
   }
 
   template <class Query>
   void require_query(const tensor_view<Query>& query, std::int64_t batch) const {
     detail::require_operand("query", query);
-    detail::require_extents("query", query, {batch, shape_.heads, query.length(), shape_.dim});
+    detail::require_extents("query", query, {batch, held_.shape.heads, query.length(), held_.shape.dim});
+  }
+
+  /// Queries, what belongs to them, and where their answers go.
+  template <class Inputs, class Results>
+  void require_answers(const Inputs& in, const Results& to, std::int64_t batch) const {
+    using Query = typename decltype(in.query)::element_type;
+    require_query(in.query, batch);
+    detail::require_sink_logits<compute_type<Query, Element>>(in.query, in.sink_logits);
+    detail::require_results(in.query, held_.shape.value_dim, to.out, to.lse);
+    detail::require_results_apart(in, to);
   }
 
   /// The sequences of a step, `count` of them from `first` on, and its new tokens for each.
@@ -303,12 +234,12 @@ class kv_cache {
     const auto& [first, batch, count] = extent;
     detail::require_operand("key", key);
     detail::require_operand("value", value);
-    detail::require_extents("key", key, {batch, shape_.kv_heads, count, shape_.dim});
-    detail::require_extents("value", value, {batch, shape_.kv_heads, count, shape_.value_dim});
-    for (std::int64_t b = first; b < first + batch && shape_.capacity > 0; ++b)
-      if (count > shape_.capacity - at(b).length)
-        detail::refuse("key", detail::to_string(count) + " tokens after " + detail::to_string(at(b).length),
-                       "at most the capacity of " + detail::to_string(shape_.capacity));
+    detail::require_extents("key", key, {batch, held_.shape.kv_heads, count, held_.shape.dim});
+    detail::require_extents("value", value, {batch, held_.shape.kv_heads, count, held_.shape.value_dim});
+    for (std::int64_t b = first; b < first + batch && held_.shape.capacity > 0; ++b)
+      if (count > held_.shape.capacity - held_.at(b).length)
+        detail::refuse("key", detail::to_string(count) + " tokens after " + detail::to_string(held_.at(b).length),
+                       "at most the capacity of " + detail::to_string(held_.shape.capacity));
   }
 
   /// Everything that can fail comes first; then groups are pooled and queries answered beside what counts; only then
@@ -319,42 +250,36 @@ class kv_cache {
     using T = compute_type<Query, Element>;
     using Product = detail::product_type<Query, Element, Core>;
     const step_extent extent{first, in.query.batch(), in.query.length()};
-    if (to != nullptr) detail::require_unit<Product>(options_);
+    if (to != nullptr) detail::require_unit<Product>(held_.options);
     require_tokens(extent, in.key, in.value);
     if (extent.tokens == 0) return;
-    for (std::int64_t b = first; b < first + extent.count; ++b) reserve("key", at(b), at(b).length + extent.tokens);
+    for (std::int64_t b = first; b < first + extent.count; ++b)
+      held_.reserve("key", held_.at(b), held_.at(b).length + extent.tokens);
 
     const std::int64_t workers = pool_workers(extent.tokens, run);
     const std::int64_t pooler_size =
-        detail::group_rows<T>::size(shape_.dim, shape_.value_dim, !detail::in_place<T, Element>);
-    const source_rows rows = rows_of_step(extent);
-    const auto forward =
-        detail::plan<Product>(in.query, shape_.value_dim, shape_.kv_heads, {rows.cores, rows.raw, rows.raw, rows.fresh},
-                              !detail::in_place<T, Element, Core>, options_.unit, run);
+        detail::group_rows<T>::size(held_.shape.dim, held_.shape.value_dim, !detail::in_place<T, Element>);
+    const auto rows = held_.rows_of_step(first, extent.count, extent.tokens);
+    const auto forward = detail::plan<Product>(in.query, held_.shape.value_dim, held_.shape.kv_heads,
+                                               {rows.cores, rows.raw, rows.raw, rows.fresh},
+                                               !detail::in_place<T, Element, Core>, held_.options.unit, run);
     detail::scratch memory = take_workspace(detail::worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes());
-    pool_new_groups(first, in.query, in.key, in.value, run, detail::worker_scratch<T>(memory, workers, pooler_size));
-    if (to != nullptr) answer(forward, first, in, *to, rows, run, memory);
-    for (std::int64_t b = 0; b < extent.count; ++b) keep(at(first + b), in.key, in.value, b);
+    held_.pool_new_groups(first, in.query, in.key, in.value, run,
+                          detail::worker_scratch<T>(memory, workers, pooler_size));
+    if (to != nullptr)
+      held_.with_sources(first, in, rows, [&](const auto&... sources) {
+        const auto rule = detail::make_score_rule<T>(held_.options, held_.shape.dim, in.sink_logits);
+        forward(in.query, to->out, to->lse, rule, run, memory, sources...);
+      });
+    for (std::int64_t b = 0; b < extent.count; ++b) held_.keep(held_.at(first + b), in.key, in.value, b);
   }
 
   /// Workers of pooling the most groups that so many tokens can complete.
   [[nodiscard]] std::int64_t pool_workers(std::int64_t tokens, const execution& run) const {
-    if (!detail::pools(options_)) return 1;
+    if (!detail::pools(held_.options)) return 1;
     return detail::worker_count(
-        run, detail::pool_tasks(1, shape_.kv_heads, group_count(tokens) + 1, options_.group_size).size());
-  }
-
-  /// Rows of the sources of a step, of the longest sequence.
-  struct source_rows {
-    std::int64_t cores, raw, fresh;
-  };
-  [[nodiscard]] source_rows rows_of_step(const step_extent& extent) const {
-    source_rows rows{0, 0, extent.tokens};
-    for (std::int64_t b = extent.first; b < extent.first + extent.count; ++b) {
-      rows.cores = detail::larger(rows.cores, at(b).cores.capacity());
-      rows.raw = detail::larger(rows.raw, at(b).raw.capacity());
-    }
-    return rows;
+        run,
+        detail::pool_tasks(1, held_.shape.kv_heads, held_.group_count(tokens) + 1, held_.options.group_size).size());
   }
 
   /// Memory for a step, which stays for the next.
@@ -364,88 +289,7 @@ class kv_cache {
     return {{workspace_.data(), workspace_.bytes()}, bytes};
   }
 
-  /// Attends to the cores, to the two pieces of the raw tokens held, and to the new tokens.
-  template <class Forward, class Inputs, class Out, class Lse>
-  void answer(const Forward& forward, std::int64_t first, const Inputs& in, const results<Out, Lse>& to,
-              const source_rows& rows, const execution& run, detail::scratch& memory) const {
-    using T = compute_type<typename decltype(in.query)::element_type, Element>;
-    const auto sequence_of = [this, first](std::int64_t b) -> const sequence& { return at(first + b); };
-    /// Of the raw tokens that query `i` sees those of a piece, counted from its first.
-    const auto seen_of = [this, sequence_of](std::int64_t b, std::int64_t i, range piece) {
-      return shifted(intersection(partition_.raw(sequence_of(b).length + i), piece), -piece.begin);
-    };
-    forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options_, shape_.dim, in.sink_logits), run, memory,
-            detail::source{core_heads_, rows.cores,
-                           [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
-                           [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
-                             return range{0, partition_.core_count(sequence_of(b).length + i)};
-                           }},
-            detail::source{shape_.kv_heads, rows.raw,
-                           [=, this](std::int64_t b, std::int64_t h) {
-                             return sequence_of(b).raw.rows(h, window_of(sequence_of(b)).row);
-                           },
-                           [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
-                             return seen_of(b, i, window_of(sequence_of(b)).first);
-                           }},
-            detail::source{shape_.kv_heads, rows.raw,
-                           [=](std::int64_t b, std::int64_t h) { return sequence_of(b).raw.rows(h, 0); },
-                           [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
-                             return seen_of(b, i, window_of(sequence_of(b)).second);
-                           }},
-            detail::source{shape_.kv_heads, rows.fresh,
-                           [=](std::int64_t b, std::int64_t h) { return detail::rows_of(in.key, in.value, b, h); },
-                           [=](std::int64_t b, std::int64_t, std::int64_t i) {
-                             const std::int64_t length = sequence_of(b).length;
-                             return seen_of(b, i, {length, length + rows.fresh});
-                           }});
-  }
-
-  /// Pools the groups that the new tokens complete, from old rows and new ones.
-  template <class T, class Query, class Key, class Value>
-  void pool_new_groups(std::int64_t first, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                       const execution& run, const detail::worker_scratch<T>& scratch) {
-    if (!detail::pools(options_)) return;
-    for (std::int64_t b = 0; b < query.batch(); ++b) {
-      const sequence& s = at(first + b);
-      const auto absorb = [&](auto& pooler, std::int64_t, std::int64_t h, range group) {
-        const typename ring::pieces old = s.raw.find(intersection(group, {0, s.length}));
-        pooler.absorb(s.raw.rows(h, old.row), {0, old.first.size()});
-        pooler.absorb(s.raw.rows(h, 0), {0, old.second.size()});
-        pooler.absorb(detail::rows_of(key, value, b, h),
-                      shifted(intersection(group, {s.length, group.end}), -s.length));
-      };
-      const auto last = [&](std::int64_t, std::int64_t h, std::int64_t token) {
-        return query.row(b, h, token - s.length);
-      };
-      const auto core = [&](std::int64_t, std::int64_t h, std::int64_t c) {
-        return std::pair(s.cores.key(h, c), s.cores.value(h, c));
-      };
-      const range groups{group_count(s.length), group_count(s.length + query.length())};
-      detail::pool_groups<T>({1, shape_.heads, shape_.kv_heads, core_heads_}, groups, shape_.dim, shape_.value_dim,
-                             options_, absorb, last, core, run, scratch);
-    }
-  }
-
-  /// Takes over the new raw tokens of batch entry `b` of the views that later queries or a rewind can need.
-  template <class Key, class Value>
-  void keep(sequence& s, tensor_view<Key> key, tensor_view<Value> value, std::int64_t b) {
-    const std::int64_t length = s.length + key.length();
-    const range tokens{detail::larger(s.length, length - s.raw.capacity()), length};
-    s.raw.write(tokens, [&](std::int64_t h) {
-      auto rows = detail::rows_of(key, value, b, h);
-      rows.key += (tokens.begin - s.length) * rows.key_stride;
-      rows.value += (tokens.begin - s.length) * rows.value_stride;
-      return rows;
-    });
-    s.length = length;
-    s.oldest = detail::larger(s.oldest, length - s.raw.capacity());
-  }
-
-  cache_shape shape_;
-  cca::options options_;
-  partition partition_;
-  std::int64_t core_heads_;
-  std::vector<sequence> sequences_;
+  detail::cached_sequences<Element, Core> held_;
   detail::aligned_memory workspace_;
 };
 

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "detail/base/checked_stream.hpp"
 #include "detail/base/numbers.hpp"
 #include "detail/base/refuse.hpp"
 #include "detail/base/scratch.hpp"
@@ -95,106 +96,6 @@ static_assert(sizeof(cache_shape) == 7 * 8 && sizeof(cache_file_start) == 16 &&
                   sizeof(cache_file_header_1) == 16 + 3 * 8 + 7 * 8,
               "no padding: it would be written, and differ");
 
-/// 64-bit FNV-1a over 8 bytes at a time, however they come in: tells damage, not malice.
-class checksum {
- public:
-  void add(const char* data, std::size_t bytes) {
-    while (bytes > 0) {
-      const std::size_t part = smaller(bytes, sizeof word_ - filled_);
-      std::memcpy(reinterpret_cast<char*>(&word_) + filled_, data, part);
-      data += part;
-      bytes -= part;
-      filled_ += part;
-      if (filled_ < sizeof word_) return;
-      state_ = value();
-      word_ = 0;
-      filled_ = 0;
-    }
-  }
-
-  /// Of all bytes so far; those that do not fill a word count as one with zeros behind them.
-  [[nodiscard]] std::uint64_t value() const {
-    if (filled_ == 0) return state_;
-    const std::uint64_t mixed = (state_ ^ word_) * 0x100000001b3u;
-    return mixed ^ (mixed >> 29);  // so that every bit of a word reaches the low ones too
-  }
-
- private:
-  std::uint64_t state_ = 0xcbf29ce484222325u, word_ = 0;
-  std::size_t filled_ = 0;  // bytes of the word
-};
-
-[[noreturn]] inline void refuse_file(const text& what) {
-  throw std::runtime_error(("cca: cache file: " + what).c_str());
-}
-
-class cache_writer {
- public:
-  explicit cache_writer(std::ostream& stream) : stream_(stream) {}
-
-  template <class T>
-  void put(const T* data, std::int64_t count) {
-    const auto* bytes = reinterpret_cast<const char*>(data);
-    const std::size_t size = static_cast<std::size_t>(count) * sizeof(T);
-    stream_.write(bytes, static_cast<std::streamsize>(size));
-    sum_.add(bytes, size);
-  }
-  void end_part() {
-    const std::uint64_t sum = sum_.value();
-    stream_.write(reinterpret_cast<const char*>(&sum), sizeof sum);
-    if (!stream_) refuse_file("cannot be written");
-  }
-
- private:
-  std::ostream& stream_;
-  checksum sum_;
-};
-
-class cache_reader {
- public:
-  explicit cache_reader(std::istream& stream) : stream_(stream) {}
-
-  template <class T>
-  void get(T* data, std::int64_t count) {
-    auto* bytes = reinterpret_cast<char*>(data);
-    const std::size_t size = static_cast<std::size_t>(count) * sizeof(T);
-    read(bytes, size);
-    sum_.add(bytes, size);
-  }
-
-  /// Memory with `count` elements. It is taken as the bytes come in, so that a file that claims more than it holds costs
-  /// nothing.
-  template <class T>
-  [[nodiscard]] aligned_memory get(std::int64_t count) {
-    constexpr std::int64_t at_once = std::int64_t{1} << 20;
-    aligned_memory memory;
-    for (std::int64_t done = 0; done < count;) {
-      const std::int64_t next = smaller(count, larger(2 * done, at_once));
-      aligned_memory grown(static_cast<std::size_t>(next) * sizeof(T));
-      if (done > 0) std::memcpy(grown.data(), memory.data(), static_cast<std::size_t>(done) * sizeof(T));
-      memory = std::move(grown);
-      get(reinterpret_cast<T*>(memory.data()) + done, next - done);
-      done = next;
-    }
-    return memory;
-  }
-
-  void end_part() {
-    std::uint64_t sum = 0;
-    read(reinterpret_cast<char*>(&sum), sizeof sum);
-    if (sum != sum_.value()) refuse_file("damaged: its checksum does not match");
-  }
-
- private:
-  void read(char* bytes, std::size_t size) {
-    stream_.read(bytes, static_cast<std::streamsize>(size));
-    if (static_cast<std::size_t>(stream_.gcount()) != size) refuse_file("ends too early");
-  }
-
-  std::istream& stream_;
-  checksum sum_;
-};
-
 /// What of a cache goes into a file and how it comes back.
 struct cache_file {
   /// The options that a file says: those that are not the defaults. It does not say the unit, for it may be read on
@@ -248,15 +149,15 @@ struct cache_file {
   }
 
   template <class Element, class Core>
-  static void save_sequence(const kv_cache<Element, Core>& cache, std::int64_t b, cache_writer& writer) {
-    const auto& sequence = cache.at(b);
+  static void save_sequence(const kv_cache<Element, Core>& cache, std::int64_t b, checked_writer& writer) {
+    const auto& sequence = cache.held_.at(b);
     const cache_shape& shape = cache.shape();
     const std::array<std::int64_t, 2> numbers{sequence.length, sequence.oldest};
     writer.put(numbers.data(), 2);
     writer.end_part();
     const std::int64_t cores = cache.core_count(b);
     const auto raw = sequence.raw.find({sequence.oldest, sequence.length});
-    for (std::int64_t h = 0; h < cache.core_heads_; ++h) {
+    for (std::int64_t h = 0; h < cache.held_.core_heads; ++h) {
       writer.put(sequence.cores.key(h, 0), cores * shape.dim);
       writer.put(sequence.cores.value(h, 0), cores * shape.value_dim);
     }
@@ -271,7 +172,7 @@ struct cache_file {
 
   /// Reads a sequence and adds it to the cache.
   template <class Element, class Core>
-  static void load_sequence(kv_cache<Element, Core>& cache, cache_reader& reader) {
+  static void load_sequence(kv_cache<Element, Core>& cache, checked_reader& reader) {
     const cache_shape& shape = cache.shape();
     std::array<std::int64_t, 2> numbers{};
     reader.get(numbers.data(), 2);
@@ -279,33 +180,33 @@ struct cache_file {
     const auto [length, oldest] = numbers;
     const range held{oldest, length};
     if (length < 0 || length > (std::int64_t{1} << 62) || (shape.capacity > 0 && length > shape.capacity) ||
-        oldest < 0 || oldest > cache.partition_.raw(length).begin || held.size() > cache.raw_limit())
+        oldest < 0 || oldest > cache.held_.partition().raw(length).begin || held.size() > cache.held_.raw_limit())
       refuse_file("got raw tokens " + to_string(numbers) + " of a sequence, which its window does not admit");
 
-    auto sequence = cache.new_sequence();
-    const std::int64_t cores = cache.group_count(length);
-    const aligned_memory core_rows = read_rows<Core>(reader, cache.core_heads_, cores, shape);
+    auto sequence = cache.held_.new_sequence();
+    const std::int64_t cores = cache.held_.group_count(length);
+    const aligned_memory core_rows = read_rows<Core>(reader, cache.held_.core_heads, cores, shape);
     const aligned_memory raw_rows = read_rows<Element>(reader, shape.kv_heads, held.size(), shape);
     reader.end_part();
     try {
-      cache.reserve("shape.capacity", sequence, larger(length, shape.capacity));
+      cache.held_.reserve("shape.capacity", sequence, larger(length, shape.capacity));
     } catch (const std::exception& error) {
       refuse_file(error.what());
     }
     // Heads are worth a loop only where the file brought rows of them.
-    for (std::int64_t h = 0; h < cache.core_heads_ && cores > 0; ++h)
+    for (std::int64_t h = 0; h < cache.held_.core_heads && cores > 0; ++h)
       sequence.cores.copy_rows(h, 0, rows_of_head<Core>(core_rows, h, cores, shape), cores);
     if (!held.empty())
       sequence.raw.write(held, [&](std::int64_t h) { return rows_of_head<Element>(raw_rows, h, held.size(), shape); });
     sequence.length = length;
     sequence.oldest = oldest;
-    cache.add(std::move(sequence));
+    cache.held_.add(std::move(sequence));
   }
 
  private:
   /// `[head][keys | values][row][dim]`
   template <class Element>
-  static aligned_memory read_rows(cache_reader& reader, std::int64_t heads, std::int64_t rows,
+  static aligned_memory read_rows(checked_reader& reader, std::int64_t heads, std::int64_t rows,
                                   const cache_shape& shape) {
     if (elements(heads, rows, shape.dim + shape.value_dim) > max_elements)
       refuse_file("got " + to_string(rows) + " rows of " + to_string(heads) + " heads, more than memory has");
@@ -326,7 +227,7 @@ struct cache_file {
 /// @throws std::runtime_error  when the stream fails
 template <class Element, class Core>
 void save(const kv_cache<Element, Core>& cache, std::ostream& stream) {
-  detail::cache_writer writer(stream);
+  detail::checked_writer writer(stream);
   const auto options = detail::cache_file::options_of(cache.options());
   const detail::cache_file_start start;
   const detail::cache_file_header header{detail::element_code::of<Element, Core>(),
@@ -349,7 +250,7 @@ void save(const kv_cache<Element, Core>& cache, std::ostream& stream) {
 template <class Element, class Core = Element>
 [[nodiscard]] kv_cache<Element, Core> load(std::istream& stream, matrix_unit unit = matrix_unit::none) {
   detail::require_unit<detail::product_type<Element, Core>>({.unit = unit});
-  detail::cache_reader reader(stream);
+  detail::checked_reader reader(stream);
   detail::cache_file_start start;
   const detail::cache_file_start wanted;
   reader.get(&start, 1);

@@ -295,13 +295,19 @@ inline void require_apart(std::initializer_list<named_view> written, std::initia
   }
 }
 
+/// Results, apart from inputs and from `more` that is read.
+template <class Inputs, class Results>
+void require_results_apart(const Inputs& in, const Results& to, std::initializer_list<named_view> more = {}) {
+  require_apart({{"out", to.out}, {"lse", to.lse}}, more);
+  require_apart({{"out", to.out}, {"lse", to.lse}},
+                {{"query", in.query}, {"key", in.key}, {"value", in.value}, {"sink_logits", in.sink_logits}});
+}
+
 /// Where attention writes. `more` is what it reads beside its inputs.
 template <class Inputs, class Results>
 void require_results(const Inputs& in, const Results& to, std::initializer_list<named_view> more = {}) {
   require_results(in.query, in.value.dim(), to.out, to.lse);
-  require_apart({{"out", to.out}, {"lse", to.lse}}, more);
-  require_apart({{"out", to.out}, {"lse", to.lse}},
-                {{"query", in.query}, {"key", in.key}, {"value", in.value}, {"sink_logits", in.sink_logits}});
+  require_results_apart(in, to, more);
 }
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -1,0 +1,190 @@
+#pragma once
+
+#include <cstdint>
+#include <iterator>
+#include <utility>
+#include <vector>
+
+#include "../../cache_shape.hpp"
+#include "../../call.hpp"
+#include "../../options.hpp"
+#include "../../partition.hpp"
+#include "../../tensor_view.hpp"
+#include "../base/numbers.hpp"
+#include "../base/refuse.hpp"
+#include "../base/scratch.hpp"
+#include "../pool/pooler.hpp"
+#include "row_store.hpp"
+#include "source.hpp"
+
+namespace cca { inline namespace CCA_TARGET { namespace detail {
+
+/// The sequences of a cache: what of each is held, and in which rows; which of them a query sees; how tokens come in.
+template <class Element, class Core>
+struct cached_sequences {
+  using ring = row_ring<Element>;
+
+  struct sequence {
+    std::int64_t length = 0;
+    std::int64_t oldest = 0;  // of the raw tokens held, [oldest, length)
+    row_store<Core> cores;    // row b: group b
+    ring raw;
+  };
+
+  cache_shape shape;  ///< its batch is that of `all`
+  cca::options options;
+  std::int64_t core_heads;
+  std::vector<sequence> all{};
+
+  [[nodiscard]] const sequence& at(std::int64_t b) const { return all[static_cast<std::size_t>(b)]; }
+  [[nodiscard]] sequence& at(std::int64_t b) { return all[static_cast<std::size_t>(b)]; }
+  [[nodiscard]] cca::partition partition() const { return {options.group_size, options.window}; }
+
+  /// Complete groups among `length` tokens; without a window no query ever sees their cores.
+  [[nodiscard]] std::int64_t group_count(std::int64_t length) const {
+    return options.window == unlimited ? 0 : partition().group_count(length);
+  }
+
+  [[nodiscard]] sequence new_sequence() const {
+    return {0, 0, {core_heads, shape.dim, shape.value_dim}, {shape.kv_heads, shape.dim, shape.value_dim}};
+  }
+
+  /// Takes a sequence in, as one more of the batch.
+  void add(sequence&& s) {
+    reserve("shape.capacity", s, shape.capacity);
+    all.push_back(std::move(s));
+    shape.batch = std::ssize(all);
+  }
+
+  /// Raw entries that a sequence of any length needs: what the queries from `longest - 2 rewind` on see. A refused draft
+  /// takes one `rewind` away, the tokens before it can then be taken back by the other.
+  [[nodiscard]] std::int64_t raw_limit() const {
+    std::int64_t limit = options.window;
+    for (const std::int64_t more : {options.group_size, shape.rewind, shape.rewind})
+      limit = limit > unlimited - more ? unlimited : limit + more;
+    return limit;
+  }
+
+  /// Room for `length` tokens, which `argument` asks for. While the raw entries still grow nothing has wrapped around:
+  /// every token keeps its row.
+  void reserve(const char* argument, sequence& s, std::int64_t length) {
+    const std::int64_t cores = group_count(length), raw = smaller(length, raw_limit());
+    const std::int64_t dims = shape.dim + shape.value_dim;
+    const long double bytes =
+        elements(core_heads, cores, dims) * sizeof(Core) + elements(shape.kv_heads, raw, dims) * sizeof(Element);
+    if (bytes > most_allocated_bytes)
+      refuse(argument, to_string(length) + " tokens of " + to_string(bytes) + " bytes",
+             "at most 2^40 bytes per sequence");
+    s.cores.reserve(cores, unlimited);
+    s.raw.reserve(raw, raw_limit());
+  }
+
+  /// Makes one sequence a copy of another.
+  void copy(const sequence& source, sequence& target) const {
+    const std::int64_t cores = group_count(source.length);
+    target.cores.reserve(cores, source.cores.capacity());
+    if (target.raw.capacity() != source.raw.capacity()) {  // a token's row goes by the capacity
+      ring raw(shape.kv_heads, shape.dim, shape.value_dim);
+      raw.reserve(source.raw.capacity(), source.raw.capacity());
+      target.raw = std::move(raw);
+    }
+    for (std::int64_t h = 0; h < core_heads; ++h) target.cores.copy_rows(h, 0, source.cores.rows(h, 0), cores);
+    const typename ring::pieces held = source.raw.find({source.oldest, source.length});
+    target.raw.write(held.first, [&](std::int64_t h) { return source.raw.rows(h, held.row); });
+    target.raw.write(held.second, [&](std::int64_t h) { return source.raw.rows(h, 0); });
+    target.length = source.length;
+    target.oldest = source.oldest;
+  }
+
+  /// Pools the groups that the new tokens complete, from old rows and new ones.
+  template <class T, class Query, class Key, class Value>
+  void pool_new_groups(std::int64_t first, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+                       const execution& run, const worker_scratch<T>& scratch) {
+    if (!pools(options)) return;
+    for (std::int64_t b = 0; b < query.batch(); ++b) {
+      const sequence& s = at(first + b);
+      const auto absorb = [&](auto& pooler, std::int64_t, std::int64_t h, range group) {
+        const typename ring::pieces old = s.raw.find(intersection(group, {0, s.length}));
+        pooler.absorb(s.raw.rows(h, old.row), {0, old.first.size()});
+        pooler.absorb(s.raw.rows(h, 0), {0, old.second.size()});
+        pooler.absorb(rows_of(key, value, b, h), shifted(intersection(group, {s.length, group.end}), -s.length));
+      };
+      const auto last = [&](std::int64_t, std::int64_t h, std::int64_t token) {
+        return query.row(b, h, token - s.length);
+      };
+      const auto core = [&](std::int64_t, std::int64_t h, std::int64_t c) {
+        return std::pair(s.cores.key(h, c), s.cores.value(h, c));
+      };
+      const range groups{group_count(s.length), group_count(s.length + query.length())};
+      pool_groups<T>({1, shape.heads, shape.kv_heads, core_heads}, groups, shape.dim, shape.value_dim, options, absorb,
+                     last, core, run, scratch);
+    }
+  }
+
+  /// Takes over the new raw tokens of batch entry `b` of the views that later queries or a rewind can need.
+  template <class Key, class Value>
+  void keep(sequence& s, tensor_view<Key> key, tensor_view<Value> value, std::int64_t b) {
+    const std::int64_t length = s.length + key.length();
+    const range tokens{larger(s.length, length - s.raw.capacity()), length};
+    s.raw.write(tokens, [&](std::int64_t h) {
+      auto rows = rows_of(key, value, b, h);
+      rows.key += (tokens.begin - s.length) * rows.key_stride;
+      rows.value += (tokens.begin - s.length) * rows.value_stride;
+      return rows;
+    });
+    s.length = length;
+    s.oldest = larger(s.oldest, length - s.raw.capacity());
+  }
+
+  /// The raw tokens held that the next query sees.
+  [[nodiscard]] typename ring::pieces window_of(const sequence& s) const {
+    return s.raw.find({partition().raw(s.length).begin, s.length});
+  }
+
+  /// Rows of the sources of a step, of the longest sequence.
+  struct source_rows {
+    std::int64_t cores, raw, fresh;
+  };
+  [[nodiscard]] source_rows rows_of_step(std::int64_t first, std::int64_t batch, std::int64_t tokens) const {
+    source_rows rows{0, 0, tokens};
+    for (std::int64_t b = first; b < first + batch; ++b) {
+      rows.cores = larger(rows.cores, at(b).cores.capacity());
+      rows.raw = larger(rows.raw, at(b).raw.capacity());
+    }
+    return rows;
+  }
+
+  /// Calls `f` with the sources of a step: the cores, the two pieces of the raw tokens held, and the new tokens.
+  template <class Inputs, class F>
+  void with_sources(std::int64_t first, const Inputs& in, const source_rows& rows, const F& f) const {
+    const cca::partition partition = this->partition();
+    const auto sequence_of = [this, first](std::int64_t b) -> const sequence& { return at(first + b); };
+    /// Of the raw tokens that query `i` sees those of a piece, counted from its first.
+    const auto seen_of = [partition, sequence_of](std::int64_t b, std::int64_t i, range piece) {
+      return shifted(intersection(partition.raw(sequence_of(b).length + i), piece), -piece.begin);
+    };
+    f(source{core_heads, rows.cores, [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
+             [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
+               return range{0, partition.core_count(sequence_of(b).length + i)};
+             }},
+      source{shape.kv_heads, rows.raw,
+             [=, this](std::int64_t b, std::int64_t h) {
+               return sequence_of(b).raw.rows(h, window_of(sequence_of(b)).row);
+             },
+             [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
+               return seen_of(b, i, window_of(sequence_of(b)).first);
+             }},
+      source{shape.kv_heads, rows.raw, [=](std::int64_t b, std::int64_t h) { return sequence_of(b).raw.rows(h, 0); },
+             [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
+               return seen_of(b, i, window_of(sequence_of(b)).second);
+             }},
+      source{shape.kv_heads, rows.fresh,
+             [=](std::int64_t b, std::int64_t h) { return rows_of(in.key, in.value, b, h); },
+             [=](std::int64_t b, std::int64_t, std::int64_t i) {
+               const std::int64_t length = sequence_of(b).length;
+               return seen_of(b, i, {length, length + rows.fresh});
+             }});
+  }
+};
+
+}}}  // namespace cca::CCA_TARGET::detail
