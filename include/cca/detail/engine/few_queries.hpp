@@ -12,6 +12,7 @@
 #include "../context/source.hpp"
 #include "../simd/dot.hpp"
 #include "../softmax/row_softmax.hpp"
+#include "../softmax/score_rule.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 

@@ -4,10 +4,12 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <type_traits>
 
 #include "../../element.hpp"
 #include "../../partition.hpp"
 #include "../base/numbers.hpp"
+#include "../base/scratch.hpp"
 #include "../context/row_span.hpp"
 #include "../context/source.hpp"
 #include "../context/visible.hpp"
