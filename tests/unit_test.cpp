@@ -784,7 +784,8 @@ TEST(UnitRefusals, Name) {
     }
     return "none";
   };
-  const auto out = bhsd(f.data(), 1, 1, 16, 4);
+  std::vector<float> written(64);
+  const auto out = bhsd(written.data(), 1, 1, 16, 4);
   EXPECT_EQ(refusal([&] { attention(of(f), of(f), of(f), out, {.unit = matrix_unit::best}); }), "none");
   EXPECT_EQ(refusal([&] { attention(of(f), of(f), of(f), out, {.unit = matrix_unit::amx}); }),
             "cca: options.unit: got amx, wants none: the operands are not all of the same 16-bit type");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "../../element.hpp"
@@ -36,9 +37,9 @@ template <class Element>
 
 #if defined(CCA_MATRIX_UNITS)
 
-/// Seconds of `steps` multiply-adds in each of 16 registers, of pairs of bfloat16 or of floats.
+/// The time of `steps` multiply-adds in each of 16 registers, of pairs of bfloat16 or of floats.
 template <bool Pairs>
-__attribute__((target("avx512f,avx512bw,avx512bf16"))) double multiply_add_seconds(std::int64_t steps) {
+__attribute__((target("avx512f,avx512bw,avx512bf16"))) std::int64_t multiply_add_time(std::int64_t steps) {
   constexpr int registers = 16;
   __m512 sum[registers];
 #pragma GCC unroll 16
@@ -54,7 +55,7 @@ __attribute__((target("avx512f,avx512bw,avx512bf16"))) double multiply_add_secon
   }
 #pragma GCC unroll 16
   for (int r = 0; r < registers; ++r) asm volatile("" : : "v"(sum[r]));
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  return (std::chrono::steady_clock::now() - begin).count();
 }
 
 /// Whether AVX-512 BF16, which is there, multiplies faster than vectors of floats. AMD's do, at twice the speed. Intel's
@@ -65,12 +66,12 @@ inline bool avx512_bf16_pays() {
     constexpr unsigned amd = 0x68747541;  // "Auth", the first word of the vendor's name
     if (cpuid(0, 0).ebx == amd) return true;
     constexpr std::int64_t steps = 500;
-    double pairs = 1, floats = 1;
+    std::int64_t pairs = (std::numeric_limits<std::int64_t>::max)(), floats = pairs;
     for (int i = 0; i < 5; ++i) {
-      pairs = smaller(pairs, multiply_add_seconds<true>(steps));
-      floats = smaller(floats, multiply_add_seconds<false>(steps));
+      pairs = smaller(pairs, multiply_add_time<true>(steps));
+      floats = smaller(floats, multiply_add_time<false>(steps));
     }
-    return pairs < 1.8 * floats;  // a pair is two multiply-adds, and rounding between products costs some
+    return 5 * pairs < 9 * floats;  // a pair is two multiply-adds, and rounding between products costs some
   }();
   return pays;
 }

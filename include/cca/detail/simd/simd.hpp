@@ -224,6 +224,29 @@ CCA_INLINE vec<T> exp2(vec<T> x, const exp2_range<T>& range = exp2_range<T>()) {
   return p * cast_bits<T>(cast_bits<typename constants::integer>(shifted) << constants::mantissa_bits);
 }
 
+/// The hyperbolic tangent, within some ulp; NaN for NaN. Near 0 by the polynomials of Cephes, where `1 - e^-2x` cancels.
+template <class T>
+CCA_INLINE vec<T> tanh(vec<T> x) {
+  const vec<T> one(T(1)), magnitude = xsimd::abs(x), square = x * x;
+  const vec<T> power = exp2<T>(magnitude * vec<T>(T(-2.8853900817779268)));  // e^-2|x|
+  const vec<T> far_from_0 = (one - power) / (one + power);
+  vec<T> near_0;
+  if constexpr (std::is_same_v<T, float>) {
+    vec<T> p(T(-5.70498872745e-3));
+    for (const T c : {T(2.06390887954e-2), T(-5.37397155531e-2), T(1.33314422036e-1), T(-3.33332819422e-1)})
+      p = fma<T>(p, square, vec<T>(c));
+    near_0 = fma<T>(p * square, x, x);
+  } else {
+    const vec<T> p = fma<T>(fma<T>(vec<T>(T(-9.64399179425052238628e-1)), square, vec<T>(T(-9.92877231001918586564e1))),
+                            square, vec<T>(T(-1.61468768441708447952e3)));
+    const vec<T> q =
+        fma<T>(fma<T>(square + vec<T>(T(1.12811678491632931402e2)), square, vec<T>(T(2.23548839060100448583e3))),
+               square, vec<T>(T(4.84406305325125486048e3)));
+    near_0 = fma<T>(p / q * square, x, x);
+  }
+  return xsimd::select(magnitude < vec<T>(T(0.625)), near_0, xsimd::select(x < vec<T>(T(0)), -far_from_0, far_from_0));
+}
+
 /// The same for weights that are rounded to 16 bits: within 2e-7, where rounding to half takes 2^-12 and to bfloat16 2^-9.
 /// Exact for whole numbers.
 CCA_INLINE vec<float> exp2_rounded(vec<float> x, const exp2_range<float>& range = exp2_range<float>()) {

@@ -100,11 +100,8 @@ struct score_rule {
 
  private:
   [[nodiscard]] vec<T> cap(vec<T> score) const {
-    // Beyond 32 the hyperbolic tangent is 1 in every precision; a NaN passes both comparisons.
-    vec<T> x = score * vec<T>(score_unit()) * vec<T>(T(1) / softcap);
-    x = xsimd::select(x > vec<T>(T(32)), vec<T>(T(32)), x);
-    x = xsimd::select(x < vec<T>(T(-32)), vec<T>(T(-32)), x);
-    return vec<T>(softcap) * xsimd::tanh(x);
+    const vec<T> x = score * vec<T>(score_unit()) * vec<T>(T(1) / softcap);
+    return vec<T>(softcap) * detail::tanh<T>(x);
   }
 };
 
