@@ -237,7 +237,7 @@ TYPED_TEST(Range, MeansBesideOneThatOverflows) {
       memory.operands[1].fill(T(1));  // of one query all weigh the same
       times(memory.operands[2], std::numeric_limits<T>::min() * 1000);
       argument_memory<T> overflows = memory;
-      for (std::int64_t h = 0; h < 2; ++h)
+      for (std::int64_t h = 0; h < p.sizes.kv_heads; ++h)
         for (std::int64_t t : {length - 2, length - 1})
           for (std::int64_t d = 0; d < 5; ++d) overflows.operands[2].row(0, h, t)[d] = largest<T>;
       for (argument_memory<T>* of : {&memory, &overflows}) {
