@@ -154,8 +154,9 @@ TEST(View, SlicesOutOfRangeAreRefused) {
       EXPECT_EQ(std::string(refused.what()).find(message), 0U) << refused.what();
     }
   };
-  for (const auto& [first, count] : std::array<std::pair<std::int64_t, std::int64_t>, 7>{
+  for (const std::pair<std::int64_t, std::int64_t>& part : std::array<std::pair<std::int64_t, std::int64_t>, 7>{
            {{-1, 1}, {0, 7}, {7, 0}, {1, -1}, {6, 1}, {most, most}, {1, most}}}) {
+    const std::int64_t first = part.first, count = part.second;
     const std::string got =
         ": got " + std::to_string(count) + " from " + std::to_string(first) + " on, wants a part of ";
     expect_refused("cca: slice of tokens" + got + "[0, 5)", [&] { (void)whole.slice(first, count); });

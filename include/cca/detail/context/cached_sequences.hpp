@@ -164,7 +164,7 @@ struct cached_sequences {
       return shifted(intersection(partition.raw(sequence_of(b).length + i), piece), -piece.begin);
     };
     f(source{core_heads, rows.cores, [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
-             [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
+             [=](std::int64_t b, std::int64_t, std::int64_t i) {
                return range{0, partition.core_count(sequence_of(b).length + i)};
              }},
       source{shape.kv_heads, rows.raw,
