@@ -8,12 +8,15 @@
 
 namespace cca::test { namespace {
 
-using detail::task, detail::task_list;
+using detail::task, detail::task_list, detail::sequences, detail::sequence_tasks;
 
 struct work {
   std::int64_t batch, chains, sharing, length, per_task;
 
-  [[nodiscard]] task_list tasks() const { return {batch, chains * sharing, length, per_task, sharing}; }
+  [[nodiscard]] task_list tasks() const {
+    return {sequences{batch, true}, nullptr, chains * sharing, [*this](std::int64_t) { return length; },
+            [*this](std::int64_t) { return per_task; }, sharing};
+  }
   /// Tasks of a chain.
   [[nodiscard]] std::int64_t per_chain() const { return (length + per_task - 1) / per_task * sharing; }
 };

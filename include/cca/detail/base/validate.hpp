@@ -22,13 +22,24 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
+/// The tokens that sequences lie between, of a view that says where they begin; otherwise all of them.
+template <class T, std::size_t Rank>
+range tokens_of(const tensor_view<T, Rank>& view) {
+  if (view.begins == nullptr) return {0, view.length()};
+  range tokens;
+  for (std::int64_t b = 0; b < view.batch(); ++b) tokens = hull(tokens, {view.begins[b], view.ends[b]});
+  return tokens;
+}
+
 /// The largest distance in elements between two of the view's, or nothing when it does not fit 63 bits.
 template <class T, std::size_t Rank>
 std::optional<std::int64_t> reach(const tensor_view<T, Rank>& view) {
   // Long double holds every product of two 63-bit numbers closely enough to tell whether it fits.
   long double total = 0;
-  for (std::size_t i = 0; i < Rank; ++i)
-    total += magnitude(static_cast<long double>(view.stride[i])) * static_cast<long double>(view.extent[i] - 1);
+  for (std::size_t i = 0; i < Rank; ++i) {
+    const std::int64_t extent = i == 2 ? larger(view.extent[i], tokens_of(view).end) : view.extent[i];
+    total += magnitude(static_cast<long double>(view.stride[i])) * static_cast<long double>(extent - 1);
+  }
   if (total * sizeof(T) >= 0x1p62L) return std::nullopt;
   return static_cast<std::int64_t>(total);
 }
@@ -39,6 +50,18 @@ bool countable(const tensor_view<T, Rank>& view) {
   long double bytes = sizeof(T);
   for (const std::int64_t e : view.extent) bytes *= static_cast<long double>(larger<std::int64_t>(e, 1));
   return bytes < 0x1p62L;
+}
+
+/// Lengths per sequence that lie in `[0, length)`, and begin at no token below 0.
+template <class T, std::size_t Rank>
+void require_lengths(const char* name, const tensor_view<T, Rank>& view) {
+  if (view.begins != nullptr && view.ends == nullptr) refuse(name, "begins without ends", "both or none");
+  for (std::int64_t b = 0; b < (view.has_lengths() ? view.batch() : 0); ++b) {
+    const range tokens{view.begins != nullptr ? view.begins[b] : 0, view.ends[b]};
+    const text got = "sequence " + to_string(b) + " from token " + to_string(tokens.begin) + " to " + to_string(tokens.end);
+    if (tokens.begin < 0 || tokens.end < tokens.begin) refuse(name, got, "offsets of at least 0 that never decrease");
+    if (tokens.size() > view.length()) refuse(name, got, "a length of at most " + to_string(view.length()));
+  }
 }
 
 /// Extents for which scratch memory can be planned. Rows of up to 2^31 elements leave room for the many of them that a
@@ -52,6 +75,14 @@ void require_sizes(const char* name, const tensor_view<T, Rank>& view) {
   if (!countable(view)) refuse(name, "extents " + to_string(view.extent), "fewer than 2^62 bytes of elements");
   if constexpr (Rank == 4)
     if (view.dim() > std::int64_t{1} << 31) refuse(name, "dim " + to_string(view.dim()), "a dim of at most 2^31");
+  require_lengths(name, view);
+}
+
+/// As many sequences as there are of queries, for whom looks at the lengths of both.
+template <class Query, class View>
+void require_batch(const char* name, const Query& query, const View& view) {
+  if ((query.has_lengths() || view.has_lengths()) && view.batch() != query.batch())
+    refuse(name, to_string(view.batch()) + " sequences", "as many as the query has, " + to_string(query.batch()));
 }
 
 /// Those of what attention reads.
@@ -60,6 +91,7 @@ void require_sizes(const Inputs& in) {
   require_sizes("query", in.query);
   require_sizes("key", in.key);
   require_sizes("value", in.value);
+  require_batch("key", in.query, in.key);
 }
 
 /// A view that can be read: extents, strides and pointer make sense.
@@ -75,6 +107,19 @@ void require_operand(const char* name, const tensor_view<T, Rank>& view) {
            "offsets below 2^62 bytes");
 }
 
+/// Sequences one after the other in the same row of the batch may not overlap.
+template <class T, std::size_t Rank>
+void require_disjoint_sequences(const char* name, const tensor_view<T, Rank>& view) {
+  std::int64_t end = 0;
+  for (std::int64_t b = 0; b < view.batch(); ++b) {
+    if (view.length(b) == 0) continue;
+    if (view.begins[b] < end)
+      refuse(name, "sequence " + to_string(b) + " from token " + to_string(view.begins[b]),
+             "one that begins where those before it end, at " + to_string(end));
+    end = view.ends[b];
+  }
+}
+
 /// A view that can be written: no two of its elements may share memory, or threads would race for it. Sorted by
 /// stride, each dimension has to step over all that the smaller ones reach; every permuted or padded layout does.
 template <class T, std::size_t Rank>
@@ -82,12 +127,18 @@ void require_output(const char* name, const tensor_view<T, Rank>& view) {
   static_assert(!std::is_const_v<T>, "cca: an output's elements are mutable");
   require_operand(name, view);
   if (view.empty()) return;
+  std::array<std::int64_t, Rank> extents = view.extent;
+  extents[2] = tokens_of(view).size();
+  if (view.begins != nullptr && view.stride[0] == 0) {
+    require_disjoint_sequences(name, view);
+    extents[0] = 1;
+  }
   struct dimension {
     std::int64_t stride, extent;
   } dims[Rank];
   for (std::size_t i = 0; i < Rank; ++i) {
     // The stride of a single element, which may be any number, leads nowhere.
-    const dimension next{view.extent[i] == 1 ? 0 : magnitude(view.stride[i]), view.extent[i]};
+    const dimension next{extents[i] == 1 ? 0 : magnitude(view.stride[i]), extents[i]};
     std::size_t place = i;
     for (; place > 0 && dims[place - 1].stride > next.stride; --place) dims[place] = dims[place - 1];
     dims[place] = next;
@@ -107,6 +158,25 @@ void require_extents(const char* name, const tensor_view<T, Rank>& view, const s
   if (view.extent != wanted) refuse(name, to_string(view.extent), "extents " + to_string(wanted));
 }
 
+/// `[batch, heads, count(length(b)), dim]` (in a rank-3 view without `dim`) for the sequences of another view.
+template <class T, std::size_t Rank, class Like, class Count>
+void require_shape(const char* name, const tensor_view<T, Rank>& view, std::int64_t heads, std::int64_t dim,
+                   const Like& like, const Count& count) {
+  const bool each = view.has_lengths() || like.has_lengths();
+  std::array<std::int64_t, Rank> wanted{like.batch(), heads, each ? view.length() : count(like.length())};
+  if constexpr (Rank == 4) wanted[3] = dim;
+  require_extents(name, view, wanted);
+  for (std::int64_t b = 0; b < (each ? view.batch() : 0); ++b)
+    if (view.length(b) != count(like.length(b)))
+      refuse(name, "length " + to_string(view.length(b)) + " of sequence " + to_string(b),
+             "length " + to_string(count(like.length(b))));
+}
+template <class T, std::size_t Rank, class Like>
+void require_shape(const char* name, const tensor_view<T, Rank>& view, std::int64_t heads, std::int64_t dim,
+                   const Like& like) {
+  require_shape(name, view, heads, dim, like, [](std::int64_t length) { return length; });
+}
+
 /// `heads` key/value heads serve `query_heads`: head `h` uses `h / (query_heads / heads)`.
 inline void require_heads(const char* name, std::int64_t heads, std::int64_t query_heads) {
   if (!(heads > 0 ? query_heads % heads == 0 : query_heads == 0))
@@ -121,7 +191,7 @@ void require_key_value(const char* key_name, const char* value_name, const tenso
   require_operand(value_name, value);
   require_extents(key_name, key, {query.batch(), key.heads(), key.length(), query.dim()});
   require_heads(key_name, key.heads(), query.heads());
-  require_extents(value_name, value, {key.batch(), key.heads(), key.length(), value.dim()});
+  require_shape(value_name, value, key.heads(), value.dim(), key);
 }
 
 /// `Element` is the operands' `product_type`.
@@ -206,10 +276,14 @@ inline void require_positions(const options& options) {
 /// A query for every key: the last one of a group weighs it.
 template <class Query, class Key>
 void require_query_for_every_key(const tensor_view<Query>& query, const tensor_view<Key>& key, const options& options) {
-  if (query.length() != key.length())
-    refuse("query", to_string(query.length()) + " queries",
-           "a query for each of the " + to_string(key.length()) +
-               " keys, since a group is pooled with its last one; new tokens after old ones are for kv_cache");
+  const bool each = query.has_lengths() || key.has_lengths();
+  for (std::int64_t b = 0; b < (each ? query.batch() : 1); ++b) {
+    const std::int64_t queries = each ? query.length(b) : query.length(), keys = each ? key.length(b) : key.length();
+    if (queries != keys)
+      refuse("query", to_string(queries) + " queries" + (each ? " of sequence " + to_string(b) : ""),
+             "a query for each of the " + to_string(keys) +
+                 " keys, since a group is pooled with its last one; new tokens after old ones are for kv_cache");
+  }
   if (options.first_position.value_or(0) != 0)
     refuse("options.first_position", to_string(*options.first_position), "0 or none: there is a query for every key");
 }
@@ -229,9 +303,13 @@ void require_sink_logits(const tensor_view<Query>& query, const lse_view<Sink>& 
   require_operand("sink_logits", sink_logits);
   const std::array<std::int64_t, 3>& e = sink_logits.extent;
   const std::int64_t batch = query.batch(), heads = query.heads(), length = query.length();
+  if (sink_logits.has_lengths()) return require_shape("sink_logits", sink_logits, heads, 1, query);
   for (const std::array<std::int64_t, 3>& wanted :
        {std::array<std::int64_t, 3>{1, heads, 1}, {batch, heads, 1}, {batch, heads, length}})
-    if (e == wanted) return;
+    if (e == wanted) {
+      if (e[2] != 1) require_shape("sink_logits", sink_logits, heads, 1, query);
+      return;
+    }
   refuse("sink_logits", to_string(e),
          "[1 or " + to_string(batch) + ", " + to_string(heads) + ", 1] or " + to_string<3>({batch, heads, length}));
 }
@@ -252,14 +330,14 @@ void require_far(const Inputs& in, const Far& far_rows) {
     refuse("far.value", "dim " + to_string(far_rows.value.dim()), "the value's dim " + to_string(in.value.dim()));
   const lse_view<const std::int64_t>& seen = far_rows.seen;
   require_operand("far.seen", seen);
-  require_extents("far.seen", seen, {in.query.batch(), in.query.heads(), in.query.length()});
+  require_shape("far.seen", seen, in.query.heads(), 1, in.query);
   for (std::int64_t b = 0; b < seen.batch(); ++b)
     for (std::int64_t h = 0; h < seen.heads(); ++h)
-      for (std::int64_t i = 0; i < seen.length(); ++i) {
+      for (std::int64_t i = 0; i < seen.length(b); ++i) {
         const std::int64_t count = *seen.row(b, h, i);
-        if (!(0 <= count && count <= far_rows.key.length()))
+        if (!(0 <= count && count <= far_rows.key.length(b)))
           refuse("far.seen", to_string(count) + " at " + to_string<3>({b, h, i}),
-                 "a count in [0, " + to_string(far_rows.key.length()) + "]");
+                 "a count in [0, " + to_string(far_rows.key.length(b)) + "]");
       }
 }
 
@@ -268,10 +346,10 @@ template <class Query, class Out, class Lse>
 void require_results(const tensor_view<Query>& query, std::int64_t value_dim, const tensor_view<Out>& out,
                      const lse_view<Lse>& lse) {
   require_output("out", out);
-  require_extents("out", out, {query.batch(), query.heads(), query.length(), value_dim});
+  require_shape("out", out, query.heads(), value_dim, query);
   if (!given(lse)) return;
   require_output("lse", lse);
-  require_extents("lse", lse, {query.batch(), query.heads(), query.length()});
+  require_shape("lse", lse, query.heads(), 1, query);
 }
 
 /// A view by its name in refusals.
