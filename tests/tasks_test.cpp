@@ -14,8 +14,12 @@ struct work {
   std::int64_t batch, chains, sharing, length, per_task;
 
   [[nodiscard]] task_list tasks() const {
-    return {sequences{batch, true}, nullptr, chains * sharing, [*this](std::int64_t) { return length; },
-            [*this](std::int64_t) { return per_task; }, sharing};
+    return {sequences{batch, true},
+            nullptr,
+            chains * sharing,
+            [*this](std::int64_t) { return length; },
+            [*this](std::int64_t) { return per_task; },
+            sharing};
   }
   /// Tasks of a chain.
   [[nodiscard]] std::int64_t per_chain() const { return (length + per_task - 1) / per_task * sharing; }

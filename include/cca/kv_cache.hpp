@@ -212,7 +212,8 @@ class kv_cache {
   template <class View>
   static void require_even(const char* name, const View& view) {
     if (view.has_lengths())
-      detail::refuse(name, "lengths per sequence", "as many tokens for each; the calls of one sequence take any number");
+      detail::refuse(name, "lengths per sequence",
+                     "as many tokens for each; the calls of one sequence take any number");
   }
 
   template <class Query>
@@ -272,10 +273,10 @@ class kv_cache {
         detail::group_rows<T>::size(held_.shape.dim, held_.shape.value_dim, !detail::in_place<T, Element>), 0};
     const auto rows = held_.rows_of_step(first, extent.count, extent.tokens);
     const auto each = [](std::int64_t count) { return [count](std::int64_t) { return count; }; };
-    const auto forward = detail::plan<Product>({extent.count, true}, in.query, held_.shape.value_dim,
-                                               held_.shape.kv_heads, !detail::in_place<T, Element, Core>,
-                                               held_.options.unit, run, each(rows.cores), each(rows.raw),
-                                               each(rows.raw), each(rows.fresh));
+    const auto forward =
+        detail::plan<Product>({extent.count, true}, in.query, held_.shape.value_dim, held_.shape.kv_heads,
+                              !detail::in_place<T, Element, Core>, held_.options.unit, run, each(rows.cores),
+                              each(rows.raw), each(rows.raw), each(rows.fresh));
     detail::scratch memory = take_workspace(pooler.bytes() + forward.bytes());
     held_.pool_new_groups(first, in.query, in.key, in.value, run, pooler.take(memory));
     if (to != nullptr)
@@ -290,9 +291,10 @@ class kv_cache {
   [[nodiscard]] std::int64_t pool_workers(std::int64_t tokens, const execution& run) const {
     if (!detail::pools(held_.options)) return 1;
     const std::int64_t groups = held_.group_count(tokens) + 1;
-    return detail::worker_count(run, detail::task_list::size(
-                                         {1, true}, held_.shape.kv_heads, [&](std::int64_t) { return groups; },
-                                         [&](std::int64_t) { return detail::groups_per_task(held_.options.group_size); }));
+    return detail::worker_count(run,
+                                detail::task_list::size(
+                                    {1, true}, held_.shape.kv_heads, [&](std::int64_t) { return groups; },
+                                    [&](std::int64_t) { return detail::groups_per_task(held_.options.group_size); }));
   }
 
   /// Memory for a step, which stays for the next.

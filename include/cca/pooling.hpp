@@ -45,8 +45,8 @@ pool_plan<T> plan_pooling(const inputs<Query, Key, Value, Sink>& in, const optio
           : task_list::size(
                 all, in.key.heads(), [&](std::int64_t b) { return partition.group_count(in.key.length(b)); },
                 [&](std::int64_t) { return groups_per_task(options.group_size); });
-  return {worker_count(run, tasks),
-          group_rows<T>::size(in.key.dim(), in.value.dim(), !in_place<T, Key, Value>), all.table_size()};
+  return {worker_count(run, tasks), group_rows<T>::size(in.key.dim(), in.value.dim(), !in_place<T, Key, Value>),
+          all.table_size()};
 }
 
 /// Cores of every complete group, of these names.

@@ -60,7 +60,7 @@ gradient<Scalar> each_alone(gradient<Scalar> sum, std::int64_t batch, const F& f
 template <class Scalar, class Query, class Key, class Value, class Sink>
 gradient<Scalar> zeros_of(const inputs<Query, Key, Value, Sink>& in) {
   const std::array<std::int64_t, 3>& sinks = in.sink_logits.extent;
-  return {tensor<Scalar>(in.query.extent), tensor<Scalar>(in.key.extent), tensor<Scalar>(in.value.extent), {}, {},
+  return {tensor<Scalar>(in.query.extent),  tensor<Scalar>(in.key.extent), tensor<Scalar>(in.value.extent), {}, {},
           {sinks[0], sinks[1], sinks[2], 1}};
 }
 

@@ -116,8 +116,9 @@ struct cached_sequences {
         return std::pair(s.cores.key(h, c), s.cores.value(h, c));
       };
       const range groups{group_count(s.length), group_count(s.length + query.length())};
-      pool_groups<T>({{1, true}, shape.heads, shape.kv_heads, core_heads}, [&](std::int64_t) { return groups; }, shape.dim,
-                     shape.value_dim, options, absorb, last, core, run, memory);
+      pool_groups<T>(
+          {{1, true}, shape.heads, shape.kv_heads, core_heads}, [&](std::int64_t) { return groups; }, shape.dim,
+          shape.value_dim, options, absorb, last, core, run, memory);
     }
   }
 
@@ -164,7 +165,8 @@ struct cached_sequences {
       return shifted(intersection(partition.raw(sequence_of(b).length + i), piece), -piece.begin);
     };
     const auto rows_each = [](std::int64_t count) { return [count](std::int64_t) { return count; }; };
-    f(source{core_heads, rows_each(rows.cores), [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
+    f(source{core_heads, rows_each(rows.cores),
+             [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
              [=](std::int64_t b, std::int64_t, std::int64_t i) {
                return range{0, partition.core_count(sequence_of(b).length + i)};
              }},
@@ -175,7 +177,8 @@ struct cached_sequences {
              [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
                return seen_of(b, i, window_of(sequence_of(b)).first);
              }},
-      source{shape.kv_heads, rows_each(rows.raw), [=](std::int64_t b, std::int64_t h) { return sequence_of(b).raw.rows(h, 0); },
+      source{shape.kv_heads, rows_each(rows.raw),
+             [=](std::int64_t b, std::int64_t h) { return sequence_of(b).raw.rows(h, 0); },
              [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
                return seen_of(b, i, window_of(sequence_of(b)).second);
              }},

@@ -82,8 +82,8 @@ class backward {
       worker_size_ = larger(worker_size_, of_tile([&]<class Tile>(std::type_identity<Tile>) {
                               return stack<Tile>::size(lanes(queries(b)), form_, staged);
                             }));
-    stacks_ = task_list::size(all_, sharing_ > 0 ? heads : 0, queries,
-                              [&](std::int64_t b) { return lanes(queries(b)); });
+    stacks_ =
+        task_list::size(all_, sharing_ > 0 ? heads : 0, queries, [&](std::int64_t b) { return lanes(queries(b)); });
     workers_ = std::clamp<std::int64_t>(stacks_, 1, workers);
   }
 

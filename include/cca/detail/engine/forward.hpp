@@ -46,7 +46,8 @@ class forward {
     const auto plan = [&]<class Tile>(std::type_identity<Tile>) {
       for (std::int64_t b = 0; b < all_.distinct(); ++b) {
         const sequence s = measured(queries(b), rows(b)...);
-        worker_size_ = larger(worker_size_, s.few() ? few_size(s, staged) : stack<Tile>::size(lanes<Tile>(s), form_, staged));
+        worker_size_ =
+            larger(worker_size_, s.few() ? few_size(s, staged) : stack<Tile>::size(lanes<Tile>(s), form_, staged));
         partials_ = s.few() ? element_count<T>(partials_ + partials_of(s)) : partials_;
         most_tasks += s.few() ? few_tasks(s) * groups_ : most_stacks(s) * heads_;
       }
@@ -67,16 +68,13 @@ class forward {
   void operator()(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
                   const E& run, scratch& memory, const Source&... sources) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.length(b)...); };
+    sequence_tasks* const stacks = memory.take<sequence_tasks>(all_.table_size());
     with_product<Element, (of_elements<Element, Source> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
-          using tile = query_tile<Product>;
-          const task_list stacks(
-              all_, memory.take<sequence_tasks>(all_.table_size()), heads_,
-              [&](std::int64_t b) { return measure(b).few() ? 0 : query.length(b); },
-              [&](std::int64_t b) { return lanes<tile>(measure(b)); });
-          attend_many<tile>(stacks, query, out, lse, Product::balances ? rule.balanced() : rule, run, scratch, sources...);
+          attend_many<query_tile<Product>>(query, out, lse, Product::balances ? rule.balanced() : rule, run, scratch,
+                                           stacks, sources...);
         });
+    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.length(b)...); };
     const auto parts = [&](std::int64_t b) { return few_tasks(measure(b)); };
     const task_list tasks(all_, memory.take<sequence_tasks>(all_.table_size()), groups_, parts,
                           [](std::int64_t) { return 1; });
@@ -110,9 +108,8 @@ class forward {
 
   template <class F>
   void of_tile(const F& f) const {
-    with_product<Element>(form_.unit, [&]<class Product>(std::type_identity<Product>) {
-      f(std::type_identity<query_tile<Product>>{});
-    });
+    with_product<Element>(
+        form_.unit, [&]<class Product>(std::type_identity<Product>) { f(std::type_identity<query_tile<Product>>{}); });
   }
   template <class Tile>
   [[nodiscard]] std::int64_t lanes(const sequence& s) const {
@@ -139,9 +136,13 @@ class forward {
 
   /// A task is a stack of queries.
   template <class Tile, class Query, class Out, class Lse, executor E, class... Source>
-  void attend_many(const task_list& tasks, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
-                   const score_rule<T>& rule, const E& run, const worker_scratch<T>& scratch,
+  void attend_many(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
+                   const E& run, const worker_scratch<T>& scratch, sequence_tasks* table,
                    const Source&... sources) const {
+    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.length(b)...); };
+    const task_list tasks(
+        all_, table, heads_, [&](std::int64_t b) { return measure(b).few() ? 0 : query.length(b); },
+        [&](std::int64_t b) { return lanes<Tile>(measure(b)); });
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
       const task task = tasks.last_first(i);
       const std::int64_t b = task.b, h = task.head, first = task.items.begin, count = task.items.size();
@@ -173,8 +174,9 @@ class forward {
     const auto partials_of_sequence = [&](std::int64_t b) {
       return [this, s = measure(b), memory = few.partials + few.first_partial[b]](std::int64_t h, std::int64_t i,
                                                                                   std::int64_t part) {
-        return partial_result<T>(memory + ((h * s.queries + i) * s.parts + part) * partial_result<T>::size(form_.value_dim),
-                                 form_.value_dim);
+        return partial_result<T>(
+            memory + ((h * s.queries + i) * s.parts + part) * partial_result<T>::size(form_.value_dim),
+            form_.value_dim);
       };
     };
     run_tasks(run, workers_, few.tasks.size(), [&](std::int64_t worker, std::int64_t place) {

@@ -135,8 +135,7 @@ auto all_rows_of(const View& view) {
 /// The first `core_key.length(b)` groups of each sequence of views.
 template <class T, class Query, class Key, class Value, class CoreKey, class CoreValue, executor E>
 void pool_views(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<CoreKey> core_key,
-                tensor_view<CoreValue> core_value, const options& options, const E& run,
-                const pool_memory<T>& memory) {
+                tensor_view<CoreValue> core_value, const options& options, const E& run, const pool_memory<T>& memory) {
   const auto absorb = [&](auto& pooling, std::int64_t b, std::int64_t kv_head, range tokens) {
     pooling.absorb(rows_of(key, value, b, kv_head), tokens);
   };
@@ -156,8 +155,7 @@ void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_vi
                        const options& options, const E& run, const pool_memory<T>& memory) {
   const partition partition{options.group_size, options.window};
   const score_rule<T> rule = score_rule<T>{static_cast<T>(softmax_scale(options, key.dim()))}.balanced();
-  const pool_heads heads{
-      {key.batch(), !key.has_lengths()}, query.heads(), key.heads(), grad_core_key.heads()};
+  const pool_heads heads{{key.batch(), !key.has_lengths()}, query.heads(), key.heads(), grad_core_key.heads()};
   const auto differentiate = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head,
                                                 std::int64_t h, std::int64_t c) {
     const range tokens = partition.group(c);
