@@ -17,9 +17,9 @@ namespace cca { inline namespace CCA_TARGET {
 /// negative ones run backwards); the stride of the last dimension is 1. A view is trivially copyable; its constness is
 /// that of `T`.
 ///
-/// Sequences may have lengths of their own: sequence b is then the tokens `[begins[b], ends[b])` of its row of the batch, and
-/// the extent `length` bounds all of them. `packed` and `with_lengths` make such views. In a call every sequence is as if
-/// called alone, to the bit: its first token has position 0, and what lies between the sequences is neither read nor
+/// Sequences may have lengths of their own: sequence b is then the tokens `[begins[b], ends[b])` of its entry of the batch,
+/// and the extent `length` bounds all lengths. `packed` and `with_lengths` make such views. In a call every sequence is as
+/// if called alone, to the bit: its first token has position 0, and what lies between the sequences is neither read nor
 /// written. The arrays are the caller's, as the elements are: they stay as they are until the call has returned.
 template <class T, std::size_t Rank = 4>
 struct tensor_view {

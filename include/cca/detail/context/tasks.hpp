@@ -57,8 +57,8 @@ struct sequence_tasks {
   [[nodiscard]] std::int64_t cuts() const { return (length + per_task - 1) / per_task; }
 };
 
-/// What is to do, cut into tasks: the items `[0, length(b))` of every head of sequence `b`, `per_task(b)` at a time. The only
-/// place that knows which task holds what. Heads that share rows, `sharing` at a time, form a chain: the tasks of a chain
+/// What is to do, cut into tasks: the items `[0, length(b))` of every head of sequence `b`, `per_task(b)` at a time. The
+/// only place that knows which task holds what. Heads that share rows, `sharing` at a time, form a chain: the tasks of a chain
 /// follow each other, those of the same items first, since they read the same rows.
 ///
 /// Long sequences come first, within a factor of two: their tasks are the long ones. A sequence without items has none.

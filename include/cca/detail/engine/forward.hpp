@@ -80,7 +80,7 @@ class forward {
                           [](std::int64_t) { return 1; });
     const sequence_offsets first_partial(all_, memory.take<std::int64_t>(all_.table_size()),
                                          [&](std::int64_t b) { return partials_of(measure(b)); });
-    const few_memory few{tasks, first_partial, memory.take<T>(partials_)};
+    const few_memory few{tasks, first_partial, memory.take<T>(partials_), form_.value_dim};
     if (tasks.size() == 0) return;
     for (const int headroom : {0, most_headroom})
       if (attend_few(few, query, out, lse, rule.balanced(), headroom, run, scratch, sources...)) return;
@@ -102,8 +102,16 @@ class forward {
   /// What few queries work with beside the scratch of each worker.
   struct few_memory {
     const task_list& tasks;
-    const sequence_offsets& first_partial;
+    const sequence_offsets& first;
     T* partials;
+    std::int64_t value_dim;
+
+    /// What query `i` of head `h` of sequence `b` has seen of a part.
+    [[nodiscard]] partial_result<T> partial(std::int64_t b, const sequence& s, std::int64_t h, std::int64_t i,
+                                            std::int64_t part) const {
+      return {partials + first[b] + ((h * s.queries + i) * s.parts + part) * partial_result<T>::size(value_dim),
+              value_dim};
+    }
   };
 
   template <class F>
@@ -171,31 +179,24 @@ class forward {
                   const score_rule<T>& rule, int headroom, const E& run, const worker_scratch<T>& scratch,
                   const Source&... sources) const {
     const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.length(b)...); };
-    const auto partials_of_sequence = [&](std::int64_t b) {
-      return [this, s = measure(b), memory = few.partials + few.first_partial[b]](std::int64_t h, std::int64_t i,
-                                                                                  std::int64_t part) {
-        return partial_result<T>(
-            memory + ((h * s.queries + i) * s.parts + part) * partial_result<T>::size(form_.value_dim),
-            form_.value_dim);
-      };
-    };
     run_tasks(run, workers_, few.tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = few.tasks[place];
-      const std::int64_t b = task.b, part = task.items.begin, length = query.length(b);
+      const std::int64_t b = task.b, part = task.items.begin;
+      const sequence s = measure(b);
       const range heads{task.head * heads_ / groups_, (task.head + 1) * heads_ / groups_};
-      const auto partial = partials_of_sequence(b);
-      few_queries<T> queries(scratch[worker], queries_per_group(length), form_.dim, form_.value_dim, rule, headroom);
+      few_queries<T> queries(scratch[worker], queries_per_group(s.queries), form_.dim, form_.value_dim, rule, headroom);
       for (std::int64_t h = heads.begin; h < heads.end; ++h)
-        for (std::int64_t i = 0; i < length; ++i) {
-          queries.load((h - heads.begin) * length + i, query.row(b, h, i));
-          partial(h, i, part).begin();
+        for (std::int64_t i = 0; i < s.queries; ++i) {
+          queries.load((h - heads.begin) * s.queries + i, query.row(b, h, i));
+          few.partial(b, s, h, i, part).begin();
         }
       std::int64_t source_part = part;  // counted from the source's first
       const auto absorb = [&](const auto& source) {
         const std::int64_t parts = count_parts(source.length(b));
         if (source_part >= 0 && source_part < parts)
-          absorb_part(queries, source, b, heads, length, source_part,
-                      [&](std::int64_t q) { return partial(heads.begin + q / length, q % length, part); });
+          absorb_part(queries, source, b, heads, s.queries, source_part, [&](std::int64_t q) {
+            return few.partial(b, s, heads.begin + q / s.queries, q % s.queries, part);
+          });
         source_part -= parts;
       };
       (absorb(sources), ...);
@@ -204,20 +205,25 @@ class forward {
     run_tasks(run, workers_, all_.batch * heads_, [&](std::int64_t, std::int64_t place) {
       const std::int64_t b = place / heads_, h = place % heads_;
       const sequence s = measure(b);
-      if (!s.few()) return;
-      const auto partial = partials_of_sequence(b);
-      for (std::int64_t i = 0; i < s.queries; ++i) {
-        partial_result<T> whole = partial(h, i, 0);
-        for (std::int64_t part = 1; part < s.parts; ++part) whole.merge(partial(h, i, part), rule.unit_in_base_2());
-        const T share = whole.share(rule.sink_sum(b, h, i), rule.unit_in_base_2(), headroom);
-        if (headroom == 0) {
-          scale_row(whole.out(), form_.value_dim, share, out.row(b, h, i));
-          if (lse.data) *lse.row(b, h, i) = static_cast<Lse>(rule.log(whole.total(rule.unit_in_base_2(), 0), b, h, i));
-        }
-        if (!replace_infinite(whole.out(), 1, form_.value_dim, share, out.row(b, h, i))) finite = false;
-      }
+      for (std::int64_t i = 0; s.few() && i < s.queries; ++i)
+        if (!merge_parts(few, s, b, h, i, out, lse, rule, headroom)) finite = false;
     });
     return finite;
+  }
+
+  /// Writes the answer of one query from its parts. Returns whether it was finite.
+  template <class Out, class Lse>
+  bool merge_parts(const few_memory& few, const sequence& s, std::int64_t b, std::int64_t h, std::int64_t i,
+                   tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule, int headroom) const {
+    partial_result<T> whole = few.partial(b, s, h, i, 0);
+    for (std::int64_t part = 1; part < s.parts; ++part)
+      whole.merge(few.partial(b, s, h, i, part), rule.unit_in_base_2());
+    const T share = whole.share(rule.sink_sum(b, h, i), rule.unit_in_base_2(), headroom);
+    if (headroom == 0) {
+      scale_row(whole.out(), form_.value_dim, share, out.row(b, h, i));
+      if (lse.data) *lse.row(b, h, i) = static_cast<Lse>(rule.log(whole.total(rule.unit_in_base_2(), 0), b, h, i));
+    }
+    return replace_infinite(whole.out(), 1, form_.value_dim, share, out.row(b, h, i));
   }
 
   template <class Source, class Result>
