@@ -251,7 +251,8 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 ///   window and the raw tokens from there to t, in one softmax.
 ///
 /// Without groups queries may be fewer than keys: they are the last ones, or start at `options.first_position`. With
-/// groups there is a query for every key; `kv_cache` takes sequences piece by piece.
+/// groups there is a query for every key; `kv_cache` takes sequences piece by piece. Sequences of a batch may have lengths
+/// of their own (`packed`, `with_lengths`): each is to the bit as if called alone.
 ///
 /// @param in  query, key and value, read whole; keys as attention sees them, with RoPE applied
 /// @param to  `out` and, where given, `lse` are written whole; they overlap no operand and not each other. A logit of -inf

@@ -58,8 +58,8 @@ struct sequence_tasks {
 };
 
 /// What is to do, cut into tasks: the items `[0, length(b))` of every head of sequence `b`, `per_task(b)` at a time. The
-/// only place that knows which task holds what. Heads that share rows, `sharing` at a time, form a chain: the tasks of a chain
-/// follow each other, those of the same items first, since they read the same rows.
+/// only place that knows which task holds what. Heads that share rows, `sharing` at a time, form a chain: the tasks of a
+/// chain follow each other, those of the same items first, since they read the same rows.
 ///
 /// Long sequences come first, within a factor of two: their tasks are the long ones. A sequence without items has none.
 class task_list {

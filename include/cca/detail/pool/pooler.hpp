@@ -91,7 +91,8 @@ void load_mean_query(group_rows<T>& group, std::int64_t h, std::int64_t sharing,
 }
 
 /// Pools the groups `[groups(b).begin, groups(b).end)` of every sequence and core head.
-/// `absorb(pooling, b, kv_head, tokens)` feeds a group's rows, `query(b, h, token)` is a row of queries, `core(b, h, group)` the pair of rows to write.
+/// `absorb(pooling, b, kv_head, tokens)` feeds a group's rows, `query(b, h, token)` is a row of queries,
+/// `core(b, h, group)` the pair of rows to write.
 template <class T, class Groups, class Absorb, class Query, class Core, executor E>
 void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim, std::int64_t value_dim,
                  const options& options, const Absorb& absorb, const Query& query, const Core& core, const E& run,
