@@ -10,7 +10,9 @@
 #include "detail/base/scratch.hpp"
 #include "detail/base/validate.hpp"
 #include "detail/context/source.hpp"
+#include "detail/context/tasks.hpp"
 #include "detail/engine/forward.hpp"
+#include "detail/pool/pooler.hpp"
 #include "detail/product/choose_unit.hpp"
 #include "detail/softmax/score_rule.hpp"
 #include "element.hpp"
@@ -25,10 +27,11 @@ namespace detail {
 /// The tokens that query `i` sees raw.
 template <class Inputs>
 auto raw_source(const Inputs& in, const options& options) {
-  const std::int64_t length = in.key.length(), first = first_position(options, in.query.length(), length);
   return view_source(in.key, in.value,
-                     [partition = partition{options.group_size, options.window}, first, length](
-                         std::int64_t, std::int64_t, std::int64_t i) {
+                     [partition = partition{options.group_size, options.window}, position = options.first_position,
+                      queries = in.query, keys = in.key](std::int64_t b, std::int64_t, std::int64_t i) {
+                       const std::int64_t length = keys.length(b);
+                       const std::int64_t first = position.value_or(length - queries.length(b));
                        return intersection(partition.raw(first + i), {0, length});
                      });
 }
@@ -54,8 +57,8 @@ template <class T>
 auto core_source(const cores<T>& rows, const options& options) {
   return far_source(
       rows.key, rows.value,
-      [partition = partition{options.group_size, options.window}, count = rows.key.length()](
-          std::int64_t, std::int64_t, std::int64_t t) { return smaller(partition.core_count(t), count); });
+      [partition = partition{options.group_size, options.window}, key = rows.key](
+          std::int64_t b, std::int64_t, std::int64_t t) { return smaller(partition.core_count(t), key.length(b)); });
 }
 
 /// Calls `f(std::type_identity<Core>)`, where `Core` is what cores are kept in: what is computed in or, for a matrix unit,
@@ -67,15 +70,20 @@ decltype(auto) with_core_type(matrix_unit unit, const F& f) {
   return f(std::type_identity<compute_type<Element>>{});
 }
 
-/// The engine for these queries and sources of `rows`, of whose heads `head_groups` is the greatest common divisor.
-/// `Element` is the operands' `product_type`.
-template <class Element, class Query>
-forward<Element> plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
-                      std::initializer_list<std::int64_t> rows, bool staged, matrix_unit unit, const execution& run) {
-  std::int64_t parts = 0;
-  for (const std::int64_t count : rows) parts += forward<Element>::count_parts(count);
-  return {query.batch(), query.heads(), query.length(), tile_form{query.dim(), value_dim, chosen_unit<Element>(unit)},
-          head_groups,   parts,         staged,         run.concurrency()};
+/// The engine for these queries and sources, of whose heads `head_groups` is the greatest common divisor and `rows(b)` the
+/// rows. `Element` is the operands' `product_type`.
+template <class Element, class Query, class... Rows>
+forward<Element> plan(const sequences& all, const tensor_view<Query>& query, std::int64_t value_dim,
+                      std::int64_t head_groups, bool staged, matrix_unit unit, const execution& run,
+                      const Rows&... rows) {
+  const tile_form form{query.dim(), value_dim, chosen_unit<Element>(unit)};
+  return {all, query.heads(), form, head_groups, staged, run.concurrency(), lengths_of(query), rows...};
+}
+
+/// Whether what is planned for one of the sequences of these views holds for all.
+template <class Query, class... View>
+sequences sequences_of(const Query& query, const View&... more) {
+  return {query.batch(), !(query.has_lengths() || ... || more.has_lengths())};
 }
 
 template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
@@ -83,39 +91,72 @@ auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<Fa
                  matrix_unit unit, const execution& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
-      in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()), {context.key.length(), in.key.length()},
-      !in_place<T, Key, Value, FarKey, FarValue>, unit, run);
+      sequences_of(in.query, in.key, context.key), in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()),
+      !in_place<T, Key, Value, FarKey, FarValue>, unit, run, lengths_of(context.key), lengths_of(in.key));
 }
 
-/// Scratch for the cores that some query sees: none where nothing is pooled.
+/// The cores of sequence `b` that some query sees: none where nothing is pooled.
+template <class Inputs>
+auto core_counts(const Inputs& in, const options& options) {
+  return [partition = partition{options.group_size, options.window}, pooled = pools(options),
+          key = in.key](std::int64_t b) { return pooled ? partition.core_count(key.length(b) - 1) : 0; };
+}
+
+/// Scratch for those cores: `[batch][heads][cores][dim]`, or `[heads][cores of all sequences][dim]` where each sequence has
+/// a length of its own.
 template <class Core>
 struct core_plan {
-  std::int64_t batch, heads, count, dim, value_dim;
+  sequences all;
+  std::int64_t heads, dim, value_dim, longest = 0, rows = 0;
 
   template <class Inputs>
   core_plan(const Inputs& in, const options& options)
-      : batch(in.key.batch()),
+      : all(sequences_of(in.key)),
         heads(core_head_count(options, in.query.heads(), in.key.heads())),
-        count(pools(options) ? partition{options.group_size, options.window}.core_count(in.key.length() - 1) : 0),
         dim(in.key.dim()),
-        value_dim(in.value.dim()) {}
+        value_dim(in.value.dim()) {
+    const auto count = core_counts(in, options);
+    for (std::int64_t b = 0; b < all.distinct(); ++b) {
+      longest = larger(longest, count(b));
+      rows += count(b);
+    }
+  }
 
   template <class Row = Core>
   [[nodiscard]] std::size_t bytes() const {
     return scratch_bytes<Row>(elements<Row>(dim)) + scratch_bytes<Row>(elements<Row>(value_dim));
   }
+  [[nodiscard]] std::size_t offset_bytes() const { return scratch_bytes<std::int64_t>(offset_count()); }
+
+  /// Where the cores of each sequence begin and, one more, where those of the last end; nothing where all are alike.
+  template <class Inputs>
+  [[nodiscard]] const std::int64_t* take_offsets(scratch& memory, const Inputs& in, const options& options) const {
+    auto* offsets = memory.take<std::int64_t>(offset_count());
+    const auto count = core_counts(in, options);
+    std::int64_t next = 0;
+    for (std::int64_t b = 0; b < offset_count(); ++b) {
+      offsets[b] = next;
+      if (b < all.batch) next += count(b);
+    }
+    return all.alike ? nullptr : offsets;
+  }
 
   template <class Row = Core>
-  [[nodiscard]] cores<Row> take(scratch& memory) const {
-    const auto rows = [&](std::int64_t d) { return bhsd(memory.take<Row>(elements<Row>(d)), batch, heads, count, d); };
-    const tensor_view<Row> key = rows(dim);
-    return {key, rows(value_dim)};
+  [[nodiscard]] cores<Row> take(scratch& memory, const std::int64_t* offsets) const {
+    const auto rows_of = [&](std::int64_t d) {
+      tensor_view<Row> view = bhsd(memory.take<Row>(elements<Row>(d)), all.batch, heads, longest, d);
+      if (offsets == nullptr) return view;
+      return tensor_view<Row>{view.data, view.extent, {0, rows * d, d, 1}, offsets, offsets + 1};
+    };
+    const tensor_view<Row> key = rows_of(dim);
+    return {key, rows_of(value_dim)};
   }
 
  private:
+  [[nodiscard]] std::int64_t offset_count() const { return all.alike ? 0 : all.batch + 1; }
   template <class Row>
   [[nodiscard]] std::int64_t elements(std::int64_t d) const {
-    return element_count<Row>(batch, heads, count, d);
+    return element_count<Row>(all.copies(), heads, rows, d);
   }
 };
 
@@ -124,19 +165,19 @@ template <class Element, class Core>
 struct cca_plan {
   using T = compute_type<Element>;
   core_plan<Core> cores;
-  std::int64_t workers, pooler_size;
+  pool_plan<T> pooler;
   detail::forward<Element> forward;
 
   template <class Query, class Key, class Value, class Sink>
   cca_plan(const inputs<Query, Key, Value, Sink>& in, const options& options, const execution& run)
       : cores(in, options),
-        workers(pool_workers(in.key, options, run)),
-        pooler_size(group_rows<T>::size(cores.dim, cores.value_dim, !in_place<T, Key, Value>)),
-        forward(plan<Element>(in.query, cores.value_dim, in.key.heads(), {cores.count, in.key.length()},
-                              !in_place<T, Key, Value, Core>, options.unit, run)) {}
+        pooler(plan_pooling<T>(in, options, run)),
+        forward(plan<Element>(sequences_of(in.query, in.key), in.query, cores.value_dim, in.key.heads(),
+                              !in_place<T, Key, Value, Core>, options.unit, run, core_counts(in, options),
+                              lengths_of(in.key))) {}
 
   [[nodiscard]] std::size_t bytes() const {
-    return cores.bytes() + worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
+    return cores.bytes() + cores.offset_bytes() + pooler.bytes() + forward.bytes();
   }
 };
 
@@ -165,10 +206,15 @@ void require_attend(const inputs<Query, Key, Value, Sink>& in, const far_context
 template <class Query, class Key, class Value, class Sink>
 far_context<Key, Value> no_far_context(const inputs<Query, Key, Value, Sink>& in) {
   static constexpr std::int64_t none = 0;
-  far_context<Key, Value> context{
-      in.key, in.value, {&none, {in.query.batch(), in.query.heads(), in.query.length()}, {}}};
-  context.key.extent[2] = context.value.extent[2] = 0;
-  return context;
+  const auto no_rows = [](auto view) {
+    view.extent[2] = 0;
+    view.begins = view.ends = nullptr;
+    return view;
+  };
+  const auto& query = in.query;
+  return {no_rows(in.key),
+          no_rows(in.value),
+          {&none, {query.batch(), query.heads(), query.length()}, {}, query.begins, query.ends}};
 }
 
 }  // namespace detail
@@ -194,6 +240,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
                                          const execution& run = {}) {
   detail::require_sizes(in);
   detail::require_sizes("far.key", context.key);
+  detail::require_batch("far.key", in.query, context.key);
   return detail::attend_plan(in, context, options.unit, run).bytes() + detail::scratch_alignment;
 }
 
@@ -204,7 +251,8 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 ///   window and the raw tokens from there to t, in one softmax.
 ///
 /// Without groups queries may be fewer than keys: they are the last ones, or start at `options.first_position`. With
-/// groups there is a query for every key; `kv_cache` takes sequences piece by piece.
+/// groups there is a query for every key; `kv_cache` takes sequences piece by piece. Sequences of a batch may have lengths
+/// of their own (`packed`, `with_lengths`): each is to the bit as if called alone.
 ///
 /// @param in  query, key and value, read whole; keys as attention sees them, with RoPE applied
 /// @param to  `out` and, where given, `lse` are written whole; they overlap no operand and not each other. A logit of -inf
@@ -225,8 +273,8 @@ void attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse
   detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
     const detail::cca_plan<Element, Core> plan(in, options, run);
     detail::scratch memory(run.workspace(), plan.bytes(), "workspace_size");
-    const auto cores = plan.cores.take(memory);
-    const detail::worker_scratch<T> pooler(memory, plan.workers, plan.pooler_size);
+    const auto cores = plan.cores.take(memory, plan.cores.take_offsets(memory, in, options));
+    const auto pooler = plan.pooler.take(memory);
     if (detail::pools(options))
       detail::pool_views<T>(in.query, in.key, in.value, cores.key, cores.value, options, run, pooler);
     plan.forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), run,
