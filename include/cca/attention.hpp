@@ -30,32 +30,41 @@ auto raw_source(const Inputs& in, const options& options) {
                      [partition = partition{options.group_size, options.window}, first, length](
                          std::int64_t, std::int64_t, std::int64_t i) {
                        return intersection(partition.raw(first + i), {0, length});
-                     });
+                     },
+                     terms_of({.first = -first, .step = 1}, in.key_bias, in.query.heads()));
 }
 
 /// The far part `[0, seen)` of a caller's rows or of cores.
-template <class Key, class Value, class Seen>
-auto far_source(tensor_view<Key> key, tensor_view<Value> value, Seen seen) {
-  return view_source(key, value, [seen](std::int64_t b, std::int64_t h, std::int64_t i) {
-    return range{0, seen(b, h, i)};
-  });
+template <class Key, class Value, class Seen, class Terms>
+auto far_source(tensor_view<Key> key, tensor_view<Value> value, Seen seen, Terms terms) {
+  return view_source(
+      key, value, [seen](std::int64_t b, std::int64_t h, std::int64_t i) { return range{0, seen(b, h, i)}; }, terms);
 }
 
 /// A caller's far rows.
-template <class Key, class Value>
-auto seen_source(const far_context<Key, Value>& context) {
-  return far_source(context.key, context.value, [seen = context.seen](std::int64_t b, std::int64_t h, std::int64_t i) {
-    return *seen.row(b, h, i);
-  });
+template <class Inputs, class Key, class Value, class Bias>
+auto seen_source(const Inputs& in, const far_context<Key, Value, Bias>& context, const options& options) {
+  const std::int64_t heads = in.query.heads(), first = first_position(options, in.query.length(), in.key.length());
+  return far_source(
+      context.key, context.value,
+      [seen = context.seen](std::int64_t b, std::int64_t h, std::int64_t i) { return *seen.row(b, h, i); },
+      [at = context.positions, bias = context.bias, heads, first](std::int64_t b, std::int64_t h) {
+        return row_terms<Bias>{{-first, at.stride[2], shared_row(at, b, h, heads)},
+                               shared_row(bias, b, h, heads),
+                               bias.stride[2]};
+      });
 }
 
-/// Cores. Where nothing is pooled there are none.
-template <class T>
-auto core_source(const cores<T>& rows, const options& options) {
+/// Cores, and their biases where they have some. Where nothing is pooled there are none.
+template <class T, class Bias>
+auto core_source(const cores<T>& rows, tensor_view<const Bias, 3> bias, const options& options, std::int64_t heads) {
+  const partition partition{options.group_size, options.window};
   return far_source(
       rows.key, rows.value,
-      [partition = partition{options.group_size, options.window}, count = rows.key.length()](
-          std::int64_t, std::int64_t, std::int64_t t) { return smaller(partition.core_count(t), count); });
+      [partition, count = rows.key.length()](std::int64_t, std::int64_t, std::int64_t t) {
+        return smaller(partition.core_count(t), count);
+      },
+      terms_of(core_positions(partition, 0), bias, heads));
 }
 
 /// Calls `f(std::type_identity<Core>)`, where `Core` is what cores are kept in: what is computed in or, for a matrix unit,
@@ -78,8 +87,8 @@ forward<Element> plan(const tensor_view<Query>& query, std::int64_t value_dim, s
           head_groups,   parts,         staged,         run.concurrency()};
 }
 
-template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
-auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class FarBias>
+auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
                  matrix_unit unit, const execution& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
@@ -147,17 +156,19 @@ void require_attention(const inputs<Query, Key, Value, Sink>& in, const options&
   require_inputs<compute_type<Query, Key, Value>>(in);
   require_grouping(options);
   pools(options) ? require_query_for_every_key(in.query, in.key, options) : require_positions(options);
+  if (pools(options) && given(in.key_bias))
+    refuse("key_bias", to_string(in.key_bias.extent), "none: cores stand for several keys, and have no bias of one");
 }
 
 /// Operands and options of `attend`.
-template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
-void require_attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class FarBias>
+void require_attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
                     const options& options) {
   require_options<product_type<Query, Key, Value, FarKey, FarValue>>(options);
   require_grouping(options);
   require_positions(options);
   require_inputs<compute_type<Query, Key, Value, FarKey, FarValue>>(in);
-  require_far(in, context);
+  require_far<compute_type<Query, Key, Value, FarKey, FarValue>>(in, context);
   require_no_pooling(options, "the caller pools");
 }
 
@@ -188,9 +199,9 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 
 /// The same for `attend`, whose far context may be larger than the cores. Of its options only the unit matters.
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
-          class FarKey = Query, class FarValue = FarKey>
+          class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>>
 [[nodiscard]] std::size_t workspace_size(const inputs<Query, Key, Value, Sink>& in,
-                                         const far_context<FarKey, FarValue>& context, const options& options = {},
+                                         const far_context<FarKey, FarValue, FarBias>& context, const options& options = {},
                                          const execution& run = {}) {
   detail::require_sizes(in);
   detail::require_sizes("far.key", context.key);
@@ -229,8 +240,9 @@ void attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse
     const detail::worker_scratch<T> pooler(memory, plan.workers, plan.pooler_size);
     if (detail::pools(options))
       detail::pool_views<T>(in.query, in.key, in.value, cores.key, cores.value, options, run, pooler);
-    plan.forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), run,
-                 memory, detail::core_source(cores, options), detail::raw_source(in, options));
+    plan.forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in, detail::given(in.key_bias)), run,
+                 memory, detail::core_source(cores, lse_view<const T>{}, options, in.query.heads()),
+                 detail::raw_source(in, options));
   });
 }
 
@@ -250,18 +262,24 @@ void attention(const Query& query, const Key& key, const Value& value, const Out
 /// @param context  its heads divide the query's; every `seen` lies in `[0, far length]`
 /// @param options  all but `pool` and `core_heads`: the caller pools
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
-          class FarKey = Query, class FarValue = FarKey, detail::written Out = Query,
+          class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>,
+          detail::written Out = Query,
           class Lse = compute_type<Query, Key, Value, FarKey, FarValue>>
-void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
             const results<Out, Lse>& to, const options& options = {}, const execution& run = {}) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   detail::require_attend(in, context, options);
-  detail::require_results(in, to, {{"far.key", context.key}, {"far.value", context.value}, {"far.seen", context.seen}});
+  detail::require_results(in, to, {{"far.key", context.key},
+                                   {"far.value", context.value},
+                                   {"far.seen", context.seen},
+                                   {"far.bias", context.bias},
+                                   {"far.positions", context.positions}});
 
   const auto forward = detail::attend_plan(in, context, options.unit, run);
   detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size");
-  forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), run, memory,
-          detail::seen_source(context), detail::raw_source(in, options));
+  const bool biased = detail::given(in.key_bias) || detail::given(context.bias);
+  forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in, biased), run, memory,
+          detail::seen_source(in, context, options), detail::raw_source(in, options));
 }
 
 /// @{

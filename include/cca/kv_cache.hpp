@@ -92,7 +92,7 @@ class kv_cache {
   /// `attention` over each whole sequence, its last rows.
   ///
   /// @param in  the new tokens: query `[batch, heads, new tokens, dim]`; key `[batch, kv_heads, new tokens, dim]` and value,
-  ///   the same with `value_dim`, of the cache's element type; sink logits for these queries. With `last_query` pooling
+  ///   the same with `value_dim`, of the cache's element type; sink logits and slopes for these queries. With `last_query` pooling
   ///   groups are pooled with the query of their last token.
   /// @param to  `out` `[batch, heads, new tokens, value_dim]` and, where given, `lse`, written whole
   /// @param run  executor; the results are bitwise the same for any. A cache has a workspace of its own.
@@ -219,6 +219,9 @@ class kv_cache {
     using Query = typename decltype(in.query)::element_type;
     require_query(in.query, batch);
     detail::require_sink_logits<compute_type<Query, Element>>(in.query, in.sink_logits);
+    detail::require_alibi_slopes<compute_type<Query, Element>>(in.query, in.alibi_slopes);
+    if (detail::given(in.key_bias))
+      detail::refuse("key_bias", detail::to_string(in.key_bias.extent), "none: a cache keeps no biases of its tokens");
     detail::require_results(in.query, held_.shape.value_dim, to.out, to.lse);
     detail::require_results_apart(in, to);
   }
@@ -268,7 +271,7 @@ class kv_cache {
                           detail::worker_scratch<T>(memory, workers, pooler_size));
     if (to != nullptr)
       held_.with_sources(first, in, rows, [&](const auto&... sources) {
-        const auto rule = detail::make_score_rule<T>(held_.options, held_.shape.dim, in.sink_logits);
+        const auto rule = detail::make_score_rule<T>(held_.options, in, false);
         forward(in.query, to->out, to->lse, rule, run, memory, sources...);
       });
     for (std::int64_t b = 0; b < extent.count; ++b) held_.keep(held_.at(first + b), in.key, in.value, b);

@@ -28,6 +28,9 @@ void require_pool(const inputs<Query, Key, Value, Sink>& in, const options& opti
   if (options.pool != pooling::last_query)
     require_unset(options, &options::softmax_scale, "the mean and the maximum have no weights");
   if (given(in.sink_logits)) refuse("sink_logits", to_string(in.sink_logits.extent), "none: they join attention");
+  if (given(in.alibi_slopes))
+    refuse("alibi_slopes", to_string(in.alibi_slopes.extent), "none: the weights of pooling know no distance");
+  if (given(in.key_bias)) refuse("key_bias", to_string(in.key_bias.extent), "none: the weights of pooling have none");
 }
 
 /// Workers of pooling all complete groups. `attention` pools those that some query sees, which are fewer: a workspace for

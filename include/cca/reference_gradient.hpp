@@ -16,12 +16,12 @@
 /// The textbook of the gradients.
 namespace cca { inline namespace CCA_TARGET { namespace reference {
 
-/// Of the operands of the same names; those of far rows and of sink logits are empty where the caller has none.
+/// Of the operands of the same names; those of operands that the caller does not have are empty.
 template <class Scalar>
 struct gradient {
   /// @{
   /// Of the operand's extents.
-  tensor<Scalar> query, key, value, far_key, far_value, sink_logits;
+  tensor<Scalar> query, key, value, far_key, far_value, sink_logits{}, alibi_slopes{}, key_bias{}, far_bias{};
   /// @}
 };
 
@@ -38,6 +38,15 @@ void add_max_gradient(const Rows& rows, const Core& grad_core, Gradient&& grad) 
   }
 }
 
+/// Adds to the biases of the rows `rows` of query head `h` of `heads`, if there are any.
+template <class Scalar, class Gradient>
+void add_to_biases(tensor<Scalar>& grad, std::int64_t heads, std::int64_t b, std::int64_t h, range rows,
+                   const Gradient& ds) {
+  if (grad.data.empty()) return;
+  for (std::int64_t j = rows.begin; j < rows.end; ++j)
+    *grad.view().row(b % grad.extent[0], h / (heads / grad.extent[1]), j) += ds(j - rows.begin);
+}
+
 }  // namespace detail
 
 /// Of `pool`, for the gradients of the first `grad_core_key.length()` cores. With `dc_k`, `dc_v` those of a core:
@@ -50,8 +59,7 @@ gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, t
   const partition partition{options.group_size, options.window};
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
   const std::int64_t heads = grad_core_key.heads(), sharing = query.heads() / (std::max<std::int64_t>)(heads, 1);
-  gradient<Scalar> grad{
-      tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent), {}, {}, {}};
+  gradient<Scalar> grad{tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent), {}, {}};
   for (std::int64_t b = 0; b < key.batch(); ++b)
     for (std::int64_t h = 0; h < heads; ++h) {
       const std::int64_t kv_head = h / (heads / key.heads());
@@ -89,20 +97,27 @@ gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, t
 
 /// Of `attend`: with `dO` and `dlse` the gradients of the output and of the log-sum-exp, `P = exp(S - lse)`,
 /// `dV = P^T dO`, `dP = dO V^T`, `delta = rowsum(P dP) - dlse`, `dS = P (dP - delta)`, with a softcap times
-/// `1 - (S / cap)^2`; `dQ = scale dS K`, `dK = scale dS^T Q`. A sink logit: `-exp(sink - lse) delta`, of all queries that it
-/// is for. No `grad_lse`: 0.
+/// `1 - (X / cap)^2`; `dQ = scale dS K`, `dK = scale dS^T Q`. A sink logit: `-exp(sink - lse) delta`, of all queries that it
+/// is for; a bias: `dS` before the softcap's factor, of all queries and heads that see it; a slope: minus that times
+/// the distances, of all rows. No `grad_lse`: 0.
 template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class GradOut,
           class GradLse, class Seen, class Raw>
 gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tensor_view<FarKey> far_key,
                                  tensor_view<FarValue> far_value, const incoming<GradOut, GradLse>& from,
-                                 const options& options, const Seen& seen, const Raw& raw) {
+                                 const options& options, const Seen& seen, const Raw& raw,
+                                 const row_terms<Scalar>& far = {}, const std::array<std::int64_t, 3>& far_biases = {}) {
   const auto& query = in.query;
+  const std::int64_t first = cca::detail::first_position(options, query.length(), in.key.length());
+  const row_terms<Scalar> near = raw_terms<Scalar>(in);
   const std::array<std::int64_t, 3>& sinks = in.sink_logits.extent;
+  const auto numbers = [](const std::array<std::int64_t, 3>& e) { return tensor<Scalar>(e[0], e[1], e[2], 1); };
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, query.dim()));
   const auto cap = static_cast<Scalar>(options.softcap);
   gradient<Scalar> grad{tensor<Scalar>(query.extent),     tensor<Scalar>(in.key.extent),
                         tensor<Scalar>(in.value.extent),  tensor<Scalar>(far_key.extent),
-                        tensor<Scalar>(far_value.extent), {sinks[0], sinks[1], sinks[2], 1}};
+                        tensor<Scalar>(far_value.extent), numbers(sinks),
+                        numbers(in.alibi_slopes.extent),  numbers(in.key_bias.extent),
+                        numbers(far_biases)};
   for (std::int64_t b = 0; b < query.batch(); ++b)
     for (std::int64_t h = 0; h < query.heads(); ++h) {
       const std::int64_t kv_head = h / (query.heads() / in.key.heads()),
@@ -116,7 +131,11 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
         matrix<Scalar> keys(pooled + window.size(), query.dim()), values(pooled + window.size(), in.value.dim());
         keys << fk.topRows(pooled), k.middleRows(window.begin, window.size());
         values << fv.topRows(pooled), v.middleRows(window.begin, window.size());
-        const vector<Scalar> logits = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
+        const vector<Scalar> capped = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
+        vector<Scalar> of_far = capped.head(pooled), of_raw = capped.tail(window.size()), logits(capped.size());
+        shift(of_far, in.alibi_slopes, far, b, h, first + i, {0, pooled});
+        shift(of_raw, in.alibi_slopes, near, b, h, first + i, window);
+        logits << of_far, of_raw;
         const Scalar sink = sink_logit<Scalar>(in.sink_logits, b, h, i);
         vector<Scalar> weights = logits;
         const Scalar lse = softmax(weights, sink);
@@ -126,7 +145,13 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
         const Scalar delta =
             weights.dot(dp) - (from.grad_lse.data ? static_cast<Scalar>(*from.grad_lse.row(b, h, i)) : Scalar(0));
         vector<Scalar> ds = weights.cwiseProduct((dp.array() - delta).matrix());
-        if (cap > 0) ds.array() *= 1 - (logits / cap).array().square();
+        if (in.alibi_slopes.data)
+          *grad.alibi_slopes.view().row(b % grad.alibi_slopes.extent[0], h, 0) -=
+              ds.head(pooled).dot(distances(far, b, h, first + i, {0, pooled})) +
+              ds.tail(window.size()).dot(distances(near, b, h, first + i, window));
+        detail::add_to_biases(grad.far_bias, query.heads(), b, h, {0, pooled}, ds.head(pooled));
+        detail::add_to_biases(grad.key_bias, query.heads(), b, h, window, ds.tail(window.size()));
+        if (cap > 0) ds.array() *= 1 - (capped / cap).array().square();
         const matrix<Scalar> grad_keys = scale * ds * q.row(i), grad_values = weights * grad_rows.row(i);
         head(grad.query, b, h).row(i) = scale * ds.transpose() * keys;
         head(grad.far_key, b, far_head).topRows(pooled) += grad_keys.topRows(pooled);
@@ -161,7 +186,7 @@ gradient<Scalar> attention_gradient(const inputs<Query, Key, Value, Sink>& in, c
   gradient<Scalar> grad = attend_gradient<Scalar>(
       in, cores.first.view(), cores.second.view(), from, options,
       [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); },
-      detail::raw_tokens(in.query, in.key, options));
+      detail::raw_tokens(in.query, in.key, options), core_terms<Scalar>(options));
   auto grad_core_key = grad.far_key.view(), grad_core_value = grad.far_value.view();
   grad_core_key.extent[2] = grad_core_value.extent[2] = partition.core_count(in.key.length() - 1);  // those seen
   const gradient<Scalar> pooled =
@@ -174,15 +199,15 @@ gradient<Scalar> attention_gradient(const inputs<Query, Key, Value, Sink>& in, c
 }
 
 /// Of `attend` to the caller's far rows.
-template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class GradOut,
-          class GradLse>
+template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class Bias,
+          class GradOut, class GradLse>
 gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in,
-                                 const far_context<FarKey, FarValue>& context, const incoming<GradOut, GradLse>& from,
+                                 const far_context<FarKey, FarValue, Bias>& context, const incoming<GradOut, GradLse>& from,
                                  const options& options) {
   return attend_gradient<Scalar>(
       in, context.key, context.value, from, options,
       [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *context.seen.row(b, h, i); },
-      detail::raw_tokens(in.query, in.key, options));
+      detail::raw_tokens(in.query, in.key, options), far_terms<Scalar>(in, context), context.bias.extent);
 }
 
 }}}  // namespace cca::CCA_TARGET::reference

@@ -236,16 +236,75 @@ void require_sink_logits(const tensor_view<Query>& query, const lse_view<Sink>& 
          "[1 or " + to_string(batch) + ", " + to_string(heads) + ", 1] or " + to_string<3>({batch, heads, length}));
 }
 
+/// A slope for each head, of one sequence or of all. `T` is what is computed in.
+template <class T, class Query, class Slope>
+void require_alibi_slopes(const tensor_view<Query>& query, const lse_view<Slope>& slopes) {
+  if (!given(slopes)) return;
+  static_assert(std::is_same_v<std::remove_const_t<Slope>, T>,
+                "cca: alibi_slopes are of the type that is computed in: double if an operand is, otherwise float");
+  require_operand("alibi_slopes", slopes);
+  const std::int64_t batch = query.batch(), heads = query.heads();
+  if (slopes.extent != std::array<std::int64_t, 3>{1, heads, 1} &&
+      slopes.extent != std::array<std::int64_t, 3>{batch, heads, 1})
+    refuse("alibi_slopes", to_string(slopes.extent), "[1 or " + to_string(batch) + ", " + to_string(heads) + ", 1]");
+}
+
+/// A number for each of `length` rows, where they are given: of one sequence or of all, of heads that query heads share.
+template <class Query, class Number>
+void require_row_numbers(const char* name, const tensor_view<Query>& query, const lse_view<Number>& numbers,
+                         std::int64_t length) {
+  if (!given(numbers)) return;
+  require_operand(name, numbers);
+  require_heads(name, numbers.heads(), query.heads());
+  if ((numbers.batch() != 1 && numbers.batch() != query.batch()) || numbers.length() != length)
+    refuse(name, to_string(numbers.extent),
+           "[1 or " + to_string(query.batch()) + ", " + to_string(numbers.heads()) + ", " + to_string(length) + "]");
+}
+
 /// What an entry point of attention reads. `T` is what is computed in.
 template <class T, class Inputs>
 void require_inputs(const Inputs& in) {
   require_operand("query", in.query);
   require_key_value("key", "value", in.query, in.key, in.value);
   require_sink_logits<T>(in.query, in.sink_logits);
+  require_alibi_slopes<T>(in.query, in.alibi_slopes);
+  require_row_numbers("key_bias", in.query, in.key_bias, in.key.length());
 }
 
-/// A caller's far context of a call.
-template <class Inputs, class Far>
+/// Calls `f(b, h, i)` for the rows of a view of three extents.
+template <class T, class F>
+void for_each_row(const lse_view<T>& view, const F& f) {
+  for (std::int64_t b = 0; b < view.batch(); ++b)
+    for (std::int64_t h = 0; h < view.heads(); ++h)
+      for (std::int64_t i = 0; i < view.length(); ++i) f(b, h, i);
+}
+
+/// Biases and positions of far rows. Distances are for slopes, and theirs alone.
+template <class T, class Inputs, class Far>
+void require_far_terms(const Inputs& in, const Far& far_rows) {
+  const std::int64_t length = far_rows.key.length();
+  require_row_numbers("far.bias", in.query, far_rows.bias, length);
+  using Bias = std::remove_const_t<typename decltype(far_rows.bias)::element_type>;
+  if (!std::is_same_v<Bias, T> && given(far_rows.bias))
+    refuse("far.bias", "numbers of " + to_string(sizeof(Bias)) + " bytes",
+           "the type that is computed in, of " + to_string(sizeof(T)) + " bytes");
+  const lse_view<const std::int64_t>& positions = far_rows.positions;
+  require_row_numbers("far.positions", in.query, positions, length);
+  if (given(positions) && !given(in.alibi_slopes))
+    refuse("far.positions", to_string(positions.extent), "none: only alibi_slopes have a use for them");
+  if (!given(positions) && given(in.alibi_slopes) && length > 0)
+    refuse("far.positions", "none", "those of the far rows, for alibi_slopes are given");
+  constexpr std::int64_t most = std::int64_t{1} << 61;
+  for_each_row(positions, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+    const std::int64_t position = *positions.row(b, h, i);
+    if (!(-most <= position && position <= most))
+      refuse("far.positions", to_string(position) + " at " + to_string<3>({b, h, i}),
+             "a position between -2^61 and 2^61");
+  });
+}
+
+/// A caller's far context of a call. `T` is what is computed in.
+template <class T, class Inputs, class Far>
 void require_far(const Inputs& in, const Far& far_rows) {
   require_key_value("far.key", "far.value", in.query, far_rows.key, far_rows.value);
   if (far_rows.value.dim() != in.value.dim())
@@ -253,14 +312,13 @@ void require_far(const Inputs& in, const Far& far_rows) {
   const lse_view<const std::int64_t>& seen = far_rows.seen;
   require_operand("far.seen", seen);
   require_extents("far.seen", seen, {in.query.batch(), in.query.heads(), in.query.length()});
-  for (std::int64_t b = 0; b < seen.batch(); ++b)
-    for (std::int64_t h = 0; h < seen.heads(); ++h)
-      for (std::int64_t i = 0; i < seen.length(); ++i) {
-        const std::int64_t count = *seen.row(b, h, i);
-        if (!(0 <= count && count <= far_rows.key.length()))
-          refuse("far.seen", to_string(count) + " at " + to_string<3>({b, h, i}),
-                 "a count in [0, " + to_string(far_rows.key.length()) + "]");
-      }
+  for_each_row(seen, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+    const std::int64_t count = *seen.row(b, h, i);
+    if (!(0 <= count && count <= far_rows.key.length()))
+      refuse("far.seen", to_string(count) + " at " + to_string<3>({b, h, i}),
+             "a count in [0, " + to_string(far_rows.key.length()) + "]");
+  });
+  require_far_terms<T>(in, far_rows);
 }
 
 /// Where a call writes, of the extents that follow from its query.
@@ -300,7 +358,12 @@ template <class Inputs, class Results>
 void require_results_apart(const Inputs& in, const Results& to, std::initializer_list<named_view> more = {}) {
   require_apart({{"out", to.out}, {"lse", to.lse}}, more);
   require_apart({{"out", to.out}, {"lse", to.lse}},
-                {{"query", in.query}, {"key", in.key}, {"value", in.value}, {"sink_logits", in.sink_logits}});
+                {{"query", in.query},
+                 {"key", in.key},
+                 {"value", in.value},
+                 {"sink_logits", in.sink_logits},
+                 {"alibi_slopes", in.alibi_slopes},
+                 {"key_bias", in.key_bias}});
 }
 
 /// Where attention writes. `more` is what it reads beside its inputs.

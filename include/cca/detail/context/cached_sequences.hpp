@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <iterator>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -157,15 +158,23 @@ struct cached_sequences {
   /// Calls `f` with the sources of a step: the cores, the two pieces of the raw tokens held, and the new tokens.
   template <class Inputs, class F>
   void with_sources(std::int64_t first, const Inputs& in, const source_rows& rows, const F& f) const {
+    using Bias = std::remove_const_t<typename decltype(in.sink_logits)::element_type>;
     const cca::partition partition = this->partition();
     const auto sequence_of = [this, first](std::int64_t b) -> const sequence& { return at(first + b); };
     /// Of the raw tokens that query `i` sees those of a piece, counted from its first.
     const auto seen_of = [partition, sequence_of](std::int64_t b, std::int64_t i, range piece) {
       return shifted(intersection(partition.raw(sequence_of(b).length + i), piece), -piece.begin);
     };
+    /// Positions are counted from the first new token. Caches have no biases of tokens.
+    const auto at = [sequence_of](std::int64_t b, std::int64_t token) {
+      return row_terms<Bias>{{.first = token - sequence_of(b).length, .step = 1}};
+    };
     f(source{core_heads, rows.cores, [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
              [=](std::int64_t b, std::int64_t, std::int64_t i) {
                return range{0, partition.core_count(sequence_of(b).length + i)};
+             },
+             [=](std::int64_t b, std::int64_t) {
+               return row_terms<Bias>{core_positions(partition, sequence_of(b).length)};
              }},
       source{shape.kv_heads, rows.raw,
              [=, this](std::int64_t b, std::int64_t h) {
@@ -173,17 +182,20 @@ struct cached_sequences {
              },
              [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
                return seen_of(b, i, window_of(sequence_of(b)).first);
-             }},
+             },
+             [=, this](std::int64_t b, std::int64_t) { return at(b, window_of(sequence_of(b)).first.begin); }},
       source{shape.kv_heads, rows.raw, [=](std::int64_t b, std::int64_t h) { return sequence_of(b).raw.rows(h, 0); },
              [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
                return seen_of(b, i, window_of(sequence_of(b)).second);
-             }},
+             },
+             [=, this](std::int64_t b, std::int64_t) { return at(b, window_of(sequence_of(b)).second.begin); }},
       source{shape.kv_heads, rows.fresh,
              [=](std::int64_t b, std::int64_t h) { return rows_of(in.key, in.value, b, h); },
              [=](std::int64_t b, std::int64_t, std::int64_t i) {
                const std::int64_t length = sequence_of(b).length;
                return seen_of(b, i, {length, length + rows.fresh});
-             }});
+             },
+             [=](std::int64_t b, std::int64_t) { return at(b, sequence_of(b).length); }});
   }
 };
 

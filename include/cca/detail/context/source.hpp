@@ -4,6 +4,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../../partition.hpp"
 #include "../../tensor_view.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -17,17 +18,42 @@ struct context_rows {
   std::int64_t value_stride;
 };
 
+/// Positions of the rows of a source, counted from query 0 of the call, so that they stay small where those of a long
+/// sequence are not.
+struct row_positions {
+  std::int64_t first = 0, step = 0;
+  const std::int64_t* given = nullptr;  ///< counted as the caller does, and `first` more; null: row j lies `j * step` on
+
+  [[nodiscard]] std::int64_t operator[](std::int64_t j) const {
+    return first + (given != nullptr ? given[j * step] : j * step);
+  }
+};
+
+/// Where cores lie, seen from a query 0 at `position`: where the last tokens of their groups do.
+inline row_positions core_positions(const partition& partition, std::int64_t position) {
+  return {.first = partition.group(0).end - 1 - position, .step = partition.group_size};
+}
+
+/// What rows bring to their scores beside their keys, for one query head of one sequence.
+template <class Bias>
+struct row_terms {
+  row_positions positions{};
+  const Bias* bias = nullptr;  ///< that of row 0; null: there are none
+  std::int64_t bias_stride = 0;
+};
+
 /// One kind of context: cores, a window, a caller's rows. All of attention is a softmax over a few of them.
-template <class Rows, class Visible>
+template <class Rows, class Visible, class Terms>
 struct source {
   std::int64_t heads;   ///< query heads share them evenly
   std::int64_t length;  ///< rows, of the longest sequence
   Rows rows;            ///< `rows(b, head)`: the `context_rows` of sequence `b`
   Visible visible;      ///< `visible(b, h, i)`: the half-open range of rows that query `i` of query head `h` sees
+  Terms terms;          ///< `terms(b, h)`: the `row_terms` for query head `h`
 };
 
-template <class Rows, class Visible>
-source(std::int64_t, std::int64_t, Rows, Visible) -> source<Rows, Visible>;
+template <class Rows, class Visible, class Terms>
+source(std::int64_t, std::int64_t, Rows, Visible, Terms) -> source<Rows, Visible, Terms>;
 
 /// Whether keys and values of a source are both of these elements.
 template <class Element, class Source>
@@ -42,10 +68,26 @@ auto rows_of(const tensor_view<Key>& key, const tensor_view<Value>& value, std::
 }
 
 /// Two views as a source.
-template <class Key, class Value, class Visible>
-auto view_source(tensor_view<Key> key, tensor_view<Value> value, Visible visible) {
+template <class Key, class Value, class Visible, class Terms>
+auto view_source(tensor_view<Key> key, tensor_view<Value> value, Visible visible, Terms terms) {
   return source{key.heads(), key.length(),
-                [key, value](std::int64_t b, std::int64_t h) { return rows_of(key, value, b, h); }, visible};
+                [key, value](std::int64_t b, std::int64_t h) { return rows_of(key, value, b, h); }, visible, terms};
+}
+
+/// Of numbers per row, `[1 or batch, a divisor of heads, length]`, the first for query head `h` of `heads` of sequence `b`;
+/// null where there are none.
+template <class T>
+T* shared_row(const tensor_view<T, 3>& numbers, std::int64_t b, std::int64_t h, std::int64_t heads) {
+  if (numbers.data == nullptr) return nullptr;
+  return numbers.row(numbers.batch() == 1 ? 0 : b, h / (heads / numbers.heads()), 0);
+}
+
+/// Rows of these positions, and of biases where they are given.
+template <class Bias>
+auto terms_of(row_positions positions, tensor_view<const Bias, 3> bias, std::int64_t heads) {
+  return [=](std::int64_t b, std::int64_t h) {
+    return row_terms<Bias>{positions, shared_row(bias, b, h, heads), bias.stride[2]};
+  };
 }
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -145,7 +145,7 @@ class forward {
       std::int64_t source_part = part;  // counted from the source's first
       const auto absorb = [&](const auto& source) {
         if (source_part >= 0 && source_part < count_parts(source.length))
-          absorb_part(queries, source, b, heads, source_part,
+          absorb_part(queries, source, rule, b, heads, source_part,
                       [&](std::int64_t q) { return partial(b, heads.begin + q / length_, q % length_, part); });
         source_part -= count_parts(source.length);
       };
@@ -169,8 +169,8 @@ class forward {
   }
 
   template <class Source, class Result>
-  void absorb_part(few_queries<T>& queries, const Source& source, std::int64_t b, range heads, std::int64_t part,
-                   const Result& result) const {
+  void absorb_part(few_queries<T>& queries, const Source& source, const score_rule<T>& rule, std::int64_t b,
+                   range heads, std::int64_t part, const Result& result) const {
     range total;  // what some query sees: parts are counted from there
     for (std::int64_t q = 0; q < queries_per_group(); ++q) {
       const range seen = source.visible(b, heads.begin + q / length_, q % length_);
@@ -180,9 +180,13 @@ class forward {
     const range rows{total.begin + part * part_rows, smaller(total.begin + (part + 1) * part_rows, total.end)};
     if (rows.empty()) return;
     const std::int64_t sharing = heads_ / source.heads;  // they divide `heads`, a group
+    const auto place = [&](std::int64_t q, range some) {
+      const std::int64_t h = heads.begin + q / length_;
+      return score_place{source.terms(b, h), rule.slope(b, h), q % length_, some, shift_sums<T>{}};
+    };
     for (std::int64_t h = heads.begin; h < heads.end; h += sharing) {
       const std::int64_t first = (h - heads.begin) * length_;
-      queries.absorb(source.rows(b, h / sharing), rows, {first, first + sharing * length_}, result);
+      queries.absorb(source.rows(b, h / sharing), rows, {first, first + sharing * length_}, result, place);
     }
   }
 
