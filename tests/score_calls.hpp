@@ -8,7 +8,7 @@ namespace cca::test {
 
 /// Extents of sink logits: none, one per head, and one per query or sequence.
 enum class sinks { none, per_head, per_sequence, per_query };
-constexpr std::array all_sinks{sinks::none, sinks::per_head, sinks::per_sequence, sinks::per_query};
+inline constexpr std::array all_sinks{sinks::none, sinks::per_head, sinks::per_sequence, sinks::per_query};
 
 inline std::array<std::int64_t, 3> sink_extents(sinks kind, const sizes& s) {
   if (kind == sinks::none) return {};
@@ -193,8 +193,8 @@ class score_rules {
   std::array<bool, names.size()> used_{};
 };
 
-constexpr std::array score_entries{entry::dense, entry::local, entry::attention, entry::attend};
-constexpr std::array softcaps{0.0, 0.4, 3.0, 50.0};
+inline constexpr std::array score_entries{entry::dense, entry::local, entry::attention, entry::attend};
+inline constexpr std::array softcaps{0.0, 0.4, 3.0, 50.0};
 
 /// The sum of all results, weighed by the gradients that come in.
 inline double weighed(score_call<double>& c) {

@@ -1,5 +1,5 @@
-// Softcaps and sink logits, forward, backward and in caches, against the textbook; and the textbook's own gradients, of all that
-// is added to scores, against differences of its results.
+// Softcaps and sink logits, forward, backward and in caches, against the textbook; and the textbook's own gradients, of all
+// that is added to scores, against differences of its results.
 
 #include <bit>
 
@@ -286,8 +286,8 @@ TEST(ScoreTextbook, GradientsAreSlopes) {
   for (const entry entry : score_entries)
     for (const bool shared : {true, false})
       for (const double softcap : {0.0, 0.8}) {
-        problem p = example(
-            entry, {.batch = 2, .heads = 2, .kv_heads = 1, .queries = 9, .keys = 9, .dim = 3, .value_dim = 2});
+        problem p =
+            example(entry, {.batch = 2, .heads = 2, .kv_heads = 1, .queries = 9, .keys = 9, .dim = 3, .value_dim = 2});
         p.options.softcap = softcap;
         score_terms terms{.sinks = shared ? sinks::per_head : sinks::per_query, .slopes = true, .shared = shared};
         if (entry != entry::attention) terms.key_bias_heads = shared ? 1 : 2;

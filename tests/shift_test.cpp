@@ -26,7 +26,8 @@ std::vector<score_terms> terms_of(entry entry) {
   if (entry == entry::attend)
     for (const std::int64_t heads : {1, 2, 4})
       for (const bool slopes : {false, true})
-        all.push_back({.slopes = slopes, .key_bias_heads = slopes ? 2 : 0, .far_bias_heads = heads, .shared = heads != 2});
+        all.push_back(
+            {.slopes = slopes, .key_bias_heads = slopes ? 2 : 0, .far_bias_heads = heads, .shared = heads != 2});
   return all;
 }
 
@@ -83,9 +84,8 @@ TYPED_TEST(Shift, OfAnyShape) {
       }
       p.options.softcap = draw_from(random, softcaps);
       if (draw(random, 0, 3) == 0) p.options.softmax_scale = draw_from(random, std::array{0.0, -0.5, 2.0});
-      score_terms terms{.sinks = draw_from(random, all_sinks),
-                        .slopes = draw(random, 0, 1) == 1,
-                        .shared = draw(random, 0, 1) == 1};
+      score_terms terms{
+          .sinks = draw_from(random, all_sinks), .slopes = draw(random, 0, 1) == 1, .shared = draw(random, 0, 1) == 1};
       const std::array some_heads{std::int64_t{0}, std::int64_t{1}, s.kv_heads, s.heads, s.heads / s.kv_heads};
       if (entry != entry::attention) terms.key_bias_heads = draw_from(random, some_heads);
       if (entry == entry::attend) terms.far_bias_heads = draw_from(random, some_heads);
@@ -119,7 +119,8 @@ TYPED_TEST(Shift, OfACache) {
   using T = TypeParam;
   random_engine random(4);
   attention_rule<T> rule;
-  for (const options& plain : {options{}, {.window = 6}, {.group_size = 3, .window = 5}, {.group_size = 1, .window = 4}})
+  for (const options& plain :
+       {options{}, {.window = 6}, {.group_size = 3, .window = 5}, {.group_size = 1, .window = 4}})
     for (const double softcap : {0.0, 1.5})
       for (const std::int64_t slopes_batch : {1, 2})
         for (const std::int64_t chunk : {1, 4, 11, 40}) {
@@ -192,7 +193,8 @@ TYPED_TEST(Shift, OfLargeDistances) {
       problem p = example(entry::dense, example_sizes(queries, 60));
       p.options.first_position = position;
       score_call<T> c(p, {.slopes = true}, random);
-      c.slopes.numbers.generate([&] { return static_cast<T>(draw(random, 1, 9)) * static_cast<T>(std::ldexp(1.0, -40)); });
+      c.slopes.numbers.generate(
+          [&] { return static_cast<T>(draw(random, 1, 9)) * static_cast<T>(std::ldexp(1.0, -40)); });
       rules.add_forward(c, label_of(p, c.terms));
     }
   rules.expect();
@@ -454,8 +456,8 @@ TEST(ShiftRefusals, WhatHasNoMeaning) {
     gradients<float> all{grads.query.view(), grads.key.view(), grads.value.view()};
     all.*member = grad.view();
     return refusal([&] {
-      attention_gradient(in, cca::results<const float>{c.r.out.view(), c.r.lse.view()},
-                         incoming<float>{c.r.out.view()}, all);
+      attention_gradient(in, cca::results<const float>{c.r.out.view(), c.r.lse.view()}, incoming<float>{c.r.out.view()},
+                         all);
     });
   };
   expect_text(gradient(c.in, &gradients<float>::key_bias), "grad_key_bias: got [1, 1, 9], wants none");

@@ -26,19 +26,24 @@ namespace detail {
 template <class Inputs>
 auto raw_source(const Inputs& in, const options& options) {
   const std::int64_t length = in.key.length(), first = first_position(options, in.query.length(), length);
-  return view_source(in.key, in.value,
-                     [partition = partition{options.group_size, options.window}, first, length](
-                         std::int64_t, std::int64_t, std::int64_t i) {
-                       return intersection(partition.raw(first + i), {0, length});
-                     },
-                     terms_of({.first = -first, .step = 1}, in.key_bias, in.query.heads()));
+  return view_source(
+      in.key, in.value,
+      [partition = partition{options.group_size, options.window}, first, length](std::int64_t, std::int64_t,
+                                                                                 std::int64_t i) {
+        return intersection(partition.raw(first + i), {0, length});
+      },
+      terms_of({.first = -first, .step = 1}, in.key_bias, in.query.heads()));
 }
 
 /// The far part `[0, seen)` of a caller's rows or of cores.
 template <class Key, class Value, class Seen, class Terms>
 auto far_source(tensor_view<Key> key, tensor_view<Value> value, Seen seen, Terms terms) {
   return view_source(
-      key, value, [seen](std::int64_t b, std::int64_t h, std::int64_t i) { return range{0, seen(b, h, i)}; }, terms);
+      key, value,
+      [seen](std::int64_t b, std::int64_t h, std::int64_t i) {
+        return range{0, seen(b, h, i)};
+      },
+      terms);
 }
 
 /// A caller's far rows.
@@ -49,9 +54,8 @@ auto seen_source(const Inputs& in, const far_context<Key, Value, Bias>& context,
       context.key, context.value,
       [seen = context.seen](std::int64_t b, std::int64_t h, std::int64_t i) { return *seen.row(b, h, i); },
       [at = context.positions, bias = context.bias, heads, first](std::int64_t b, std::int64_t h) {
-        return row_terms<Bias>{{-first, at.stride[2], shared_row(at, b, h, heads)},
-                               shared_row(bias, b, h, heads),
-                               bias.stride[2]};
+        return row_terms<Bias>{
+            {-first, at.stride[2], shared_row(at, b, h, heads)}, shared_row(bias, b, h, heads), bias.stride[2]};
       });
 }
 
@@ -100,6 +104,7 @@ auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<Fa
 template <class Core>
 struct core_plan {
   std::int64_t batch, heads, count, dim, value_dim;
+  bool biased;
 
   template <class Inputs>
   core_plan(const Inputs& in, const options& options)
@@ -107,7 +112,8 @@ struct core_plan {
         heads(core_head_count(options, in.query.heads(), in.key.heads())),
         count(pools(options) ? partition{options.group_size, options.window}.core_count(in.key.length() - 1) : 0),
         dim(in.key.dim()),
-        value_dim(in.value.dim()) {}
+        value_dim(in.value.dim()),
+        biased(has_core_biases(options)) {}
 
   template <class Row = Core>
   [[nodiscard]] std::size_t bytes() const {
@@ -120,6 +126,18 @@ struct core_plan {
     const tensor_view<Row> key = rows(dim);
     return {key, rows(value_dim)};
   }
+
+  /// @{
+  /// Of their biases, one per core where they have any; no data where they have none.
+  template <class T>
+  [[nodiscard]] std::size_t bias_bytes() const {
+    return biased ? scratch_bytes<T>(elements<T>(1)) : 0;
+  }
+  template <class T>
+  [[nodiscard]] lse_view<T> take_bias(scratch& memory) const {
+    return biased ? bhs(memory.take<T>(elements<T>(1)), batch, heads, count) : lse_view<T>{};
+  }
+  /// @}
 
  private:
   template <class Row>
@@ -145,7 +163,8 @@ struct cca_plan {
                               !in_place<T, Key, Value, Core>, options.unit, run)) {}
 
   [[nodiscard]] std::size_t bytes() const {
-    return cores.bytes() + worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
+    return cores.bytes() + cores.template bias_bytes<T>() + worker_scratch<T>::bytes(workers, pooler_size) +
+           forward.bytes();
   }
 };
 
@@ -201,8 +220,8 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
           class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>>
 [[nodiscard]] std::size_t workspace_size(const inputs<Query, Key, Value, Sink>& in,
-                                         const far_context<FarKey, FarValue, FarBias>& context, const options& options = {},
-                                         const execution& run = {}) {
+                                         const far_context<FarKey, FarValue, FarBias>& context,
+                                         const options& options = {}, const execution& run = {}) {
   detail::require_sizes(in);
   detail::require_sizes("far.key", context.key);
   return detail::attend_plan(in, context, options.unit, run).bytes() + detail::scratch_alignment;
@@ -220,7 +239,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 /// @param in  query, key and value, read whole; keys as attention sees them, with RoPE applied
 /// @param to  `out` and, where given, `lse` are written whole; they overlap no operand and not each other. A logit of -inf
 ///   is masked: a query that sees no other has the output 0 and the `lse` -inf.
-/// @param options  `pool` and `core_heads` are for groups, `first_position` for none
+/// @param options  `pool`, `core_heads` and `core_bias` are for groups, `first_position` for none
 /// @param run  an executor, or `{executor, workspace}`; the results are bitwise the same for any
 /// @throws std::invalid_argument  before anything is written, naming the argument, what it got and what it wants
 /// Source: arXiv 2412.12465, section 3.3 (fused CCA attention) and 3.2 (locality-preserving attention).
@@ -237,11 +256,13 @@ void attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse
     const detail::cca_plan<Element, Core> plan(in, options, run);
     detail::scratch memory(run.workspace(), plan.bytes(), "workspace_size");
     const auto cores = plan.cores.take(memory);
+    const lse_view<T> core_bias = plan.cores.template take_bias<T>(memory);
     const detail::worker_scratch<T> pooler(memory, plan.workers, plan.pooler_size);
     if (detail::pools(options))
-      detail::pool_views<T>(in.query, in.key, in.value, cores.key, cores.value, options, run, pooler);
-    plan.forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in, detail::given(in.key_bias)), run,
-                 memory, detail::core_source(cores, lse_view<const T>{}, options, in.query.heads()),
+      detail::pool_views<T>(in.query, in.key, in.value, cores, core_bias, options, run, pooler);
+    const auto rule = detail::make_score_rule<T>(options, in, plan.cores.biased || detail::given(in.key_bias));
+    plan.forward(in.query, to.out, to.lse, rule, run, memory,
+                 detail::core_source(cores, lse_view<const T>(core_bias), options, in.query.heads()),
                  detail::raw_source(in, options));
   });
 }
@@ -260,20 +281,20 @@ void attention(const Query& query, const Key& key, const Value& value, const Out
 ///
 /// @param in,to,run  as for `attention` without groups, as are errors
 /// @param context  its heads divide the query's; every `seen` lies in `[0, far length]`
-/// @param options  all but `pool` and `core_heads`: the caller pools
+/// @param options  all but `pool`, `core_heads` and `core_bias`: the caller pools, and gives biases with his far context
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
           class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>,
-          detail::written Out = Query,
-          class Lse = compute_type<Query, Key, Value, FarKey, FarValue>>
+          detail::written Out = Query, class Lse = compute_type<Query, Key, Value, FarKey, FarValue>>
 void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
             const results<Out, Lse>& to, const options& options = {}, const execution& run = {}) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   detail::require_attend(in, context, options);
-  detail::require_results(in, to, {{"far.key", context.key},
-                                   {"far.value", context.value},
-                                   {"far.seen", context.seen},
-                                   {"far.bias", context.bias},
-                                   {"far.positions", context.positions}});
+  detail::require_results(in, to,
+                          {{"far.key", context.key},
+                           {"far.value", context.value},
+                           {"far.seen", context.seen},
+                           {"far.bias", context.bias},
+                           {"far.positions", context.positions}});
 
   const auto forward = detail::attend_plan(in, context, options.unit, run);
   detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size");

@@ -101,8 +101,9 @@ struct inputs {
   /// What is added to scores behind the softcap, of the type that is computed in; without data nothing is.
   /// `-slope |t - position of the row|` (ALiBi), `[1 or batch, query heads, 1]`; a core's position is that of its last token.
   lse_view<const Sink> alibi_slopes{};
-  /// A bias per key, `[1 or batch, a divisor of the query heads, key length]`; -inf masks the key. Raw tokens have them: a
-  /// core stands for several keys, so there are none where groups are pooled, and none in a cache.
+  /// A bias per key, `[1 or batch, a divisor of the query heads, key length]`; -inf masks the key, whose value is finite all
+  /// the same: it is multiplied by 0. Raw tokens have them: a core stands for several keys, so there are none where groups
+  /// are pooled, and none in a cache.
   lse_view<const Sink> key_bias{};
   /// @}
 };

@@ -115,11 +115,11 @@ void fill_zero(tensor_view<T> view, const execution& run) {
 
 /// Adds what the gradients of cores say of the tokens that were pooled, and of the queries that weighed them.
 template <class Inputs, class Core, class T>
-void add_pool_gradient(const Inputs& in, const cores<Core>& from, const gradients<T>& to, const options& options,
-                       const execution& run, const worker_scratch<T>& scratch) {
+void add_pool_gradient(const Inputs& in, const cores<Core>& from, const tensor_view<T, 3>& bias, const gradients<T>& to,
+                       const options& options, const execution& run, const worker_scratch<T>& scratch) {
   add_pool_gradient<std::remove_pointer_t<decltype(in.query.data)>, std::remove_pointer_t<decltype(in.key.data)>,
                     std::remove_pointer_t<decltype(in.value.data)>, T>(
-      in.query, in.key, in.value, from.key, from.value, to.query, to.key, to.value, options, run, scratch);
+      in.query, in.key, in.value, from.key, from.value, bias, to.query, to.key, to.value, options, run, scratch);
 }
 
 /// The engine of the gradients for these queries and sources of whose heads `head_groups` is the greatest common divisor.
@@ -181,7 +181,7 @@ struct cca_gradient_plan {
   core_plan<Core> cores;
   std::int64_t workers, pooler_size;
   detail::backward<Element> backward;
-  bias_sums<T> key_bias;
+  bias_sums<T> core_bias, key_bias;
 
   template <class Query, class Key, class Value, class Sink>
   cca_gradient_plan(const inputs<Query, Key, Value, Sink>& in, const options& options, const execution& run)
@@ -190,11 +190,13 @@ struct cca_gradient_plan {
         pooler_size(group_rows<T>::size(cores.dim, cores.value_dim, !in_place<T, Key, Value>)),
         backward(backward_plan<Element>(in.query, cores.value_dim, in.key.heads(), !in_place<T, Key, Value, Core>,
                                         options.unit, run)),
-        key_bias(sums_of<T>(in.key_bias, in.query.batch(), in.key.heads())) {}
+        key_bias(sums_of<T>(in.key_bias, in.query.batch(), in.key.heads())) {
+    if (cores.biased) core_bias = {cores.batch, in.key.heads(), cores.heads, cores.count};
+  }
 
   [[nodiscard]] std::size_t bytes() const {
-    return cores.bytes() + cores.template bytes<T>() + worker_scratch<T>::bytes(workers, pooler_size) +
-           backward.bytes() + key_bias.bytes();
+    return cores.bytes() + cores.template bytes<T>() + cores.template bias_bytes<T>() +
+           worker_scratch<T>::bytes(workers, pooler_size) + backward.bytes() + core_bias.bytes() + key_bias.bytes();
   }
 };
 
@@ -250,7 +252,8 @@ void pool_gradient(const inputs<Query, Key, Value, Sink>& in, const cores<GradCo
   const std::int64_t size = detail::group_rows<T>::size(in.key.dim(), in.value.dim(), !detail::in_place<T, Key, Value>);
   detail::scratch memory(run.workspace(), detail::worker_scratch<T>::bytes(workers, size), "gradient_workspace_size");
   for (const auto& sum : {to.query, to.key, to.value}) detail::fill_zero(sum, run);
-  detail::add_pool_gradient(in, from, to, options, run, detail::worker_scratch<T>(memory, workers, size));
+  detail::add_pool_gradient(in, from, lse_view<T>{}, to, options, run,
+                            detail::worker_scratch<T>(memory, workers, size));
 }
 
 /// Gradients of `attention` with respect to query, key and value, through the cores and their weights as well, and where
@@ -288,26 +291,29 @@ void attention_gradient(const inputs<Query, Key, Value, Sink>& in, const results
     const auto core_rows = plan.cores.take(memory);
     const auto grad_cores = plan.cores.template take<T>(memory);
     const detail::worker_scratch<T> pooler(memory, plan.workers, plan.pooler_size);
-    if (pooled) detail::pool_views<T>(in.query, in.key, in.value, core_rows.key, core_rows.value, options, run, pooler);
+    const lse_view<T> core_bias = plan.cores.template take_bias<T>(memory);
+    const lse_view<T> grad_bias = plan.cores.biased ? plan.core_bias.take(memory) : lse_view<T>{};
+    if (pooled) detail::pool_views<T>(in.query, in.key, in.value, core_rows, core_bias, options, run, pooler);
     for (const auto& sum : {to.key, to.value, grad_cores.key, grad_cores.value}) detail::fill_zero(sum, run);
-    const auto no_bias = lse_view<const T>{};
+    const auto cores = detail::core_source(core_rows, lse_view<const T>(core_bias), options, in.query.heads());
+    const auto rule = detail::make_score_rule<T>(options, in, plan.cores.biased || detail::given(in.key_bias));
     const auto key_bias = detail::wanted_sums(plan.key_bias, to.key_bias, memory);
-    plan.backward(results, to, detail::make_score_rule<T>(options, in, detail::given(in.key_bias)), run, memory,
-                  detail::source_gradient{detail::core_source(core_rows, no_bias, options, in.query.heads()),
-                                          grad_cores.key, grad_cores.value},
+    plan.backward(results, to, rule, run, memory,
+                  detail::source_gradient{cores, grad_cores.key, grad_cores.value, grad_bias},
                   detail::source_gradient{detail::raw_source(in, options), to.key, to.value, key_bias});
     if (key_bias.data != nullptr) detail::add_up(key_bias, to.key_bias, run);
-    if (pooled) detail::add_pool_gradient(in, grad_cores, to, options, run, pooler);
+    if (pooled) detail::add_pool_gradient(in, grad_cores, grad_bias, to, options, run, pooler);
   });
 }
 
 /// Gradients of `attend`, also with respect to the caller's far keys and values, and where it is wanted to their biases:
-/// `to.far_key`, `to.far_value` and `to.far_bias` are of their extents and written whole. Other parameters and errors as for `attention_gradient`.
+/// `to.far_key`, `to.far_value` and `to.far_bias` are of their extents and written whole. Other parameters and errors as for
+/// `attention_gradient`.
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
           class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>,
-          class Out = const Query,
-          class Lse = const compute_type<Query, Key, Value, FarKey, FarValue>, class GradOut = std::remove_const_t<Out>,
-          class GradLse = std::remove_const_t<Lse>, class T = compute_type<Query, Key, Value, FarKey, FarValue>>
+          class Out = const Query, class Lse = const compute_type<Query, Key, Value, FarKey, FarValue>,
+          class GradOut = std::remove_const_t<Out>, class GradLse = std::remove_const_t<Lse>,
+          class T = compute_type<Query, Key, Value, FarKey, FarValue>>
 void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
                      const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from, const gradients<T>& to,
                      const options& options = {}, const execution& run = {}) {
@@ -332,10 +338,9 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
   const auto far_bias = detail::wanted_sums(plan.far_bias, to.far_bias, memory);
   const auto key_bias = detail::wanted_sums(plan.key_bias, to.key_bias, memory);
   const bool biased = detail::given(in.key_bias) || detail::given(context.bias);
-  plan.backward(
-      results, to, detail::make_score_rule<T>(options, in, biased), run, memory,
-      detail::source_gradient{detail::seen_source(in, context, options), to.far_key, to.far_value, far_bias},
-      detail::source_gradient{detail::raw_source(in, options), to.key, to.value, key_bias});
+  plan.backward(results, to, detail::make_score_rule<T>(options, in, biased), run, memory,
+                detail::source_gradient{detail::seen_source(in, context, options), to.far_key, to.far_value, far_bias},
+                detail::source_gradient{detail::raw_source(in, options), to.key, to.value, key_bias});
   if (far_bias.data != nullptr) detail::add_up(far_bias, to.far_bias, run);
   if (key_bias.data != nullptr) detail::add_up(key_bias, to.key_bias, run);
 }

@@ -25,6 +25,7 @@ void require_pool(const inputs<Query, Key, Value, Sink>& in, const options& opti
   require_unset(options, &options::window, "every complete group is pooled");
   require_unset(options, &options::unit, "pooling reads more than it multiplies");
   require_unset(options, &options::softcap, "the weights of pooling have none");
+  require_unset(options, &options::core_bias, "attention adds it");
   if (options.pool != pooling::last_query)
     require_unset(options, &options::softmax_scale, "the mean and the maximum have no weights");
   if (given(in.sink_logits)) refuse("sink_logits", to_string(in.sink_logits.extent), "none: they join attention");
@@ -80,7 +81,7 @@ void pool(const inputs<Query, Key, Value, Sink>& in, const cores<CoreKey, CoreVa
   const std::int64_t workers = detail::pool_workers(in.key, options, run);
   const std::int64_t size = detail::group_rows<T>::size(in.key.dim(), in.value.dim(), !detail::in_place<T, Key, Value>);
   detail::scratch memory(run.workspace(), detail::worker_scratch<T>::bytes(workers, size), "workspace_size");
-  detail::pool_views<T>(in.query, in.key, in.value, to.key, to.value, options, run,
+  detail::pool_views<T>(in.query, in.key, in.value, to, tensor_view<T, 3>{}, options, run,
                         detail::worker_scratch<T>(memory, workers, size));
 }
 

@@ -144,6 +144,33 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
   return cores;
 }
 
+/// Biases of the cores of every complete group, `[batch, core heads, groups, 1]`: the entropy of the weights,
+/// `-sum_j w_j log w_j`; nothing where the options ask for none.
+template <class Scalar, class Query, class Key>
+tensor<Scalar> core_biases(tensor_view<Query> query, tensor_view<Key> key, const options& options) {
+  if (options.core_bias == core_bias::none) return {};
+  const partition partition{options.group_size, options.window};
+  const auto scale = static_cast<Scalar>(detail::softmax_scale(options, key.dim()));
+  const std::int64_t heads = detail::core_head_count(options, query.heads(), key.heads());
+  tensor<Scalar> biases(key.batch(), heads, partition.group_count(key.length()), 1);
+  for (std::int64_t b = 0; b < key.batch(); ++b)
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const matrix<Scalar> keys = head<Scalar>(key, b, h / (heads / key.heads())),
+                           queries = mean_query<Scalar>(query, b, h, query.heads() / heads);
+      for (std::int64_t c = 0; c < biases.extent[2]; ++c) {
+        const range group = partition.group(c);
+        Scalar& bias = *biases.view().row(b, h, c);
+        bias = std::log(static_cast<Scalar>(group.size()));  // of equal weights
+        if (options.pool != pooling::last_query) continue;
+        const vector<Scalar> weights =
+            pooling_weights(keys.middleRows(group.begin, group.size()), queries.row(group.end - 1).transpose(), scale);
+        bias = 0;
+        for (const Scalar w : weights) bias -= w == 0 ? w : w * std::log(w);
+      }
+    }
+  return biases;
+}
+
 /// Scores of a query and keys: `x = scale q . k`, and with a softcap `cap tanh(x / cap)` in its place.
 template <class Scalar, class Keys, class Row>
 vector<Scalar> scores(const Keys& keys, const Row& query, const options& options) {
@@ -176,9 +203,8 @@ const T& shared(const lse_view<const T>& view, std::int64_t heads, std::int64_t 
 template <class Scalar, class Bias>
 std::function<Scalar(std::int64_t, std::int64_t, std::int64_t)> biases(lse_view<const Bias> view, std::int64_t heads) {
   if (view.data == nullptr) return {};
-  return [=](std::int64_t b, std::int64_t h, std::int64_t j) {
-    return static_cast<Scalar>(shared(view, heads, b, h, j));
-  };
+  return
+      [=](std::int64_t b, std::int64_t h, std::int64_t j) { return static_cast<Scalar>(shared(view, heads, b, h, j)); };
 }
 
 /// `|t - position|` of the query at `t` and the rows `rows`.
@@ -215,13 +241,15 @@ row_terms<Scalar> far_terms(const Inputs& in, const Far& context) {
   return terms;
 }
 
-/// Of cores, which lie where the last tokens of their groups do.
+/// Of cores, which lie where the last tokens of their groups do. They may have biases, `core_biases`.
 template <class Scalar>
-row_terms<Scalar> core_terms(const options& options) {
+row_terms<Scalar> core_terms(const options& options, const tensor<Scalar>& of, std::int64_t heads) {
+  const auto [batch, core_heads, groups, one] = of.extent;
+  const lse_view<const Scalar> view = bhs(of.data.data(), batch, core_heads, groups);
   return {[partition = partition{options.group_size, options.window}](std::int64_t, std::int64_t, std::int64_t c) {
             return partition.group(c).end - 1;
           },
-          {}};
+          biases<Scalar>(view, heads)};
 }
 
 /// Attention of every query to the far rows `[0, seen(b, h, i))` and the tokens `raw(i)`, in one softmax.
@@ -288,12 +316,13 @@ template <class Scalar, class Query, class Key, class Value, class Sink>
 result<Scalar> attention(const inputs<Query, Key, Value, Sink>& in, const options& options) {
   if (!cca::detail::pools(options)) return local_attention<Scalar>(in, options);
   const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
+  const tensor<Scalar> biases = core_biases<Scalar>(in.query, in.key, options);
   return attend<Scalar>(
       in, cores.first.view(), cores.second.view(), options,
       [&](std::int64_t, std::int64_t, std::int64_t t) {
         return partition{options.group_size, options.window}.core_count(t);
       },
-      detail::raw_tokens(in.query, in.key, options), core_terms<Scalar>(options));
+      detail::raw_tokens(in.query, in.key, options), core_terms(options, biases, in.query.heads()));
 }
 
 /// `cca::attend`: the caller's far rows, then raw tokens.

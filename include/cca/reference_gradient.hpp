@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <utility>
 
 #include "call.hpp"
 #include "options.hpp"
@@ -49,13 +50,15 @@ void add_to_biases(tensor<Scalar>& grad, std::int64_t heads, std::int64_t b, std
 
 }  // namespace detail
 
-/// Of `pool`, for the gradients of the first `grad_core_key.length()` cores. With `dc_k`, `dc_v` those of a core:
+/// Of `pool`, and of `core_biases` where `grad_core_bias` has data, for the gradients of the first `grad_core_key.length()`
+/// cores. With `dc_k`, `dc_v` those of a core:
 /// `dw_j = dc_k . k_j + dc_v . v_j`, `dl_j = w_j (dw_j - sum_i w_i dw_i)`; `dk_j = w_j dc_k + scale dl_j q_last`,
-/// `dv_j = w_j dc_v`, `dq_last = scale sum_j dl_j k_j`, shared by the query heads whose mean `q_last` is.
+/// `dv_j = w_j dc_v`, `dq_last = scale sum_j dl_j k_j`, shared by the query heads whose mean `q_last` is. With `db` that of
+/// a bias, the entropy of the weights, `dl_j -= db w_j (l_j - sum_i w_i l_i)`.
 template <class Scalar, class Query, class Key, class Value, class CoreKey, class CoreValue>
 gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                tensor_view<CoreKey> grad_core_key, tensor_view<CoreValue> grad_core_value,
-                               const options& options) {
+                               const options& options, const lse_view<const Scalar>& grad_core_bias = {}) {
   const partition partition{options.group_size, options.window};
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
   const std::int64_t heads = grad_core_key.heads(), sharing = query.heads() / (std::max<std::int64_t>)(heads, 1);
@@ -83,7 +86,11 @@ gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, t
           const vector<Scalar> last = queries.row(group.end - 1);
           weights = pooling_weights(k, last, scale);
           const vector<Scalar> dw = k * dc_k + v * dc_v;
-          const vector<Scalar> dl = weights.cwiseProduct((dw.array() - weights.dot(dw)).matrix());
+          vector<Scalar> dl = weights.cwiseProduct((dw.array() - weights.dot(dw)).matrix());
+          if (grad_core_bias.data != nullptr) {
+            const vector<Scalar> l = scale * (k * last);
+            dl -= *grad_core_bias.row(b, h, c) * weights.cwiseProduct((l.array() - weights.dot(l)).matrix());
+          }
           dk += scale * dl * last.transpose();
           for (std::int64_t i = h * sharing; i < (h + 1) * sharing; ++i)
             head(grad.query, b, i).row(group.end - 1) += scale * dl.transpose() * k / static_cast<Scalar>(sharing);
@@ -105,7 +112,8 @@ template <class Scalar, class Query, class Key, class Value, class Sink, class F
 gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tensor_view<FarKey> far_key,
                                  tensor_view<FarValue> far_value, const incoming<GradOut, GradLse>& from,
                                  const options& options, const Seen& seen, const Raw& raw,
-                                 const row_terms<Scalar>& far = {}, const std::array<std::int64_t, 3>& far_biases = {}) {
+                                 const row_terms<Scalar>& far = {},
+                                 const std::array<std::int64_t, 3>& far_biases = {}) {
   const auto& query = in.query;
   const std::int64_t first = cca::detail::first_position(options, query.length(), in.key.length());
   const row_terms<Scalar> near = raw_terms<Scalar>(in);
@@ -113,11 +121,10 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
   const auto numbers = [](const std::array<std::int64_t, 3>& e) { return tensor<Scalar>(e[0], e[1], e[2], 1); };
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, query.dim()));
   const auto cap = static_cast<Scalar>(options.softcap);
-  gradient<Scalar> grad{tensor<Scalar>(query.extent),     tensor<Scalar>(in.key.extent),
-                        tensor<Scalar>(in.value.extent),  tensor<Scalar>(far_key.extent),
-                        tensor<Scalar>(far_value.extent), numbers(sinks),
-                        numbers(in.alibi_slopes.extent),  numbers(in.key_bias.extent),
-                        numbers(far_biases)};
+  gradient<Scalar> grad{
+      tensor<Scalar>(query.extent),    tensor<Scalar>(in.key.extent),    tensor<Scalar>(in.value.extent),
+      tensor<Scalar>(far_key.extent),  tensor<Scalar>(far_value.extent), numbers(sinks),
+      numbers(in.alibi_slopes.extent), numbers(in.key_bias.extent),      numbers(far_biases)};
   for (std::int64_t b = 0; b < query.batch(); ++b)
     for (std::int64_t h = 0; h < query.heads(); ++h) {
       const std::int64_t kv_head = h / (query.heads() / in.key.heads()),
@@ -183,18 +190,21 @@ gradient<Scalar> attention_gradient(const inputs<Query, Key, Value, Sink>& in, c
   if (!cca::detail::pools(options)) return local_attention_gradient<Scalar>(in, from, options);
   const partition partition{options.group_size, options.window};
   const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
+  const tensor<Scalar> biases = core_biases<Scalar>(in.query, in.key, options);
   gradient<Scalar> grad = attend_gradient<Scalar>(
       in, cores.first.view(), cores.second.view(), from, options,
       [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); },
-      detail::raw_tokens(in.query, in.key, options), core_terms<Scalar>(options));
+      detail::raw_tokens(in.query, in.key, options), core_terms(options, biases, in.query.heads()),
+      {biases.extent[0], biases.extent[1], biases.extent[2]});
   auto grad_core_key = grad.far_key.view(), grad_core_value = grad.far_value.view();
   grad_core_key.extent[2] = grad_core_value.extent[2] = partition.core_count(in.key.length() - 1);  // those seen
-  const gradient<Scalar> pooled =
-      pool_gradient<Scalar>(in.query, in.key, in.value, grad_core_key, grad_core_value, options);
+  const gradient<Scalar> pooled = pool_gradient<Scalar>(
+      in.query, in.key, in.value, grad_core_key, grad_core_value, options,
+      bhs(std::as_const(grad.far_bias).data.data(), biases.extent[0], biases.extent[1], biases.extent[2]));
   for (const auto part : {&gradient<Scalar>::query, &gradient<Scalar>::key, &gradient<Scalar>::value})
     std::transform((pooled.*part).data.begin(), (pooled.*part).data.end(), (grad.*part).data.begin(),
                    (grad.*part).data.begin(), std::plus<Scalar>());
-  grad.far_key = grad.far_value = {};
+  grad.far_key = grad.far_value = grad.far_bias = {};
   return grad;
 }
 
@@ -202,8 +212,8 @@ gradient<Scalar> attention_gradient(const inputs<Query, Key, Value, Sink>& in, c
 template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class Bias,
           class GradOut, class GradLse>
 gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in,
-                                 const far_context<FarKey, FarValue, Bias>& context, const incoming<GradOut, GradLse>& from,
-                                 const options& options) {
+                                 const far_context<FarKey, FarValue, Bias>& context,
+                                 const incoming<GradOut, GradLse>& from, const options& options) {
   return attend_gradient<Scalar>(
       in, context.key, context.value, from, options,
       [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *context.seen.row(b, h, i); },

@@ -40,8 +40,7 @@ cache_shape typed(const plain::cache_shape& s) {
 
 template <class T>
 inputs<T> inputs_of(const plain::call<T>& c) {
-  return {typed(c.query),       typed(c.key),          typed(c.value),
-          typed(c.sink_logits), typed(c.alibi_slopes), typed(c.key_bias)};
+  return {typed(c.query), typed(c.key), typed(c.value), typed(c.sink_logits), typed(c.alibi_slopes), typed(c.key_bias)};
 }
 template <class T>
 far_context<T> far_of(const plain::call<T>& c) {
@@ -65,9 +64,9 @@ incoming<T> incoming_of(const plain::call<T>& c) {
 }
 template <class T>
 gradients<compute_type<T>> gradients_of(const plain::call<T>& c) {
-  return {typed(c.grad_query),       typed(c.grad_key),          typed(c.grad_value),
-          typed(c.grad_far_key),     typed(c.grad_far_value),    typed(c.grad_sink_logits),
-          typed(c.grad_alibi_slopes), typed(c.grad_key_bias), typed(c.grad_far_bias)};
+  return {typed(c.grad_query),        typed(c.grad_key),       typed(c.grad_value),
+          typed(c.grad_far_key),      typed(c.grad_far_value), typed(c.grad_sink_logits),
+          typed(c.grad_alibi_slopes), typed(c.grad_key_bias),  typed(c.grad_far_bias)};
 }
 template <class T>
 cores<T> cores_of(const plain::call<T>& c) {

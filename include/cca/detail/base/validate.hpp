@@ -163,6 +163,8 @@ void require_options(const options& options) {
   if (!(magnitude<double>(options.softmax_scale.value_or(0)) <= largest))
     refuse("options.softmax_scale", to_string<double>(*options.softmax_scale),
            "a finite number, at most " + to_string(largest));
+  if (options.core_bias != cca::core_bias::none && options.pool == pooling::max)
+    refuse("options.core_bias", option_text(options.core_bias), "none: the maximum has no weights");
   if (!(0 <= options.softcap && options.softcap <= static_cast<double>(largest_finite<T>)))
     refuse("options.softcap", to_string(options.softcap), "a finite number above 0, or 0 for none");
 }
@@ -181,6 +183,7 @@ void require_unset(const options& options, Option cca::options::*option, const c
 inline void require_no_pooling(const options& options, const char* reason) {
   require_unset(options, &options::pool, reason);
   require_unset(options, &options::core_heads, reason);
+  require_unset(options, &options::core_bias, reason);
 }
 
 /// What dense attention has no use for.
@@ -357,13 +360,12 @@ inline void require_apart(std::initializer_list<named_view> written, std::initia
 template <class Inputs, class Results>
 void require_results_apart(const Inputs& in, const Results& to, std::initializer_list<named_view> more = {}) {
   require_apart({{"out", to.out}, {"lse", to.lse}}, more);
-  require_apart({{"out", to.out}, {"lse", to.lse}},
-                {{"query", in.query},
-                 {"key", in.key},
-                 {"value", in.value},
-                 {"sink_logits", in.sink_logits},
-                 {"alibi_slopes", in.alibi_slopes},
-                 {"key_bias", in.key_bias}});
+  require_apart({{"out", to.out}, {"lse", to.lse}}, {{"query", in.query},
+                                                     {"key", in.key},
+                                                     {"value", in.value},
+                                                     {"sink_logits", in.sink_logits},
+                                                     {"alibi_slopes", in.alibi_slopes},
+                                                     {"key_bias", in.key_bias}});
 }
 
 /// Where attention writes. `more` is what it reads beside its inputs.

@@ -22,7 +22,8 @@ struct context_rows {
 /// sequence are not.
 struct row_positions {
   std::int64_t first = 0, step = 0;
-  const std::int64_t* given = nullptr;  ///< counted as the caller does, and `first` more; null: row j lies `j * step` on
+  const std::int64_t* given =
+      nullptr;  ///< counted as the caller does, and `first` more; null: row j lies `j * step` on
 
   [[nodiscard]] std::int64_t operator[](std::int64_t j) const {
     return first + (given != nullptr ? given[j * step] : j * step);

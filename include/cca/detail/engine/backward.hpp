@@ -24,8 +24,8 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-/// A source, and where the gradients of its rows are summed: views of the extents of its keys and values, and for biases
-/// `[batch, heads, length]`, of heads of which no chain of tasks shares one with another; no data: nobody asks.
+/// A source, and where the gradients of its rows are summed: views of the extents of its keys and values, and for those of
+/// its biases `bias_sums`, or no data where nobody asks.
 template <class Source, class T>
 struct source_gradient {
   Source source;
@@ -40,18 +40,39 @@ source_gradient(Source, tensor_view<T>, tensor_view<T>, tensor_view<T, 3>) -> so
 
 /// What a task sums of the gradients of shifts, a block of rows at a time.
 template <class Tile>
-struct task_shift {
+class task_shift {
   using T = typename Tile::number;
-  alignas(alignment<T>) T lanes[extent(width<T>)] = {};
-  T bias[extent(Tile::block_rows)] = {};
-  T slope = T(0);  ///< minus the gradient
 
-  /// Adds to the slope, and to the biases of the rows `rows` of a head, what a block left.
-  void end_block(range rows, T* grad_bias, std::int64_t stride) {
-    for (T& lane : lanes) slope += exchange(lane, T(0));
-    for (std::int64_t j = 0; grad_bias != nullptr && j < rows.size(); ++j)
-      grad_bias[(rows.begin + j) * stride] += exchange(bias[j], T(0));
+ public:
+  explicit task_shift(bool with_slope = false) : with_slope_(with_slope) {}
+
+  /// Begins with a source, the gradients of whose biases are summed from `grad_bias` on; null: nobody asks.
+  void begin(T* grad_bias, std::int64_t stride) {
+    grad_bias_ = grad_bias;
+    stride_ = stride;
   }
+
+  [[nodiscard]] shift_sums<T> sums() {
+    return {grad_bias_ != nullptr ? bias_ : nullptr, with_slope_ ? lanes_ : nullptr};
+  }
+
+  /// Takes in what a block left: the rows `rows`.
+  void end_block(range rows) {
+    for (T& lane : lanes_) slope_ += exchange(lane, T(0));
+    for (std::int64_t j = 0; grad_bias_ != nullptr && j < rows.size(); ++j)
+      grad_bias_[(rows.begin + j) * stride_] += exchange(bias_[j], T(0));
+  }
+
+  /// Minus the gradient of the slope.
+  [[nodiscard]] T slope() const { return slope_; }
+
+ private:
+  alignas(alignment<T>) T lanes_[extent(width<T>)] = {};
+  T bias_[extent(Tile::block_rows)] = {};
+  T slope_ = T(0);
+  bool with_slope_;
+  T* grad_bias_ = nullptr;
+  std::int64_t stride_ = 0;
 };
 
 template <class T>
@@ -77,20 +98,19 @@ query_results(tensor_view<Query>, tensor_view<Out>, lse_view<Lse>, tensor_view<G
 
 /// Goes backward with a stack over a source, and adds to the gradients of its rows of head `head` when it is this task's
 /// turn. All that a chain of tasks adds to counts as rows one after the other; those of the source begin at `offset`.
-/// The gradients of its biases lie from `grad_bias` on, if anybody asks.
-template <class Tile, class Gradient, class T>
+template <class Tile, class Gradient>
 void absorb_in_turn(stack<Tile>& stack, const Gradient& gradient, std::int64_t b, std::int64_t head,
-                    std::int64_t offset, turn& turn, T* grad_bias, task_shift<Tile>& shift, bool with_slope) {
+                    std::int64_t offset, turn& turn, task_shift<Tile>& shift) {
   stack.absorb(
       gradient.source,
       [&](range rows, const auto* seen) {
         turn.await(offset + rows.end);
         stack.memory().add_to_rows(rows, seen, gradient.key.row(b, head, rows.begin), gradient.key.stride[2],
                                    gradient.value.row(b, head, rows.begin), gradient.value.stride[2]);
-        shift.end_block(rows, grad_bias, gradient.bias.stride[2]);
+        shift.end_block(rows);
         turn.pass(offset + rows.end);
       },
-      {grad_bias != nullptr ? shift.bias : nullptr, with_slope ? shift.lanes : nullptr});
+      shift.sums());
   turn.pass(offset + gradient.source.length);
 }
 
@@ -173,7 +193,7 @@ class backward {
                  delta(results, memory.grad_out.row(at + q), b, h, first + at + q));
     });
     std::int64_t offset = 0;
-    task_shift<Tile> shift;
+    task_shift<Tile> shift(slope != nullptr);
     const auto absorb = [&](const auto& gradient) {
       // A query whose logits are all masked sees nothing.
       const auto visible = [&](std::int64_t of, std::int64_t head_of, std::int64_t i) {
@@ -183,12 +203,12 @@ class backward {
       const source seen_source{gradient.source.heads, gradient.source.length, gradient.source.rows, visible,
                                gradient.source.terms};
       const source_gradient seen_gradient{seen_source, gradient.key, gradient.value, gradient.bias};
-      absorb_in_turn(stack, seen_gradient, b, h / (heads_ / gradient.source.heads), offset, turn,
-                     shared_row(gradient.bias, b, h, heads_), shift, slope != nullptr);
+      shift.begin(shared_row(gradient.bias, b, h, heads_), gradient.bias.stride[2]);
+      absorb_in_turn(stack, seen_gradient, b, h / (heads_ / gradient.source.heads), offset, turn, shift);
       offset += gradient.source.length;
     };
     (absorb(gradients), ...);
-    if (slope != nullptr) *slope = shift.slope;
+    if (slope != nullptr) *slope = shift.slope();
     stack.for_each_tile(
         [&](Tile tile, std::int64_t at) { tile.finish(grad_query.row(b, h, first + at), grad_query.stride[2]); });
   }

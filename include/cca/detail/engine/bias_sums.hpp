@@ -25,8 +25,9 @@ class bias_sums {
 
   [[nodiscard]] std::size_t bytes() const { return scratch_bytes<T>(size()); }
 
-  /// Zeros.
+  /// Zeros, `[batch, heads, length]`; no data where there are none.
   [[nodiscard]] tensor_view<T, 3> take(scratch& memory) const {
+    if (size() == 0) return {};
     const tensor_view<T, 3> sums = bhs(memory.take<T>(size()), batch_, heads_, length_);
     fill_n(sums.data, size(), T(0));
     return sums;

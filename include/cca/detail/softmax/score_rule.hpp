@@ -24,9 +24,9 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 template <class T>
 struct score_rule {
   T scale = T(1);
-  T softcap = T(0);                       ///< 0: none
-  tensor_view<const T, 3> sink_logits{};  ///< `[1 or batch, heads, 1 or length]`; without data there are none
-  int exponent = 0;                       ///< the power of two of the scale that queries are multiplied by
+  T softcap = T(0);                        ///< 0: none
+  tensor_view<const T, 3> sink_logits{};   ///< `[1 or batch, heads, 1 or length]`; without data there are none
+  int exponent = 0;                        ///< the power of two of the scale that queries are multiplied by
   tensor_view<const T, 3> alibi_slopes{};  ///< `[1 or batch, heads, 1]`; without data there are none
   bool biased = false;                     ///< whether rows of some source have biases
 
@@ -80,8 +80,7 @@ struct score_rule {
   /// Of a part of a tile: the scores, and their maxima, for which unseen scores are -inf.
   template <class Part, class Place>
   void apply(const Part& part, const score_block<T> scores, const Place& place) const {
-    if (shapes())
-      with_shift(part, place, [&](const auto& shift) { shape(part, scores, vec<T>(-infinity<T>), shift); });
+    if (shapes()) with_shift(part, place, [&](const auto& shift) { shape(part, scores, vec<T>(-infinity<T>), shift); });
   }
 
   /// The same up to the softcap, without maxima; unseen scores are 0. What follows is for `with_shift`.
@@ -104,7 +103,8 @@ struct score_rule {
   void apply(T* scores, std::int64_t count, const Place& place) const {
     if (!shapes()) return;
     for (std::int64_t j = count; j % width<T> != 0; ++j) scores[j] = T(0);
-    for (std::int64_t j = 0; j < count; j += width<T>) logit(vec<T>::load_aligned(scores + j)).store_aligned(scores + j);
+    for (std::int64_t j = 0; j < count; j += width<T>)
+      logit(vec<T>::load_aligned(scores + j)).store_aligned(scores + j);
     if (shifts()) shift_row(scores, place());
   }
 
