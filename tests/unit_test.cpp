@@ -107,8 +107,8 @@ struct unit_call {
     unit_arguments<Element> a = arguments();
     for (tensor<float>& g : grad) a.results.push_back(g.view());
     std::vector<tensor<float>> more;
-    for (const auto* of : {&a.sinks, &a.slopes, &a.key_bias, &a.far_bias})
-      more.push_back(tensor<float>({of->extent[0], of->extent[1], of->extent[2], 1}));
+    for (const auto* operand : {&a.sinks, &a.slopes, &a.key_bias, &a.far_bias})
+      more.push_back(tensor<float>({operand->extent[0], operand->extent[1], operand->extent[2], 1}));
     if (a.sinks.data != nullptr) a.grad_sinks = without_dim(more[0].view());
     if (a.slopes.data != nullptr) a.grad_slopes = without_dim(more[1].view());
     if (a.key_bias.data != nullptr) a.grad_key_bias = without_dim(more[2].view());
