@@ -17,7 +17,7 @@ set(order
     # Who sees which rows, and which task does what.
     detail/context/source.hpp detail/context/visible.hpp detail/context/row_store.hpp detail/context/tasks.hpp
     # From scores to weights.
-    detail/softmax/row_softmax.hpp detail/softmax/score_rule.hpp detail/softmax/lane_softmax.hpp
+    detail/softmax/row_softmax.hpp detail/softmax/score_shift.hpp detail/softmax/score_rule.hpp detail/softmax/lane_softmax.hpp
     # What multiplies.
     detail/product/vectors.hpp detail/product/operands.hpp detail/product/amx.hpp detail/product/avx512_bf16.hpp
     detail/product/multiply_pairs.hpp detail/product/pairs.hpp detail/product/staged_rows.hpp
@@ -26,7 +26,7 @@ set(order
     detail/pool/group_rows.hpp detail/pool/last_query.hpp detail/pool/max.hpp detail/pool/mean.hpp detail/pool/pooler.hpp
     # The kernels of queries, and the engines around them.
     detail/engine/query_tile.hpp detail/engine/stack.hpp detail/engine/few_queries.hpp detail/engine/forward.hpp
-    detail/engine/gradient_tile.hpp detail/engine/backward.hpp
+    detail/engine/gradient_tile.hpp detail/engine/backward.hpp detail/engine/bias_sums.hpp
     # What users call.
     pooling.hpp attention.hpp merge.hpp gradient.hpp cache_shape.hpp
     detail/context/cached_sequences.hpp kv_cache.hpp kv_cache_file.hpp

@@ -5,10 +5,10 @@
 #include <cstdlib>
 
 #include "executors.hpp"
-#include "gradient_entry_points.hpp"
 #include "kv_cache_steps.hpp"
 #include "passes.hpp"
 #include "ragged.hpp"
+#include "score_calls.hpp"
 
 namespace cca::test { namespace {
 
@@ -66,6 +66,10 @@ void dispatched_gradient(const problem& p, const arguments<T>& a, const any_exec
                          std::span<std::byte> memory = {}, bool grad_lse = true) {
   const auto& in = a.operands;
   gradients<T> to{a.results[0], a.results[1], a.results[2]};
+  to.sink_logits = a.grad_sinks;
+  to.alibi_slopes = a.grad_slopes;
+  to.key_bias = a.grad_key_bias;
+  to.far_bias = a.grad_far_bias;
   if (p.entry == entry::pool)
     return dispatch::pool_gradient<T>(inputs_of(a), {in[3], in[4]}, to, p.options, {run, memory});
   const std::size_t first = in.size() - 4;
@@ -163,6 +167,47 @@ TYPED_TEST(Dispatch, GivesTheBitsOfTheProgramsOwnGradients) {
       EXPECT_TRUE(same_bits(dispatched.arguments().results, expected.results));
       EXPECT_TRUE(dispatched.canaries_intact());
     }
+}
+
+/// Sink logits, slopes, and biases of keys, far rows and cores.
+TYPED_TEST(Dispatch, TakesWhatIsAddedToScores) {
+  random_engine random(4);
+  for (const entry entry : score_entries)
+    for (const bool shared : {true, false}) {
+      problem p = odd_example(entry);
+      score_terms terms{
+          .sinks = shared ? sinks::per_head : sinks::per_query, .slopes = true, .far_bias_heads = 0, .shared = shared};
+      if (entry == entry::attention) p.options.core_bias = core_bias::entropy;
+      if (entry != entry::attention) terms.key_bias_heads = shared ? 1 : 4;
+      if (entry == entry::attend) terms.far_bias_heads = 2;
+      SCOPED_TRACE(label_of(p, terms));
+      score_call<TypeParam> own(p, terms, random), dispatched = own;
+      own.forward().gradient();
+      arguments<TypeParam> a = dispatched.gradient_arguments();
+      a.results = {dispatched.out().view(), dispatched.lse().view()};
+      dispatched_call(p, a);
+      dispatched_gradient(p, dispatched.gradient_arguments());
+      EXPECT_TRUE(same_bits(own.written(), dispatched.written()));
+    }
+
+  const cache_setup setup =
+      example_cache({.group_size = 3, .window = 4, .core_bias = core_bias::entropy}, {.batch = 2});
+  const operands<TypeParam> all = random_tokens<TypeParam>(setup, 2, 30, random);
+  tensor<TypeParam, 3> logits({2, 4, 30}), slopes({1, 4, 1});
+  logits.randomize(random);
+  slopes.fill(TypeParam(0.2));
+  kv_cache<TypeParam> own = setup.template make<TypeParam>();
+  dispatch::kv_cache<TypeParam> dispatched(setup.shape, setup.options);
+  for (const range part : {range{0, 20}, {20, 23}, {23, 30}}) {
+    token_views<TypeParam> tokens = tokens_of(all, part);
+    tokens.sinks = tokens_of(std::as_const(logits).view(), part);
+    tokens.slopes = std::as_const(slopes).view();
+    const results<TypeParam> got =
+        collect<TypeParam>(setup.step(2, part.size()), [&](tensor_view<TypeParam> out, lse_view<TypeParam> lse) {
+          dispatched.attend({tokens.query, tokens.key, tokens.value, tokens.sinks, tokens.slopes}, {out, lse});
+        });
+    EXPECT_TRUE(same_bits(attend(own, tokens), got));
+  }
 }
 
 TYPED_TEST(Dispatch, TakesTheCallersExecutorAndWorkspace) {

@@ -92,20 +92,22 @@ struct arguments {
   std::vector<tensor_view<const T>> operands;
   std::vector<tensor_view<T>> results;
   lse_view<const std::int64_t> seen;
-  lse_view<const T> sinks{};  // with their gradient, where a gradient is asked for
-  lse_view<T> grad_sinks{};
+  // With their gradients, where gradients are asked for.
+  lse_view<const T> sinks{}, slopes{}, key_bias{}, far_bias{};
+  lse_view<T> grad_sinks{}, grad_slopes{}, grad_key_bias{}, grad_far_bias{};
+  lse_view<const std::int64_t> positions{};  // of far rows
 };
 
 /// The first operands as those of attention.
 template <class T>
 inputs<T> inputs_of(const arguments<T>& a) {
-  return {a.operands[0], a.operands[1], a.operands[2], a.sinks};
+  return {a.operands[0], a.operands[1], a.operands[2], a.sinks, a.slopes, a.key_bias};
 }
 
 /// The operands behind them as far context.
 template <class T>
 far_context<T> far_of(const arguments<T>& a) {
-  return {a.operands[3], a.operands[4], a.seen};
+  return {a.operands[3], a.operands[4], a.seen, a.far_bias, a.positions};
 }
 
 /// An executor that is chosen at run time.

@@ -11,6 +11,9 @@ void call_gradient(const problem& p, const arguments<T>& a, const any_executor& 
   const auto& in = a.operands;
   gradients<T> to{a.results[0], a.results[1], a.results[2]};
   to.sink_logits = a.grad_sinks;
+  to.alibi_slopes = a.grad_slopes;
+  to.key_bias = a.grad_key_bias;
+  to.far_bias = a.grad_far_bias;
   if (p.entry == entry::pool) return pool_gradient(inputs_of(a), cores{in[3], in[4]}, to, p.options, {run, workspace});
   if (p.entry == entry::attend) {
     to.far_key = a.results[3];

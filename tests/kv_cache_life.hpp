@@ -30,10 +30,11 @@ auto textbook_of(const token_views<T>& whole, std::int64_t count, const options&
       for (reference::tensor<Scalar>* rows : {&cores.first, &cores.second})
         for (Scalar& x : rows->data) x = static_cast<Scalar>(static_cast<Core>(x));
     const partition partition{options.group_size, options.window};
+    const auto biases = reference::core_biases<Scalar>(whole.query, whole.key, options);
     const auto all = reference::attend<Scalar>(
         inputs{whole.query, whole.key, whole.value}, cores.first.view(), cores.second.view(), options,
         [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); },
-        [&](std::int64_t t) { return partition.raw(t); });
+        [&](std::int64_t t) { return partition.raw(t); }, reference::core_terms(options, biases, whole.query.heads()));
     return reference::result<Scalar>{last_rows(all.out, count), last_rows(all.lse, count)};
   };
 }
@@ -109,6 +110,7 @@ class cache_life {
                                   .window = draw(random, 1, 20),
                                   .pool = draw_from(random, all_poolings),
                                   .core_heads = draw_from(random, all_core_heads)}};
+    if (setup.options.pool != pooling::max && draw(random, 0, 2) == 0) setup.options.core_bias = core_bias::entropy;
     if (draw(random, 0, 7) == 0) setup.options = {.window = setup.options.window};
     if (draw(random, 0, 3) == 0) setup.options.softmax_scale = -0.3;
     if (draw(random, 0, 15) == 0) setup.options = {};
@@ -224,7 +226,9 @@ class cache_life {
     const auto bytes = [&](std::int64_t rows, std::size_t element) {
       return static_cast<std::size_t>(rows * (setup_.shape.dim + setup_.value_dim())) * element;
     };
-    EXPECT_EQ(cache_.bytes(), bytes(core_rows, sizeof(Core)) + bytes(raw_rows, sizeof(T)));
+    const std::size_t biases = detail::has_core_biases(setup_.options) ? static_cast<std::size_t>(core_rows) : 0;
+    EXPECT_EQ(cache_.bytes(),
+              bytes(core_rows, sizeof(Core)) + biases * sizeof(compute_type<T>) + bytes(raw_rows, sizeof(T)));
     EXPECT_GE(cache_.allocated_bytes(), cache_.bytes());
     EXPECT_EQ(cache_.shape().capacity, setup_.shape.capacity);
     EXPECT_EQ(cache_.shape().batch, setup_.shape.batch);

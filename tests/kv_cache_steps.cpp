@@ -17,13 +17,13 @@ void append(kv_cache<T, Core>& cache, std::int64_t b, const token_views<T>& toke
 template <class T, class Core>
 void attend(kv_cache<T, Core>& cache, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
             const any_executor& run) {
-  cache.attend({tokens.query, tokens.key, tokens.value, tokens.sinks}, {out, lse}, run);
+  cache.attend({tokens.query, tokens.key, tokens.value, tokens.sinks, tokens.slopes}, {out, lse}, run);
 }
 
 template <class T, class Core>
 void attend(kv_cache<T, Core>& cache, std::int64_t b, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
             const any_executor& run) {
-  cache.attend(b, {tokens.query, tokens.key, tokens.value, tokens.sinks}, {out, lse}, run);
+  cache.attend(b, {tokens.query, tokens.key, tokens.value, tokens.sinks, tokens.slopes}, {out, lse}, run);
 }
 
 template void append(kv_cache<float>&, const token_views<float>&, const any_executor&);

@@ -14,7 +14,7 @@ namespace cca::test {
 template <class T>
 struct token_views {
   tensor_view<const T> query, key, value;
-  lse_view<const T> sinks{};
+  lse_view<const T> sinks{}, slopes{};
 
   [[nodiscard]] std::int64_t count() const { return query.length(); }
 };

@@ -110,9 +110,12 @@ void check_stack(const detail::tile_form& form) {
   const detail::aligned_memory memory(size * sizeof(T));
   counter before{0}, mine{0};
   const watched_rows grad_key(rows, before, mine), grad_value(rows, before, mine);
-  const auto source = detail::view_source(key.view(), value.view(), [](std::int64_t, std::int64_t, std::int64_t) {
-    return range{0, rows};
-  });
+  const auto source = detail::view_source(
+      key.view(), value.view(),
+      [](std::int64_t, std::int64_t, std::int64_t) {
+        return range{0, rows};
+      },
+      [](std::int64_t, std::int64_t) { return detail::row_terms<T>{}; });
   const detail::source_gradient gradient{source, grad_key.view<T>(form.dim), grad_value.view<T>(form.value_dim)};
   {
     const std::jthread task([&] {
@@ -124,7 +127,8 @@ void check_stack(const detail::tile_form& form) {
         for (std::int64_t i = 0; i < tile.count(); ++i) tile.set(i, T(7), T(0));
       });
       turn turn(&before, &mine);
-      detail::absorb_in_turn(stack, gradient, 0, 0, 0, turn);
+      detail::task_shift<Tile> shift;
+      detail::absorb_in_turn(stack, gradient, 0, 0, 0, turn, shift);
     });
     for (std::int64_t end = 0; end <= rows; end += step) {
       pass_up_to(before, end);

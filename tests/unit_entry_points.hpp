@@ -19,8 +19,9 @@ struct unit_arguments {
   lse_view<const float> lse{};
   tensor_view<const Element> grad_out{};
   lse_view<const float> grad_lse{};
-  lse_view<const float> sinks{};
-  lse_view<float> grad_sinks{};
+  lse_view<const float> sinks{}, slopes{}, key_bias{}, far_bias{};
+  lse_view<float> grad_sinks{}, grad_slopes{}, grad_key_bias{}, grad_far_bias{};
+  lse_view<const std::int64_t> positions{};
 };
 
 /// Calls one of `unit_entries`.

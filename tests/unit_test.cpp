@@ -44,7 +44,8 @@ struct unit_call {
   problem p;
   std::vector<tensor<Element>> operands;
   tensor<std::int64_t, 3> seen;
-  tensor<float, 3> sinks{{0, 0, 0}};  // none
+  tensor<float, 3> sinks{{0, 0, 0}}, slopes = sinks, key_bias = sinks, far_bias = sinks;  // none
+  tensor<std::int64_t, 3> positions{{0, 0, 0}};
 
   template <class NextLayout>
   unit_call(const problem& of, random_engine& random, const NextLayout& next_layout)
@@ -56,18 +57,27 @@ struct unit_call {
   unit_call(const problem& of, random_engine& random) : unit_call(of, random, [] { return layout{}; }) {}
 
   [[nodiscard]] tensor_view<const Element> operand(std::size_t i) const { return operands[i].view(); }
-  [[nodiscard]] auto far_rows() const { return far_context{operand(3), operand(4), seen.view()}; }
+  [[nodiscard]] auto far_rows() const {
+    return far_context{operand(3), operand(4), seen.view(), given(far_bias), given(positions)};
+  }
 
   [[nodiscard]] unit_arguments<Element> arguments() const {
     unit_arguments<Element> a{.operands = {}, .seen = seen.view(), .results = {}};
     for (const tensor<Element>& t : operands) a.operands.push_back(t.view());
-    a.sinks = sink_logits();
+    a.sinks = given(sinks);
+    a.slopes = given(slopes);
+    a.key_bias = given(key_bias);
+    a.far_bias = given(far_bias);
+    a.positions = given(positions);
     return a;
   }
-  [[nodiscard]] lse_view<const float> sink_logits() const {
-    return sinks.view().empty() ? lse_view<const float>{} : sinks.view();
+  template <class T>
+  static lse_view<const T> given(const tensor<T, 3>& numbers) {
+    return numbers.view().empty() ? lse_view<const T>{} : numbers.view();
   }
-  [[nodiscard]] inputs<Element> in() const { return {operand(0), operand(1), operand(2), sink_logits()}; }
+  [[nodiscard]] inputs<Element> in() const {
+    return {operand(0), operand(1), operand(2), given(sinks), given(slopes), given(key_bias)};
+  }
 
   [[nodiscard]] problem with(matrix_unit unit) const {
     problem asked = p;
@@ -87,8 +97,8 @@ struct unit_call {
         layout);
   }
 
-  /// The gradients of the operands, and where there are sinks, of those as rows of one element, for the results of a
-  /// forward pass.
+  /// The gradients of the operands, and of sinks, slopes and biases where they are given, as rows of one element, for the
+  /// results of a forward pass.
   [[nodiscard]] std::vector<tensor<float>> gradient(matrix_unit unit, const results<float>& of,
                                                     const tensor<Element>& grad_out, const tensor<float, 3>& grad_lse,
                                                     const any_executor& run = {}) const {
@@ -96,15 +106,19 @@ struct unit_call {
     for (const extents& e : gradient_result_extents(p)) grad.emplace_back(e);
     unit_arguments<Element> a = arguments();
     for (tensor<float>& g : grad) a.results.push_back(g.view());
-    const std::array<std::int64_t, 3>& e = a.sinks.extent;
-    tensor<float> grad_sinks({e[0], e[1], e[2], 1});
-    if (a.sinks.data != nullptr) a.grad_sinks = without_dim(grad_sinks.view());
+    std::vector<tensor<float>> more;
+    for (const auto* operand : {&a.sinks, &a.slopes, &a.key_bias, &a.far_bias})
+      more.push_back(tensor<float>({operand->extent[0], operand->extent[1], operand->extent[2], 1}));
+    if (a.sinks.data != nullptr) a.grad_sinks = without_dim(more[0].view());
+    if (a.slopes.data != nullptr) a.grad_slopes = without_dim(more[1].view());
+    if (a.key_bias.data != nullptr) a.grad_key_bias = without_dim(more[2].view());
+    if (a.far_bias.data != nullptr) a.grad_far_bias = without_dim(more[3].view());
     a.out = of.out.view();
     a.lse = of.lse.view();
     a.grad_out = grad_out.view();
     a.grad_lse = grad_lse.view();
     call_gradient(with(unit), a, run);
-    if (a.sinks.data != nullptr) grad.push_back(grad_sinks);
+    grad.insert(grad.end(), more.begin(), more.end());
     for (const tensor<float>& g : grad) EXPECT_TRUE(g.canaries_intact());
     return grad;
   }
@@ -132,7 +146,7 @@ struct textbook {
   textbook(const unit_call<Element>& c, tensor_view<const Element> grad_out, lse_view<const float> grad_lse)
       : result{{c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries, c.p.sizes.value_dim},
                {c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries, 1}},
-        sinks_(c.sink_logits()) {
+        call_(c) {
     const auto query = c.operand(0), key = c.operand(1), value = c.operand(2);
     const options& o = c.p.options;
     std::pair<reference::tensor<float>, reference::tensor<float>> cores;
@@ -143,20 +157,24 @@ struct textbook {
     const partition partition{o.group_size, o.window};
     const auto raw = reference::detail::raw_tokens(query, key, o);
     const auto none = [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; };
+    const auto biases = reference::core_biases<float>(query, key, o);
     if (c.p.entry == entry::attend)
       go(
           query, key, value, c.operand(3), c.operand(4), grad_out, grad_lse, o,
-          [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *c.seen.row(b, h, i); }, raw);
+          [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *c.seen.row(b, h, i); }, raw,
+          reference::far_terms<float>(c.in(), c.far_rows()), c.far_rows().bias.extent);
     else if (c.p.entry == entry::attention)
-      go(
-          query, key, value, std::as_const(cores.first).view(), std::as_const(cores.second).view(), grad_out, grad_lse,
-          o, [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); }, raw);
+      go(query, key, value, std::as_const(cores.first).view(), std::as_const(cores.second).view(), grad_out, grad_lse,
+         o, [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); }, raw,
+         reference::core_terms(o, biases, query.heads()), {biases.extent[0], biases.extent[1], biases.extent[2]});
     else
-      go(query, key, value, key, value, grad_out, grad_lse, o, none, raw);
+      go(query, key, value, key, value, grad_out, grad_lse, o, none, raw, {}, {});
     if (c.p.entry != entry::attention) return;
     auto core_key = grad.far_key.view(), core_value = grad.far_value.view();
     core_key.extent[2] = core_value.extent[2] = partition.core_count(key.length() - 1);
-    const auto pooled = reference::pool_gradient<float>(query, key, value, core_key, core_value, o);
+    const lse_view<const float> grad_bias =
+        bhs(std::as_const(grad.far_bias).data.data(), biases.extent[0], biases.extent[1], biases.extent[2]);
+    const auto pooled = reference::pool_gradient<float>(query, key, value, core_key, core_value, o, grad_bias);
     for (const auto part :
          {&reference::gradient<float>::query, &reference::gradient<float>::key, &reference::gradient<float>::value})
       for (std::size_t i = 0; i < (grad.*part).data.size(); ++i) (grad.*part).data[i] += (pooled.*part).data[i];
@@ -166,18 +184,31 @@ struct textbook {
   using matrix = reference::matrix<float>;
   using vector = reference::vector<float>;
 
-  lse_view<const float> sinks_;
+  const unit_call<Element>& call_;
 
   template <class Query, class Key, class Far, class Seen, class Raw>
   void go(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Key> value, tensor_view<Far> far_key,
           tensor_view<Far> far_value, tensor_view<const Element> grad_out, lse_view<const float> grad_lse,
-          const options& o, const Seen& seen, const Raw& raw) {
+          const options& o, const Seen& seen, const Raw& raw, const reference::row_terms<float>& far_terms,
+          const std::array<std::int64_t, 3>& far_biases) {
     using reference::head;
+    const inputs<Element> in = call_.in();
+    const auto near_terms = reference::raw_terms<float>(in);
+    const std::int64_t first = detail::first_position(o, query.length(), key.length());
+    const auto numbers = [](const std::array<std::int64_t, 3>& e) {
+      return reference::tensor<float>(e[0], e[1], e[2], 1);
+    };
     const auto scale = static_cast<float>(detail::softmax_scale(o, key.dim())), cap = static_cast<float>(o.softcap);
-    const auto& sink_extent = sinks_.extent;
-    grad = {reference::tensor<float>(query.extent),     reference::tensor<float>(key.extent),
-            reference::tensor<float>(value.extent),     reference::tensor<float>(far_key.extent),
-            reference::tensor<float>(far_value.extent), {sink_extent[0], sink_extent[1], sink_extent[2], 1}};
+    const auto& sink_extent = in.sink_logits.extent;
+    grad = {reference::tensor<float>(query.extent),
+            reference::tensor<float>(key.extent),
+            reference::tensor<float>(value.extent),
+            reference::tensor<float>(far_key.extent),
+            reference::tensor<float>(far_value.extent),
+            numbers(sink_extent),
+            numbers(in.alibi_slopes.extent),
+            numbers(in.key_bias.extent),
+            numbers(far_biases)};
     for (std::int64_t b = 0; b < query.batch(); ++b)
       for (std::int64_t h = 0; h < query.heads(); ++h) {
         const std::int64_t kv = h / (query.heads() / key.heads()), fh = h / (query.heads() / far_key.heads());
@@ -189,9 +220,9 @@ struct textbook {
           const range near = raw(i);
           const std::int64_t count = far + near.size();
           float& lse = *result.lse.view().row(b, h, i);
-          const float sink = reference::sink_logit<float>(sinks_, b, h, i);
+          const float sink = reference::sink_logit<float>(in.sink_logits, b, h, i);
           const auto add_to_sink = [&](float delta) {
-            if (sinks_.data != nullptr)
+            if (in.sink_logits.data != nullptr)
               *grad.sink_logits.view().row(b % sink_extent[0], h, i % sink_extent[2]) -= std::exp(sink - lse) * delta;
           };
           lse = sink;
@@ -203,7 +234,11 @@ struct textbook {
           keys << fk.topRows(far), k.middleRows(near.begin, near.size());
           values << fv.topRows(far), v.middleRows(near.begin, near.size());
           const auto round = [](float x) { return rounded<Element>(x); };
-          const vector logits = reference::scores<float>(keys, vector(q.row(i)), o);
+          const vector capped = reference::scores<float>(keys, vector(q.row(i)), o);
+          vector of_far = capped.head(far), of_near = capped.tail(near.size()), logits(count);
+          reference::shift(of_far, in.alibi_slopes, far_terms, b, h, first + i, {0, far});
+          reference::shift(of_near, in.alibi_slopes, near_terms, b, h, first + i, near);
+          logits << of_far, of_near;
           const float maximum = std::max(logits.maxCoeff(), sink);
           const vector weights = (logits.array() - maximum).exp();
           const float sum = weights.sum() + std::exp(sink - maximum);
@@ -215,7 +250,13 @@ struct textbook {
           const float delta = out.dot(dout.row(i)) - *grad_lse.row(b, h, i);
           add_to_sink(delta);
           vector ds = p.cwiseProduct((dp.array() - delta).matrix());
-          if (cap > 0) ds.array() *= 1 - (logits / cap).array().square();
+          if (in.alibi_slopes.data != nullptr)
+            *grad.alibi_slopes.view().row(b % grad.alibi_slopes.extent[0], h, 0) -=
+                ds.head(far).dot(reference::distances(far_terms, b, h, first + i, {0, far})) +
+                ds.tail(near.size()).dot(reference::distances(near_terms, b, h, first + i, near));
+          reference::detail::add_to_biases(grad.far_bias, query.heads(), b, h, {0, far}, ds.head(far));
+          reference::detail::add_to_biases(grad.key_bias, query.heads(), b, h, near, ds.tail(near.size()));
+          if (cap > 0) ds.array() *= 1 - (capped / cap).array().square();
           ds = ds.unaryExpr(round).eval();
           head(grad.query, b, h).row(i) = scale * (ds.transpose() * keys);
           const matrix dk = scale * (ds * q.row(i)), dv = p.unaryExpr(round) * dout.row(i);
@@ -265,13 +306,27 @@ class rules {
       for (std::size_t i = 0; i < gradient_result_extents(c.p).size(); ++i)
         rule_[2 + i].add(grads[i].view(), (plain.grad.*(parts.begin()[i])).view(),
                          (grad.*(exact_parts.begin()[i])).view(), label.str());
-      if (!c.sinks.view().empty())
-        sink_rule_.add(grads.back().view(), plain.grad.sink_logits.view(), grad.sink_logits.view(), label.str());
+      const std::size_t first = gradient_result_extents(c.p).size();
+      const auto add = [&](std::size_t i, const tensor<float, 3>& of, const auto& textbook, const auto& truth) {
+        if (of.view().empty()) return;
+        term_rules_[i].add(grads[first + i].view(), textbook.view(), truth.view(), label.str());
+        with_terms_[i] = true;
+      };
+      add(0, c.sinks, plain.grad.sink_logits, grad.sink_logits);
+      add(1, c.slopes, plain.grad.alibi_slopes, grad.alibi_slopes);
+      add(2, c.key_bias, plain.grad.key_bias, grad.key_bias);
+      add(3, c.far_bias, plain.grad.far_bias, grad.far_bias);
     }
   }
 
   void expect() const { expect(far_ ? 7 : 5); }
-  void expect_sinks() const { EXPECT_TRUE(sink_rule_.holds()); }
+  void expect_terms() const {
+    const char* const names[] = {"sinks", "slopes", "key bias", "far bias"};
+    for (std::size_t i = 0; i < 4; ++i)
+      if (with_terms_[i]) {
+        EXPECT_TRUE(term_rules_[i].holds()) << names[i];
+      }
+  }
 
   /// Of the first `count` of them.
   void expect(std::size_t count) const {
@@ -283,7 +338,8 @@ class rules {
 
  private:
   std::array<error_rule<float>, 7> rule_;
-  error_rule<float> sink_rule_;
+  std::array<error_rule<float>, 4> term_rules_;
+  std::array<bool, 4> with_terms_{};
 };
 
 // ---------------------------------------------------------------------------------------------------------------- tests
@@ -372,7 +428,40 @@ TYPED_TEST(UnitTest, EveryScore) {
             rules.add(c, random);
           }
     rules.expect();
-    rules.expect_sinks();
+    rules.expect_terms();
+  }
+}
+
+/// Slopes by distance, and biases of rows: of keys, of far rows, of cores.
+TYPED_TEST(UnitTest, EveryShift) {
+  random_engine random(18);
+  for (const entry entry : unit_entries) {
+    rules<TypeParam> rules;
+    rules.far_ = entry == entry::attend;
+    for (const double softcap : {0.0, 4.0})
+      for (const bool with_slopes : {false, true})
+        for (const bool with_biases : {!with_slopes, true})
+          for (const std::int64_t length : {9, 33, 70, 130, 200}) {
+            problem p = example(
+                entry,
+                {.batch = 2, .heads = 4, .kv_heads = 2, .queries = length, .keys = length, .dim = 24, .value_dim = 16});
+            p.options.softcap = softcap;
+            if (entry == entry::attention && with_biases) p.options.core_bias = core_bias::entropy;
+            unit_call<TypeParam> c(p, random);
+            if (with_slopes) {
+              c.slopes = tensor<float, 3>({2, 4, 1});
+              c.slopes.generate([&] { return static_cast<float>(draw(random, 1, 9)) * 0.05f; });
+              c.positions = tensor<std::int64_t, 3>({1, 2, p.far_length});
+              c.positions.generate([&] { return draw(random, -20, length); });
+            }
+            if (with_biases && entry != entry::attention)
+              c.key_bias = tensor<float, 3>({1, 2, length}).randomize(random, 1);
+            if (with_biases && entry == entry::attend)
+              c.far_bias = tensor<float, 3>({2, 4, p.far_length}).randomize(random, 1);
+            rules.add(c, random);
+          }
+    rules.expect();
+    rules.expect_terms();
   }
 }
 

@@ -24,41 +24,62 @@
 namespace cca { inline namespace CCA_TARGET {
 namespace detail {
 
+/// `first(b)`: the position of query 0 of sequence `b`.
+template <class Inputs>
+auto first_positions(const Inputs& in, const options& options) {
+  return [options, queries = in.query, keys = in.key](std::int64_t b) {
+    return first_position(options, queries.length(b), keys.length(b));
+  };
+}
+
 /// The tokens that query `i` sees raw.
 template <class Inputs>
 auto raw_source(const Inputs& in, const options& options) {
-  return view_source(in.key, in.value,
-                     [partition = partition{options.group_size, options.window}, position = options.first_position,
-                      queries = in.query, keys = in.key](std::int64_t b, std::int64_t, std::int64_t i) {
-                       const std::int64_t length = keys.length(b);
-                       const std::int64_t first = position.value_or(length - queries.length(b));
-                       return intersection(partition.raw(first + i), {0, length});
-                     });
+  const auto first = first_positions(in, options);
+  return view_source(
+      in.key, in.value,
+      [partition = partition{options.group_size, options.window}, first, keys = in.key](
+          std::int64_t b, std::int64_t, std::int64_t i) {
+        return intersection(partition.raw(first(b) + i), {0, keys.length(b)});
+      },
+      terms_of([first](std::int64_t b) { return row_positions{.first = -first(b), .step = 1}; }, in.key_bias,
+               in.query.heads()));
 }
 
 /// The far part `[0, seen)` of a caller's rows or of cores.
-template <class Key, class Value, class Seen>
-auto far_source(tensor_view<Key> key, tensor_view<Value> value, Seen seen) {
-  return view_source(key, value, [seen](std::int64_t b, std::int64_t h, std::int64_t i) {
-    return range{0, seen(b, h, i)};
-  });
+template <class Key, class Value, class Seen, class Terms>
+auto far_source(tensor_view<Key> key, tensor_view<Value> value, Seen seen, Terms terms) {
+  return view_source(
+      key, value,
+      [seen](std::int64_t b, std::int64_t h, std::int64_t i) {
+        return range{0, seen(b, h, i)};
+      },
+      terms);
 }
 
 /// A caller's far rows.
-template <class Key, class Value>
-auto seen_source(const far_context<Key, Value>& context) {
-  return far_source(context.key, context.value, [seen = context.seen](std::int64_t b, std::int64_t h, std::int64_t i) {
-    return *seen.row(b, h, i);
-  });
+template <class Inputs, class Key, class Value, class Bias>
+auto seen_source(const Inputs& in, const far_context<Key, Value, Bias>& context, const options& options) {
+  return far_source(
+      context.key, context.value,
+      [seen = context.seen](std::int64_t b, std::int64_t h, std::int64_t i) { return *seen.row(b, h, i); },
+      [at = context.positions, bias = context.bias, heads = in.query.heads(), first = first_positions(in, options)](
+          std::int64_t b, std::int64_t h) {
+        return row_terms<Bias>{
+            {-first(b), at.stride[2], shared_row(at, b, h, heads)}, shared_row(bias, b, h, heads), bias.stride[2]};
+      });
 }
 
-/// Cores. Where nothing is pooled there are none.
-template <class T>
-auto core_source(const cores<T>& rows, const options& options) {
+/// Cores, and their biases where they have some. Where nothing is pooled there are none.
+template <class T, class Bias>
+auto core_source(const cores<T>& rows, tensor_view<const Bias, 3> bias, const options& options, std::int64_t heads) {
+  const partition partition{options.group_size, options.window};
   return far_source(
       rows.key, rows.value,
-      [partition = partition{options.group_size, options.window}, key = rows.key](
-          std::int64_t b, std::int64_t, std::int64_t t) { return smaller(partition.core_count(t), key.length(b)); });
+      [partition, key = rows.key](std::int64_t b, std::int64_t, std::int64_t t) {
+        return smaller(partition.core_count(t), key.length(b));
+      },
+      terms_of([partition](std::int64_t) { return core_positions(partition, 0); }, bias, heads));
 }
 
 /// Calls `f(std::type_identity<Core>)`, where `Core` is what cores are kept in: what is computed in or, for a matrix unit,
@@ -86,8 +107,8 @@ sequences sequences_of(const Query& query, const View&... more) {
   return {query.batch(), !(query.has_lengths() || ... || more.has_lengths())};
 }
 
-template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
-auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class FarBias>
+auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
                  matrix_unit unit, const execution& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
@@ -108,13 +129,15 @@ template <class Core>
 struct core_plan {
   sequences all;
   std::int64_t heads, dim, value_dim, longest = 0, rows = 0;
+  bool biased;
 
   template <class Inputs>
   core_plan(const Inputs& in, const options& options)
       : all(sequences_of(in.key)),
         heads(core_head_count(options, in.query.heads(), in.key.heads())),
         dim(in.key.dim()),
-        value_dim(in.value.dim()) {
+        value_dim(in.value.dim()),
+        biased(has_core_biases(options)) {
     const auto count = core_counts(in, options);
     for (std::int64_t b = 0; b < all.distinct(); ++b) {
       longest = larger(longest, count(b));
@@ -143,17 +166,32 @@ struct core_plan {
 
   template <class Row = Core>
   [[nodiscard]] cores<Row> take(scratch& memory, const std::int64_t* offsets) const {
-    const auto rows_of = [&](std::int64_t d) {
-      tensor_view<Row> view = bhsd(memory.take<Row>(elements<Row>(d)), all.batch, heads, longest, d);
-      if (offsets == nullptr) return view;
-      return tensor_view<Row>{view.data, view.extent, {0, rows * d, d, 1}, offsets, offsets + 1};
-    };
-    const tensor_view<Row> key = rows_of(dim);
-    return {key, rows_of(value_dim)};
+    const tensor_view<Row> key = take_rows<Row>(memory, offsets, dim);
+    return {key, take_rows<Row>(memory, offsets, value_dim)};
   }
+
+  /// @{
+  /// Of their biases, one per core where they have any; no data where they have none.
+  template <class T>
+  [[nodiscard]] std::size_t bias_bytes() const {
+    return biased ? scratch_bytes<T>(elements<T>(1)) : 0;
+  }
+  template <class T>
+  [[nodiscard]] lse_view<T> take_bias(scratch& memory, const std::int64_t* offsets) const {
+    if (!biased) return {};
+    const auto [data, extent, stride, begins, ends] = take_rows<T>(memory, offsets, 1);
+    return {data, {extent[0], extent[1], extent[2]}, {stride[0], stride[1], stride[2]}, begins, ends};
+  }
+  /// @}
 
  private:
   [[nodiscard]] std::int64_t offset_count() const { return all.alike ? 0 : all.batch + 1; }
+  template <class Row>
+  [[nodiscard]] tensor_view<Row> take_rows(scratch& memory, const std::int64_t* offsets, std::int64_t d) const {
+    const tensor_view<Row> view = bhsd(memory.take<Row>(elements<Row>(d)), all.batch, heads, longest, d);
+    if (offsets == nullptr) return view;
+    return {view.data, view.extent, {0, rows * d, d, 1}, offsets, offsets + 1};
+  }
   template <class Row>
   [[nodiscard]] std::int64_t elements(std::int64_t d) const {
     return element_count<Row>(all.copies(), heads, rows, d);
@@ -177,7 +215,7 @@ struct cca_plan {
                               lengths_of(in.key))) {}
 
   [[nodiscard]] std::size_t bytes() const {
-    return cores.bytes() + cores.offset_bytes() + pooler.bytes() + forward.bytes();
+    return cores.bytes() + cores.template bias_bytes<T>() + cores.offset_bytes() + pooler.bytes() + forward.bytes();
   }
 };
 
@@ -188,17 +226,19 @@ void require_attention(const inputs<Query, Key, Value, Sink>& in, const options&
   require_inputs<compute_type<Query, Key, Value>>(in);
   require_grouping(options);
   pools(options) ? require_query_for_every_key(in.query, in.key, options) : require_positions(options);
+  if (pools(options) && given(in.key_bias))
+    refuse("key_bias", to_string(in.key_bias.extent), "none: cores stand for several keys, and have no bias of one");
 }
 
 /// Operands and options of `attend`.
-template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
-void require_attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class FarBias>
+void require_attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
                     const options& options) {
   require_options<product_type<Query, Key, Value, FarKey, FarValue>>(options);
   require_grouping(options);
   require_positions(options);
   require_inputs<compute_type<Query, Key, Value, FarKey, FarValue>>(in);
-  require_far(in, context);
+  require_far<compute_type<Query, Key, Value, FarKey, FarValue>>(in, context);
   require_no_pooling(options, "the caller pools");
 }
 
@@ -234,10 +274,10 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 
 /// The same for `attend`, whose far context may be larger than the cores. Of its options only the unit matters.
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
-          class FarKey = Query, class FarValue = FarKey>
+          class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>>
 [[nodiscard]] std::size_t workspace_size(const inputs<Query, Key, Value, Sink>& in,
-                                         const far_context<FarKey, FarValue>& context, const options& options = {},
-                                         const execution& run = {}) {
+                                         const far_context<FarKey, FarValue, FarBias>& context,
+                                         const options& options = {}, const execution& run = {}) {
   detail::require_sizes(in);
   detail::require_sizes("far.key", context.key);
   detail::require_batch("far.key", in.query, context.key);
@@ -257,7 +297,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 /// @param in  query, key and value, read whole; keys as attention sees them, with RoPE applied
 /// @param to  `out` and, where given, `lse` are written whole; they overlap no operand and not each other. A logit of -inf
 ///   is masked: a query that sees no other has the output 0 and the `lse` -inf.
-/// @param options  `pool` and `core_heads` are for groups, `first_position` for none
+/// @param options  `pool`, `core_heads` and `core_bias` are for groups, `first_position` for none
 /// @param run  an executor, or `{executor, workspace}`; the results are bitwise the same for any
 /// @throws std::invalid_argument  before anything is written, naming the argument, what it got and what it wants
 /// Source: arXiv 2412.12465, section 3.3 (fused CCA attention) and 3.2 (locality-preserving attention).
@@ -273,12 +313,16 @@ void attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse
   detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
     const detail::cca_plan<Element, Core> plan(in, options, run);
     detail::scratch memory(run.workspace(), plan.bytes(), "workspace_size");
-    const auto cores = plan.cores.take(memory, plan.cores.take_offsets(memory, in, options));
+    const std::int64_t* offsets = plan.cores.take_offsets(memory, in, options);
+    const auto cores = plan.cores.take(memory, offsets);
+    const lse_view<T> core_bias = plan.cores.template take_bias<T>(memory, offsets);
     const auto pooler = plan.pooler.take(memory);
     if (detail::pools(options))
-      detail::pool_views<T>(in.query, in.key, in.value, cores.key, cores.value, options, run, pooler);
-    plan.forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), run,
-                 memory, detail::core_source(cores, options), detail::raw_source(in, options));
+      detail::pool_views<T>(in.query, in.key, in.value, cores, core_bias, options, run, pooler);
+    const auto rule = detail::make_score_rule<T>(options, in, plan.cores.biased || detail::given(in.key_bias));
+    plan.forward(in.query, to.out, to.lse, rule, run, memory,
+                 detail::core_source(cores, lse_view<const T>(core_bias), options, in.query.heads()),
+                 detail::raw_source(in, options));
   });
 }
 
@@ -296,20 +340,26 @@ void attention(const Query& query, const Key& key, const Value& value, const Out
 ///
 /// @param in,to,run  as for `attention` without groups, as are errors
 /// @param context  its heads divide the query's; every `seen` lies in `[0, far length]`
-/// @param options  all but `pool` and `core_heads`: the caller pools
+/// @param options  all but `pool`, `core_heads` and `core_bias`: the caller pools, and gives biases with his far context
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
-          class FarKey = Query, class FarValue = FarKey, detail::written Out = Query,
-          class Lse = compute_type<Query, Key, Value, FarKey, FarValue>>
-void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+          class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>,
+          detail::written Out = Query, class Lse = compute_type<Query, Key, Value, FarKey, FarValue>>
+void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
             const results<Out, Lse>& to, const options& options = {}, const execution& run = {}) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   detail::require_attend(in, context, options);
-  detail::require_results(in, to, {{"far.key", context.key}, {"far.value", context.value}, {"far.seen", context.seen}});
+  detail::require_results(in, to,
+                          {{"far.key", context.key},
+                           {"far.value", context.value},
+                           {"far.seen", context.seen},
+                           {"far.bias", context.bias},
+                           {"far.positions", context.positions}});
 
   const auto forward = detail::attend_plan(in, context, options.unit, run);
   detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size");
-  forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), run, memory,
-          detail::seen_source(context), detail::raw_source(in, options));
+  const bool biased = detail::given(in.key_bias) || detail::given(context.bias);
+  forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in, biased), run, memory,
+          detail::seen_source(in, context, options), detail::raw_source(in, options));
 }
 
 /// @{

@@ -99,12 +99,21 @@ struct inputs {
   /// A score that joins each query's softmax with a value of zero: `[1 or batch, query heads, 1]`, or one for each query,
   /// `[batch, query heads, query length]`, of the type that is computed in; without data there is none.
   lse_view<const Sink> sink_logits{};
+  /// @{
+  /// What is added to scores behind the softcap, of the type that is computed in; without data nothing is.
+  /// `-slope |t - position of the row|` (ALiBi), `[1 or batch, query heads, 1]`; a core's position is that of its last token.
+  lse_view<const Sink> alibi_slopes{};
+  /// A bias per key, `[1 or batch, a divisor of the query heads, key length]`; -inf masks the key, whose value is finite all
+  /// the same: it is multiplied by 0. Raw tokens have them: a core stands for several keys, so there are none where groups
+  /// are pooled, and none in a cache.
+  lse_view<const Sink> key_bias{};
+  /// @}
 };
 template <class Q, class K, class V>
 inputs(tensor_view<Q>, tensor_view<K>, tensor_view<V>)
     -> inputs<std::remove_const_t<Q>, std::remove_const_t<K>, std::remove_const_t<V>>;
-template <class Q, class K, class V, class S>
-inputs(tensor_view<Q>, tensor_view<K>, tensor_view<V>, lse_view<S>)
+template <class Q, class K, class V, class S, class... Rest>
+inputs(tensor_view<Q>, tensor_view<K>, tensor_view<V>, lse_view<S>, Rest...)
     -> inputs<std::remove_const_t<Q>, std::remove_const_t<K>, std::remove_const_t<V>, std::remove_const_t<S>>;
 
 namespace detail {
@@ -155,10 +164,11 @@ template <class T = float>
 struct gradients {
   static_assert(std::is_floating_point_v<T>, "cca: gradients are of the type that is computed in: float or double");
   /// @{
-  /// The gradient of the operand of this name. The far ones are for far context alone, the sink's for sink logits.
+  /// The gradient of the operand of this name. The far ones are for far context alone. Those of three extents are for
+  /// operands that are given, and without data are not wanted.
   tensor_view<T> query, key, value;
   tensor_view<T> far_key{}, far_value{};
-  lse_view<T> sink_logits{};
+  lse_view<T> sink_logits{}, alibi_slopes{}, key_bias{}, far_bias{};
   /// @}
 };
 template <class T, class... Rest>
@@ -175,15 +185,23 @@ template <class K, class V>
 cores(tensor_view<K>, tensor_view<V>) -> cores<K, V>;
 
 /// Far context that any compressor made: `attend` puts it before the window in one softmax.
-template <class Key = float, class Value = Key>
+template <class Key = float, class Value = Key, class Bias = compute_type<Key, Value>>
 struct far_context {
-  static_assert(detail::check_elements<Key, Value>());
+  static_assert(detail::check_elements<Key, Value, Bias>());
   tensor_view<const Key> key;         ///< `[batch, far heads, far length, dim]`, heads a divisor of the query's
   tensor_view<const Value> value;     ///< `[batch, far heads, far length, value dim]`
   lse_view<const std::int64_t> seen;  ///< `[batch, query heads, query length]`: the query sees far rows `[0, seen)`
+  /// A bias per far row, `[1 or batch, a divisor of the query heads, far length]`, of the type that is computed in; without
+  /// data there is none. -inf masks the row.
+  lse_view<const Bias> bias{};
+  /// Positions of the far rows, for `alibi_slopes`: of the same extents, in `[-2^61, 2^61]`; without data there are none.
+  lse_view<const std::int64_t> positions{};
 };
 template <class K, class V, class Count>
 far_context(tensor_view<K>, tensor_view<V>, lse_view<Count>)
     -> far_context<std::remove_const_t<K>, std::remove_const_t<V>>;
+template <class K, class V, class Count, class B, class... Rest>
+far_context(tensor_view<K>, tensor_view<V>, lse_view<Count>, lse_view<B>, Rest...)
+    -> far_context<std::remove_const_t<K>, std::remove_const_t<V>, std::remove_const_t<B>>;
 
 }}  // namespace cca::CCA_TARGET

@@ -14,6 +14,7 @@
 #include "detail/context/source.hpp"
 #include "detail/context/tasks.hpp"
 #include "detail/engine/backward.hpp"
+#include "detail/engine/bias_sums.hpp"
 #include "detail/pool/pooler.hpp"
 #include "detail/softmax/score_rule.hpp"
 #include "element.hpp"
@@ -54,6 +55,15 @@ void require_gradient(const char* name, const T& gradient, const Operand& operan
   require_shape(name, gradient, operand.heads(), operand.extent.back(), operand);
 }
 
+/// A gradient that not every caller wants, of an operand that not every caller has.
+template <class T, class Operand>
+void require_optional_gradient(const char* name, const lse_view<T>& gradient, const Operand& operand,
+                               const char* reason) {
+  if (!given(gradient)) return;
+  if (!given(operand)) refuse(name, to_string(gradient.extent), "none: " + text(reason));
+  require_gradient(name, gradient, operand);
+}
+
 /// The gradients of inputs, apart from them and from `more` that the call reads. `T` is what is computed in.
 template <class T, class Inputs, class G>
 void require_gradients(const Inputs& in, const gradients<G>& to, std::initializer_list<named_view> more) {
@@ -62,21 +72,27 @@ void require_gradients(const Inputs& in, const gradients<G>& to, std::initialize
   require_gradient("grad_query", to.query, in.query);
   require_gradient("grad_key", to.key, in.key);
   require_gradient("grad_value", to.value, in.value);
-  if (given(to.sink_logits)) {
-    if (!given(in.sink_logits))
-      refuse("grad_sink_logits", to_string(to.sink_logits.extent), "none: there are no sinks");
-    require_gradient("grad_sink_logits", to.sink_logits, in.sink_logits);
-  }
+  require_optional_gradient("grad_sink_logits", to.sink_logits, in.sink_logits, "there are no sinks");
+  require_optional_gradient("grad_alibi_slopes", to.alibi_slopes, in.alibi_slopes, "there are no slopes");
+  require_optional_gradient("grad_key_bias", to.key_bias, in.key_bias, "keys have no bias");
   const auto require = [&](std::initializer_list<named_view> read) {
     require_apart({{"grad_query", to.query},
                    {"grad_key", to.key},
                    {"grad_value", to.value},
                    {"grad_far_key", to.far_key},
                    {"grad_far_value", to.far_value},
-                   {"grad_sink_logits", to.sink_logits}},
+                   {"grad_sink_logits", to.sink_logits},
+                   {"grad_alibi_slopes", to.alibi_slopes},
+                   {"grad_key_bias", to.key_bias},
+                   {"grad_far_bias", to.far_bias}},
                   read);
   };
-  require({{"query", in.query}, {"key", in.key}, {"value", in.value}, {"sink_logits", in.sink_logits}});
+  require({{"query", in.query},
+           {"key", in.key},
+           {"value", in.value},
+           {"sink_logits", in.sink_logits},
+           {"alibi_slopes", in.alibi_slopes},
+           {"key_bias", in.key_bias}});
   require(more);
 }
 
@@ -85,6 +101,7 @@ template <class T>
 void require_no_far_gradients(const gradients<T>& to) {
   if (given(to.far_key)) refuse("grad_far_key", to_string(to.far_key.extent), "none: there is no far context");
   if (given(to.far_value)) refuse("grad_far_value", to_string(to.far_value.extent), "none: there is no far context");
+  if (given(to.far_bias)) refuse("grad_far_bias", to_string(to.far_bias.extent), "none: there is no far context");
 }
 
 template <class T>
@@ -97,11 +114,11 @@ void fill_zero(tensor_view<T> view, const execution& run) {
 
 /// Adds what the gradients of cores say of the tokens that were pooled, and of the queries that weighed them.
 template <class Inputs, class Core, class T>
-void add_pool_gradient(const Inputs& in, const cores<Core>& from, const gradients<T>& to, const options& options,
-                       const execution& run, const pool_memory<T>& memory) {
+void add_pool_gradient(const Inputs& in, const cores<Core>& from, const tensor_view<T, 3>& bias, const gradients<T>& to,
+                       const options& options, const execution& run, const pool_memory<T>& memory) {
   add_pool_gradient<std::remove_pointer_t<decltype(in.query.data)>, std::remove_pointer_t<decltype(in.key.data)>,
                     std::remove_pointer_t<decltype(in.value.data)>, T>(
-      in.query, in.key, in.value, from.key, from.value, to.query, to.key, to.value, options, run, memory);
+      in.query, in.key, in.value, from.key, from.value, bias, to.query, to.key, to.value, options, run, memory);
 }
 
 /// The engine of the gradients for these queries and sources of whose heads `head_groups` is the greatest common divisor.
@@ -113,13 +130,47 @@ backward<Element> backward_plan(const tensor_view<Query>& query, std::int64_t va
   return {sequences_of(query), query.heads(), form, head_groups, staged, run.concurrency(), lengths_of(query)};
 }
 
-template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
-auto attend_backward(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+/// Sums of the gradients of biases that may be given.
+template <class T, class Bias>
+bias_sums<T> sums_of(const Bias& bias, std::int64_t batch, std::int64_t head_groups) {
+  if (bias.data == nullptr) return {};
+  return {batch, head_groups, bias.heads(), bias.length()};
+}
+
+/// Memory for them, if their gradient is wanted.
+template <class T>
+tensor_view<T, 3> wanted_sums(const bias_sums<T>& sums, const tensor_view<T, 3>& grad, scratch& memory) {
+  return given(grad) ? sums.take(memory) : tensor_view<T, 3>{};
+}
+
+/// Scratch of the gradient of `attend`.
+template <class Element>
+struct attend_gradient_plan {
+  using T = compute_type<Element>;
+  detail::backward<Element> backward;
+  bias_sums<T> key_bias, far_bias;
+
+  template <class Inputs, class Far>
+  attend_gradient_plan(const Inputs& in, const Far& context, bool staged, matrix_unit unit, const execution& run)
+      : attend_gradient_plan(in, context, gcd(in.key.heads(), context.key.heads()), staged, unit, run) {}
+
+  [[nodiscard]] std::size_t bytes() const { return backward.bytes() + key_bias.bytes() + far_bias.bytes(); }
+
+ private:
+  template <class Inputs, class Far>
+  attend_gradient_plan(const Inputs& in, const Far& context, std::int64_t head_groups, bool staged, matrix_unit unit,
+                       const execution& run)
+      : backward(backward_plan<Element>(in.query, in.value.dim(), head_groups, staged, unit, run)),
+        key_bias(sums_of<T>(in.key_bias, in.query.batch(), head_groups)),
+        far_bias(sums_of<T>(context.bias, in.query.batch(), head_groups)) {}
+};
+
+template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class FarBias>
+auto attend_backward(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
                      matrix_unit unit, const execution& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
-  return backward_plan<product_type<Query, Key, Value, FarKey, FarValue>>(
-      in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()), !in_place<T, Key, Value, FarKey, FarValue>,
-      unit, run);
+  return attend_gradient_plan<product_type<Query, Key, Value, FarKey, FarValue>>(
+      in, context, !in_place<T, Key, Value, FarKey, FarValue>, unit, run);
 }
 
 /// Scratch of the gradient of CCA attention: cores and their gradients, what pools them, and the engine.
@@ -129,16 +180,21 @@ struct cca_gradient_plan {
   core_plan<Core> cores;
   pool_plan<T> pooler;
   detail::backward<Element> backward;
+  bias_sums<T> core_bias, key_bias;
 
   template <class Query, class Key, class Value, class Sink>
   cca_gradient_plan(const inputs<Query, Key, Value, Sink>& in, const options& options, const execution& run)
       : cores(in, options),
         pooler(plan_pooling<T>(in, options, run)),
         backward(backward_plan<Element>(in.query, cores.value_dim, in.key.heads(), !in_place<T, Key, Value, Core>,
-                                        options.unit, run)) {}
+                                        options.unit, run)),
+        key_bias(sums_of<T>(in.key_bias, in.query.batch(), in.key.heads())) {
+    if (cores.biased) core_bias = {cores.all.batch, in.key.heads(), cores.heads, cores.longest};
+  }
 
   [[nodiscard]] std::size_t bytes() const {
-    return cores.bytes() + cores.template bytes<T>() + cores.offset_bytes() + pooler.bytes() + backward.bytes();
+    return cores.bytes() + cores.template bytes<T>() + cores.template bias_bytes<T>() + cores.offset_bytes() +
+           pooler.bytes() + backward.bytes() + core_bias.bytes() + key_bias.bytes();
   }
 };
 
@@ -159,9 +215,9 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 
 /// The same for `attend_gradient`. Of the options only the unit matters.
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
-          class FarKey = Query, class FarValue = FarKey>
+          class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>>
 [[nodiscard]] std::size_t gradient_workspace_size(const inputs<Query, Key, Value, Sink>& in,
-                                                  const far_context<FarKey, FarValue>& context,
+                                                  const far_context<FarKey, FarValue, FarBias>& context,
                                                   const options& options = {}, const execution& run = {}) {
   detail::require_sizes(in);
   detail::require_sizes("far.key", context.key);
@@ -194,11 +250,11 @@ void pool_gradient(const inputs<Query, Key, Value, Sink>& in, const cores<GradCo
   const auto plan = detail::plan_pooling<T>(in, options, run);
   detail::scratch memory(run.workspace(), plan.bytes(), "gradient_workspace_size");
   for (const auto& sum : {to.query, to.key, to.value}) detail::fill_zero(sum, run);
-  detail::add_pool_gradient(in, from, to, options, run, plan.take(memory));
+  detail::add_pool_gradient(in, from, lse_view<T>{}, to, options, run, plan.take(memory));
 }
 
-/// Gradients of `attention` with respect to query, key and value, through the cores and their weights as well, and to the
-/// sink logits.
+/// Gradients of `attention` with respect to query, key and value, through the cores and their weights as well, and where
+/// they are wanted to the sink logits, the slopes and the biases of keys.
 ///
 /// The weights of the softmax are computed again from `lse`: nothing of size length x length is stored. A query that
 /// sees nothing has gradients of 0; a token gets none, not even a NaN, from a query that does not see it.
@@ -233,23 +289,30 @@ void attention_gradient(const inputs<Query, Key, Value, Sink>& in, const results
     const auto core_rows = plan.cores.take(memory, offsets);
     const auto grad_cores = plan.cores.template take<T>(memory, offsets);
     const auto pooler = plan.pooler.take(memory);
-    if (pooled) detail::pool_views<T>(in.query, in.key, in.value, core_rows.key, core_rows.value, options, run, pooler);
+    const lse_view<T> core_bias = plan.cores.template take_bias<T>(memory, offsets);
+    const lse_view<T> grad_bias = plan.cores.biased ? plan.core_bias.take(memory) : lse_view<T>{};
+    if (pooled) detail::pool_views<T>(in.query, in.key, in.value, core_rows, core_bias, options, run, pooler);
     for (const auto& sum : {to.key, to.value, grad_cores.key, grad_cores.value}) detail::fill_zero(sum, run);
-    plan.backward(results, to.query, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), to.sink_logits,
-                  run, memory,
-                  detail::source_gradient{detail::core_source(core_rows, options), grad_cores.key, grad_cores.value},
-                  detail::source_gradient{detail::raw_source(in, options), to.key, to.value});
-    if (pooled) detail::add_pool_gradient(in, grad_cores, to, options, run, pooler);
+    const auto cores = detail::core_source(core_rows, lse_view<const T>(core_bias), options, in.query.heads());
+    const auto rule = detail::make_score_rule<T>(options, in, plan.cores.biased || detail::given(in.key_bias));
+    const auto key_bias = detail::wanted_sums(plan.key_bias, to.key_bias, memory);
+    plan.backward(results, to, rule, run, memory,
+                  detail::source_gradient{cores, grad_cores.key, grad_cores.value, grad_bias},
+                  detail::source_gradient{detail::raw_source(in, options), to.key, to.value, key_bias});
+    if (key_bias.data != nullptr) detail::add_up(key_bias, to.key_bias, run);
+    if (pooled) detail::add_pool_gradient(in, grad_cores, grad_bias, to, options, run, pooler);
   });
 }
 
-/// Gradients of `attend`, also with respect to the caller's far keys and values: `to.far_key` and `to.far_value` are of
-/// their extents and written whole. Other parameters and errors as for `attention_gradient`.
+/// Gradients of `attend`, also with respect to the caller's far keys and values, and where it is wanted to their biases:
+/// `to.far_key`, `to.far_value` and `to.far_bias` are of their extents and written whole. Other parameters and errors as for
+/// `attention_gradient`.
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
-          class FarKey = Query, class FarValue = FarKey, class Out = const Query,
-          class Lse = const compute_type<Query, Key, Value, FarKey, FarValue>, class GradOut = std::remove_const_t<Out>,
-          class GradLse = std::remove_const_t<Lse>, class T = compute_type<Query, Key, Value, FarKey, FarValue>>
-void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+          class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>,
+          class Out = const Query, class Lse = const compute_type<Query, Key, Value, FarKey, FarValue>,
+          class GradOut = std::remove_const_t<Out>, class GradLse = std::remove_const_t<Lse>,
+          class T = compute_type<Query, Key, Value, FarKey, FarValue>>
+void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
                      const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from, const gradients<T>& to,
                      const options& options = {}, const execution& run = {}) {
   using Number = compute_type<Query, Key, Value, FarKey, FarValue>;
@@ -257,20 +320,27 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
   const auto results = detail::checked_results<Number>(in, of, from);
   detail::require_gradient("grad_far_key", to.far_key, context.key);
   detail::require_gradient("grad_far_value", to.far_value, context.value);
+  detail::require_optional_gradient("grad_far_bias", to.far_bias, context.bias, "far rows have no bias");
   detail::require_gradients<Number>(in, to,
                                     {{"far.key", context.key},
                                      {"far.value", context.value},
+                                     {"far.bias", context.bias},
                                      {"out", of.out},
                                      {"lse", of.lse},
                                      {"grad_out", from.grad_out},
                                      {"grad_lse", from.grad_lse}});
 
-  const auto backward = detail::attend_backward(in, context, options.unit, run);
-  detail::scratch memory(run.workspace(), backward.bytes(), "gradient_workspace_size");
+  const auto plan = detail::attend_backward(in, context, options.unit, run);
+  detail::scratch memory(run.workspace(), plan.bytes(), "gradient_workspace_size");
   for (const auto& sum : {to.key, to.value, to.far_key, to.far_value}) detail::fill_zero(sum, run);
-  backward(results, to.query, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), to.sink_logits, run,
-           memory, detail::source_gradient{detail::seen_source(context), to.far_key, to.far_value},
-           detail::source_gradient{detail::raw_source(in, options), to.key, to.value});
+  const auto far_bias = detail::wanted_sums(plan.far_bias, to.far_bias, memory);
+  const auto key_bias = detail::wanted_sums(plan.key_bias, to.key_bias, memory);
+  const bool biased = detail::given(in.key_bias) || detail::given(context.bias);
+  plan.backward(results, to, detail::make_score_rule<T>(options, in, biased), run, memory,
+                detail::source_gradient{detail::seen_source(in, context, options), to.far_key, to.far_value, far_bias},
+                detail::source_gradient{detail::raw_source(in, options), to.key, to.value, key_bias});
+  if (far_bias.data != nullptr) detail::add_up(far_bias, to.far_bias, run);
+  if (key_bias.data != nullptr) detail::add_up(key_bias, to.key_bias, run);
 }
 
 /// @{

@@ -74,18 +74,21 @@ class kv_cache {
     return held_.partition().first_query_beyond(known(b).oldest);
   }
 
-  /// Bytes of the cores and raw tokens held.
+  /// Bytes of the cores, their biases where they have any, and raw tokens held.
   [[nodiscard]] std::size_t bytes() const {
-    std::size_t column = 0;  // one element of every row
-    for (std::int64_t b = 0; b < held_.shape.batch; ++b)
-      column += static_cast<std::size_t>(held_.core_heads * core_count(b)) * sizeof(Core) +
-                static_cast<std::size_t>(held_.shape.kv_heads * raw_count(b)) * sizeof(Element);
-    return column * static_cast<std::size_t>(held_.shape.dim + held_.shape.value_dim);
+    std::size_t column = 0, cores = 0;  // one element of every row
+    for (std::int64_t b = 0; b < held_.shape.batch; ++b) {
+      cores += static_cast<std::size_t>(held_.core_heads * core_count(b));
+      column += static_cast<std::size_t>(held_.shape.kv_heads * raw_count(b)) * sizeof(Element);
+    }
+    column += cores * sizeof(Core);
+    return column * static_cast<std::size_t>(held_.shape.dim + held_.shape.value_dim) +
+           (detail::has_core_biases(held_.options) ? cores * sizeof(compute_type<Element>) : 0);
   }
   /// Bytes of memory taken for keys and values.
   [[nodiscard]] std::size_t allocated_bytes() const {
     std::size_t total = 0;
-    for (const auto& s : held_.all) total += s.cores.bytes() + s.raw.bytes();
+    for (const auto& s : held_.all) total += s.cores.bytes() + s.biases.bytes() + s.raw.bytes();
     return total;
   }
 
@@ -93,8 +96,8 @@ class kv_cache {
   /// `attention` over each whole sequence, its last rows.
   ///
   /// @param in  the new tokens: query `[batch, heads, new tokens, dim]`; key `[batch, kv_heads, new tokens, dim]` and value,
-  ///   the same with `value_dim`, of the cache's element type; sink logits for these queries. With `last_query` pooling
-  ///   groups are pooled with the query of their last token.
+  ///   the same with `value_dim`, of the cache's element type; sink logits for these queries, and slopes. With `last_query`
+  ///   pooling groups are pooled with the query of their last token.
   /// @param to  `out` `[batch, heads, new tokens, value_dim]` and, where given, `lse`, written whole
   /// @param run  executor; the results are bitwise the same for any. A cache has a workspace of its own.
   template <class Query = Element, class Sink = compute_type<Query, Element>, detail::written Out = Element,
@@ -229,6 +232,9 @@ class kv_cache {
     using Query = typename decltype(in.query)::element_type;
     require_query(in.query, batch);
     detail::require_sink_logits<compute_type<Query, Element>>(in.query, in.sink_logits);
+    detail::require_alibi_slopes<compute_type<Query, Element>>(in.query, in.alibi_slopes);
+    if (detail::given(in.key_bias))
+      detail::refuse("key_bias", detail::to_string(in.key_bias.extent), "none: a cache keeps no biases of its tokens");
     detail::require_results(in.query, held_.shape.value_dim, to.out, to.lse);
     detail::require_results_apart(in, to);
   }
@@ -281,7 +287,7 @@ class kv_cache {
     held_.pool_new_groups(first, in.query, in.key, in.value, run, pooler.take(memory));
     if (to != nullptr)
       held_.with_sources(first, in, rows, [&](const auto&... sources) {
-        const auto rule = detail::make_score_rule<T>(held_.options, held_.shape.dim, in.sink_logits);
+        const auto rule = detail::make_score_rule<T>(held_.options, in, detail::has_core_biases(held_.options));
         forward(in.query, to->out, to->lse, rule, run, memory, sources...);
       });
     for (std::int64_t b = 0; b < extent.count; ++b) held_.keep(held_.at(first + b), in.key, in.value, b);

@@ -58,7 +58,8 @@ struct cache_file_start {
 };
 
 /// Then this header; the options that are not the defaults; per sequence its length and first raw token, and the rows of
-/// its cores and of its raw tokens, `[head][keys | values][row][dim]`; behind each part a checksum of all so far. Numbers
+/// its cores, their biases where they have any, `[head][core]`, and the rows of its raw tokens, rows as
+/// `[head][keys | values][row][dim]`; behind each part a checksum of all so far. Numbers
 /// are as in memory, in the byte order that `byte_order` tells.
 struct cache_file_header {
   element_code elements;
@@ -161,6 +162,8 @@ struct cache_file {
       writer.put(sequence.cores.key(h, 0), cores * shape.dim);
       writer.put(sequence.cores.value(h, 0), cores * shape.value_dim);
     }
+    for (std::int64_t h = 0; has_core_biases(cache.options()) && h < cache.held_.core_heads; ++h)
+      writer.put(sequence.biases.key(h, 0), cores);
     for (std::int64_t h = 0; h < shape.kv_heads; ++h) {
       writer.put(sequence.raw.key(h, raw.row), raw.first.size() * shape.dim);
       writer.put(sequence.raw.key(h, 0), raw.second.size() * shape.dim);
@@ -186,6 +189,9 @@ struct cache_file {
     auto sequence = cache.held_.new_sequence();
     const std::int64_t cores = cache.held_.group_count(length);
     const aligned_memory core_rows = read_rows<Core>(reader, cache.held_.core_heads, cores, shape);
+    using bias = compute_type<Element>;
+    const std::int64_t biases = has_core_biases(cache.options()) ? cores : 0;
+    const aligned_memory core_biases = reader.get<bias>(cache.held_.core_heads * biases);
     const aligned_memory raw_rows = read_rows<Element>(reader, shape.kv_heads, held.size(), shape);
     reader.end_part();
     try {
@@ -196,6 +202,8 @@ struct cache_file {
     // Heads are worth a loop only where the file brought rows of them.
     for (std::int64_t h = 0; h < cache.held_.core_heads && cores > 0; ++h)
       sequence.cores.copy_rows(h, 0, rows_of_head<Core>(core_rows, h, cores, shape), cores);
+    for (std::int64_t h = 0; h < cache.held_.core_heads && biases > 0; ++h)
+      copy_n(reinterpret_cast<const bias*>(core_biases.data()) + h * biases, biases, sequence.biases.key(h, 0));
     if (!held.empty())
       sequence.raw.write(held, [&](std::int64_t h) { return rows_of_head<Element>(raw_rows, h, held.size(), shape); });
     sequence.length = length;

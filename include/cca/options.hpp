@@ -28,6 +28,15 @@ enum class core_heads {
   per_kv_head  ///< weights by the mean of the query heads that share the key/value head: that many times fewer cores
 };
 
+/// What is added to the logits of cores.
+enum class core_bias {
+  none,  ///< as in the paper
+  /// `H(w) = -sum_j w_j log w_j` of the weights of the pooling. `e^(q . core + H)` is then at most the sum of the
+  /// `e^(q . k_j)` of the group's tokens, for any query and weights (Jensen), and that sum for the query that pools.
+  /// `mean` has equal weights, so the logarithm of the group's size; `max` has none.
+  entropy
+};
+
 /// What multiplies operands of 16 bits. By default nothing but the vectors of floats, exactly as if floats were stored. A
 /// matrix unit is much faster; it multiplies the elements as they are stored and adds in float, so that what lies between
 /// two products, the cores and the weights of the softmax, is rounded to the operands' 16 bits, and denormals of bfloat16
@@ -63,7 +72,8 @@ struct options {
   pooling pool = pooling::last_query;  ///< see `pooling`
   /// see `core_heads`
   cca::core_heads core_heads = cca::core_heads::per_query_head;
-  std::optional<detail::number> softmax_scale{};  ///< default `1 / sqrt(dim)` of query and key
+  cca::core_bias core_bias = cca::core_bias::none;  ///< see `core_bias`
+  std::optional<detail::number> softmax_scale{};    ///< default `1 / sqrt(dim)` of query and key
   double softcap = 0;  ///< a scaled score x becomes `softcap tanh(x / softcap)` before the softmax; 0: it stays
   std::optional<std::int64_t> first_position{};  ///< position of query 0; default: the last query is the last key
   matrix_unit unit = matrix_unit::none;          ///< for operands that are all bfloat16 or all half, see `matrix_unit`
@@ -75,11 +85,12 @@ namespace detail {
 /// descriptions of the tests go by it. The binding does not compile for an option that the list lacks.
 template <class Options, class F>
 constexpr void for_each_option(Options& all, const F& f) {
-  auto& [group_size, window, pool, heads, scale, softcap, position, unit] = all;
+  auto& [group_size, window, pool, heads, bias, scale, softcap, position, unit] = all;
   f("group_size", group_size);
   f("window", window);
   f("pool", pool);
   f("core_heads", heads);
+  f("core_bias", bias);
   f("softmax_scale", scale);
   f("softcap", softcap);
   f("first_position", position);
@@ -89,6 +100,7 @@ constexpr void for_each_option(Options& all, const F& f) {
 /// The names of an option's enumerators, in the order of their values.
 constexpr auto enumerators(pooling) { return std::array{"last_query", "mean", "max"}; }
 constexpr auto enumerators(core_heads) { return std::array{"per_query_head", "per_kv_head"}; }
+constexpr auto enumerators(core_bias) { return std::array{"none", "entropy"}; }
 constexpr auto enumerators(matrix_unit) { return std::array{"none", "best", "avx512_bf16", "amx"}; }
 
 /// The value of an option in words.
@@ -139,6 +151,11 @@ void decode_option(const option_code& code, Option& option) {
 
 /// Whether there are groups, and queries that see their cores: without a window there are none.
 inline bool pools(const options& options) { return options.group_size >= 1 && options.window != unlimited; }
+
+/// Whether they have biases.
+inline bool has_core_biases(const options& options) {
+  return pools(options) && options.core_bias != cca::core_bias::none;
+}
 
 inline double softmax_scale(const options& options, std::int64_t dim) {
   return options.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(dim)));

@@ -28,9 +28,13 @@ void require_pool(const inputs<Query, Key, Value, Sink>& in, const options& opti
   require_unset(options, &options::window, "every complete group is pooled");
   require_unset(options, &options::unit, "pooling reads more than it multiplies");
   require_unset(options, &options::softcap, "the weights of pooling have none");
+  require_unset(options, &options::core_bias, "attention adds it");
   if (options.pool != pooling::last_query)
     require_unset(options, &options::softmax_scale, "the mean and the maximum have no weights");
   if (given(in.sink_logits)) refuse("sink_logits", to_string(in.sink_logits.extent), "none: they join attention");
+  if (given(in.alibi_slopes))
+    refuse("alibi_slopes", to_string(in.alibi_slopes.extent), "none: the weights of pooling know no distance");
+  if (given(in.key_bias)) refuse("key_bias", to_string(in.key_bias.extent), "none: the weights of pooling have none");
 }
 
 /// Scratch of pooling all complete groups. `attention` pools those that some query sees, which are fewer: a workspace for
@@ -87,7 +91,7 @@ void pool(const inputs<Query, Key, Value, Sink>& in, const cores<CoreKey, CoreVa
 
   const auto plan = detail::plan_pooling<T>(in, options, run);
   detail::scratch memory(run.workspace(), plan.bytes(), "workspace_size");
-  detail::pool_views<T>(in.query, in.key, in.value, to.key, to.value, options, run, plan.take(memory));
+  detail::pool_views<T>(in.query, in.key, in.value, to, tensor_view<T, 3>{}, options, run, plan.take(memory));
 }
 
 /// Pools views.

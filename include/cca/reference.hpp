@@ -109,18 +109,28 @@ vector<Scalar> pooling_weights(const Keys& keys, const Query& last, Scalar scale
 
 namespace detail {
 
+/// Sequence `b` of numbers that may be given, for each sequence or for all.
+template <class T>
+lse_view<T> sequence_of(const lse_view<T>& numbers, std::int64_t b) {
+  return numbers.data == nullptr ? numbers : numbers.sequence(b % numbers.batch());
+}
+
 /// Sequence `b` of what attention reads.
 template <class Query, class Key, class Value, class Sink>
 inputs<Query, Key, Value, Sink> sequence_of(const inputs<Query, Key, Value, Sink>& in, std::int64_t b) {
-  const auto& sinks = in.sink_logits;
-  const bool shared = sinks.data == nullptr || sinks.batch() == 1;
-  return {in.query.sequence(b), in.key.sequence(b), in.value.sequence(b), shared ? sinks : sinks.sequence(b)};
+  return {in.query.sequence(b),
+          in.key.sequence(b),
+          in.value.sequence(b),
+          sequence_of(in.sink_logits, b),
+          sequence_of(in.alibi_slopes, b),
+          sequence_of(in.key_bias, b)};
 }
 
 /// Sequence `b` of a far context.
-template <class Key, class Value>
-far_context<Key, Value> sequence_of(const far_context<Key, Value>& context, std::int64_t b) {
-  return {context.key.sequence(b), context.value.sequence(b), context.seen.sequence(b)};
+template <class Key, class Value, class Bias>
+far_context<Key, Value, Bias> sequence_of(const far_context<Key, Value, Bias>& context, std::int64_t b) {
+  return {context.key.sequence(b), context.value.sequence(b), context.seen.sequence(b), sequence_of(context.bias, b),
+          sequence_of(context.positions, b)};
 }
 
 /// Whether some of these views have lengths per sequence.
@@ -199,6 +209,33 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
   return cores;
 }
 
+/// Biases of the cores of every complete group, `[batch, core heads, groups, 1]`: the entropy of the weights,
+/// `-sum_j w_j log w_j`; nothing where the options ask for none.
+template <class Scalar, class Query, class Key>
+tensor<Scalar> core_biases(tensor_view<Query> query, tensor_view<Key> key, const options& options) {
+  if (options.core_bias == core_bias::none) return {};
+  const partition partition{options.group_size, options.window};
+  const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
+  const std::int64_t heads = cca::detail::core_head_count(options, query.heads(), key.heads());
+  tensor<Scalar> biases(key.batch(), heads, partition.group_count(key.length()), 1);
+  for (std::int64_t b = 0; b < key.batch(); ++b)
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const matrix<Scalar> keys = head<Scalar>(key, b, h / (heads / key.heads())),
+                           queries = mean_query<Scalar>(query, b, h, query.heads() / heads);
+      for (std::int64_t c = 0; c < biases.extent[2]; ++c) {
+        const range group = partition.group(c);
+        Scalar& bias = *biases.view().row(b, h, c);
+        bias = std::log(static_cast<Scalar>(group.size()));  // of equal weights
+        if (options.pool != pooling::last_query) continue;
+        const vector<Scalar> weights =
+            pooling_weights(keys.middleRows(group.begin, group.size()), queries.row(group.end - 1).transpose(), scale);
+        bias = 0;
+        for (const Scalar w : weights) bias -= w == 0 ? w : w * std::log(w);
+      }
+    }
+  return biases;
+}
+
 /// Scores of a query and keys: `x = scale q . k`, and with a softcap `cap tanh(x / cap)` in its place.
 template <class Scalar, class Keys, class Row>
 vector<Scalar> scores(const Keys& keys, const Row& query, const options& options) {
@@ -214,12 +251,81 @@ Scalar sink_logit(const lse_view<Sink>& sinks, std::int64_t b, std::int64_t h, s
   return static_cast<Scalar>(*sinks.row(b % sinks.batch(), h, i % sinks.length()));
 }
 
+/// What is known of rows beside their keys and values: their positions, and biases.
+template <class Scalar>
+struct row_terms {
+  std::function<std::int64_t(std::int64_t b, std::int64_t h, std::int64_t j)> position;  ///< none: no distance counts
+  std::function<Scalar(std::int64_t b, std::int64_t h, std::int64_t j)> bias;            ///< none: 0
+};
+
+/// A number per row, of query head `h` of `heads`, in a view that sequences and heads may share.
+template <class T>
+const T& shared(const lse_view<const T>& view, std::int64_t heads, std::int64_t b, std::int64_t h, std::int64_t j) {
+  return *view.row(b % view.batch(), h / (heads / view.heads()), j);
+}
+
+/// Those of such views.
+template <class Scalar, class Bias>
+std::function<Scalar(std::int64_t, std::int64_t, std::int64_t)> biases(lse_view<const Bias> view, std::int64_t heads) {
+  if (view.data == nullptr) return {};
+  return
+      [=](std::int64_t b, std::int64_t h, std::int64_t j) { return static_cast<Scalar>(shared(view, heads, b, h, j)); };
+}
+
+/// `|t - position|` of the query at `t` and the rows `rows`.
+template <class Scalar>
+vector<Scalar> distances(const row_terms<Scalar>& terms, std::int64_t b, std::int64_t h, std::int64_t t, range rows) {
+  vector<Scalar> all = vector<Scalar>::Zero(rows.size());
+  for (std::int64_t j = rows.begin; j < rows.end && terms.position; ++j)
+    all(j - rows.begin) = static_cast<Scalar>(std::abs(t - terms.position(b, h, j)));
+  return all;
+}
+
+/// Adds to the scores of rows what is not of their keys: `x -= slope |t - position|`, `x += bias`.
+template <class Scalar, class Sink>
+void shift(vector<Scalar>& scores, const lse_view<const Sink>& slopes, const row_terms<Scalar>& terms, std::int64_t b,
+           std::int64_t h, std::int64_t t, range rows) {
+  if (slopes.data != nullptr)
+    scores -= static_cast<Scalar>(*slopes.row(b % slopes.batch(), h, 0)) * distances(terms, b, h, t, rows);
+  for (std::int64_t j = rows.begin; j < rows.end && terms.bias; ++j) scores(j - rows.begin) += terms.bias(b, h, j);
+}
+
+/// Of the raw tokens of a call.
+template <class Scalar, class Inputs>
+row_terms<Scalar> raw_terms(const Inputs& in) {
+  return {[](std::int64_t, std::int64_t, std::int64_t j) { return j; }, biases<Scalar>(in.key_bias, in.query.heads())};
+}
+
+/// Of a caller's far rows.
+template <class Scalar, class Inputs, class Far>
+row_terms<Scalar> far_terms(const Inputs& in, const Far& context) {
+  row_terms<Scalar> terms{{}, biases<Scalar>(context.bias, in.query.heads())};
+  if (context.positions.data != nullptr)
+    terms.position = [positions = context.positions, heads = in.query.heads()](
+                         std::int64_t b, std::int64_t h, std::int64_t j) { return shared(positions, heads, b, h, j); };
+  return terms;
+}
+
+/// Of cores, which lie where the last tokens of their groups do. They may have biases, `core_biases`.
+template <class Scalar>
+row_terms<Scalar> core_terms(const options& options, const tensor<Scalar>& of, std::int64_t heads) {
+  const auto [batch, core_heads, groups, one] = of.extent;
+  const lse_view<const Scalar> view = bhs(of.data.data(), batch, core_heads, groups);
+  return {[partition = partition{options.group_size, options.window}](std::int64_t, std::int64_t, std::int64_t c) {
+            return partition.group(c).end - 1;
+          },
+          biases<Scalar>(view, heads)};
+}
+
 /// Attention of every query to the far rows `[0, seen(b, h, i))` and the tokens `raw(i)`, in one softmax.
 template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class Seen,
           class Raw>
 result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, tensor_view<FarKey> far_key,
-                      tensor_view<FarValue> far_value, const options& options, const Seen& seen, const Raw& raw) {
+                      tensor_view<FarValue> far_value, const options& options, const Seen& seen, const Raw& raw,
+                      const row_terms<Scalar>& far_at = {}) {
   const auto& query = in.query;
+  const std::int64_t first = cca::detail::first_position(options, query.length(), in.key.length());
+  const row_terms<Scalar> raw_at = raw_terms<Scalar>(in);
   const std::int64_t value_dim = in.value.dim();
   result<Scalar> result{{query.batch(), query.heads(), query.length(), value_dim},
                         {query.batch(), query.heads(), query.length(), 1}};
@@ -234,9 +340,12 @@ result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, tensor_view<Far
         const std::int64_t pooled = seen(b, h, i);
         const range window = raw(i);
         const vector<Scalar> row = q.row(i);
+        vector<Scalar> of_far = scores<Scalar>(fk.topRows(pooled), row, options),
+                       of_raw = scores<Scalar>(k.middleRows(window.begin, window.size()), row, options);
+        shift(of_far, in.alibi_slopes, far_at, b, h, first + i, {0, pooled});
+        shift(of_raw, in.alibi_slopes, raw_at, b, h, first + i, window);
         vector<Scalar> weights(pooled + window.size());
-        weights << scores<Scalar>(fk.topRows(pooled), row, options),
-            scores<Scalar>(k.middleRows(window.begin, window.size()), row, options);
+        weights << of_far, of_raw;
         *result.lse.view().row(b, h, i) = softmax(weights, sink_logit<Scalar>(in.sink_logits, b, h, i));
         Eigen::Map<vector<Scalar>>(result.out.view().row(b, h, i), value_dim) =
             fv.topRows(pooled).transpose() * weights.head(pooled) +
@@ -280,17 +389,18 @@ result<Scalar> attention(const inputs<Query, Key, Value, Sink>& in, const option
       return attention<Scalar>(detail::sequence_of(in, b), options);
     });
   const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
+  const tensor<Scalar> biases = core_biases<Scalar>(in.query, in.key, options);
   return attend<Scalar>(
       in, cores.first.view(), cores.second.view(), options,
       [&](std::int64_t, std::int64_t, std::int64_t t) {
         return partition{options.group_size, options.window}.core_count(t);
       },
-      detail::raw_tokens(in.query, in.key, options));
+      detail::raw_tokens(in.query, in.key, options), core_terms(options, biases, in.query.heads()));
 }
 
 /// `cca::attend`: the caller's far rows, then raw tokens.
-template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
-result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
+template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class Bias>
+result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, Bias>& context,
                       const options& options) {
   if (detail::have_lengths(in.query, in.key, context.key))
     return detail::each_alone<Scalar>(in.query, in.value.dim(), [&](std::int64_t b) {
@@ -299,7 +409,7 @@ result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, const far_conte
   return attend<Scalar>(
       in, context.key, context.value, options,
       [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *context.seen.row(b, h, i); },
-      detail::raw_tokens(in.query, in.key, options));
+      detail::raw_tokens(in.query, in.key, options), far_terms<Scalar>(in, context));
 }
 
 }}}  // namespace cca::CCA_TARGET::reference

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <utility>
 
 #include "call.hpp"
 #include "options.hpp"
@@ -16,12 +17,12 @@
 /// The textbook of the gradients.
 namespace cca { inline namespace CCA_TARGET { namespace reference {
 
-/// Of the operands of the same names; those of far rows and of sink logits are empty where the caller has none.
+/// Of the operands of the same names; those of operands that the caller does not have are empty.
 template <class Scalar>
 struct gradient {
   /// @{
   /// Of the operand's extents.
-  tensor<Scalar> query, key, value, far_key, far_value, sink_logits;
+  tensor<Scalar> query, key, value, far_key, far_value, sink_logits{}, alibi_slopes{}, key_bias{}, far_bias{};
   /// @}
 };
 
@@ -47,37 +48,58 @@ incoming<GradOut, GradLse> sequence_of(const incoming<GradOut, GradLse>& from, s
 /// The gradients `f(b)` of each sequence, added up in tensors of these extents.
 template <class Scalar, class F>
 gradient<Scalar> each_alone(gradient<Scalar> sum, std::int64_t batch, const F& f) {
+  using all = gradient<Scalar>;
   for (std::int64_t b = 0; b < batch; ++b) {
     const gradient<Scalar> one = f(b);
-    for (const auto part : {&gradient<Scalar>::query, &gradient<Scalar>::key, &gradient<Scalar>::value,
-                            &gradient<Scalar>::far_key, &gradient<Scalar>::far_value, &gradient<Scalar>::sink_logits})
+    for (const auto part : {&all::query, &all::key, &all::value, &all::far_key, &all::far_value, &all::sink_logits,
+                            &all::alibi_slopes, &all::key_bias, &all::far_bias})
       if (!(sum.*part).data.empty()) add_sequence(one.*part, b, sum.*part);
   }
   return sum;
 }
 
+/// Zeros of the extents of numbers that may be given.
+template <class Scalar, class Numbers>
+tensor<Scalar> zeros_of_numbers(const Numbers& numbers) {
+  const auto& [batch, heads, length] = numbers.extent;
+  return {batch, heads, length, 1};
+}
+
 /// Zeros of the extents of inputs.
 template <class Scalar, class Query, class Key, class Value, class Sink>
 gradient<Scalar> zeros_of(const inputs<Query, Key, Value, Sink>& in) {
-  const std::array<std::int64_t, 3>& sinks = in.sink_logits.extent;
-  return {tensor<Scalar>(in.query.extent),  tensor<Scalar>(in.key.extent), tensor<Scalar>(in.value.extent), {}, {},
-          {sinks[0], sinks[1], sinks[2], 1}};
+  gradient<Scalar> zeros{tensor<Scalar>(in.query.extent), tensor<Scalar>(in.key.extent), tensor<Scalar>(in.value.extent),
+                         {}, {}};
+  zeros.sink_logits = zeros_of_numbers<Scalar>(in.sink_logits);
+  zeros.alibi_slopes = zeros_of_numbers<Scalar>(in.alibi_slopes);
+  zeros.key_bias = zeros_of_numbers<Scalar>(in.key_bias);
+  return zeros;
+}
+
+/// Adds to the biases of the rows `rows` of query head `h` of `heads`, if there are any.
+template <class Scalar, class Gradient>
+void add_to_biases(tensor<Scalar>& grad, std::int64_t heads, std::int64_t b, std::int64_t h, range rows,
+                   const Gradient& ds) {
+  if (grad.data.empty()) return;
+  for (std::int64_t j = rows.begin; j < rows.end; ++j)
+    *grad.view().row(b % grad.extent[0], h / (heads / grad.extent[1]), j) += ds(j - rows.begin);
 }
 
 }  // namespace detail
 
-/// Of `pool`, for the gradients of the first `grad_core_key.length()` cores. With `dc_k`, `dc_v` those of a core:
+/// Of `pool`, and of `core_biases` where `grad_core_bias` has data, for the gradients of the first `grad_core_key.length()`
+/// cores. With `dc_k`, `dc_v` those of a core:
 /// `dw_j = dc_k . k_j + dc_v . v_j`, `dl_j = w_j (dw_j - sum_i w_i dw_i)`; `dk_j = w_j dc_k + scale dl_j q_last`,
-/// `dv_j = w_j dc_v`, `dq_last = scale sum_j dl_j k_j`, shared by the query heads whose mean `q_last` is.
+/// `dv_j = w_j dc_v`, `dq_last = scale sum_j dl_j k_j`, shared by the query heads whose mean `q_last` is. With `db` that of
+/// a bias, the entropy of the weights, `dl_j -= db w_j (l_j - sum_i w_i l_i)`.
 template <class Scalar, class Query, class Key, class Value, class CoreKey, class CoreValue>
 gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                tensor_view<CoreKey> grad_core_key, tensor_view<CoreValue> grad_core_value,
-                               const options& options) {
+                               const options& options, const lse_view<const Scalar>& grad_core_bias = {}) {
   const partition partition{options.group_size, options.window};
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
   const std::int64_t heads = grad_core_key.heads(), sharing = query.heads() / (std::max<std::int64_t>)(heads, 1);
-  gradient<Scalar> grad{
-      tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent), {}, {}, {}};
+  gradient<Scalar> grad{tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent), {}, {}};
   if (detail::have_lengths(query, key, value))
     return detail::each_alone<Scalar>(grad, key.batch(), [&](std::int64_t b) {
       return pool_gradient<Scalar>(query.sequence(b), key.sequence(b), value.sequence(b), grad_core_key.sequence(b),
@@ -106,7 +128,11 @@ gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, t
           const vector<Scalar> last = queries.row(group.end - 1);
           weights = pooling_weights(k, last, scale);
           const vector<Scalar> dw = k * dc_k + v * dc_v;
-          const vector<Scalar> dl = weights.cwiseProduct((dw.array() - weights.dot(dw)).matrix());
+          vector<Scalar> dl = weights.cwiseProduct((dw.array() - weights.dot(dw)).matrix());
+          if (grad_core_bias.data != nullptr) {
+            const vector<Scalar> l = scale * (k * last);
+            dl -= *grad_core_bias.row(b, h, c) * weights.cwiseProduct((l.array() - weights.dot(l)).matrix());
+          }
           dk += scale * dl * last.transpose();
           for (std::int64_t i = h * sharing; i < (h + 1) * sharing; ++i)
             head(grad.query, b, i).row(group.end - 1) += scale * dl.transpose() * k / static_cast<Scalar>(sharing);
@@ -120,20 +146,27 @@ gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, t
 
 /// Of `attend`: with `dO` and `dlse` the gradients of the output and of the log-sum-exp, `P = exp(S - lse)`,
 /// `dV = P^T dO`, `dP = dO V^T`, `delta = rowsum(P dP) - dlse`, `dS = P (dP - delta)`, with a softcap times
-/// `1 - (S / cap)^2`; `dQ = scale dS K`, `dK = scale dS^T Q`. A sink logit: `-exp(sink - lse) delta`, of all queries that it
-/// is for. No `grad_lse`: 0.
+/// `1 - (X / cap)^2`; `dQ = scale dS K`, `dK = scale dS^T Q`. A sink logit: `-exp(sink - lse) delta`, of all queries that it
+/// is for; a bias: `dS` before the softcap's factor, of all queries and heads that see it; a slope: minus that times
+/// the distances, of all rows. No `grad_lse`: 0.
 template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class GradOut,
           class GradLse, class Seen, class Raw>
 gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tensor_view<FarKey> far_key,
                                  tensor_view<FarValue> far_value, const incoming<GradOut, GradLse>& from,
-                                 const options& options, const Seen& seen, const Raw& raw) {
+                                 const options& options, const Seen& seen, const Raw& raw,
+                                 const row_terms<Scalar>& far_at = {},
+                                 const std::array<std::int64_t, 3>& far_biases = {}) {
   const auto& query = in.query;
+  const std::int64_t first = cca::detail::first_position(options, query.length(), in.key.length());
+  const row_terms<Scalar> raw_at = raw_terms<Scalar>(in);
   const std::array<std::int64_t, 3>& sinks = in.sink_logits.extent;
+  const auto numbers = [](const std::array<std::int64_t, 3>& e) { return tensor<Scalar>(e[0], e[1], e[2], 1); };
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, query.dim()));
   const auto cap = static_cast<Scalar>(options.softcap);
-  gradient<Scalar> grad{tensor<Scalar>(query.extent),     tensor<Scalar>(in.key.extent),
-                        tensor<Scalar>(in.value.extent),  tensor<Scalar>(far_key.extent),
-                        tensor<Scalar>(far_value.extent), {sinks[0], sinks[1], sinks[2], 1}};
+  gradient<Scalar> grad{
+      tensor<Scalar>(query.extent),    tensor<Scalar>(in.key.extent),    tensor<Scalar>(in.value.extent),
+      tensor<Scalar>(far_key.extent),  tensor<Scalar>(far_value.extent), numbers(sinks),
+      numbers(in.alibi_slopes.extent), numbers(in.key_bias.extent),      numbers(far_biases)};
   for (std::int64_t b = 0; b < query.batch(); ++b)
     for (std::int64_t h = 0; h < query.heads(); ++h) {
       const std::int64_t kv_head = h / (query.heads() / in.key.heads()),
@@ -147,7 +180,11 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
         matrix<Scalar> keys(pooled + window.size(), query.dim()), values(pooled + window.size(), in.value.dim());
         keys << fk.topRows(pooled), k.middleRows(window.begin, window.size());
         values << fv.topRows(pooled), v.middleRows(window.begin, window.size());
-        const vector<Scalar> logits = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
+        const vector<Scalar> capped = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
+        vector<Scalar> of_far = capped.head(pooled), of_raw = capped.tail(window.size()), logits(capped.size());
+        shift(of_far, in.alibi_slopes, far_at, b, h, first + i, {0, pooled});
+        shift(of_raw, in.alibi_slopes, raw_at, b, h, first + i, window);
+        logits << of_far, of_raw;
         const Scalar sink = sink_logit<Scalar>(in.sink_logits, b, h, i);
         vector<Scalar> weights = logits;
         const Scalar lse = softmax(weights, sink);
@@ -157,7 +194,13 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
         const Scalar delta =
             weights.dot(dp) - (from.grad_lse.data ? static_cast<Scalar>(*from.grad_lse.row(b, h, i)) : Scalar(0));
         vector<Scalar> ds = weights.cwiseProduct((dp.array() - delta).matrix());
-        if (cap > 0) ds.array() *= 1 - (logits / cap).array().square();
+        if (in.alibi_slopes.data)
+          *grad.alibi_slopes.view().row(b % grad.alibi_slopes.extent[0], h, 0) -=
+              ds.head(pooled).dot(distances(far_at, b, h, first + i, {0, pooled})) +
+              ds.tail(window.size()).dot(distances(raw_at, b, h, first + i, window));
+        detail::add_to_biases(grad.far_bias, query.heads(), b, h, {0, pooled}, ds.head(pooled));
+        detail::add_to_biases(grad.key_bias, query.heads(), b, h, window, ds.tail(window.size()));
+        if (cap > 0) ds.array() *= 1 - (capped / cap).array().square();
         const matrix<Scalar> grad_keys = scale * ds * q.row(i), grad_values = weights * grad_rows.row(i);
         head(grad.query, b, h).row(i) = scale * ds.transpose() * keys;
         head(grad.far_key, b, far_head).topRows(pooled) += grad_keys.topRows(pooled);
@@ -197,31 +240,35 @@ gradient<Scalar> attention_gradient(const inputs<Query, Key, Value, Sink>& in, c
     });
   const partition partition{options.group_size, options.window};
   const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
+  const tensor<Scalar> biases = core_biases<Scalar>(in.query, in.key, options);
   gradient<Scalar> grad = attend_gradient<Scalar>(
       in, cores.first.view(), cores.second.view(), from, options,
       [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); },
-      detail::raw_tokens(in.query, in.key, options));
+      detail::raw_tokens(in.query, in.key, options), core_terms(options, biases, in.query.heads()),
+      {biases.extent[0], biases.extent[1], biases.extent[2]});
   auto grad_core_key = grad.far_key.view(), grad_core_value = grad.far_value.view();
   grad_core_key.extent[2] = grad_core_value.extent[2] = partition.core_count(in.key.length() - 1);  // those seen
-  const gradient<Scalar> pooled =
-      pool_gradient<Scalar>(in.query, in.key, in.value, grad_core_key, grad_core_value, options);
+  const gradient<Scalar> pooled = pool_gradient<Scalar>(
+      in.query, in.key, in.value, grad_core_key, grad_core_value, options,
+      bhs(std::as_const(grad.far_bias).data.data(), biases.extent[0], biases.extent[1], biases.extent[2]));
   for (const auto part : {&gradient<Scalar>::query, &gradient<Scalar>::key, &gradient<Scalar>::value})
     std::transform((pooled.*part).data.begin(), (pooled.*part).data.end(), (grad.*part).data.begin(),
                    (grad.*part).data.begin(), std::plus<Scalar>());
-  grad.far_key = grad.far_value = {};
+  grad.far_key = grad.far_value = grad.far_bias = {};
   return grad;
 }
 
 /// Of `attend` to the caller's far rows.
-template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class GradOut,
-          class GradLse>
+template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class Bias,
+          class GradOut, class GradLse>
 gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in,
-                                 const far_context<FarKey, FarValue>& context, const incoming<GradOut, GradLse>& from,
-                                 const options& options) {
+                                 const far_context<FarKey, FarValue, Bias>& context,
+                                 const incoming<GradOut, GradLse>& from, const options& options) {
   if (detail::have_lengths(in.query, in.key, context.key)) {
     gradient<Scalar> zeros = detail::zeros_of<Scalar>(in);
     zeros.far_key = tensor<Scalar>(context.key.extent);
     zeros.far_value = tensor<Scalar>(context.value.extent);
+    zeros.far_bias = detail::zeros_of_numbers<Scalar>(context.bias);
     return detail::each_alone<Scalar>(zeros, in.query.batch(), [&](std::int64_t b) {
       return attend_gradient<Scalar>(detail::sequence_of(in, b), detail::sequence_of(context, b),
                                      detail::sequence_of(from, b), options);
@@ -230,7 +277,7 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in,
   return attend_gradient<Scalar>(
       in, context.key, context.value, from, options,
       [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *context.seen.row(b, h, i); },
-      detail::raw_tokens(in.query, in.key, options));
+      detail::raw_tokens(in.query, in.key, options), far_terms<Scalar>(in, context), context.bias.extent);
 }
 
 }}}  // namespace cca::CCA_TARGET::reference

@@ -40,11 +40,11 @@ cache_shape typed(const plain::cache_shape& s) {
 
 template <class T>
 inputs<T> inputs_of(const plain::call<T>& c) {
-  return {typed(c.query), typed(c.key), typed(c.value), typed(c.sink_logits)};
+  return {typed(c.query), typed(c.key), typed(c.value), typed(c.sink_logits), typed(c.alibi_slopes), typed(c.key_bias)};
 }
 template <class T>
 far_context<T> far_of(const plain::call<T>& c) {
-  return {typed(c.far_key), typed(c.far_value), typed(c.seen)};
+  return {typed(c.far_key), typed(c.far_value), typed(c.seen), typed(c.far_bias), typed(c.far_positions)};
 }
 template <class T>
 results<T> results_of(const plain::call<T>& c) {
@@ -64,8 +64,9 @@ incoming<T> incoming_of(const plain::call<T>& c) {
 }
 template <class T>
 gradients<compute_type<T>> gradients_of(const plain::call<T>& c) {
-  return {typed(c.grad_query),   typed(c.grad_key),       typed(c.grad_value),
-          typed(c.grad_far_key), typed(c.grad_far_value), typed(c.grad_sink_logits)};
+  return {typed(c.grad_query),        typed(c.grad_key),       typed(c.grad_value),
+          typed(c.grad_far_key),      typed(c.grad_far_value), typed(c.grad_sink_logits),
+          typed(c.grad_alibi_slopes), typed(c.grad_key_bias),  typed(c.grad_far_bias)};
 }
 template <class T>
 cores<T> cores_of(const plain::call<T>& c) {
@@ -149,9 +150,9 @@ constexpr plain::cache_functions<T> cache_functions{
     .append =
         [](void* cache, const auto& b, const auto& c) {
           with(c, [&](const auto&, const auto& run) {
-            const auto [query, key, value, sinks] = inputs_of(c);
-            b ? cache_at<T>(cache).append(*b, query, key, value, run)
-              : cache_at<T>(cache).append(query, key, value, run);
+            const inputs<T> in = inputs_of(c);
+            b ? cache_at<T>(cache).append(*b, in.query, in.key, in.value, run)
+              : cache_at<T>(cache).append(in.query, in.key, in.value, run);
           });
         },
     .truncate = [](void* cache, std::int64_t b, std::int64_t length) { cache_at<T>(cache).truncate(b, length); },

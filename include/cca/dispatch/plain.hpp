@@ -68,15 +68,16 @@ struct call {
   using lse_operand = view<const number, 3>;
 
   operand query, key, value;  // inputs
-  lse_operand sink_logits;
+  lse_operand sink_logits, alibi_slopes, key_bias;
   operand far_key, far_value;  // far context
-  view<const std::int64_t, 3> seen;
+  view<const std::int64_t, 3> seen, far_positions;
+  lse_operand far_bias;
   view<T> out;  // results
   view<number, 3> lse;
   operand out_a, out_b, grad_out;  // results that are read, and the gradients that come in
   lse_operand lse_a, lse_b, grad_lse;
   view<number> grad_query, grad_key, grad_value, grad_far_key, grad_far_value;  // gradients
-  view<number, 3> grad_sink_logits;
+  view<number, 3> grad_sink_logits, grad_alibi_slopes, grad_key_bias, grad_far_bias;
   view<T> core_key, core_value;  // cores, and their gradients that come in
   view<const number> grad_core_key, grad_core_value;
   plain::options options;

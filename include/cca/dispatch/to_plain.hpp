@@ -50,12 +50,16 @@ void put(plain::call<T>& to, const inputs<T>& in) {
   to.key = to_plain(in.key);
   to.value = to_plain(in.value);
   to.sink_logits = to_plain(in.sink_logits);
+  to.alibi_slopes = to_plain(in.alibi_slopes);
+  to.key_bias = to_plain(in.key_bias);
 }
 template <class T>
 void put(plain::call<T>& to, const far_context<T>& context) {
   to.far_key = to_plain(context.key);
   to.far_value = to_plain(context.value);
   to.seen = to_plain(context.seen);
+  to.far_bias = to_plain(context.bias);
+  to.far_positions = to_plain(context.positions);
 }
 template <class T>
 void put(plain::call<T>& to, const results<T>& results) {
@@ -81,6 +85,9 @@ void put(plain::call<T>& to, const gradients<compute_type<T>>& grad) {
   to.grad_far_key = to_plain(grad.far_key);
   to.grad_far_value = to_plain(grad.far_value);
   to.grad_sink_logits = to_plain(grad.sink_logits);
+  to.grad_alibi_slopes = to_plain(grad.alibi_slopes);
+  to.grad_key_bias = to_plain(grad.key_bias);
+  to.grad_far_bias = to_plain(grad.far_bias);
 }
 template <class T>
 void put(plain::call<T>& to, const cores<T>& cores) {

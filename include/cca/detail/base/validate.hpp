@@ -87,6 +87,8 @@ void require_options(const options& options) {
   if (!(magnitude<double>(options.softmax_scale.value_or(0)) <= largest))
     refuse("options.softmax_scale", to_string<double>(*options.softmax_scale),
            "a finite number, at most " + to_string(largest));
+  if (options.core_bias != cca::core_bias::none && options.pool == pooling::max)
+    refuse("options.core_bias", option_text(options.core_bias), "none: the maximum has no weights");
   if (!(0 <= options.softcap && options.softcap <= static_cast<double>(largest_finite<T>)))
     refuse("options.softcap", to_string(options.softcap), "a finite number above 0, or 0 for none");
 }
@@ -105,6 +107,7 @@ void require_unset(const options& options, Option cca::options::*option, const c
 inline void require_no_pooling(const options& options, const char* reason) {
   require_unset(options, &options::pool, reason);
   require_unset(options, &options::core_heads, reason);
+  require_unset(options, &options::core_bias, reason);
 }
 
 /// What dense attention has no use for.
@@ -162,16 +165,79 @@ void require_sink_logits(const tensor_view<Query>& query, const lse_view<Sink>& 
          "[1 or " + to_string(batch) + ", " + to_string(heads) + ", 1] or " + to_string<3>({batch, heads, length}));
 }
 
+/// A slope for each head, of one sequence or of all. `T` is what is computed in.
+template <class T, class Query, class Slope>
+void require_alibi_slopes(const tensor_view<Query>& query, const lse_view<Slope>& slopes) {
+  if (!given(slopes)) return;
+  static_assert(std::is_same_v<std::remove_const_t<Slope>, T>,
+                "cca: alibi_slopes are of the type that is computed in: double if an operand is, otherwise float");
+  require_operand("alibi_slopes", slopes);
+  const std::int64_t batch = query.batch(), heads = query.heads();
+  const std::array<std::int64_t, 3>& e = slopes.extent;
+  if (slopes.has_lengths() || (e != std::array<std::int64_t, 3>{1, heads, 1} &&
+                               e != std::array<std::int64_t, 3>{batch, heads, 1}))
+    refuse("alibi_slopes", to_string(slopes.extent), "[1 or " + to_string(batch) + ", " + to_string(heads) + ", 1]");
+}
+
+/// A number for each of the rows, where they are given: of every sequence or of one for all, of heads that query heads
+/// share.
+template <class Query, class Number, class Rows>
+void require_row_numbers(const char* name, const tensor_view<Query>& query, const lse_view<Number>& numbers,
+                         const Rows& rows) {
+  if (!given(numbers)) return;
+  require_operand(name, numbers);
+  require_heads(name, numbers.heads(), query.heads());
+  const bool each = numbers.batch() == query.batch();
+  if (each && (numbers.has_lengths() || rows.has_lengths()))
+    return require_shape(name, numbers, numbers.heads(), 1, rows);
+  if ((numbers.batch() != 1 && !each) || numbers.has_lengths() || numbers.length() != rows.length())
+    refuse(name, to_string(numbers.extent),
+           "[1 or " + to_string(query.batch()) + ", " + to_string(numbers.heads()) + ", " + to_string(rows.length()) + "]");
+}
+
 /// What an entry point of attention reads. `T` is what is computed in.
 template <class T, class Inputs>
 void require_inputs(const Inputs& in) {
   require_operand("query", in.query);
   require_key_value("key", "value", in.query, in.key, in.value);
   require_sink_logits<T>(in.query, in.sink_logits);
+  require_alibi_slopes<T>(in.query, in.alibi_slopes);
+  require_row_numbers("key_bias", in.query, in.key_bias, in.key);
 }
 
-/// A caller's far context of a call.
-template <class Inputs, class Far>
+/// Calls `f(b, h, i)` for the rows of a view of three extents.
+template <class T, class F>
+void for_each_row(const lse_view<T>& view, const F& f) {
+  for (std::int64_t b = 0; b < view.batch(); ++b)
+    for (std::int64_t h = 0; h < view.heads(); ++h)
+      for (std::int64_t i = 0; i < view.length(b); ++i) f(b, h, i);
+}
+
+/// Biases and positions of far rows. Distances are for slopes, and theirs alone.
+template <class T, class Inputs, class Far>
+void require_far_terms(const Inputs& in, const Far& far_rows) {
+  require_row_numbers("far.bias", in.query, far_rows.bias, far_rows.key);
+  using Bias = std::remove_const_t<typename decltype(far_rows.bias)::element_type>;
+  if (!std::is_same_v<Bias, T> && given(far_rows.bias))
+    refuse("far.bias", "numbers of " + to_string(sizeof(Bias)) + " bytes",
+           "the type that is computed in, of " + to_string(sizeof(T)) + " bytes");
+  const lse_view<const std::int64_t>& positions = far_rows.positions;
+  require_row_numbers("far.positions", in.query, positions, far_rows.key);
+  if (given(positions) && !given(in.alibi_slopes))
+    refuse("far.positions", to_string(positions.extent), "none: only alibi_slopes have a use for them");
+  if (!given(positions) && given(in.alibi_slopes) && far_rows.key.length() > 0)
+    refuse("far.positions", "none", "those of the far rows, for alibi_slopes are given");
+  constexpr std::int64_t most = std::int64_t{1} << 61;
+  for_each_row(positions, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+    const std::int64_t position = *positions.row(b, h, i);
+    if (!(-most <= position && position <= most))
+      refuse("far.positions", to_string(position) + " at " + to_string<3>({b, h, i}),
+             "a position between -2^61 and 2^61");
+  });
+}
+
+/// A caller's far context of a call. `T` is what is computed in.
+template <class T, class Inputs, class Far>
 void require_far(const Inputs& in, const Far& far_rows) {
   require_key_value("far.key", "far.value", in.query, far_rows.key, far_rows.value);
   if (far_rows.value.dim() != in.value.dim())
@@ -179,14 +245,13 @@ void require_far(const Inputs& in, const Far& far_rows) {
   const lse_view<const std::int64_t>& seen = far_rows.seen;
   require_operand("far.seen", seen);
   require_shape("far.seen", seen, in.query.heads(), 1, in.query);
-  for (std::int64_t b = 0; b < seen.batch(); ++b)
-    for (std::int64_t h = 0; h < seen.heads(); ++h)
-      for (std::int64_t i = 0; i < seen.length(b); ++i) {
-        const std::int64_t count = *seen.row(b, h, i);
-        if (!(0 <= count && count <= far_rows.key.length(b)))
-          refuse("far.seen", to_string(count) + " at " + to_string<3>({b, h, i}),
-                 "a count in [0, " + to_string(far_rows.key.length(b)) + "]");
-      }
+  for_each_row(seen, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+    const std::int64_t count = *seen.row(b, h, i);
+    if (!(0 <= count && count <= far_rows.key.length(b)))
+      refuse("far.seen", to_string(count) + " at " + to_string<3>({b, h, i}),
+             "a count in [0, " + to_string(far_rows.key.length(b)) + "]");
+  });
+  require_far_terms<T>(in, far_rows);
 }
 
 /// Where a call writes, of the extents that follow from its query.
@@ -204,8 +269,12 @@ void require_results(const tensor_view<Query>& query, std::int64_t value_dim, co
 template <class Inputs, class Results>
 void require_results_apart(const Inputs& in, const Results& to, std::initializer_list<named_view> more = {}) {
   require_apart({{"out", to.out}, {"lse", to.lse}}, more);
-  require_apart({{"out", to.out}, {"lse", to.lse}},
-                {{"query", in.query}, {"key", in.key}, {"value", in.value}, {"sink_logits", in.sink_logits}});
+  require_apart({{"out", to.out}, {"lse", to.lse}}, {{"query", in.query},
+                                                     {"key", in.key},
+                                                     {"value", in.value},
+                                                     {"sink_logits", in.sink_logits},
+                                                     {"alibi_slopes", in.alibi_slopes},
+                                                     {"key_bias", in.key_bias}});
 }
 
 /// Where attention writes. `more` is what it reads beside its inputs.

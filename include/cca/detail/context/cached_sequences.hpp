@@ -23,11 +23,13 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 template <class Element, class Core>
 struct cached_sequences {
   using ring = row_ring<Element>;
+  using bias = compute_type<Element>;
 
   struct sequence {
     std::int64_t length = 0;
     std::int64_t oldest = 0;  // of the raw tokens held, [oldest, length)
     row_store<Core> cores;    // row b: group b
+    row_store<bias> biases;   // of the cores, keys of one element; of none where they have none
     ring raw;
   };
 
@@ -46,7 +48,11 @@ struct cached_sequences {
   }
 
   [[nodiscard]] sequence new_sequence() const {
-    return {0, 0, {core_heads, shape.dim, shape.value_dim}, {shape.kv_heads, shape.dim, shape.value_dim}};
+    return {0,
+            0,
+            {core_heads, shape.dim, shape.value_dim},
+            {core_heads, has_core_biases(options) ? 1 : 0, 0},
+            {shape.kv_heads, shape.dim, shape.value_dim}};
   }
 
   /// Takes a sequence in, as one more of the batch.
@@ -76,6 +82,7 @@ struct cached_sequences {
       refuse(argument, to_string(length) + " tokens of " + to_string(bytes) + " bytes",
              "at most 2^40 bytes per sequence");
     s.cores.reserve(cores, unlimited);
+    if (has_core_biases(options)) s.biases.reserve(cores, unlimited);
     s.raw.reserve(raw, raw_limit());
   }
 
@@ -83,12 +90,16 @@ struct cached_sequences {
   void copy(const sequence& source, sequence& target) const {
     const std::int64_t cores = group_count(source.length);
     target.cores.reserve(cores, source.cores.capacity());
+    if (has_core_biases(options)) target.biases.reserve(cores, source.biases.capacity());
     if (target.raw.capacity() != source.raw.capacity()) {  // a token's row goes by the capacity
       ring raw(shape.kv_heads, shape.dim, shape.value_dim);
       raw.reserve(source.raw.capacity(), source.raw.capacity());
       target.raw = std::move(raw);
     }
-    for (std::int64_t h = 0; h < core_heads; ++h) target.cores.copy_rows(h, 0, source.cores.rows(h, 0), cores);
+    for (std::int64_t h = 0; h < core_heads; ++h) {
+      target.cores.copy_rows(h, 0, source.cores.rows(h, 0), cores);
+      target.biases.copy_rows(h, 0, source.biases.rows(h, 0), cores);
+    }
     const typename ring::pieces held = source.raw.find({source.oldest, source.length});
     target.raw.write(held.first, [&](std::int64_t h) { return source.raw.rows(h, held.row); });
     target.raw.write(held.second, [&](std::int64_t h) { return source.raw.rows(h, 0); });
@@ -113,7 +124,8 @@ struct cached_sequences {
         return query.row(b, h, token - s.length);
       };
       const auto core = [&](std::int64_t, std::int64_t h, std::int64_t c) {
-        return std::pair(s.cores.key(h, c), s.cores.value(h, c));
+        return core_place{s.cores.key(h, c), s.cores.value(h, c),
+                          has_core_biases(options) ? s.biases.key(h, c) : nullptr};
       };
       const range groups{group_count(s.length), group_count(s.length + query.length())};
       pool_groups<T>(
@@ -165,10 +177,19 @@ struct cached_sequences {
       return shifted(intersection(partition.raw(sequence_of(b).length + i), piece), -piece.begin);
     };
     const auto rows_each = [](std::int64_t count) { return [count](std::int64_t) { return count; }; };
+    /// Positions are counted from the first new token. Caches have no biases of tokens.
+    const auto at = [sequence_of](std::int64_t b, std::int64_t token) {
+      return row_terms<bias>{{.first = token - sequence_of(b).length, .step = 1}};
+    };
     f(source{core_heads, rows_each(rows.cores),
              [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
              [=](std::int64_t b, std::int64_t, std::int64_t i) {
                return range{0, partition.core_count(sequence_of(b).length + i)};
+             },
+             [=, this](std::int64_t b, std::int64_t h) {
+               const std::int64_t core_head = h / (shape.heads / core_heads);
+               return row_terms<bias>{core_positions(partition, sequence_of(b).length),
+                                      has_core_biases(options) ? sequence_of(b).biases.key(core_head, 0) : nullptr, 1};
              }},
       source{shape.kv_heads, rows_each(rows.raw),
              [=, this](std::int64_t b, std::int64_t h) {
@@ -176,18 +197,21 @@ struct cached_sequences {
              },
              [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
                return seen_of(b, i, window_of(sequence_of(b)).first);
-             }},
+             },
+             [=, this](std::int64_t b, std::int64_t) { return at(b, window_of(sequence_of(b)).first.begin); }},
       source{shape.kv_heads, rows_each(rows.raw),
              [=](std::int64_t b, std::int64_t h) { return sequence_of(b).raw.rows(h, 0); },
              [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
                return seen_of(b, i, window_of(sequence_of(b)).second);
-             }},
+             },
+             [=, this](std::int64_t b, std::int64_t) { return at(b, window_of(sequence_of(b)).second.begin); }},
       source{shape.kv_heads, rows_each(rows.fresh),
              [=](std::int64_t b, std::int64_t h) { return rows_of(in.key, in.value, b, h); },
              [=](std::int64_t b, std::int64_t, std::int64_t i) {
                const std::int64_t length = sequence_of(b).length;
                return seen_of(b, i, {length, length + rows.fresh});
-             }});
+             },
+             [=](std::int64_t b, std::int64_t) { return at(b, sequence_of(b).length); }});
   }
 };
 

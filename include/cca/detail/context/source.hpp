@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../../partition.hpp"
 #include "../../tensor_view.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -18,17 +19,43 @@ struct context_rows {
   std::int64_t value_stride;
 };
 
+/// Positions of the rows of a source, counted from query 0 of the call, so that they stay small where those of a long
+/// sequence are not.
+struct row_positions {
+  std::int64_t first = 0, step = 0;
+  const std::int64_t* given =
+      nullptr;  ///< counted as the caller does, and `first` more; null: row j lies `j * step` on
+
+  [[nodiscard]] std::int64_t operator[](std::int64_t j) const {
+    return first + (given != nullptr ? given[j * step] : j * step);
+  }
+};
+
+/// Where cores lie, seen from a query 0 at `position`: where the last tokens of their groups do.
+inline row_positions core_positions(const partition& partition, std::int64_t position) {
+  return {.first = partition.group(0).end - 1 - position, .step = partition.group_size};
+}
+
+/// What rows bring to their scores beside their keys, for one query head of one sequence.
+template <class Bias>
+struct row_terms {
+  row_positions positions{};
+  const Bias* bias = nullptr;  ///< that of row 0; null: there are none
+  std::int64_t bias_stride = 0;
+};
+
 /// One kind of context: cores, a window, a caller's rows. All of attention is a softmax over a few of them.
-template <class Length, class Rows, class Visible>
+template <class Length, class Rows, class Visible, class Terms>
 struct source {
   std::int64_t heads;  ///< query heads share them evenly
   Length length;       ///< `length(b)`: rows of sequence `b`, at most
   Rows rows;           ///< `rows(b, head)`: the `context_rows` of sequence `b`
   Visible visible;     ///< `visible(b, h, i)`: the half-open range of rows that query `i` of query head `h` sees
+  Terms terms;         ///< `terms(b, h)`: the `row_terms` of sequence `b` for query head `h`
 };
 
-template <class Length, class Rows, class Visible>
-source(std::int64_t, Length, Rows, Visible) -> source<Length, Rows, Visible>;
+template <class Length, class Rows, class Visible, class Terms>
+source(std::int64_t, Length, Rows, Visible, Terms) -> source<Length, Rows, Visible, Terms>;
 
 /// Whether keys and values of a source are both of these elements.
 template <class Element, class Source>
@@ -49,10 +76,26 @@ auto lengths_of(const tensor_view<T, Rank>& view) {
 }
 
 /// Two views as a source.
-template <class Key, class Value, class Visible>
-auto view_source(tensor_view<Key> key, tensor_view<Value> value, Visible visible) {
+template <class Key, class Value, class Visible, class Terms>
+auto view_source(tensor_view<Key> key, tensor_view<Value> value, Visible visible, Terms terms) {
   return source{key.heads(), lengths_of(key),
-                [key, value](std::int64_t b, std::int64_t h) { return rows_of(key, value, b, h); }, visible};
+                [key, value](std::int64_t b, std::int64_t h) { return rows_of(key, value, b, h); }, visible, terms};
+}
+
+/// Of numbers per row, `[1 or batch, a divisor of heads, length]`, the first for query head `h` of `heads` of sequence `b`;
+/// null where there are none.
+template <class T>
+T* shared_row(const tensor_view<T, 3>& numbers, std::int64_t b, std::int64_t h, std::int64_t heads) {
+  if (numbers.data == nullptr) return nullptr;
+  return numbers.row(numbers.batch() == 1 ? 0 : b, h / (heads / numbers.heads()), 0);
+}
+
+/// Rows of these positions, `positions(b)` of sequence `b`, and of biases where they are given.
+template <class Positions, class Bias>
+auto terms_of(Positions positions, tensor_view<const Bias, 3> bias, std::int64_t heads) {
+  return [=](std::int64_t b, std::int64_t h) {
+    return row_terms<Bias>{positions(b), shared_row(bias, b, h, heads), bias.stride[2]};
+  };
 }
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -7,6 +7,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "../../call.hpp"
 #include "../../element.hpp"
 #include "../../executor.hpp"
 #include "../../tensor_view.hpp"
@@ -23,15 +24,63 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-/// A source, and where the gradients of its rows are summed: views of the extents of its keys and values.
+/// A source, and where the gradients of its rows are summed: views of the extents of its keys and values, and for those of
+/// its biases `bias_sums`, or no data where nobody asks.
 template <class Source, class T>
 struct source_gradient {
   Source source;
   tensor_view<T> key, value;
+  tensor_view<T, 3> bias{};
 };
 
 template <class Source, class T>
 source_gradient(Source, tensor_view<T>, tensor_view<T>) -> source_gradient<Source, T>;
+template <class Source, class T>
+source_gradient(Source, tensor_view<T>, tensor_view<T>, tensor_view<T, 3>) -> source_gradient<Source, T>;
+
+/// What a task sums of the gradients of shifts, a block of rows at a time.
+template <class Tile>
+class task_shift {
+  using T = typename Tile::number;
+
+ public:
+  explicit task_shift(bool with_slope = false) : with_slope_(with_slope) {}
+
+  /// Begins with a source, the gradients of whose biases are summed from `grad_bias` on; null: nobody asks.
+  void begin(T* grad_bias, std::int64_t stride) {
+    grad_bias_ = grad_bias;
+    stride_ = stride;
+  }
+
+  [[nodiscard]] shift_sums<T> sums() {
+    return {grad_bias_ != nullptr ? bias_ : nullptr, with_slope_ ? lanes_ : nullptr};
+  }
+
+  /// Takes in what a block left: the rows `rows`.
+  void end_block(range rows) {
+    for (T& lane : lanes_) slope_ += exchange(lane, T(0));
+    for (std::int64_t j = 0; grad_bias_ != nullptr && j < rows.size(); ++j)
+      grad_bias_[(rows.begin + j) * stride_] += exchange(bias_[j], T(0));
+  }
+
+  /// Minus the gradient of the slope.
+  [[nodiscard]] T slope() const { return slope_; }
+
+ private:
+  alignas(alignment<T>) T lanes_[extent(width<T>)] = {};
+  T bias_[extent(Tile::block_rows)] = {};
+  T slope_ = T(0);
+  bool with_slope_;
+  T* grad_bias_ = nullptr;
+  std::int64_t stride_ = 0;
+};
+
+template <class T>
+void fill_zero(tensor_view<T, 3> numbers) {
+  for (std::int64_t b = 0; b < numbers.batch(); ++b)
+    for (std::int64_t h = 0; h < numbers.heads(); ++h)
+      for (std::int64_t i = 0; i < numbers.length(b); ++i) *numbers.row(b, h, i) = T(0);
+}
 
 /// The queries, and what came of them.
 template <class Query, class Out, class Lse, class GradOut, class GradLse>
@@ -51,13 +100,17 @@ query_results(tensor_view<Query>, tensor_view<Out>, lse_view<Lse>, tensor_view<G
 /// turn. All that a chain of tasks adds to counts as rows one after the other; those of the source begin at `offset`.
 template <class Tile, class Gradient>
 void absorb_in_turn(stack<Tile>& stack, const Gradient& gradient, std::int64_t b, std::int64_t head,
-                    std::int64_t offset, turn& turn) {
-  stack.absorb(gradient.source, [&](range rows, const auto* seen) {
-    turn.await(offset + rows.end);
-    stack.memory().add_to_rows(rows, seen, gradient.key.row(b, head, rows.begin), gradient.key.stride[2],
-                               gradient.value.row(b, head, rows.begin), gradient.value.stride[2]);
-    turn.pass(offset + rows.end);
-  });
+                    std::int64_t offset, turn& turn, task_shift<Tile>& shift) {
+  stack.absorb(
+      gradient.source,
+      [&](range rows, const auto* seen) {
+        turn.await(offset + rows.end);
+        stack.memory().add_to_rows(rows, seen, gradient.key.row(b, head, rows.begin), gradient.key.stride[2],
+                                   gradient.value.row(b, head, rows.begin), gradient.value.stride[2]);
+        shift.end_block(rows);
+        turn.pass(offset + rows.end);
+      },
+      shift.sums());
   turn.pass(offset + gradient.source.length(b));
 }
 
@@ -89,14 +142,14 @@ class backward {
 
   [[nodiscard]] std::size_t bytes() const {
     return worker_scratch<T>::bytes(workers_, worker_size_) + scratch_bytes<turn::counter>(stacks_) +
-           scratch_bytes<sequence_tasks>(all_.table_size());
+           scratch_bytes<sequence_tasks>(all_.table_size()) + scratch_bytes<T>(stacks_);
   }
 
-  /// Adds to the gradients of the sources' rows, and writes those of the queries, and of the sink logits where they are
-  /// asked for.
+  /// Adds to the gradients of the sources' rows, and writes those of the queries, and of the sink logits and slopes where
+  /// they are asked for.
   template <class Results, executor E, class... Gradient>
-  void operator()(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule,
-                  tensor_view<T, 3> grad_sink, const E& run, scratch& memory, const Gradient&... gradients) const {
+  void operator()(const Results& results, const gradients<T>& to, const score_rule<T>& rule, const E& run,
+                  scratch& memory, const Gradient&... gradients) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
     auto* passed = memory.take<turn::counter>(stacks_);
     std::uninitialized_value_construct_n(passed, stacks_);
@@ -104,16 +157,20 @@ class backward {
         all_, memory.take<sequence_tasks>(all_.table_size()), heads_,
         [&](std::int64_t b) { return results.query.length(b); },
         [&](std::int64_t b) { return lanes(results.query.length(b)); }, sharing_);
+    T* slopes = memory.take<T>(stacks_);
+    if (to.alibi_slopes.data == nullptr) slopes = nullptr;
     with_product<Element, (of_elements<Element, decltype(gradients.source)> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
           const score_rule<T> scaled = Product::balances ? rule.balanced() : rule;
           run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
             const task task = tasks[i];
             turn turn(task.leads ? nullptr : passed + i - 1, passed + i);
-            run_stack<gradient_tile<Product>>(results, grad_query, scaled, scratch[worker], task, turn, gradients...);
+            run_stack<gradient_tile<Product>>(results, to.query, scaled, scratch[worker], task, turn,
+                                              slopes != nullptr ? slopes + i : nullptr, gradients...);
           });
         });
-    if (grad_sink.data != nullptr) differentiate_sinks(results, rule, grad_sink, run);
+    if (to.sink_logits.data != nullptr) differentiate_sinks(results, rule, to.sink_logits, run);
+    if (slopes != nullptr) add_slopes(tasks, slopes, to.alibi_slopes);
   }
 
  private:
@@ -129,10 +186,10 @@ class backward {
     return of_tile([&]<class Tile>(std::type_identity<Tile>) { return Tile::stack_lanes(queries, form_); });
   }
 
-  /// Goes backward with the queries of a task.
+  /// Goes backward with the queries of a task. Where it is asked for, `slope` gets their share of minus a slope's gradient.
   template <class Tile, class Results, class... Gradient>
   void run_stack(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule, T* scratch,
-                 const task& task, turn& turn, const Gradient&... gradients) const {
+                 const task& task, turn& turn, T* slope, const Gradient&... gradients) const {
     const std::int64_t b = task.b, h = task.head, first = task.items.begin, count = task.items.size();
     stack<Tile> stack(scratch, {form_, &rule}, {b, h, heads_, first, count});
     auto& memory = stack.memory();
@@ -145,18 +202,22 @@ class backward {
                  delta(results, memory.grad_out.row(at + q), b, h, first + at + q));
     });
     std::int64_t offset = 0;
+    task_shift<Tile> shift(slope != nullptr);
     const auto absorb = [&](const auto& gradient) {
       // A query whose logits are all masked sees nothing.
       const auto visible = [&](std::int64_t of, std::int64_t head_of, std::int64_t i) {
         const bool masked = static_cast<T>(*results.lse.row(of, head_of, i)) == -infinity<T>;
         return masked ? range{} : gradient.source.visible(of, head_of, i);
       };
-      const source seen_source{gradient.source.heads, gradient.source.length, gradient.source.rows, visible};
-      const source_gradient seen_gradient{seen_source, gradient.key, gradient.value};
-      absorb_in_turn(stack, seen_gradient, b, h / (heads_ / gradient.source.heads), offset, turn);
+      const source seen_source{gradient.source.heads, gradient.source.length, gradient.source.rows, visible,
+                               gradient.source.terms};
+      const source_gradient seen_gradient{seen_source, gradient.key, gradient.value, gradient.bias};
+      shift.begin(shared_row(gradient.bias, b, h, heads_), gradient.bias.stride[2]);
+      absorb_in_turn(stack, seen_gradient, b, h / (heads_ / gradient.source.heads), offset, turn, shift);
       offset += gradient.source.length(b);
     };
     (absorb(gradients), ...);
+    if (slope != nullptr) *slope = shift.slope();
     stack.for_each_tile(
         [&](Tile tile, std::int64_t at) { tile.finish(grad_query.row(b, h, first + at), grad_query.stride[2]); });
   }
@@ -187,13 +248,21 @@ class backward {
     return results.grad_lse.data == nullptr ? product : product - static_cast<T>(*results.grad_lse.row(b, h, i));
   }
 
+  /// `d_slope = -sum dX |distance|` over the tasks of the queries that share it, one after the other.
+  static void add_slopes(const task_list& tasks, const T* slopes, tensor_view<T, 3> grad) {
+    fill_zero(grad);
+    for (std::int64_t i = 0; i < tasks.size(); ++i) {
+      const task task = tasks[i];
+      *grad.row(grad.batch() == 1 ? 0 : task.b, task.head, 0) -= slopes[i];
+    }
+  }
+
   /// `d_sink = -sum p_sink delta` over the queries that share a sink logit, one after the other.
   template <class Results, executor E>
   void differentiate_sinks(const Results& results, const score_rule<T>& rule, tensor_view<T, 3> grad,
                            const E& run) const {
+    fill_zero(grad);
     run_tasks(run, workers_, heads_, [&](std::int64_t, std::int64_t h) {
-      for (std::int64_t b = 0; b < grad.batch(); ++b)
-        for (std::int64_t i = 0; i < grad.length(b); ++i) *grad.row(b, h, i) = T(0);
       for (std::int64_t b = 0; b < results.query.batch(); ++b)
         for (std::int64_t i = 0; i < results.query.length(b); ++i) {
           const T share = detail::exp(rule.sink(b, h, i) - static_cast<T>(*results.lse.row(b, h, i)));

@@ -123,9 +123,11 @@ class few_queries {
   /// Says which rows of the next head query `q` visible.
   void see(std::int64_t q, range rows) { seen_[q] = rows; }
 
-  /// Lets the queries `queries` absorb what they see of the rows `rows` of a head. `result(q)` is a `partial_result`.
-  template <class Key, class Value, class Result>
-  void absorb(const context_rows<Key, Value>& head, range rows, range queries, const Result& result) {
+  /// Lets the queries `queries` absorb what they see of the rows `rows` of a head. `result(q)` is a `partial_result`,
+  /// `place(q, some)` the `score_place` of a query and some of the rows.
+  template <class Key, class Value, class Result, class Place>
+  void absorb(const context_rows<Key, Value>& head, range rows, range queries, const Result& result,
+              const Place& place) {
     const std::int64_t step = slice_rows(dim_, value_dim_);
     const row_span<Key> keys{head.key, head.key_stride};
     const row_span<Value> values{head.value, head.value_stride};
@@ -136,7 +138,7 @@ class few_queries {
         add(values, intersection(shifted({i, i + step}, weighted.begin), weighted), weighted.begin, queries, result);
         score(keys, intersection({j + i, j + i + step}, block), j, queries);
       }
-      for (std::int64_t q = queries.begin; q < queries.end; ++q) weigh(q, block, j, result(q));
+      for (std::int64_t q = queries.begin; q < queries.end; ++q) weigh(q, block, j, result(q), place);
       weighted = block;
     }
   }
@@ -181,12 +183,13 @@ class few_queries {
   }
 
   /// Turns the scores of the rows `block`, which begins at row `first`, into weights.
-  void weigh(std::int64_t q, range block, std::int64_t first, partial_result<T> result) {
+  template <class Place>
+  void weigh(std::int64_t q, range block, std::int64_t first, partial_result<T> result, const Place& place) {
     const range seen = shifted(intersection(seen_[q], block), -first);
     if (seen.empty()) return;
     T* scores = scores_of(q);
     fill_n(scores, seen.begin, T(0));
-    rule_->apply(scores, seen.end);
+    rule_->apply(scores, seen.end, [&] { return place(q, range{first, first + seen.end}); });
     fill_n(scores, seen.begin, -infinity<T>);
     result.weigh(scores, seen.end, rule_->unit_in_base_2(), headroom_);
   }

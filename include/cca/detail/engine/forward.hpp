@@ -194,7 +194,7 @@ class forward {
       const auto absorb = [&](const auto& source) {
         const std::int64_t parts = count_parts(source.length(b));
         if (source_part >= 0 && source_part < parts)
-          absorb_part(queries, source, b, heads, s.queries, source_part, [&](std::int64_t q) {
+          absorb_part(queries, source, rule, b, heads, s.queries, source_part, [&](std::int64_t q) {
             return few.partial(b, s, heads.begin + q / s.queries, q % s.queries, part);
           });
         source_part -= parts;
@@ -227,8 +227,8 @@ class forward {
   }
 
   template <class Source, class Result>
-  void absorb_part(few_queries<T>& queries, const Source& source, std::int64_t b, range heads, std::int64_t length,
-                   std::int64_t part, const Result& result) const {
+  void absorb_part(few_queries<T>& queries, const Source& source, const score_rule<T>& rule, std::int64_t b,
+                   range heads, std::int64_t length, std::int64_t part, const Result& result) const {
     range total;  // what some query sees: parts are counted from there
     for (std::int64_t q = 0; q < heads.size() * length; ++q) {
       const range seen = source.visible(b, heads.begin + q / length, q % length);
@@ -238,9 +238,13 @@ class forward {
     const range rows{total.begin + part * part_rows, smaller(total.begin + (part + 1) * part_rows, total.end)};
     if (rows.empty()) return;
     const std::int64_t sharing = heads_ / source.heads;  // they divide `heads`, a group
+    const auto place = [&](std::int64_t q, range some) {
+      const std::int64_t h = heads.begin + q / length;
+      return score_place{source.terms(b, h), rule.slope(b, h), q % length, some, shift_sums<T>{}};
+    };
     for (std::int64_t h = heads.begin; h < heads.end; h += sharing) {
       const std::int64_t first = (h - heads.begin) * length;
-      queries.absorb(source.rows(b, h / sharing), rows, {first, first + sharing * length}, result);
+      queries.absorb(source.rows(b, h / sharing), rows, {first, first + sharing * length}, result, place);
     }
   }
 

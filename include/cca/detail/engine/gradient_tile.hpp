@@ -20,6 +20,8 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 ///     forward     S = K Q^T    X = rule(S)    P = exp(X - lse)              O = V^T P
 ///     backward    dP = V dO^T    dX = P (dP - delta)    dS = rule'(dX)    dQ = K^T dS
 ///
+/// `dX`, summed over queries, is the gradient of a row's bias; times the distances, and over rows, minus that of the slope.
+///
 /// The block's own gradients, sums over queries, are left to whoever owns the rows: `gradient_memory::add_to_rows`.
 ///
 /// Cost of a pair of a query and a row: five products, `3 dim + 2 value_dim` multiply-adds, where the forward pass has
@@ -83,8 +85,10 @@ class gradient_tile {
   }
 
   /// Goes over a block of rows. Leaves `P` and `dS` of the pairs of a row and a lane that sees it in the memory, and 0 of
-  /// all other pairs; `place` is the tile's in the stack.
-  void absorb(const stack_memory& memory, const staged_block& block, const visible_lanes& visible, std::int64_t place) {
+  /// all other pairs; `place` is the tile's in the stack, `at` a `score_place`, to whose sums `dX` is added.
+  template <class Place>
+  void absorb(const stack_memory& memory, const staged_block& block, const visible_lanes& visible, std::int64_t place,
+              const Place& at) {
     const tile_form& form = call_.form;
     if (intersection(block.rows(), visible.seen_by_all()) != block.rows()) memory.clear(block.rows(), place);
     Product::for_each_part(block.rows(), visible, count_, [&](const auto& part) {
@@ -94,8 +98,8 @@ class gradient_tile {
       const typename Product::factors factors(memory, part, block.rows(), place);
       Product::multiply_rows(part, block.keys(j), form.dim, query_, form.unit, scores);
       Product::multiply_rows(part, block.values(j), form.value_dim, grad_out_, form.unit, grads);
-      call_.rule->apply(part, scores);
-      differentiate(part, scores, grads, factors);
+      call_.rule->apply_softcap(part, scores);
+      call_.rule->with_shift(part, at, [&](const auto& shift) { differentiate(part, scores, grads, factors, shift); });
       Product::add(memory, part, block.key_columns(j), form.dim, factors.at, nullptr, grad_query_);
     });
   }
@@ -107,9 +111,9 @@ class gradient_tile {
 
  private:
   /// `P = exp(X - lse)`, `dX = P (dP - delta)` and from it `dS`, for the pairs of a row and a lane that sees it; otherwise 0.
-  template <class Part, class Factors>
+  template <class Part, class Factors, class Shift>
   void differentiate(const Part& part, const score_block<number> scores, const score_block<number> grads,
-                     const Factors factors) const {
+                     const Factors factors, const Shift& shift) const {
     using vector = vec<number>;
     constexpr std::int64_t R = Factors::rows_at_once;
     const vector unit(call_.rule->unit_in_base_2()), zero(number(0));
@@ -124,10 +128,11 @@ class gradient_tile {
           unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
             const vector x = vector::load_aligned(scores.at(j + r, n));
             // No weight is above 1, but where lse was rounded, and of what a lane does not see. A NaN stays.
-            const vector p = Factors::exp2((xsimd::min)(zero, fma<number>(x, unit, -lse)));
+            const vector p = Factors::exp2((xsimd::min)(zero, fma<number>(shift(x, j + r, n), unit, -lse)));
             weight[r] = mask.select(j + r, p, zero);
-            const vector ds = rule.differentiate(x, p) * (vector::load_aligned(grads.at(j + r, n)) - delta);
-            grad_score[r] = mask.select(j + r, ds, zero);
+            const vector grad_weight = vector::load_aligned(grads.at(j + r, n)) - delta;
+            shift.add_gradient(mask.select(j + r, p * grad_weight, zero), j + r, n);
+            grad_score[r] = mask.select(j + r, rule.differentiate(x, p) * grad_weight, zero);
           });
           factors.put(j, n, weight, grad_score);
         }

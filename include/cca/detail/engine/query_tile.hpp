@@ -82,12 +82,15 @@ class query_tile {
 
   /// Absorbs what the queries see of a block: the four lines of attention, `S = K Q^T`, what happens to scores, the
   /// softmax, `O = O rescale + V^T P`. The first tile of a stack asks for the rows that follow.
-  void absorb(const stack_memory& memory, const staged_block& block, const visible_lanes& visible, std::int64_t place) {
+  /// `place` is the tile's in the stack, `at` a `score_place`.
+  template <class Place>
+  void absorb(const stack_memory& memory, const staged_block& block, const visible_lanes& visible, std::int64_t place,
+              const Place& at) {
     Product::for_each_part(block.rows(), visible, count_, [&](const auto& part) {
       const score_block<number> scores = memory.scores(part);
       const typename Product::weights weights(memory, part, scores);
       Product::score(memory, block, part, call_.form, query_, scores, place == 0);
-      call_.rule->apply(part, scores);
+      call_.rule->apply(part, scores, at);
       softmax_.absorb(part, scores, weights);
       Product::add(memory, part, block.value_columns(part.rows.begin), call_.form.value_dim, weights.at,
                    softmax_.rescale(), out_);

@@ -6,6 +6,7 @@
 #include "../base/numbers.hpp"
 #include "../context/visible.hpp"
 #include "../simd/simd.hpp"
+#include "../softmax/score_shift.hpp"
 #include "query_tile.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -48,9 +49,9 @@ class stack {
 
   /// Absorbs what the queries see of a source, and calls `after(rows, seen)` for each block of its rows when all tiles have,
   /// `seen` being the `visible` of every tile. Blocks begin at multiples of their length: what a query gets does not
-  /// depend on the stack that it is in.
+  /// depend on the stack that it is in. `sums` are for the gradients of what shifts scores.
   template <class Source, class After>
-  void absorb(const Source& source, const After& after) {
+  void absorb(const Source& source, const After& after, const shift_sums<T>& sums = {}) {
     visible_lanes seen[Tile::most];
     range any;
     for (std::int64_t c = 0; c < tiles_; ++c) {
@@ -61,9 +62,13 @@ class stack {
       any = hull(any, seen[c].seen_by_any());
     }
     const auto rows = source.rows(queries_.b, queries_.head / (queries_.heads / source.heads));
+    const auto terms = source.terms(queries_.b, queries_.head);
+    const T slope = call_.rule->slope(queries_.b, queries_.head);
     for (std::int64_t j = any.begin; j < any.end; j += block_rows - j % block_rows) {
       block_.stage(rows, {j, smaller(j + block_rows - j % block_rows, any.end)});
-      for (std::int64_t c = 0; c < tiles_; ++c) at(c).absorb(memory_, block_, seen[c], c);
+      for (std::int64_t c = 0; c < tiles_; ++c)
+        at(c).absorb(memory_, block_, seen[c], c,
+                     score_place{terms, slope, queries_.first + c * lanes, block_.rows(), sums});
       after(block_.rows(), seen);
     }
   }

@@ -82,6 +82,8 @@ class group_rows {
   T *query, *grad_query;
   core_row<T> core, grad_core;
   T *weights, *grad_weights;
+  bool with_entropy = false;  ///< of the weights: whether it is asked for
+  T grad_bias = T(0);         ///< its gradient
 
  private:
   T *staged_keys_, *staged_values_;

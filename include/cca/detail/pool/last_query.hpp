@@ -2,7 +2,9 @@
 
 #include <cstdint>
 #include <limits>
+#include <numbers>
 
+#include "../base/numbers.hpp"
 #include "../softmax/row_softmax.hpp"
 #include "group_rows.hpp"
 
@@ -14,7 +16,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 template <class T>
 class last_query_pooling {
  public:
-  static constexpr bool uses_query = true;
+  static constexpr bool uses_query = true, has_weights = true;
 
   explicit last_query_pooling(group_rows<T>& group, int headroom = 0) : group_(group), headroom_(headroom) {}
 
@@ -22,7 +24,10 @@ class last_query_pooling {
   void absorb(const context_rows<Key, Value>& head, range rows) {
     group_.for_each_block(head, rows, [&](std::int64_t, row_span<T> keys, row_span<T> values, std::int64_t count) {
       dot_rows(group_.query, keys, group_.dim, count, group_.weights);
+      if (group_.with_entropy) copy_n(group_.weights, count, group_.grad_weights);
+      const row_softmax<T> before = softmax_;
       const T rescale = softmax_.absorb(group_.weights, count, unit(), headroom_);
+      if (group_.with_entropy) add_depths(before, rescale, count);
       add_weighted_rows(group_.weights, keys, group_.dim, count, rescale, group_.core.key);
       add_weighted_rows(group_.weights, values, group_.value_dim, count, rescale, group_.core.value);
     });
@@ -31,11 +36,18 @@ class last_query_pooling {
   /// What turns the sums into the core.
   [[nodiscard]] T share(std::int64_t) const { return softmax_.sum == T(0) ? not_a_number<T> : softmax_.inverse(); }
 
+  /// `-sum_j w_j log w_j = log(sum) + sum_j w_j (maximum - l_j)`, two sums without cancellation.
+  [[nodiscard]] T entropy(std::int64_t) const {
+    if (softmax_.sum == T(0)) return not_a_number<T>;
+    return std::numbers::ln2_v<T> * (log2(softmax_.sum) + unit() * depths_ * softmax_.inverse());
+  }
+
   /// With `dc_k`, `dc_v` the core's gradients and `w` the weights,
   ///
   ///     dw_j = dc_k . k_j + dc_v . v_j    dl_j = w_j (dw_j - sum_i w_i dw_i)
   ///     dk_j += w_j dc_k + scale dl_j q   dv_j += w_j dc_v   dq += scale sum_j dl_j k_j
   ///
+  /// and with `db` that of the entropy, `dw_j -= db l_j`.
   /// The rows are gone through twice, so that a group may be of any size: for the sums, then for the gradients.
   template <class Key, class Value>
   void differentiate(const context_rows<Key, Value>& head, const gradient_rows<T>& gradients, range rows) {
@@ -73,11 +85,23 @@ class last_query_pooling {
     dot_rows(group_.grad_core.value, values, group_.value_dim, count, group_.grad_weights);
     for (std::int64_t j = 0; j < count; ++j) group_.grad_weights[j] += group_.weights[j];
     dot_rows(group_.query, keys, group_.dim, count, group_.weights);
+    if (group_.grad_bias == T(0)) return;
+    for (std::int64_t j = 0; j < count; ++j)  // a token of the weight 0 has no part in the entropy
+      if (group_.weights[j] != -infinity<T>)
+        group_.grad_weights[j] -= group_.grad_bias * group_.rule.score_unit() * group_.weights[j];
+  }
+
+  /// Adds a block to `depths_`: its weights are in `weights`, its scores in `grad_weights`.
+  void add_depths(const row_softmax<T>& before, T rescale, std::int64_t count) {
+    if (before.sum != T(0)) depths_ = rescale * (depths_ + (softmax_.maximum - before.maximum) * before.sum);
+    for (std::int64_t j = 0; j < count; ++j)
+      if (group_.weights[j] != T(0)) depths_ += group_.weights[j] * (softmax_.maximum - group_.grad_weights[j]);
   }
 
   group_rows<T>& group_;
   int headroom_;
   row_softmax<T> softmax_;
+  T depths_ = T(0);  // weighted: by how much scores are below the maximum
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -12,7 +12,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 template <class T>
 class mean_pooling {
  public:
-  static constexpr bool uses_query = false;
+  static constexpr bool uses_query = false, has_weights = true;
 
   explicit mean_pooling(group_rows<T>& group, int headroom = 0)
       : group_(group), weight_(detail::ldexp(T(1), -headroom)) {}
@@ -28,6 +28,9 @@ class mean_pooling {
 
   /// What turns the sums into the core of a group of `size` tokens.
   [[nodiscard]] T share(std::int64_t size) const { return T(1) / (weight_ * static_cast<T>(size)); }
+
+  /// That of the weights, the logarithm of their number: no token has a part in it.
+  [[nodiscard]] T entropy(std::int64_t size) const { return static_cast<T>(detail::log(static_cast<double>(size))); }
 
   /// `dk_j += dc_k / g`, `dv_j += dc_v / g`.
   template <class Key, class Value>

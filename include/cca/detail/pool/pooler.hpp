@@ -1,8 +1,9 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
+#include <type_traits>
 
+#include "../../call.hpp"
 #include "../../executor.hpp"
 #include "../../options.hpp"
 #include "../../partition.hpp"
@@ -90,9 +91,20 @@ void load_mean_query(group_rows<T>& group, std::int64_t h, std::int64_t sharing,
     add_scaled_row(query(q), group.dim, group.rule.query_factor() / static_cast<T>(sharing), group.query);
 }
 
+/// Where a core goes; a null `bias` means that it has none.
+template <class Key, class Value, class Bias>
+struct core_place {
+  Key* key;
+  Value* value;
+  Bias* bias;
+};
+
+template <class Key, class Value, class Bias>
+core_place(Key*, Value*, Bias*) -> core_place<Key, Value, Bias>;
+
 /// Pools the groups `[groups(b).begin, groups(b).end)` of every sequence and core head.
 /// `absorb(pooling, b, kv_head, tokens)` feeds a group's rows, `query(b, h, token)` is a row of queries,
-/// `core(b, h, group)` the pair of rows to write.
+/// `core(b, h, group)` the `core_place` to write.
 template <class T, class Groups, class Absorb, class Query, class Core, executor E>
 void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim, std::int64_t value_dim,
                  const options& options, const Absorb& absorb, const Query& query, const Core& core, const E& run,
@@ -103,7 +115,8 @@ void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim
                                              std::int64_t c) {
     const range tokens = partition.group(c);
     group_rows<T> group(memory.workers[worker], dim, value_dim, rule);
-    const auto [key, value] = core(b, h, c);
+    const auto [key, value, bias] = core(b, h, c);
+    group.with_entropy = bias != nullptr;
     // A mean of finite rows is finite: where it is not, it may have overflowed on the way, and is taken again.
     for (const int headroom : {0, most_headroom}) {
       group.clear();
@@ -116,6 +129,9 @@ void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim
       if (headroom == 0) {
         scale_row(group.core.key, dim, share, key);
         scale_row(group.core.value, value_dim, share, value);
+        if constexpr (Pooling::has_weights)
+          if (bias != nullptr)
+            *bias = static_cast<std::remove_reference_t<decltype(*bias)>>(pooling.entropy(tokens.size()));
       }
       const bool finite_key = replace_infinite(group.core.key, 1, dim, share, key);
       if (replace_infinite(group.core.value, 1, value_dim, share, value) && finite_key) break;
@@ -133,27 +149,30 @@ auto all_rows_of(const View& view) {
   return [view](std::int64_t b) { return range{0, view.length(b)}; };
 }
 
-/// The first `core_key.length(b)` groups of each sequence of views.
+/// The first `to.key.length(b)` groups of each sequence of views, and where there are data for it the biases of the cores.
 template <class T, class Query, class Key, class Value, class CoreKey, class CoreValue, executor E>
-void pool_views(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<CoreKey> core_key,
-                tensor_view<CoreValue> core_value, const options& options, const E& run, const pool_memory<T>& memory) {
+void pool_views(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+                const cores<CoreKey, CoreValue>& to, tensor_view<T, 3> core_bias, const options& options, const E& run,
+                const pool_memory<T>& memory) {
   const auto absorb = [&](auto& pooling, std::int64_t b, std::int64_t kv_head, range tokens) {
     pooling.absorb(rows_of(key, value, b, kv_head), tokens);
   };
   const auto last = [&](std::int64_t b, std::int64_t h, std::int64_t token) { return query.row(b, h, token); };
   const auto core = [&](std::int64_t b, std::int64_t h, std::int64_t c) {
-    return std::pair(core_key.row(b, h, c), core_value.row(b, h, c));
+    return core_place{to.key.row(b, h, c), to.value.row(b, h, c),
+                      core_bias.data == nullptr ? nullptr : core_bias.row(b, h, c)};
   };
-  pool_groups<T>({{key.batch(), !key.has_lengths()}, query.heads(), key.heads(), core_key.heads()},
-                 all_rows_of(core_key), key.dim(), value.dim(), options, absorb, last, core, run, memory);
+  pool_groups<T>({{key.batch(), !key.has_lengths()}, query.heads(), key.heads(), to.key.heads()}, all_rows_of(to.key),
+                 key.dim(), value.dim(), options, absorb, last, core, run, memory);
 }
 
-/// Adds what the gradients of cores say of the tokens that were pooled, and of the queries that weighed them.
+/// Adds what the gradients of cores, and where they are given of their biases, say of the tokens that were pooled, and of
+/// the queries that weighed them.
 template <class Query, class Key, class Value, class T, executor E>
 void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                        tensor_view<const T> grad_core_key, tensor_view<const T> grad_core_value,
-                       tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
-                       const options& options, const E& run, const pool_memory<T>& memory) {
+                       tensor_view<const T, 3> grad_core_bias, tensor_view<T> grad_query, tensor_view<T> grad_key,
+                       tensor_view<T> grad_value, const options& options, const E& run, const pool_memory<T>& memory) {
   const partition partition{options.group_size, options.window};
   const score_rule<T> rule = score_rule<T>{static_cast<T>(softmax_scale(options, key.dim()))}.balanced();
   const pool_heads heads{{key.batch(), !key.has_lengths()}, query.heads(), key.heads(), grad_core_key.heads()};
@@ -165,6 +184,7 @@ void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_vi
     group.clear();
     copy_n(grad_core_key.row(b, h, c), key.dim(), group.grad_core.key);
     copy_n(grad_core_value.row(b, h, c), value.dim(), group.grad_core.value);
+    if (grad_core_bias.data != nullptr) group.grad_bias = *grad_core_bias.row(b, h, c);
     if (Pooling::uses_query)
       load_mean_query(group, h, sharing, [&](std::int64_t q) { return query.row(b, q, tokens.end - 1); });
     Pooling(group).differentiate(

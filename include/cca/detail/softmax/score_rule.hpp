@@ -11,6 +11,7 @@
 #include "../context/visible.hpp"
 #include "../simd/simd.hpp"
 #include "row_softmax.hpp"
+#include "score_shift.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
@@ -18,13 +19,16 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// is the logit divided by `unit`, and `differentiate` goes back. Where the options ask for no more than a scale, the
 /// scores stay as they are: the softmax multiplies by `unit` after it has subtracted the maximum, which is exact.
 ///
-/// In this order: `x = scale * q . k`, `x = softcap * tanh(x / softcap)`, the mask. Logits of -inf are masked.
+/// In this order: `x = scale * q . k`, `x = softcap * tanh(x / softcap)`, `x -= slope * |distance|` and the row's bias
+/// (`score_shift.hpp`), the mask. Logits of -inf are masked.
 template <class T>
 struct score_rule {
   T scale = T(1);
-  T softcap = T(0);                       ///< 0: none
-  tensor_view<const T, 3> sink_logits{};  ///< `[1 or batch, heads, 1 or length]`; without data there are none
-  int exponent = 0;                       ///< the power of two of the scale that queries are multiplied by
+  T softcap = T(0);                        ///< 0: none
+  tensor_view<const T, 3> sink_logits{};   ///< `[1 or batch, heads, 1 or length]`; without data there are none
+  int exponent = 0;                        ///< the power of two of the scale that queries are multiplied by
+  tensor_view<const T, 3> alibi_slopes{};  ///< `[1 or batch, heads, 1]`; without data there are none
+  bool biased = false;                     ///< whether rows of some source have biases
 
   /// What queries are multiplied by as they are packed. The sign: scores of a negative scale would have their maximum at the
   /// wrong end, and those of a scale of 0 none.
@@ -42,7 +46,7 @@ struct score_rule {
   }
 
   /// The logit of a score of 1, when the rule has been applied. Positive.
-  [[nodiscard]] T unit() const { return softcap != T(0) ? T(1) : score_unit(); }
+  [[nodiscard]] T unit() const { return shapes() ? T(1) : score_unit(); }
   [[nodiscard]] T unit_in_base_2() const { return unit() * std::numbers::log2e_v<T>; }
 
   /// The scaled `q . k` of a score of 1.
@@ -66,28 +70,42 @@ struct score_rule {
     return seen.log();
   }
 
-  /// Of a part of a tile: the scores, and where they are asked for their maxima, for which unseen scores are -inf.
-  template <class Part>
-  void apply(const Part& part, const score_block<T> scores) const {
-    if (softcap == T(0)) return;
-    const vec<T> unseen(scores.maximum != nullptr ? -infinity<T> : T(0));
-    for (std::int64_t n = 0; n < Part::vectors; ++n)
-      part.with_mask(n, [&](const auto& mask) {
-        vec<T> maximum(-infinity<T>);
-        for (std::int64_t j = 0; j < part.rows.size(); ++j) {
-          const vec<T> x = mask.select(j, cap(vec<T>::load_aligned(scores.at(j, n))), unseen);
-          x.store_aligned(scores.at(j, n));
-          maximum = (xsimd::max)(maximum, x);
-        }
-        if (scores.maximum != nullptr) maximum.store_aligned(scores.maximum + n * width<T>);
-      });
+  /// Whether logits have a slope or a bias.
+  [[nodiscard]] bool shifts() const { return alibi_slopes.data != nullptr || biased; }
+  /// The slope of head `h` of sequence `b`, 0 where there is none.
+  [[nodiscard]] T slope(std::int64_t b, std::int64_t h) const {
+    return alibi_slopes.data == nullptr ? T(0) : *alibi_slopes.row(alibi_slopes.batch() == 1 ? 0 : b, h, 0);
   }
 
-  /// Of one query: `count` scores, in memory for whole vectors of them.
-  void apply(T* scores, std::int64_t count) const {
-    if (softcap == T(0)) return;
+  /// Of a part of a tile: the scores, and their maxima, for which unseen scores are -inf.
+  template <class Part, class Place>
+  void apply(const Part& part, const score_block<T> scores, const Place& place) const {
+    if (shapes()) with_shift(part, place, [&](const auto& shift) { shape(part, scores, vec<T>(-infinity<T>), shift); });
+  }
+
+  /// The same up to the softcap, without maxima; unseen scores are 0. What follows is for `with_shift`.
+  template <class Part>
+  void apply_softcap(const Part& part, const score_block<T> scores) const {
+    if (shapes()) shape(part, scores, vec<T>(T(0)), unshifted{});
+  }
+
+  /// Calls `f` with what is behind the softcap, a function of a logit and its place: `tile_shift`, or `unshifted`.
+  template <class Part, class Place, class F>
+  CCA_INLINE void with_shift(const Part& part, const Place& place, const F& f) const {
+    if (shifts())
+      f(tile_shift(part, place));
+    else
+      f(unshifted{});
+  }
+
+  /// Of one query: `count` scores, in memory for whole vectors of them. `place()` says where they lie.
+  template <class Place>
+  void apply(T* scores, std::int64_t count, const Place& place) const {
+    if (!shapes()) return;
     for (std::int64_t j = count; j % width<T> != 0; ++j) scores[j] = T(0);
-    for (std::int64_t j = 0; j < count; j += width<T>) cap(vec<T>::load_aligned(scores + j)).store_aligned(scores + j);
+    for (std::int64_t j = 0; j < count; j += width<T>)
+      logit(vec<T>::load_aligned(scores + j)).store_aligned(scores + j);
+    if (shifts()) shift_row(scores, place());
   }
 
   /// A weight times the derivative of its logit by `q . k`; `x` is what `apply` left.
@@ -99,16 +117,38 @@ struct score_rule {
   }
 
  private:
-  [[nodiscard]] vec<T> cap(vec<T> score) const {
-    const vec<T> x = score * vec<T>(score_unit()) * vec<T>(T(1) / softcap);
-    return vec<T>(softcap) * detail::tanh<T>(x);
+  /// Whether logits are more than scores times a unit.
+  [[nodiscard]] bool shapes() const { return softcap != T(0) || shifts(); }
+
+  /// What a score is before it is shifted.
+  [[nodiscard]] CCA_INLINE vec<T> logit(vec<T> score) const {
+    const vec<T> x = score * vec<T>(score_unit());
+    return softcap == T(0) ? x : vec<T>(softcap) * detail::tanh<T>(x * vec<T>(T(1) / softcap));
+  }
+
+  template <class Part, class Shift>
+  void shape(const Part& part, const score_block<T> scores, vec<T> unseen, const Shift& shift) const {
+    for (std::int64_t n = 0; n < Part::vectors; ++n)
+      part.with_mask(n, [&](const auto& mask) {
+        vec<T> maximum(-infinity<T>);
+        for (std::int64_t j = 0; j < part.rows.size(); ++j) {
+          const vec<T> x = mask.select(j, shift(logit(vec<T>::load_aligned(scores.at(j, n))), j, n), unseen);
+          x.store_aligned(scores.at(j, n));
+          maximum = (xsimd::max)(maximum, x);
+        }
+        if (scores.maximum != nullptr) maximum.store_aligned(scores.maximum + n * width<T>);
+      });
   }
 };
 
-/// The rule that the options ask for, for queries and keys of `dim` elements.
-template <class T>
-score_rule<T> make_score_rule(const options& options, std::int64_t dim, tensor_view<const T, 3> sink_logits = {}) {
-  return {static_cast<T>(softmax_scale(options, dim)), static_cast<T>(options.softcap), sink_logits};
+/// The rule that the options and inputs ask for. `biased` says whether rows of some source have biases.
+template <class T, class Inputs>
+score_rule<T> make_score_rule(const options& options, const Inputs& in, bool biased) {
+  score_rule<T> rule{static_cast<T>(softmax_scale(options, in.key.dim())), static_cast<T>(options.softcap),
+                     in.sink_logits};
+  rule.alibi_slopes = in.alibi_slopes;
+  rule.biased = biased;
+  return rule;
 }
 
 }}}  // namespace cca::CCA_TARGET::detail
