@@ -29,11 +29,11 @@ auto textbook_of(const token_views<T>& whole, std::int64_t count, const options&
     if constexpr (std::is_same_v<Scalar, T>)
       for (reference::tensor<Scalar>* rows : {&cores.first, &cores.second})
         for (Scalar& x : rows->data) x = static_cast<Scalar>(static_cast<Core>(x));
-    const partition partition{options.group_size, options.window};
+    const partition partition = partition_of(options);
     const auto all = reference::attend<Scalar>(
         inputs{whole.query, whole.key, whole.value}, cores.first.view(), cores.second.view(), options,
         [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); },
-        [&](std::int64_t t) { return partition.raw(t); });
+        [&](std::int64_t t) { return reference::raw_tokens(partition, t, whole.key.length()); });
     return reference::result<Scalar>{last_rows(all.out, count), last_rows(all.lse, count)};
   };
 }
@@ -198,7 +198,7 @@ class cache_life {
 
   /// The least length after which the next query finds all it sees raw.
   [[nodiscard]] std::int64_t least_length(const known_sequence<T>& s) const {
-    const partition partition{setup_.options.group_size, setup_.options.window};
+    const partition partition = partition_of(setup_.options);
     std::int64_t length = s.length;
     while (length > 0 && partition.raw(length - 1).begin >= s.oldest) --length;
     return length;
@@ -210,7 +210,7 @@ class cache_life {
     std::int64_t core_rows = 0, raw_rows = 0;
     for (std::int64_t b = 0; b < setup_.shape.batch; ++b) {
       const known_sequence<T>& s = known(b);
-      const std::int64_t cores = grouped ? partition{setup_.options.group_size}.group_count(s.length) : 0,
+      const std::int64_t cores = grouped ? partition_of(setup_.options).group_count(s.length) : 0,
                          raw = s.length - s.oldest;
       EXPECT_EQ(cache_.length(b), s.length);
       EXPECT_EQ(cache_.core_count(b), cores);

@@ -43,7 +43,7 @@ TEST(KvCacheRewind, IsAsFarAsSaidAfterAnySteps) {
   for (int life = 0; life < 200; ++life) {
     const cache_setup setup = example_cache({.group_size = draw(random, 1, 9), .window = draw(random, 1, 12)},
                                             {.rewind = draw(random, 0, 6)});
-    const partition partition{setup.options.group_size, setup.options.window};
+    const partition partition = partition_of(setup.options);
     const std::int64_t rewind = setup.shape.rewind;
     kv_cache<float> cache = setup.make();
     std::int64_t length = 0, longest = 0;

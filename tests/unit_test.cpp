@@ -140,7 +140,7 @@ struct textbook {
       cores = reference::pool<float>(query, key, value, o);
       cores = {rounded<Element>(cores.first), rounded<Element>(cores.second)};
     }
-    const partition partition{o.group_size, o.window};
+    const partition partition = partition_of(o);
     const auto raw = reference::detail::raw_tokens(query, key, o);
     const auto none = [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; };
     if (c.p.entry == entry::attend)

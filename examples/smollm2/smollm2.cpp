@@ -72,7 +72,7 @@ row parse_row(const std::string& text, const config& model, std::int64_t tokens,
     const cca::options options{.group_size = std::stoll(match[1]),
                                .window = std::stoll(match[2]),
                                .core_heads = shared ? cca::core_heads::per_kv_head : cca::core_heads::per_query_head};
-    const cca::partition partition{options.group_size, options.window};
+    const cca::partition partition = cca::partition_of(options);
     return {fmt::format("CCA g={} s={}{}", options.group_size, options.window, shared ? ", shared cores" : ""),
             [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
               cca::attention(query, key, value, out, options, executor);

@@ -22,13 +22,32 @@
 namespace cca { inline namespace CCA_TARGET {
 namespace detail {
 
-/// The tokens that query `i` sees raw.
+/// Rows of `sink_source`.
+template <class Inputs>
+std::int64_t sink_rows(const Inputs& in, const options& options) {
+  return partition_of(options).sink_count(in.key.length());
+}
+
+/// The first tokens, which query `i` sees raw whatever its window. Without sink tokens and prefix there are no rows.
+template <class Inputs>
+auto sink_source(const Inputs& in, const options& options) {
+  const std::int64_t length = in.key.length(), first = first_position(options, in.query.length(), length);
+  auto source = view_source(
+      in.key, in.value,
+      [partition = partition_of(options), first, length](std::int64_t, std::int64_t, std::int64_t i) {
+        return intersection(partition.sinks(first + i), {0, length});
+      });
+  source.length = sink_rows(in, options);
+  return source;
+}
+
+/// The tokens behind those that query `i` sees raw. No token is a row of both for any query, so that each has its turns
+/// of adding to gradients.
 template <class Inputs>
 auto raw_source(const Inputs& in, const options& options) {
   const std::int64_t length = in.key.length(), first = first_position(options, in.query.length(), length);
   return view_source(in.key, in.value,
-                     [partition = partition{options.group_size, options.window}, first, length](
-                         std::int64_t, std::int64_t, std::int64_t i) {
+                     [partition = partition_of(options), first, length](std::int64_t, std::int64_t, std::int64_t i) {
                        return intersection(partition.raw(first + i), {0, length});
                      });
 }
@@ -54,7 +73,7 @@ template <class T>
 auto core_source(const cores<T>& rows, const options& options) {
   return far_source(
       rows.key, rows.value,
-      [partition = partition{options.group_size, options.window}, count = rows.key.length()](
+      [partition = partition_of(options), count = rows.key.length()](
           std::int64_t, std::int64_t, std::int64_t t) { return smaller(partition.core_count(t), count); });
 }
 
@@ -80,11 +99,12 @@ forward<Element> plan(const tensor_view<Query>& query, std::int64_t value_dim, s
 
 template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
 auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
-                 matrix_unit unit, const execution& run) {
+                 const options& options, const execution& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
-      in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()), {context.key.length(), in.key.length()},
-      !in_place<T, Key, Value, FarKey, FarValue>, unit, run);
+      in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()),
+      {sink_rows(in, options), context.key.length(), in.key.length()},
+      !in_place<T, Key, Value, FarKey, FarValue>, options.unit, run);
 }
 
 /// Scratch for the cores that some query sees: none where nothing is pooled.
@@ -96,7 +116,7 @@ struct core_plan {
   core_plan(const Inputs& in, const options& options)
       : batch(in.key.batch()),
         heads(core_head_count(options, in.query.heads(), in.key.heads())),
-        count(pools(options) ? partition{options.group_size, options.window}.core_count(in.key.length() - 1) : 0),
+        count(pools(options) ? partition_of(options).core_count(in.key.length() - 1) : 0),
         dim(in.key.dim()),
         value_dim(in.value.dim()) {}
 
@@ -132,7 +152,8 @@ struct cca_plan {
       : cores(in, options),
         workers(pool_workers(in.key, options, run)),
         pooler_size(group_rows<T>::size(cores.dim, cores.value_dim, !in_place<T, Key, Value>)),
-        forward(plan<Element>(in.query, cores.value_dim, in.key.heads(), {cores.count, in.key.length()},
+        forward(plan<Element>(in.query, cores.value_dim, in.key.heads(),
+                              {sink_rows(in, options), cores.count, in.key.length()},
                               !in_place<T, Key, Value, Core>, options.unit, run)) {}
 
   [[nodiscard]] std::size_t bytes() const {
@@ -186,22 +207,28 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
   });
 }
 
-/// The same for `attend`, whose far context may be larger than the cores. Of its options only the unit matters.
+/// The same for `attend`, whose far context may be larger than the cores. Of its options the unit, the sink tokens and the
+/// prefix matter.
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
           class FarKey = Query, class FarValue = FarKey>
 [[nodiscard]] std::size_t workspace_size(const inputs<Query, Key, Value, Sink>& in,
                                          const far_context<FarKey, FarValue>& context, const options& options = {},
                                          const execution& run = {}) {
+  detail::require_options<detail::product_type<Query, Key, Value, FarKey, FarValue>>(options);
   detail::require_sizes(in);
   detail::require_sizes("far.key", context.key);
-  return detail::attend_plan(in, context, options.unit, run).bytes() + detail::scratch_alignment;
+  return detail::attend_plan(in, context, options, run).bytes() + detail::scratch_alignment;
 }
 
 /// Attention. What the options ask for decides which:
 /// - `{}`: dense causal attention, to every token at or before the query's position;
 /// - `{.window = s}`: sliding-window attention, to the `s` tokens `[t + 1 - s, t + 1)` of the query at position t;
 /// - `{.group_size = g, .window = s}`: Core Context Aware attention: the query at t sees the cores of all groups before its
-///   window and the raw tokens from there to t, in one softmax.
+///   window and the raw tokens from there to t, in one softmax;
+/// - `.sink_tokens = m` with either: the first `m` tokens, up to t, stay raw beside the window, and groups begin behind
+///   them;
+/// - `{.lookahead = l}`, with or without a window: up to the token `t + l` instead of t, and all with `unlimited`;
+///   `{.prefix = p}`: the first `p` tokens besides, wherever t is.
 ///
 /// Without groups queries may be fewer than keys: they are the last ones, or start at `options.first_position`. With
 /// groups there is a query for every key; `kv_cache` takes sequences piece by piece.
@@ -209,7 +236,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 /// @param in  query, key and value, read whole; keys as attention sees them, with RoPE applied
 /// @param to  `out` and, where given, `lse` are written whole; they overlap no operand and not each other. A logit of -inf
 ///   is masked: a query that sees no other has the output 0 and the `lse` -inf.
-/// @param options  `pool` and `core_heads` are for groups, `first_position` for none
+/// @param options  `pool` and `core_heads` are for groups, `first_position`, `lookahead` and `prefix` for none
 /// @param run  an executor, or `{executor, workspace}`; the results are bitwise the same for any
 /// @throws std::invalid_argument  before anything is written, naming the argument, what it got and what it wants
 /// Source: arXiv 2412.12465, section 3.3 (fused CCA attention) and 3.2 (locality-preserving attention).
@@ -230,7 +257,8 @@ void attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse
     if (detail::pools(options))
       detail::pool_views<T>(in.query, in.key, in.value, cores.key, cores.value, options, run, pooler);
     plan.forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), run,
-                 memory, detail::core_source(cores, options), detail::raw_source(in, options));
+                 memory, detail::sink_source(in, options), detail::core_source(cores, options),
+                 detail::raw_source(in, options));
   });
 }
 
@@ -244,7 +272,8 @@ void attention(const Query& query, const Key& key, const Value& value, const Out
 
 /// One softmax over far context that the caller made, by any compressor, and the raw window: query i of head h sees the
 /// far rows `[0, seen(b, h, i))` and the raw tokens that CCA attention with the same options sees: the window, which
-/// reaches back to the start of a group where `group_size` is above 1. An empty key and value leave the far context alone.
+/// reaches back to the start of a group where `group_size` is above 1, and the sink tokens, the first of `key`. An empty
+/// key and value leave the far context alone.
 ///
 /// @param in,to,run  as for `attention` without groups, as are errors
 /// @param context  its heads divide the query's; every `seen` lies in `[0, far length]`
@@ -258,10 +287,10 @@ void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey,
   detail::require_attend(in, context, options);
   detail::require_results(in, to, {{"far.key", context.key}, {"far.value", context.value}, {"far.seen", context.seen}});
 
-  const auto forward = detail::attend_plan(in, context, options.unit, run);
+  const auto forward = detail::attend_plan(in, context, options, run);
   detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size");
   forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), run, memory,
-          detail::seen_source(context), detail::raw_source(in, options));
+          detail::sink_source(in, options), detail::seen_source(context), detail::raw_source(in, options));
 }
 
 /// @{

@@ -239,6 +239,7 @@ void attention_gradient(const inputs<Query, Key, Value, Sink>& in, const results
     for (const auto& sum : {to.key, to.value, grad_cores.key, grad_cores.value}) detail::fill_zero(sum, run);
     plan.backward(results, to.query, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), to.sink_logits,
                   run, memory,
+                  detail::source_gradient{detail::sink_source(in, options), to.key, to.value},
                   detail::source_gradient{detail::core_source(core_rows, options), grad_cores.key, grad_cores.value},
                   detail::source_gradient{detail::raw_source(in, options), to.key, to.value});
     if (pooled) detail::add_pool_gradient(in, grad_cores, to, options, run, pooler);
@@ -271,7 +272,8 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
   detail::scratch memory(run.workspace(), backward.bytes(), "gradient_workspace_size");
   for (const auto& sum : {to.key, to.value, to.far_key, to.far_value}) detail::fill_zero(sum, run);
   backward(results, to.query, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), to.sink_logits, run,
-           memory, detail::source_gradient{detail::seen_source(context), to.far_key, to.far_value},
+           memory, detail::source_gradient{detail::sink_source(in, options), to.key, to.value},
+           detail::source_gradient{detail::seen_source(context), to.far_key, to.far_value},
            detail::source_gradient{detail::raw_source(in, options), to.key, to.value});
 }
 

@@ -23,6 +23,7 @@ void require_pool(const inputs<Query, Key, Value, Sink>& in, const options& opti
   require_query_for_every_key(in.query, in.key, options);
   if (options.group_size < 1) refuse("options.group_size", to_string(options.group_size), "at least 1");
   require_unset(options, &options::window, "every complete group is pooled");
+  require_causal(options, "a group is pooled with its last query");
   require_unset(options, &options::unit, "pooling reads more than it multiplies");
   require_unset(options, &options::softcap, "the weights of pooling have none");
   if (options.pool != pooling::last_query)
@@ -35,7 +36,7 @@ void require_pool(const inputs<Query, Key, Value, Sink>& in, const options& opti
 template <class Key>
 std::int64_t pool_workers(const tensor_view<Key>& key, const options& options, const execution& run) {
   if (options.group_size == 0) return 1;
-  const std::int64_t groups = partition{options.group_size}.group_count(key.length());
+  const std::int64_t groups = partition_of(options).group_count(key.length());
   return worker_count(run, pool_tasks(key.batch(), key.heads(), groups, options.group_size).size());
 }
 
@@ -44,7 +45,7 @@ template <class Inputs, class Cores>
 void require_cores(const char* key_name, const char* value_name, const Inputs& in, const Cores& cores,
                    const options& options) {
   const std::int64_t heads = core_head_count(options, in.query.heads(), in.key.heads());
-  const std::int64_t groups = partition{options.group_size, options.window}.group_count(in.key.length());
+  const std::int64_t groups = partition_of(options).group_count(in.key.length());
   require_extents(key_name, cores.key, {in.key.batch(), heads, groups, in.key.dim()});
   require_extents(value_name, cores.value, {in.key.batch(), heads, groups, in.value.dim()});
 }
@@ -55,10 +56,10 @@ void require_cores(const char* key_name, const char* value_name, const Inputs& i
 ///
 /// @param in  query, key and value, read whole but for the tokens of an incomplete last group. With `last_query` pooling
 ///   one query per group is read, with `mean` and `max` none.
-/// @param to  written whole: `[batch, core heads, floor(length / group_size), dim]` and the same with the value's dim. The
+/// @param to  written whole: `[batch, core heads, floor((length - sink_tokens) / group_size), dim]` and the same with the value's dim. The
 ///   core heads are the query's, or the key's with `core_heads::per_kv_head`, `mean` and `max`.
 ///   A group whose logits are all -inf, which nothing can weigh, has a core of NaN.
-/// @param options  `group_size`, `pool`, `core_heads` and `softmax_scale` are used.
+/// @param options  `group_size`, `sink_tokens`, `pool`, `core_heads` and `softmax_scale` are used.
 /// @param run  an executor, or `{executor, workspace}`; results are the same for any.
 /// @throws std::invalid_argument  before anything is written, naming the argument.
 /// Source: arXiv 2412.12465, section 3.1, equation of the core token.

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -111,7 +112,7 @@ vector<Scalar> pooling_weights(const Keys& keys, const Query& last, Scalar scale
 template <class Scalar, class Query, class Key, class Value>
 std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                                const options& options) {
-  const partition partition{options.group_size, options.window};
+  const partition partition = partition_of(options);
   const auto scale = static_cast<Scalar>(detail::softmax_scale(options, key.dim()));
   const std::int64_t heads = detail::core_head_count(options, query.heads(), key.heads());
   const std::int64_t groups = partition.group_count(key.length()),
@@ -159,6 +160,15 @@ Scalar sink_logit(const lse_view<Sink>& sinks, std::int64_t b, std::int64_t h, s
   return static_cast<Scalar>(*sinks.row(b % sinks.batch(), h, i % sinks.length()));
 }
 
+/// The keys or the values that a query sees: the first `pooled` far rows, then those of `tokens`.
+template <class Scalar>
+matrix<Scalar> seen_rows(const matrix<Scalar>& far_rows, std::int64_t pooled, const matrix<Scalar>& rows,
+                         const std::vector<std::int64_t>& tokens) {
+  matrix<Scalar> seen(pooled + std::ssize(tokens), rows.cols());
+  seen << far_rows.topRows(pooled), rows(tokens, Eigen::all);
+  return seen;
+}
+
 /// Attention of every query to the far rows `[0, seen(b, h, i))` and the tokens `raw(i)`, in one softmax.
 template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class Seen,
           class Raw>
@@ -177,18 +187,22 @@ result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, tensor_view<Far
       const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
         const std::int64_t pooled = seen(b, h, i);
-        const range window = raw(i);
-        const vector<Scalar> row = q.row(i);
-        vector<Scalar> weights(pooled + window.size());
-        weights << scores<Scalar>(fk.topRows(pooled), row, options),
-            scores<Scalar>(k.middleRows(window.begin, window.size()), row, options);
+        const std::vector<std::int64_t> tokens = raw(i);
+        const matrix<Scalar> keys = seen_rows(fk, pooled, k, tokens), values = seen_rows(fv, pooled, v, tokens);
+        vector<Scalar> weights = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
         *result.lse.view().row(b, h, i) = softmax(weights, sink_logit<Scalar>(in.sink_logits, b, h, i));
-        Eigen::Map<vector<Scalar>>(result.out.view().row(b, h, i), value_dim) =
-            fv.topRows(pooled).transpose() * weights.head(pooled) +
-            v.middleRows(window.begin, window.size()).transpose() * weights.tail(window.size());
+        Eigen::Map<vector<Scalar>>(result.out.view().row(b, h, i), value_dim) = values.transpose() * weights;
       }
     }
   return result;
+}
+
+/// The tokens among the first `length` that the query at `t` sees raw: the first ones, and those of its window.
+inline std::vector<std::int64_t> raw_tokens(const partition& partition, std::int64_t t, std::int64_t length) {
+  std::vector<std::int64_t> tokens;
+  for (std::int64_t j = 0; j < length; ++j)
+    if (partition.sinks(t).contains(j) || partition.raw(t).contains(j)) tokens.push_back(j);
+  return tokens;
 }
 
 namespace detail {
@@ -196,9 +210,8 @@ namespace detail {
 template <class Query, class Key>
 auto raw_tokens(const tensor_view<Query>& query, const tensor_view<Key>& key, const options& options) {
   const std::int64_t first = cca::detail::first_position(options, query.length(), key.length());
-  return [partition = partition{options.group_size, options.window}, first, length = key.length()](std::int64_t i) {
-    const range raw = intersection(partition.raw(first + i), {0, length});
-    return raw.empty() ? range{} : raw;
+  return [partition = partition_of(options), first, length = key.length()](std::int64_t i) {
+    return reference::raw_tokens(partition, first + i, length);
   };
 }
 
@@ -220,7 +233,7 @@ result<Scalar> attention(const inputs<Query, Key, Value, Sink>& in, const option
   return attend<Scalar>(
       in, cores.first.view(), cores.second.view(), options,
       [&](std::int64_t, std::int64_t, std::int64_t t) {
-        return partition{options.group_size, options.window}.core_count(t);
+        return partition_of(options).core_count(t);
       },
       detail::raw_tokens(in.query, in.key, options));
 }

@@ -5,7 +5,9 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <iterator>
 #include <limits>
+#include <vector>
 
 #include "call.hpp"
 #include "options.hpp"
@@ -47,7 +49,7 @@ template <class Scalar, class Query, class Key, class Value, class CoreKey, clas
 gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                tensor_view<CoreKey> grad_core_key, tensor_view<CoreValue> grad_core_value,
                                const options& options) {
-  const partition partition{options.group_size, options.window};
+  const partition partition = partition_of(options);
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
   const std::int64_t heads = grad_core_key.heads(), sharing = query.heads() / (std::max<std::int64_t>)(heads, 1);
   gradient<Scalar> grad{
@@ -112,10 +114,8 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
       const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
         const std::int64_t pooled = seen(b, h, i);
-        const range window = raw(i);
-        matrix<Scalar> keys(pooled + window.size(), query.dim()), values(pooled + window.size(), in.value.dim());
-        keys << fk.topRows(pooled), k.middleRows(window.begin, window.size());
-        values << fv.topRows(pooled), v.middleRows(window.begin, window.size());
+        const std::vector<std::int64_t> tokens = raw(i);
+        const matrix<Scalar> keys = seen_rows(fk, pooled, k, tokens), values = seen_rows(fv, pooled, v, tokens);
         const vector<Scalar> logits = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
         const Scalar sink = sink_logit<Scalar>(in.sink_logits, b, h, i);
         vector<Scalar> weights = logits;
@@ -131,8 +131,8 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
         head(grad.query, b, h).row(i) = scale * ds.transpose() * keys;
         head(grad.far_key, b, far_head).topRows(pooled) += grad_keys.topRows(pooled);
         head(grad.far_value, b, far_head).topRows(pooled) += grad_values.topRows(pooled);
-        head(grad.key, b, kv_head).middleRows(window.begin, window.size()) += grad_keys.bottomRows(window.size());
-        head(grad.value, b, kv_head).middleRows(window.begin, window.size()) += grad_values.bottomRows(window.size());
+        head(grad.key, b, kv_head)(tokens, Eigen::all) += grad_keys.bottomRows(std::ssize(tokens));
+        head(grad.value, b, kv_head)(tokens, Eigen::all) += grad_values.bottomRows(std::ssize(tokens));
         if (in.sink_logits.data)
           *grad.sink_logits.view().row(b % sinks[0], h, i % sinks[2]) -= std::exp(sink - lse) * delta;
       }
@@ -156,7 +156,7 @@ template <class Scalar, class Query, class Key, class Value, class Sink, class G
 gradient<Scalar> attention_gradient(const inputs<Query, Key, Value, Sink>& in, const incoming<GradOut, GradLse>& from,
                                     const options& options) {
   if (!cca::detail::pools(options)) return local_attention_gradient<Scalar>(in, from, options);
-  const partition partition{options.group_size, options.window};
+  const partition partition = partition_of(options);
   const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
   gradient<Scalar> grad = attend_gradient<Scalar>(
       in, cores.first.view(), cores.second.view(), from, options,

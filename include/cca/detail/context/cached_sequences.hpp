@@ -38,7 +38,7 @@ struct cached_sequences {
 
   [[nodiscard]] const sequence& at(std::int64_t b) const { return all[static_cast<std::size_t>(b)]; }
   [[nodiscard]] sequence& at(std::int64_t b) { return all[static_cast<std::size_t>(b)]; }
-  [[nodiscard]] cca::partition partition() const { return {options.group_size, options.window}; }
+  [[nodiscard]] cca::partition partition() const { return partition_of(options); }
 
   /// Complete groups among `length` tokens; without a window no query ever sees their cores.
   [[nodiscard]] std::int64_t group_count(std::int64_t length) const {
