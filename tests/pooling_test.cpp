@@ -214,7 +214,7 @@ TYPED_TEST(Pool, HeedsEveryOption) {
   for (const options& options :
        {options{.group_size = 4}, options{.group_size = 3, .pool = pooling::mean},
         options{.group_size = 3, .pool = pooling::max}, options{.group_size = 3, .softmax_scale = 0.3},
-        options{.group_size = 3, .core_heads = core_heads::per_kv_head}}) {
+        options{.group_size = 3, .core_heads = core_heads::per_kv_head}, options{.group_size = 3, .sink_tokens = 1}}) {
     const auto after = run(s, o, options);
     for (std::int64_t d = 0; d < s.dim; ++d) {
       EXPECT_NE(after.key.row(0, 0, 0)[d], before.key.row(0, 0, 0)[d]) << describe(options);

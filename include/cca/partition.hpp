@@ -84,8 +84,8 @@ struct partition {
     return {detail::larger(begin, sinks(t).end), horizon(t)};
   }
 
-  /// The first position whose query sees no token before `token` through `raw`. Needs a window below `unlimited`, but for
-  /// the tokens up to the first behind the sinks.
+  /// The first position from which on no query sees a token before `token` through `raw`. Needs a window below `unlimited`,
+  /// but for the tokens up to the first behind the sink tokens.
   [[nodiscard]] constexpr std::int64_t first_query_beyond(std::int64_t token) const {
     if (token <= sink_tokens) return 0;
     return group_size > 0 ? first_query((token - sink_tokens - 1) / group_size) : window - 1 + token;
