@@ -16,7 +16,7 @@ std::int64_t core_head_count(const sizes& s, const options& options) {
 
 template <class T>
 cores<T> run(const sizes& s, const operands<T>& o, const options& options, const std::array<layout, 2>& layouts = {}) {
-  const std::int64_t heads = core_head_count(s, options), groups = s.keys / options.group_size;
+  const std::int64_t heads = core_head_count(s, options), groups = partition_of(options).group_count(s.keys);
   cores<T> c{tensor<T>({s.batch, heads, groups, s.dim}, layouts[0]),
              tensor<T>({s.batch, heads, groups, s.value_dim}, layouts[1])};
   call<T>({.entry = entry::pool, .sizes = s, .options = options},
