@@ -215,7 +215,8 @@ TEST(KvCache, TakesBackTheRewindAndRefusesWhatHasLeft) {
         append(cache, tokens_of(prompt, {0, length}));
         const std::int64_t least = cache.least_length();
         ASSERT_LE(least, std::max<std::int64_t>(length - rewind, 0)) << describe(setup) << ", length " << length;
-        ASSERT_EQ(least == 0, length <= options.sink_tokens + setup.raw_limit()) << describe(setup) << ", length " << length;
+        ASSERT_EQ(least == 0, length <= options.sink_tokens + setup.raw_limit())
+            << describe(setup) << ", length " << length;
         const std::string before = content(cache);
         for (const std::int64_t refused : {least - 1, length + 1}) {
           std::string message;

@@ -120,9 +120,8 @@ TYPED_TEST(Sources, AreSeenByTheRule) {
 
 TYPED_TEST(Sources, OfAnyLengthAreSeenByTheRule) {
   random_engine random(2);
-  for (const std::int64_t keys :
-       {std::int64_t{1}, std::int64_t{4}, std::int64_t{8}, std::int64_t{9}, this->lanes - 1, this->lanes + 3,
-        2 * this->lanes + 5, this->block - 1, this->block, this->block + 7})
+  for (const std::int64_t keys : {std::int64_t{1}, std::int64_t{4}, std::int64_t{8}, std::int64_t{9}, this->lanes - 1,
+                                  this->lanes + 3, 2 * this->lanes + 5, this->block - 1, this->block, this->block + 7})
     for (int times = 0; times < 25; ++times) {
       problem p = random_problem(keys, random);
       ASSERT_EQ(difference<TypeParam>(p), "") << p;
@@ -194,8 +193,8 @@ TYPED_TEST(Sources, AreThoseOfTheTextbook) {
   random_engine random(3);
   for (const entry entry : {entry::local, entry::attention, entry::attend, entry::pool}) {
     judge<TypeParam> judge;
-    for (const std::int64_t keys : {std::int64_t{3}, std::int64_t{8}, std::int64_t{20}, this->lanes + 1,
-                                    2 * this->lanes + 7, this->block + 11})
+    for (const std::int64_t keys :
+         {std::int64_t{3}, std::int64_t{8}, std::int64_t{20}, this->lanes + 1, 2 * this->lanes + 7, this->block + 11})
       for (int times = 0; times < 12; ++times) {
         const problem drawn = random_problem(keys, random);
         if (entry == entry::pool && drawn.options.group_size == 0) continue;
@@ -255,12 +254,11 @@ TYPED_TEST(Sources, WithoutAnythingPooledAreDense) {
   using T = TypeParam;
   for (const std::int64_t keys : {std::int64_t{7}, std::int64_t{40}, this->block + 5})
     for (const std::int64_t m : {std::int64_t{1}, std::int64_t{4}, keys + 1})
-      for (const options& options :
-           {cca::options{.group_size = 1, .window = 2, .sink_tokens = m},
-            {.group_size = 3, .window = keys, .sink_tokens = m},
-            {.window = keys, .sink_tokens = m},
-            {.group_size = keys, .window = 1, .sink_tokens = m},
-            {.sink_tokens = m}}) {
+      for (const options& options : {cca::options{.group_size = 1, .window = 2, .sink_tokens = m},
+                                     {.group_size = 3, .window = keys, .sink_tokens = m},
+                                     {.window = keys, .sink_tokens = m},
+                                     {.group_size = keys, .window = 1, .sink_tokens = m},
+                                     {.sink_tokens = m}}) {
         const sizes s{.heads = 2, .queries = keys, .keys = keys, .dim = 4, .value_dim = 3};
         const argument_memory<T> got = run<T>({.entry = entry::attention, .sizes = s, .options = options});
         const problem dense{.entry = entry::dense, .sizes = s, .options = {}};
@@ -328,7 +326,8 @@ TYPED_TEST(Sources, NaNsShowExactlyWhereTheyAreSeen) {
           if (is_seen(p, token, i))
             ASSERT_TRUE(std::isnan(got)) << p << ": query " << i << ", token " << token;
           else
-            ASSERT_TRUE(same_bits(got, clean.results[0].row(0, 0, i)[d])) << p << ": query " << i << ", token " << token;
+            ASSERT_TRUE(same_bits(got, clean.results[0].row(0, 0, i)[d]))
+                << p << ": query " << i << ", token " << token;
         }
     }
   });

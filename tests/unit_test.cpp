@@ -186,8 +186,8 @@ struct textbook {
         const matrix dout = head<float>(grad_out, b, h);
         for (std::int64_t i = 0; i < query.length(); ++i) {
           const std::int64_t far = seen(b, h, i);
-          const std::vector<std::int64_t> near = raw(i);
-          const std::int64_t near_count = std::ssize(near), count = far + near_count;
+          const reference::vector<std::int64_t> near = raw(i);
+          const std::int64_t count = far + near.size();
           float& lse = *result.lse.view().row(b, h, i);
           const float sink = reference::sink_logit<float>(sinks_, b, h, i);
           const auto add_to_sink = [&](float delta) {
@@ -219,8 +219,8 @@ struct textbook {
           const matrix dk = scale * (ds * q.row(i)), dv = p.unaryExpr(round) * dout.row(i);
           head(grad.far_key, b, fh).topRows(far) += dk.topRows(far);
           head(grad.far_value, b, fh).topRows(far) += dv.topRows(far);
-          head(grad.key, b, kv)(near, Eigen::all) += dk.bottomRows(near_count);
-          head(grad.value, b, kv)(near, Eigen::all) += dv.bottomRows(near_count);
+          head(grad.key, b, kv)(near, Eigen::all) += dk.bottomRows(near.size());
+          head(grad.value, b, kv)(near, Eigen::all) += dv.bottomRows(near.size());
         }
       }
   }

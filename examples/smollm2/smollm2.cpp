@@ -78,12 +78,12 @@ row parse_row(const std::string& text, const config& model, std::int64_t tokens,
                                .sink_tokens = sink_tokens,
                                .core_heads = shared ? cca::core_heads::per_kv_head : cca::core_heads::per_query_head};
     const cca::partition partition = cca::partition_of(options);
-    return {fmt::format("CCA g={} s={}{}{}", options.group_size, options.window, sinks, shared ? ", shared cores" : ""),
-            [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
-              cca::attention(query, key, value, out, options, executor);
-            },
-            (shared ? model.kv_heads : model.heads) * partition.core_count(last) +
-                model.kv_heads * raw_count(partition)};
+    return {
+        fmt::format("CCA g={} s={}{}{}", options.group_size, options.window, sinks, shared ? ", shared cores" : ""),
+        [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
+          cca::attention(query, key, value, out, options, executor);
+        },
+        (shared ? model.kv_heads : model.heads) * partition.core_count(last) + model.kv_heads * raw_count(partition)};
   }
   throw std::invalid_argument(fmt::format("--rows: got '{}', wants dense, G/S, G/S/shared or window/S", text));
 }

@@ -33,8 +33,7 @@ template <class Inputs>
 auto sink_source(const Inputs& in, const options& options) {
   const std::int64_t length = in.key.length(), first = first_position(options, in.query.length(), length);
   auto source = view_source(
-      in.key, in.value,
-      [partition = partition_of(options), first, length](std::int64_t, std::int64_t, std::int64_t i) {
+      in.key, in.value, [partition = partition_of(options), first, length](std::int64_t, std::int64_t, std::int64_t i) {
         return intersection(partition.sinks(first + i), {0, length});
       });
   source.length = sink_rows(in, options);
@@ -73,8 +72,9 @@ template <class T>
 auto core_source(const cores<T>& rows, const options& options) {
   return far_source(
       rows.key, rows.value,
-      [partition = partition_of(options), count = rows.key.length()](
-          std::int64_t, std::int64_t, std::int64_t t) { return smaller(partition.core_count(t), count); });
+      [partition = partition_of(options), count = rows.key.length()](std::int64_t, std::int64_t, std::int64_t t) {
+        return smaller(partition.core_count(t), count);
+      });
 }
 
 /// Calls `f(std::type_identity<Core>)`, where `Core` is what cores are kept in: what is computed in or, for a matrix unit,
@@ -103,8 +103,8 @@ auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<Fa
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
       in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()),
-      {sink_rows(in, options), context.key.length(), in.key.length()},
-      !in_place<T, Key, Value, FarKey, FarValue>, options.unit, run);
+      {sink_rows(in, options), context.key.length(), in.key.length()}, !in_place<T, Key, Value, FarKey, FarValue>,
+      options.unit, run);
 }
 
 /// Scratch for the cores that some query sees: none where nothing is pooled.
@@ -153,8 +153,8 @@ struct cca_plan {
         workers(pool_workers(in.key, options, run)),
         pooler_size(group_rows<T>::size(cores.dim, cores.value_dim, !in_place<T, Key, Value>)),
         forward(plan<Element>(in.query, cores.value_dim, in.key.heads(),
-                              {sink_rows(in, options), cores.count, in.key.length()},
-                              !in_place<T, Key, Value, Core>, options.unit, run)) {}
+                              {sink_rows(in, options), cores.count, in.key.length()}, !in_place<T, Key, Value, Core>,
+                              options.unit, run)) {}
 
   [[nodiscard]] std::size_t bytes() const {
     return cores.bytes() + worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();

@@ -238,8 +238,7 @@ void attention_gradient(const inputs<Query, Key, Value, Sink>& in, const results
     if (pooled) detail::pool_views<T>(in.query, in.key, in.value, core_rows.key, core_rows.value, options, run, pooler);
     for (const auto& sum : {to.key, to.value, grad_cores.key, grad_cores.value}) detail::fill_zero(sum, run);
     plan.backward(results, to.query, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), to.sink_logits,
-                  run, memory,
-                  detail::source_gradient{detail::sink_source(in, options), to.key, to.value},
+                  run, memory, detail::source_gradient{detail::sink_source(in, options), to.key, to.value},
                   detail::source_gradient{detail::core_source(core_rows, options), grad_cores.key, grad_cores.value},
                   detail::source_gradient{detail::raw_source(in, options), to.key, to.value});
     if (pooled) detail::add_pool_gradient(in, grad_cores, to, options, run, pooler);

@@ -286,8 +286,8 @@ class kv_cache {
       const std::int64_t length = held_.at(b).length;
       groups = detail::larger(groups, held_.group_count(length + extent.tokens) - held_.group_count(length));
     }
-    return detail::worker_count(
-        run, detail::pool_tasks(1, held_.shape.kv_heads, groups, held_.options.group_size).size());
+    return detail::worker_count(run,
+                                detail::pool_tasks(1, held_.shape.kv_heads, groups, held_.options.group_size).size());
   }
 
   /// Memory for a step, which stays for the next.

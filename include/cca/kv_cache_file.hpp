@@ -58,8 +58,8 @@ struct cache_file_start {
 };
 
 /// Then this header; the options that are not the defaults; per sequence its length and the first raw token behind the
-/// sink tokens, and the rows of its cores, its sink tokens and its other raw tokens, `[head][keys | values][row][dim]`; behind each part a checksum of all so far. Numbers
-/// are as in memory, in the byte order that `byte_order` tells.
+/// sink tokens, and the rows of its cores, its sink tokens and its other raw tokens, `[head][keys | values][row][dim]`;
+/// behind each part a checksum of all so far. Numbers are as in memory, in the byte order that `byte_order` tells.
 struct cache_file_header {
   element_code elements;
   std::uint32_t option_count = 0;

@@ -56,8 +56,8 @@ void require_cores(const char* key_name, const char* value_name, const Inputs& i
 ///
 /// @param in  query, key and value, read whole but for the tokens of an incomplete last group. With `last_query` pooling
 ///   one query per group is read, with `mean` and `max` none.
-/// @param to  written whole: `[batch, core heads, floor((length - sink_tokens) / group_size), dim]` and the same with the value's dim. The
-///   core heads are the query's, or the key's with `core_heads::per_kv_head`, `mean` and `max`.
+/// @param to  written whole: `[batch, core heads, floor((length - sink_tokens) / group_size), dim]` and the same with the
+///   value's dim. The core heads are the query's, or the key's with `core_heads::per_kv_head`, `mean` and `max`.
 ///   A group whose logits are all -inf, which nothing can weigh, has a core of NaN.
 /// @param options  `group_size`, `sink_tokens`, `pool`, `core_heads` and `softmax_scale` are used.
 /// @param run  an executor, or `{executor, workspace}`; results are the same for any.

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
-#include <iterator>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -163,8 +162,8 @@ Scalar sink_logit(const lse_view<Sink>& sinks, std::int64_t b, std::int64_t h, s
 /// The keys or the values that a query sees: the first `pooled` far rows, then those of `tokens`.
 template <class Scalar>
 matrix<Scalar> seen_rows(const matrix<Scalar>& far_rows, std::int64_t pooled, const matrix<Scalar>& rows,
-                         const std::vector<std::int64_t>& tokens) {
-  matrix<Scalar> seen(pooled + std::ssize(tokens), rows.cols());
+                         const vector<std::int64_t>& tokens) {
+  matrix<Scalar> seen(pooled + tokens.size(), rows.cols());
   seen << far_rows.topRows(pooled), rows(tokens, Eigen::all);
   return seen;
 }
@@ -187,7 +186,7 @@ result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, tensor_view<Far
       const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
         const std::int64_t pooled = seen(b, h, i);
-        const std::vector<std::int64_t> tokens = raw(i);
+        const vector<std::int64_t> tokens = raw(i);
         const matrix<Scalar> keys = seen_rows(fk, pooled, k, tokens), values = seen_rows(fv, pooled, v, tokens);
         vector<Scalar> weights = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
         *result.lse.view().row(b, h, i) = softmax(weights, sink_logit<Scalar>(in.sink_logits, b, h, i));
@@ -198,11 +197,12 @@ result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, tensor_view<Far
 }
 
 /// The tokens among the first `length` that the query at `t` sees raw: the first ones, and those of its window.
-inline std::vector<std::int64_t> raw_tokens(const partition& partition, std::int64_t t, std::int64_t length) {
-  std::vector<std::int64_t> tokens;
+inline vector<std::int64_t> raw_tokens(const partition& partition, std::int64_t t, std::int64_t length) {
+  vector<std::int64_t> tokens(length);
+  std::int64_t count = 0;
   for (std::int64_t j = 0; j < length; ++j)
-    if (partition.sinks(t).contains(j) || partition.raw(t).contains(j)) tokens.push_back(j);
-  return tokens;
+    if (partition.sinks(t).contains(j) || partition.raw(t).contains(j)) tokens(count++) = j;
+  return tokens.head(count);
 }
 
 namespace detail {
@@ -232,9 +232,7 @@ result<Scalar> attention(const inputs<Query, Key, Value, Sink>& in, const option
   const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
   return attend<Scalar>(
       in, cores.first.view(), cores.second.view(), options,
-      [&](std::int64_t, std::int64_t, std::int64_t t) {
-        return partition_of(options).core_count(t);
-      },
+      [&](std::int64_t, std::int64_t, std::int64_t t) { return partition_of(options).core_count(t); },
       detail::raw_tokens(in.query, in.key, options));
 }
 

@@ -5,9 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
-#include <iterator>
 #include <limits>
-#include <vector>
 
 #include "call.hpp"
 #include "options.hpp"
@@ -114,7 +112,7 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
       const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
         const std::int64_t pooled = seen(b, h, i);
-        const std::vector<std::int64_t> tokens = raw(i);
+        const vector<std::int64_t> tokens = raw(i);
         const matrix<Scalar> keys = seen_rows(fk, pooled, k, tokens), values = seen_rows(fv, pooled, v, tokens);
         const vector<Scalar> logits = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
         const Scalar sink = sink_logit<Scalar>(in.sink_logits, b, h, i);
@@ -131,8 +129,8 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
         head(grad.query, b, h).row(i) = scale * ds.transpose() * keys;
         head(grad.far_key, b, far_head).topRows(pooled) += grad_keys.topRows(pooled);
         head(grad.far_value, b, far_head).topRows(pooled) += grad_values.topRows(pooled);
-        head(grad.key, b, kv_head)(tokens, Eigen::all) += grad_keys.bottomRows(std::ssize(tokens));
-        head(grad.value, b, kv_head)(tokens, Eigen::all) += grad_values.bottomRows(std::ssize(tokens));
+        head(grad.key, b, kv_head)(tokens, Eigen::all) += grad_keys.bottomRows(tokens.size());
+        head(grad.value, b, kv_head)(tokens, Eigen::all) += grad_values.bottomRows(tokens.size());
         if (in.sink_logits.data)
           *grad.sink_logits.view().row(b % sinks[0], h, i % sinks[2]) -= std::exp(sink - lse) * delta;
       }

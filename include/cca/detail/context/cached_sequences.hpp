@@ -75,8 +75,8 @@ struct cached_sequences {
     shape.batch = std::ssize(all);
   }
 
-  /// Raw entries that a sequence of any length needs behind its sink tokens: what the queries from `longest - 2 rewind` on see. A refused draft
-  /// takes one `rewind` away, the tokens before it can then be taken back by the other.
+  /// Raw entries that a sequence of any length needs behind its sink tokens: what the queries from `longest - 2 rewind` on
+  /// see. A refused draft takes one `rewind` away, the tokens before it can then be taken back by the other.
   [[nodiscard]] std::int64_t raw_limit() const {
     std::int64_t limit = options.window;
     for (const std::int64_t more : {options.group_size, shape.rewind, shape.rewind})
@@ -196,10 +196,9 @@ struct cached_sequences {
     const auto seen_of = [partition, sequence_of](std::int64_t b, std::int64_t i, range piece) {
       return shifted(intersection(partition.raw(sequence_of(b).length + i), piece), -piece.begin);
     };
-    f(source{shape.kv_heads, rows.sinks, [=](std::int64_t b, std::int64_t h) { return sequence_of(b).sinks.rows(h, 0); },
-             [=](std::int64_t b, std::int64_t, std::int64_t i) {
-               return partition.sinks(sequence_of(b).length + i);
-             }},
+    f(source{shape.kv_heads, rows.sinks,
+             [=](std::int64_t b, std::int64_t h) { return sequence_of(b).sinks.rows(h, 0); },
+             [=](std::int64_t b, std::int64_t, std::int64_t i) { return partition.sinks(sequence_of(b).length + i); }},
       source{core_heads, rows.cores, [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
              [=](std::int64_t b, std::int64_t, std::int64_t i) {
                return range{0, partition.core_count(sequence_of(b).length + i)};
