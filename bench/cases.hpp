@@ -10,6 +10,7 @@ std::size_t allocated_bytes();
 
 void add_decode_cases();
 void add_gradient_cases();
+void add_packed_cases();
 void add_unit_cases();
 
 }  // namespace bench

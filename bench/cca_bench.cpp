@@ -276,6 +276,7 @@ int main(int argc, char** argv) {
   add_cases();
   bench::add_decode_cases();
   bench::add_gradient_cases();
+  bench::add_packed_cases();
   bench::add_unit_cases();
   benchmark::RunSpecifiedBenchmarks();
 }

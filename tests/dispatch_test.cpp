@@ -7,6 +7,8 @@
 #include "executors.hpp"
 #include "gradient_entry_points.hpp"
 #include "kv_cache_steps.hpp"
+#include "passes.hpp"
+#include "ragged.hpp"
 
 namespace cca::test { namespace {
 
@@ -217,6 +219,21 @@ TYPED_TEST(Dispatch, ThrowsWhatTheKernelsThrow) {
     }
     memory.operands[0] = tensor<TypeParam>({2, 4, 41, 0});
     same_refusal();
+  }
+}
+
+/// Views carry the lengths of their sequences.
+TYPED_TEST(Dispatch, SequencesKeepTheirLengths) {
+  using Pass = forward_pass<TypeParam>;
+  random_engine random(6);
+  for (const entry entry : all_entries) {
+    problem p = example(entry, example_sizes);
+    const alone<Pass> want(p, {{7, 7, 4}, {0, 0, 3}, {40, 40, 0}, {1, 1, 9}}, random);
+    for (const ragged_layout layout : all_ragged_layouts) {
+      const together<Pass> got(want, [&] { return layout; });
+      dispatched_call(got.p, got.arguments());
+      EXPECT_TRUE(got.same_as(want)) << p;
+    }
   }
 }
 

@@ -531,6 +531,32 @@ TEST(KvCache, RefusesWhatDoesNotFitAndStaysAsItWas) {
   append(p.cache, p.next(6));
 }
 
+TEST(KvCache, RefusesLengthsPerSequence) {
+  tensor<float> out({2, 4, 3, 3});
+  tensor<float, 3> lse({2, 4, 3});
+  const std::array<std::int64_t, 2> lengths{3, 2};
+  const auto expect_refused = [&](const std::string& name, auto part) {
+    for (const bool answers : {false, true}) {
+      prepared_cache p;
+      token_views<float> tokens = p.next(3);
+      tokens.*part = (tokens.*part).with_lengths(lengths);
+      EXPECT_EQ(
+          refusal_of([&] { answers ? attend(p.cache, tokens, out.view(), lse.view()) : append(p.cache, tokens); }),
+          "cca: " + name +
+              ": got lengths per sequence, wants as many tokens for each; the calls of one sequence take any number");
+      expect_untouched(p, name);
+    }
+  };
+  expect_refused("query", &token_views<float>::query);
+  expect_refused("key", &token_views<float>::key);
+  expect_refused("value", &token_views<float>::value);
+  prepared_cache p;
+  const token_views<float> tokens = p.next(3);
+  EXPECT_EQ(refusal_of([&] { attend(p.cache, tokens, out.view().with_lengths(lengths), lse.view()); }),
+            "cca: out: got length 2 of sequence 1, wants length 3");
+  expect_untouched(p, "out");
+}
+
 /// Views that repeat one token need no memory, but what they would make of a cache does.
 TEST(KvCache, RefusesMoreTokensThanMemoryCouldHold) {
   prepared_cache p;

@@ -102,7 +102,7 @@ template <class View, class F>
 void for_each_row(const View& view, const F& f) {
   for (std::int64_t b = 0; b < view.batch(); ++b)
     for (std::int64_t h = 0; h < view.heads(); ++h)
-      for (std::int64_t i = 0; i < view.length(); ++i) f(b, h, i);
+      for (std::int64_t i = 0; i < view.length(b); ++i) f(b, h, i);
 }
 
 /// Elements of a row.
@@ -250,13 +250,17 @@ struct results {
 template <class T>
 tensor_view<T> with_dim(const lse_view<T>& view) {
   const auto& [batch, heads, length] = view.stride;
-  return {view.data, {view.batch(), view.heads(), view.length(), 1}, {batch, heads, length, 1}};
+  return {view.data, {view.batch(), view.heads(), view.length(), 1}, {batch, heads, length, 1}, view.begins, view.ends};
 }
 
 /// The other way round: log-sum-exps as the entry points take them.
 template <class T>
 lse_view<T> without_dim(const tensor_view<T>& view) {
-  return {view.data, {view.batch(), view.heads(), view.length()}, {view.stride[0], view.stride[1], view.stride[2]}};
+  return {view.data,
+          {view.batch(), view.heads(), view.length()},
+          {view.stride[0], view.stride[1], view.stride[2]},
+          view.begins,
+          view.ends};
 }
 
 /// Calls `entry(out view, lse view)` and checks that nothing is written between the rows.

@@ -72,7 +72,9 @@ def autograd(arrays, dtype, *options):
 
 
 def run(program, arrays, sizes, pooling, cores):
-    arguments = [str(x) for x in (*sizes, POOLINGS.index(pooling), CORE_HEADS.index(cores))]
+    names = ["batch", "heads", "kv_heads", "length", "dim", "value_dim", "group_size", "window"]
+    arguments = [f"{name}={size}" for name, size in zip(names, sizes, strict=True)]
+    arguments += [f"pool={pooling}", f"core_heads={cores}"]
     answer = subprocess.run(
         [program, *arguments], input=b"".join(x.tobytes() for x in arrays), capture_output=True, check=True
     ).stdout

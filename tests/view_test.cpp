@@ -2,6 +2,8 @@
 
 #include "support.hpp"
 
+#include <map>
+
 namespace cca::test { namespace {
 
 static_assert(std::is_trivially_copyable_v<tensor_view<double>> && std::is_trivially_copyable_v<lse_view<float>>);
@@ -166,6 +168,77 @@ TEST(View, SlicesOutOfRangeAreRefused) {
   // Without elements there is no pointer to move.
   EXPECT_EQ(whole.slice(2, 3).data, nullptr);
   EXPECT_EQ(bhsd<float>(nullptr, 1, 1, 0, 4).slice(0, 0).data, nullptr);
+}
+
+TEST(View, OfPackedSequencesHasTheTokensBetweenTheOffsets) {
+  auto memory = numbers(12 * 3 * 2);
+  const std::vector<std::int64_t> offsets{1, 4, 4, 12};
+  const auto view = packed(memory.data(), offsets, 3, 2);
+  const auto lse = packed(memory.data(), offsets, 3);
+  EXPECT_EQ(view.extent, (std::array<std::int64_t, 4>{3, 3, 8, 2})) << "the longest";
+  EXPECT_EQ(lse.extent, (std::array<std::int64_t, 3>{3, 3, 8}));
+  for (const auto& [b, length] : std::map<std::int64_t, std::int64_t>{{0, 3}, {1, 0}, {2, 8}}) {
+    EXPECT_EQ(view.length(b), length);
+    EXPECT_EQ(lse.length(b), length);
+  }
+  for_each_row(view, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+    const std::int64_t token = offsets[static_cast<std::size_t>(b)] + i;
+    EXPECT_EQ(*view.row(b, h, i), static_cast<float>((token * 3 + h) * 2));
+    EXPECT_EQ(*lse.row(b, h, i), static_cast<float>(h * 12 + token));
+  });
+  EXPECT_TRUE(packed(memory.data(), std::vector<std::int64_t>{0}, 3, 2).empty());
+  EXPECT_TRUE(packed(memory.data(), std::vector<std::int64_t>{5, 5, 5}, 3, 2).empty());
+}
+
+TEST(View, WithLengthsHasTheFirstTokensOfEachSequence) {
+  auto memory = numbers(2 * 5 * 3 * 2);
+  const std::vector<std::int64_t> lengths{5, 2};
+  const auto whole = bshd(memory.data(), 2, 5, 3, 2), view = whole.with_lengths(lengths);
+  EXPECT_FALSE(whole.has_lengths());
+  EXPECT_EQ(whole.length(1), 5);
+  EXPECT_EQ(view.length(1), 2);
+  EXPECT_EQ(view.extent, whole.extent);
+  for_each_row(
+      view, [&](std::int64_t b, std::int64_t h, std::int64_t i) { EXPECT_EQ(view.row(b, h, i), whole.row(b, h, i)); });
+  EXPECT_EQ(bhs(memory.data(), 2, 3, 5).with_lengths(lengths).length(1), 2);
+  const tensor_view<const float> constant = view;
+  EXPECT_EQ(constant.length(1), 2);
+  EXPECT_EQ(view.slice_heads(1, 2).length(1), 2);
+}
+
+TEST(View, OfASequenceIsABatchOfOne) {
+  auto memory = numbers(12 * 3 * 2);
+  const std::vector<std::int64_t> offsets{1, 4, 4, 12}, begins{2, 0}, ends{4, 1};
+  tensor_view<float> front = bhsd(memory.data(), 2, 3, 4, 2);  // padded before its tokens
+  front.begins = begins.data();
+  front.ends = ends.data();
+  for (const auto& all : {packed(memory.data(), offsets, 3, 2), bhsd(memory.data(), 2, 3, 4, 2), front})
+    for (std::int64_t b = 0; b < all.batch(); ++b) {
+      const auto one = all.sequence(b);
+      EXPECT_FALSE(one.has_lengths());
+      EXPECT_EQ(one.extent, (std::array<std::int64_t, 4>{1, 3, all.length(b), 2}));
+      for_each_row(
+          one, [&](std::int64_t, std::int64_t h, std::int64_t i) { EXPECT_EQ(one.row(0, h, i), all.row(b, h, i)); });
+    }
+  EXPECT_EQ(packed<float>(nullptr, offsets, 3, 2).sequence(2).data, nullptr);
+}
+
+TEST(View, LengthsThatDoNotFitAreRefused) {
+  const auto refusal = [](const auto& f) -> std::string {
+    try {
+      f();
+    } catch (const std::invalid_argument& refused) {
+      return refused.what();
+    }
+    return "";
+  };
+  const std::vector<std::int64_t> offsets{0, 4, 9}, none;
+  const auto view = packed<float>(nullptr, offsets, 3, 2);
+  EXPECT_EQ(refusal([&] { (void)view.slice(0, 1); }),
+            "cca: slice of tokens: got a view with lengths per sequence, wants one without, such as `sequence(b)`");
+  EXPECT_EQ(refusal([&] { (void)view.with_lengths(offsets); }),
+            "cca: lengths: got 3 lengths, wants one for each of 2 sequences");
+  EXPECT_EQ(refusal([&] { (void)packed<float>(nullptr, none, 3, 2); }).find("cca: offsets: got none"), 0U);
 }
 
 TEST(View, IsEmptyWithAnyExtent0) {

@@ -10,7 +10,9 @@
 #include "detail/base/scratch.hpp"
 #include "detail/base/validate.hpp"
 #include "detail/context/source.hpp"
+#include "detail/context/tasks.hpp"
 #include "detail/engine/forward.hpp"
+#include "detail/pool/pooler.hpp"
 #include "detail/product/choose_unit.hpp"
 #include "detail/softmax/score_rule.hpp"
 #include "element.hpp"
@@ -22,33 +24,37 @@
 namespace cca { inline namespace CCA_TARGET {
 namespace detail {
 
-/// Rows of `sink_source`.
-template <class Inputs>
-std::int64_t sink_rows(const Inputs& in, const options& options) {
-  return partition_of(options).sink_count(in.key.length());
+/// The tokens of the keys that query `i` sees raw as `which(partition, position)` says.
+template <class Inputs, class Which>
+auto token_source(const Inputs& in, const options& options, const Which& which) {
+  return view_source(in.key, in.value,
+                     [which, partition = partition_of(options), position = options.first_position, queries = in.query,
+                      keys = in.key](std::int64_t b, std::int64_t, std::int64_t i) {
+                       const std::int64_t length = keys.length(b);
+                       const std::int64_t first = position.value_or(length - queries.length(b));
+                       return intersection(which(partition, first + i), {0, length});
+                     });
 }
 
-/// The first tokens, which query `i` sees raw whatever its window. Without sink tokens and prefix there are no rows.
+/// Rows of `sink_source` of sequence `b`.
+template <class Inputs>
+auto sink_counts(const Inputs& in, const options& options) {
+  return [partition = partition_of(options), keys = in.key](std::int64_t b) {
+    return partition.sink_count(keys.length(b));
+  };
+}
+
+/// The first tokens, which queries see whatever their window. Without sink tokens and prefix there are no rows.
 template <class Inputs>
 auto sink_source(const Inputs& in, const options& options) {
-  const std::int64_t length = in.key.length(), first = first_position(options, in.query.length(), length);
-  auto source = view_source(
-      in.key, in.value, [partition = partition_of(options), first, length](std::int64_t, std::int64_t, std::int64_t i) {
-        return intersection(partition.sinks(first + i), {0, length});
-      });
-  source.length = sink_rows(in, options);
-  return source;
+  const auto tokens = token_source(in, options, [](const partition& p, std::int64_t t) { return p.sinks(t); });
+  return source{tokens.heads, sink_counts(in, options), tokens.rows, tokens.visible};
 }
 
-/// The tokens behind those that query `i` sees raw. No token is a row of both for any query, so that each has its turns
-/// of adding to gradients.
+/// The tokens behind those. No token is a row of both for any query, so that each has its turns of adding to gradients.
 template <class Inputs>
 auto raw_source(const Inputs& in, const options& options) {
-  const std::int64_t length = in.key.length(), first = first_position(options, in.query.length(), length);
-  return view_source(in.key, in.value,
-                     [partition = partition_of(options), first, length](std::int64_t, std::int64_t, std::int64_t i) {
-                       return intersection(partition.raw(first + i), {0, length});
-                     });
+  return token_source(in, options, [](const partition& p, std::int64_t t) { return p.raw(t); });
 }
 
 /// The far part `[0, seen)` of a caller's rows or of cores.
@@ -70,11 +76,10 @@ auto seen_source(const far_context<Key, Value>& context) {
 /// Cores. Where nothing is pooled there are none.
 template <class T>
 auto core_source(const cores<T>& rows, const options& options) {
-  return far_source(
-      rows.key, rows.value,
-      [partition = partition_of(options), count = rows.key.length()](std::int64_t, std::int64_t, std::int64_t t) {
-        return smaller(partition.core_count(t), count);
-      });
+  return far_source(rows.key, rows.value,
+                    [partition = partition_of(options), key = rows.key](std::int64_t b, std::int64_t, std::int64_t t) {
+                      return smaller(partition.core_count(t), key.length(b));
+                    });
 }
 
 /// Calls `f(std::type_identity<Core>)`, where `Core` is what cores are kept in: what is computed in or, for a matrix unit,
@@ -86,15 +91,20 @@ decltype(auto) with_core_type(matrix_unit unit, const F& f) {
   return f(std::type_identity<compute_type<Element>>{});
 }
 
-/// The engine for these queries and sources of `rows`, of whose heads `head_groups` is the greatest common divisor.
-/// `Element` is the operands' `product_type`.
-template <class Element, class Query>
-forward<Element> plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
-                      std::initializer_list<std::int64_t> rows, bool staged, matrix_unit unit, const execution& run) {
-  std::int64_t parts = 0;
-  for (const std::int64_t count : rows) parts += forward<Element>::count_parts(count);
-  return {query.batch(), query.heads(), query.length(), tile_form{query.dim(), value_dim, chosen_unit<Element>(unit)},
-          head_groups,   parts,         staged,         run.concurrency()};
+/// The engine for these queries and sources, of whose heads `head_groups` is the greatest common divisor and `rows(b)` the
+/// rows. `Element` is the operands' `product_type`.
+template <class Element, class Query, class... Rows>
+forward<Element> plan(const sequences& all, const tensor_view<Query>& query, std::int64_t value_dim,
+                      std::int64_t head_groups, bool staged, matrix_unit unit, const execution& run,
+                      const Rows&... rows) {
+  const tile_form form{query.dim(), value_dim, chosen_unit<Element>(unit)};
+  return {all, query.heads(), form, head_groups, staged, run.concurrency(), lengths_of(query), rows...};
+}
+
+/// Whether what is planned for one of the sequences of these views holds for all.
+template <class Query, class... View>
+sequences sequences_of(const Query& query, const View&... more) {
+  return {query.batch(), !(query.has_lengths() || ... || more.has_lengths())};
 }
 
 template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
@@ -102,40 +112,74 @@ auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<Fa
                  const options& options, const execution& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
-      in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()),
-      {sink_rows(in, options), context.key.length(), in.key.length()}, !in_place<T, Key, Value, FarKey, FarValue>,
-      options.unit, run);
+      sequences_of(in.query, in.key, context.key), in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()),
+      !in_place<T, Key, Value, FarKey, FarValue>, options.unit, run, sink_counts(in, options), lengths_of(context.key),
+      lengths_of(in.key));
 }
 
-/// Scratch for the cores that some query sees: none where nothing is pooled.
+/// The cores of sequence `b` that some query sees: none where nothing is pooled.
+template <class Inputs>
+auto core_counts(const Inputs& in, const options& options) {
+  return [partition = partition_of(options), pooled = pools(options), key = in.key](std::int64_t b) {
+    return pooled ? partition.core_count(key.length(b) - 1) : 0;
+  };
+}
+
+/// Scratch for those cores: `[batch][heads][cores][dim]`, or `[heads][cores of all sequences][dim]` where each sequence has
+/// a length of its own.
 template <class Core>
 struct core_plan {
-  std::int64_t batch, heads, count, dim, value_dim;
+  sequences all;
+  std::int64_t heads, dim, value_dim, longest = 0, rows = 0;
 
   template <class Inputs>
   core_plan(const Inputs& in, const options& options)
-      : batch(in.key.batch()),
+      : all(sequences_of(in.key)),
         heads(core_head_count(options, in.query.heads(), in.key.heads())),
-        count(pools(options) ? partition_of(options).core_count(in.key.length() - 1) : 0),
         dim(in.key.dim()),
-        value_dim(in.value.dim()) {}
+        value_dim(in.value.dim()) {
+    const auto count = core_counts(in, options);
+    for (std::int64_t b = 0; b < all.distinct(); ++b) {
+      longest = larger(longest, count(b));
+      rows += count(b);
+    }
+  }
 
   template <class Row = Core>
   [[nodiscard]] std::size_t bytes() const {
     return scratch_bytes<Row>(elements<Row>(dim)) + scratch_bytes<Row>(elements<Row>(value_dim));
   }
+  [[nodiscard]] std::size_t offset_bytes() const { return scratch_bytes<std::int64_t>(offset_count()); }
+
+  /// Where the cores of each sequence begin and, one more, where those of the last end; nothing where all are alike.
+  template <class Inputs>
+  [[nodiscard]] const std::int64_t* take_offsets(scratch& memory, const Inputs& in, const options& options) const {
+    auto* offsets = memory.take<std::int64_t>(offset_count());
+    const auto count = core_counts(in, options);
+    std::int64_t next = 0;
+    for (std::int64_t b = 0; b < offset_count(); ++b) {
+      offsets[b] = next;
+      if (b < all.batch) next += count(b);
+    }
+    return all.alike ? nullptr : offsets;
+  }
 
   template <class Row = Core>
-  [[nodiscard]] cores<Row> take(scratch& memory) const {
-    const auto rows = [&](std::int64_t d) { return bhsd(memory.take<Row>(elements<Row>(d)), batch, heads, count, d); };
-    const tensor_view<Row> key = rows(dim);
-    return {key, rows(value_dim)};
+  [[nodiscard]] cores<Row> take(scratch& memory, const std::int64_t* offsets) const {
+    const auto rows_of = [&](std::int64_t d) {
+      tensor_view<Row> view = bhsd(memory.take<Row>(elements<Row>(d)), all.batch, heads, longest, d);
+      if (offsets == nullptr) return view;
+      return tensor_view<Row>{view.data, view.extent, {0, rows * d, d, 1}, offsets, offsets + 1};
+    };
+    const tensor_view<Row> key = rows_of(dim);
+    return {key, rows_of(value_dim)};
   }
 
  private:
+  [[nodiscard]] std::int64_t offset_count() const { return all.alike ? 0 : all.batch + 1; }
   template <class Row>
   [[nodiscard]] std::int64_t elements(std::int64_t d) const {
-    return element_count<Row>(batch, heads, count, d);
+    return element_count<Row>(all.copies(), heads, rows, d);
   }
 };
 
@@ -144,20 +188,19 @@ template <class Element, class Core>
 struct cca_plan {
   using T = compute_type<Element>;
   core_plan<Core> cores;
-  std::int64_t workers, pooler_size;
+  pool_plan<T> pooler;
   detail::forward<Element> forward;
 
   template <class Query, class Key, class Value, class Sink>
   cca_plan(const inputs<Query, Key, Value, Sink>& in, const options& options, const execution& run)
       : cores(in, options),
-        workers(pool_workers(in.key, options, run)),
-        pooler_size(group_rows<T>::size(cores.dim, cores.value_dim, !in_place<T, Key, Value>)),
-        forward(plan<Element>(in.query, cores.value_dim, in.key.heads(),
-                              {sink_rows(in, options), cores.count, in.key.length()}, !in_place<T, Key, Value, Core>,
-                              options.unit, run)) {}
+        pooler(plan_pooling<T>(in, options, run)),
+        forward(plan<Element>(sequences_of(in.query, in.key), in.query, cores.value_dim, in.key.heads(),
+                              !in_place<T, Key, Value, Core>, options.unit, run, sink_counts(in, options),
+                              core_counts(in, options), lengths_of(in.key))) {}
 
   [[nodiscard]] std::size_t bytes() const {
-    return cores.bytes() + worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes();
+    return cores.bytes() + cores.offset_bytes() + pooler.bytes() + forward.bytes();
   }
 };
 
@@ -186,10 +229,15 @@ void require_attend(const inputs<Query, Key, Value, Sink>& in, const far_context
 template <class Query, class Key, class Value, class Sink>
 far_context<Key, Value> no_far_context(const inputs<Query, Key, Value, Sink>& in) {
   static constexpr std::int64_t none = 0;
-  far_context<Key, Value> context{
-      in.key, in.value, {&none, {in.query.batch(), in.query.heads(), in.query.length()}, {}}};
-  context.key.extent[2] = context.value.extent[2] = 0;
-  return context;
+  const auto no_rows = [](auto view) {
+    view.extent[2] = 0;
+    view.begins = view.ends = nullptr;
+    return view;
+  };
+  const auto& query = in.query;
+  return {no_rows(in.key),
+          no_rows(in.value),
+          {&none, {query.batch(), query.heads(), query.length()}, {}, query.begins, query.ends}};
 }
 
 }  // namespace detail
@@ -217,6 +265,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
   detail::require_options<detail::product_type<Query, Key, Value, FarKey, FarValue>>(options);
   detail::require_sizes(in);
   detail::require_sizes("far.key", context.key);
+  detail::require_batch("far.key", in.query, context.key);
   return detail::attend_plan(in, context, options, run).bytes() + detail::scratch_alignment;
 }
 
@@ -231,7 +280,8 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 ///   `{.prefix = p}`: the first `p` tokens besides, wherever t is.
 ///
 /// Without groups queries may be fewer than keys: they are the last ones, or start at `options.first_position`. With
-/// groups there is a query for every key; `kv_cache` takes sequences piece by piece.
+/// groups there is a query for every key; `kv_cache` takes sequences piece by piece. Sequences of a batch may have lengths
+/// of their own (`packed`, `with_lengths`): each is to the bit as if called alone.
 ///
 /// @param in  query, key and value, read whole; keys as attention sees them, with RoPE applied
 /// @param to  `out` and, where given, `lse` are written whole; they overlap no operand and not each other. A logit of -inf
@@ -252,8 +302,8 @@ void attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse
   detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
     const detail::cca_plan<Element, Core> plan(in, options, run);
     detail::scratch memory(run.workspace(), plan.bytes(), "workspace_size");
-    const auto cores = plan.cores.take(memory);
-    const detail::worker_scratch<T> pooler(memory, plan.workers, plan.pooler_size);
+    const auto cores = plan.cores.take(memory, plan.cores.take_offsets(memory, in, options));
+    const auto pooler = plan.pooler.take(memory);
     if (detail::pools(options))
       detail::pool_views<T>(in.query, in.key, in.value, cores.key, cores.value, options, run, pooler);
     plan.forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), run,

@@ -81,13 +81,15 @@ constexpr bool check_views() {
   constexpr bool views = (is_view<Arguments> && ...);
   static_assert(views,
                 "cca: an operand or output is not a view. Use cca::bhsd(pointer, batch, heads, length, dim), "
-                "cca::bshd(pointer, batch, length, heads, dim) or cca::matrix(row_major_eigen_matrix)");
+                "cca::bshd(pointer, batch, length, heads, dim), cca::packed(pointer, offsets, heads, dim) or "
+                "cca::matrix(row_major_eigen_matrix)");
   return views;
 }
 
 }  // namespace detail
 
-/// What attention reads.
+/// What attention reads. Where sequences have lengths of their own (see `tensor_view`), values have those of the keys, and
+/// what belongs to a query has those of the queries: sink logits per query, results, the counts of a far context.
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>>
 struct inputs {
   static_assert(detail::check_elements<Query, Key, Value, Sink>());

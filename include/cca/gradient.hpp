@@ -12,6 +12,7 @@
 #include "detail/base/scratch.hpp"
 #include "detail/base/validate.hpp"
 #include "detail/context/source.hpp"
+#include "detail/context/tasks.hpp"
 #include "detail/engine/backward.hpp"
 #include "detail/pool/pooler.hpp"
 #include "detail/softmax/score_rule.hpp"
@@ -30,29 +31,27 @@ template <class T, class Inputs, class Out, class Lse, class GradOut, class Grad
 auto checked_results(const Inputs& in, const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from) {
   static_assert(sizeof(Lse) >= sizeof(T),
                 "cca: the weights come from lse: a float one would cost double gradients half of their digits");
-  const std::array<std::int64_t, 4> out{in.query.batch(), in.query.heads(), in.query.length(), in.value.dim()};
-  const std::array<std::int64_t, 3> lse{out[0], out[1], out[2]};
+  const std::int64_t heads = in.query.heads(), dim = in.value.dim();
   require_operand("out", of.out);
-  require_extents("out", of.out, out);
+  require_shape("out", of.out, heads, dim, in.query);
   require_operand("lse", of.lse);
-  require_extents("lse", of.lse, lse);
+  require_shape("lse", of.lse, heads, 1, in.query);
   require_operand("grad_out", from.grad_out);
-  require_extents("grad_out", from.grad_out, out);
+  require_shape("grad_out", from.grad_out, heads, dim, in.query);
   if (given(from.grad_lse)) {
     require_operand("grad_lse", from.grad_lse);
-    require_extents("grad_lse", from.grad_lse, lse);
+    require_shape("grad_lse", from.grad_lse, heads, 1, in.query);
   }
   using Query = typename decltype(in.query)::element_type;
   return query_results<Query, const Out, const Lse, const GradOut, const GradLse>{in.query, of.out, of.lse,
                                                                                   from.grad_out, from.grad_lse};
 }
 
-/// A gradient is summed where it is written.
-template <class T, std::size_t Rank>
-void require_gradient(const char* name, const tensor_view<T, Rank>& gradient,
-                      const std::array<std::int64_t, Rank>& extents) {
+/// A gradient is summed where it is written. It has the extents and lengths of its operand.
+template <class T, class Operand>
+void require_gradient(const char* name, const T& gradient, const Operand& operand) {
   require_output(name, gradient);
-  require_extents(name, gradient, extents);
+  require_shape(name, gradient, operand.heads(), operand.extent.back(), operand);
 }
 
 /// The gradients of inputs, apart from them and from `more` that the call reads. `T` is what is computed in.
@@ -60,13 +59,13 @@ template <class T, class Inputs, class G>
 void require_gradients(const Inputs& in, const gradients<G>& to, std::initializer_list<named_view> more) {
   static_assert(std::is_same_v<G, T>,
                 "cca: gradients are of the type that is computed in: double if an operand is, otherwise float");
-  require_gradient("grad_query", to.query, in.query.extent);
-  require_gradient("grad_key", to.key, in.key.extent);
-  require_gradient("grad_value", to.value, in.value.extent);
+  require_gradient("grad_query", to.query, in.query);
+  require_gradient("grad_key", to.key, in.key);
+  require_gradient("grad_value", to.value, in.value);
   if (given(to.sink_logits)) {
     if (!given(in.sink_logits))
       refuse("grad_sink_logits", to_string(to.sink_logits.extent), "none: there are no sinks");
-    require_gradient("grad_sink_logits", to.sink_logits, in.sink_logits.extent);
+    require_gradient("grad_sink_logits", to.sink_logits, in.sink_logits);
   }
   const auto require = [&](std::initializer_list<named_view> read) {
     require_apart({{"grad_query", to.query},
@@ -91,18 +90,18 @@ void require_no_far_gradients(const gradients<T>& to) {
 template <class T>
 void fill_zero(tensor_view<T> view, const execution& run) {
   run_tasks(run, run.concurrency(), view.batch() * view.heads(), [&](std::int64_t, std::int64_t task) {
-    for (std::int64_t i = 0; i < view.length(); ++i)
-      fill_n(view.row(task / view.heads(), task % view.heads(), i), view.dim(), T(0));
+    const std::int64_t b = task / view.heads(), h = task % view.heads();
+    for (std::int64_t i = 0; i < view.length(b); ++i) fill_n(view.row(b, h, i), view.dim(), T(0));
   });
 }
 
 /// Adds what the gradients of cores say of the tokens that were pooled, and of the queries that weighed them.
 template <class Inputs, class Core, class T>
 void add_pool_gradient(const Inputs& in, const cores<Core>& from, const gradients<T>& to, const options& options,
-                       const execution& run, const worker_scratch<T>& scratch) {
+                       const execution& run, const pool_memory<T>& memory) {
   add_pool_gradient<std::remove_pointer_t<decltype(in.query.data)>, std::remove_pointer_t<decltype(in.key.data)>,
                     std::remove_pointer_t<decltype(in.value.data)>, T>(
-      in.query, in.key, in.value, from.key, from.value, to.query, to.key, to.value, options, run, scratch);
+      in.query, in.key, in.value, from.key, from.value, to.query, to.key, to.value, options, run, memory);
 }
 
 /// The engine of the gradients for these queries and sources of whose heads `head_groups` is the greatest common divisor.
@@ -110,8 +109,8 @@ void add_pool_gradient(const Inputs& in, const cores<Core>& from, const gradient
 template <class Element, class Query>
 backward<Element> backward_plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
                                 bool staged, matrix_unit unit, const execution& run) {
-  return {query.batch(), query.heads(), query.length(),   tile_form{query.dim(), value_dim, chosen_unit<Element>(unit)},
-          head_groups,   staged,        run.concurrency()};
+  const tile_form form{query.dim(), value_dim, chosen_unit<Element>(unit)};
+  return {sequences_of(query), query.heads(), form, head_groups, staged, run.concurrency(), lengths_of(query)};
 }
 
 template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
@@ -128,20 +127,18 @@ template <class Element, class Core>
 struct cca_gradient_plan {
   using T = compute_type<Element>;
   core_plan<Core> cores;
-  std::int64_t workers, pooler_size;
+  pool_plan<T> pooler;
   detail::backward<Element> backward;
 
   template <class Query, class Key, class Value, class Sink>
   cca_gradient_plan(const inputs<Query, Key, Value, Sink>& in, const options& options, const execution& run)
       : cores(in, options),
-        workers(pool_workers(in.key, options, run)),
-        pooler_size(group_rows<T>::size(cores.dim, cores.value_dim, !in_place<T, Key, Value>)),
+        pooler(plan_pooling<T>(in, options, run)),
         backward(backward_plan<Element>(in.query, cores.value_dim, in.key.heads(), !in_place<T, Key, Value, Core>,
                                         options.unit, run)) {}
 
   [[nodiscard]] std::size_t bytes() const {
-    return cores.bytes() + cores.template bytes<T>() + worker_scratch<T>::bytes(workers, pooler_size) +
-           backward.bytes();
+    return cores.bytes() + cores.template bytes<T>() + cores.offset_bytes() + pooler.bytes() + backward.bytes();
   }
 };
 
@@ -168,6 +165,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
                                                   const options& options = {}, const execution& run = {}) {
   detail::require_sizes(in);
   detail::require_sizes("far.key", context.key);
+  detail::require_batch("far.key", in.query, context.key);
   return detail::attend_backward(in, context, options.unit, run).bytes() + detail::scratch_alignment;
 }
 
@@ -193,11 +191,10 @@ void pool_gradient(const inputs<Query, Key, Value, Sink>& in, const cores<GradCo
   detail::require_gradients<compute_type<Query, Key, Value>>(
       in, to, {{"grad_core_key", from.key}, {"grad_core_value", from.value}});
 
-  const std::int64_t workers = detail::pool_workers(in.key, options, run);
-  const std::int64_t size = detail::group_rows<T>::size(in.key.dim(), in.value.dim(), !detail::in_place<T, Key, Value>);
-  detail::scratch memory(run.workspace(), detail::worker_scratch<T>::bytes(workers, size), "gradient_workspace_size");
+  const auto plan = detail::plan_pooling<T>(in, options, run);
+  detail::scratch memory(run.workspace(), plan.bytes(), "gradient_workspace_size");
   for (const auto& sum : {to.query, to.key, to.value}) detail::fill_zero(sum, run);
-  detail::add_pool_gradient(in, from, to, options, run, detail::worker_scratch<T>(memory, workers, size));
+  detail::add_pool_gradient(in, from, to, options, run, plan.take(memory));
 }
 
 /// Gradients of `attention` with respect to query, key and value, through the cores and their weights as well, and to the
@@ -232,9 +229,10 @@ void attention_gradient(const inputs<Query, Key, Value, Sink>& in, const results
   detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
     const detail::cca_gradient_plan<Element, Core> plan(in, options, run);
     detail::scratch memory(run.workspace(), plan.bytes(), "gradient_workspace_size");
-    const auto core_rows = plan.cores.take(memory);
-    const auto grad_cores = plan.cores.template take<T>(memory);
-    const detail::worker_scratch<T> pooler(memory, plan.workers, plan.pooler_size);
+    const std::int64_t* offsets = plan.cores.take_offsets(memory, in, options);
+    const auto core_rows = plan.cores.take(memory, offsets);
+    const auto grad_cores = plan.cores.template take<T>(memory, offsets);
+    const auto pooler = plan.pooler.take(memory);
     if (pooled) detail::pool_views<T>(in.query, in.key, in.value, core_rows.key, core_rows.value, options, run, pooler);
     for (const auto& sum : {to.key, to.value, grad_cores.key, grad_cores.value}) detail::fill_zero(sum, run);
     plan.backward(results, to.query, detail::make_score_rule<T>(options, in.key.dim(), in.sink_logits), to.sink_logits,
@@ -257,8 +255,8 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
   using Number = compute_type<Query, Key, Value, FarKey, FarValue>;
   detail::require_attend(in, context, options);
   const auto results = detail::checked_results<Number>(in, of, from);
-  detail::require_gradient("grad_far_key", to.far_key, context.key.extent);
-  detail::require_gradient("grad_far_value", to.far_value, context.value.extent);
+  detail::require_gradient("grad_far_key", to.far_key, context.key);
+  detail::require_gradient("grad_far_value", to.far_value, context.value);
   detail::require_gradients<Number>(in, to,
                                     {{"far.key", context.key},
                                      {"far.value", context.value},

@@ -12,6 +12,7 @@
 #include "detail/base/numbers.hpp"
 #include "detail/base/validate.hpp"
 #include "detail/context/cached_sequences.hpp"
+#include "detail/context/tasks.hpp"
 #include "detail/softmax/score_rule.hpp"
 #include "element.hpp"
 #include "options.hpp"
@@ -210,9 +211,18 @@ class kv_cache {
       detail::refuse(name, detail::to_string(b), "a sequence in [0, " + detail::to_string(held_.shape.batch) + ")");
   }
 
+  /// A step has as many new tokens for every sequence.
+  template <class View>
+  static void require_even(const char* name, const View& view) {
+    if (view.has_lengths())
+      detail::refuse(name, "lengths per sequence",
+                     "as many tokens for each; the calls of one sequence take any number");
+  }
+
   template <class Query>
   void require_query(const tensor_view<Query>& query, std::int64_t batch) const {
     detail::require_operand("query", query);
+    require_even("query", query);
     detail::require_extents("query", query, {batch, held_.shape.heads, query.length(), held_.shape.dim});
   }
 
@@ -237,6 +247,8 @@ class kv_cache {
     const auto& [first, batch, count] = extent;
     detail::require_operand("key", key);
     detail::require_operand("value", value);
+    require_even("key", key);
+    require_even("value", value);
     detail::require_extents("key", key, {batch, held_.shape.kv_heads, count, held_.shape.dim});
     detail::require_extents("value", value, {batch, held_.shape.kv_heads, count, held_.shape.value_dim});
     for (std::int64_t b = first; b < first + batch && held_.shape.capacity > 0; ++b)
@@ -259,16 +271,17 @@ class kv_cache {
     for (std::int64_t b = first; b < first + extent.count; ++b)
       held_.reserve("key", held_.at(b), held_.at(b).length + extent.tokens);
 
-    const std::int64_t workers = pool_workers(extent, run);
-    const std::int64_t pooler_size =
-        detail::group_rows<T>::size(held_.shape.dim, held_.shape.value_dim, !detail::in_place<T, Element>);
+    const detail::pool_plan<T> pooler{
+        pool_workers(extent, run),
+        detail::group_rows<T>::size(held_.shape.dim, held_.shape.value_dim, !detail::in_place<T, Element>), 0};
     const auto rows = held_.rows_of_step(first, extent.count, extent.tokens);
-    const auto forward = detail::plan<Product>(in.query, held_.shape.value_dim, held_.shape.kv_heads,
-                                               {rows.sinks, rows.cores, rows.raw, rows.raw, rows.fresh},
-                                               !detail::in_place<T, Element, Core>, held_.options.unit, run);
-    detail::scratch memory = take_workspace(detail::worker_scratch<T>::bytes(workers, pooler_size) + forward.bytes());
-    held_.pool_new_groups(first, in.query, in.key, in.value, run,
-                          detail::worker_scratch<T>(memory, workers, pooler_size));
+    const auto each = [](std::int64_t count) { return [count](std::int64_t) { return count; }; };
+    const auto forward =
+        detail::plan<Product>({extent.count, true}, in.query, held_.shape.value_dim, held_.shape.kv_heads,
+                              !detail::in_place<T, Element, Core>, held_.options.unit, run, each(rows.sinks),
+                              each(rows.cores), each(rows.raw), each(rows.raw), each(rows.fresh));
+    detail::scratch memory = take_workspace(pooler.bytes() + forward.bytes());
+    held_.pool_new_groups(first, in.query, in.key, in.value, run, pooler.take(memory));
     for (std::int64_t b = 0; b < extent.count; ++b) held_.keep_sinks(held_.at(first + b), in.key, in.value, b);
     if (to != nullptr)
       held_.with_sources(first, in, rows, [&](const auto&... sources) {
@@ -287,7 +300,9 @@ class kv_cache {
       groups = detail::larger(groups, held_.group_count(length + extent.tokens) - held_.group_count(length));
     }
     return detail::worker_count(run,
-                                detail::pool_tasks(1, held_.shape.kv_heads, groups, held_.options.group_size).size());
+                                detail::task_list::size(
+                                    {1, true}, held_.shape.kv_heads, [&](std::int64_t) { return groups; },
+                                    [&](std::int64_t) { return detail::groups_per_task(held_.options.group_size); }));
   }
 
   /// Memory for a step, which stays for the next.

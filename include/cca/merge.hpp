@@ -1,6 +1,5 @@
 #pragma once
 
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -36,18 +35,18 @@ void merge(const results<A, LseA>& first, const results<B, LseB>& second, const 
   const lse_view<LseA> lse_a = first.lse;
   const lse_view<LseB> lse_b = second.lse;
   const lse_view<Lse> lse = whole.lse;
-  const std::array<std::int64_t, 3> rows{out_a.batch(), out_a.heads(), out_a.length()};
   detail::require_operand("out_a", out_a);
   detail::require_operand("lse_a", lse_a);
   detail::require_operand("out_b", out_b);
   detail::require_operand("lse_b", lse_b);
   detail::require_output("out", out);
   detail::require_output("lse", lse);
-  detail::require_extents("lse_a", lse_a, rows);
-  detail::require_extents("out_b", out_b, out_a.extent);
-  detail::require_extents("lse_b", lse_b, rows);
-  detail::require_extents("out", out, out_a.extent);
-  detail::require_extents("lse", lse, rows);
+  const std::int64_t heads = out_a.heads(), dim = out_a.dim();
+  detail::require_shape("lse_a", lse_a, heads, 1, out_a);
+  detail::require_shape("out_b", out_b, heads, dim, out_a);
+  detail::require_shape("lse_b", lse_b, heads, 1, out_a);
+  detail::require_shape("out", out, heads, dim, out_a);
+  detail::require_shape("lse", lse, heads, 1, out_a);
 
   const auto merge_row = [&](std::int64_t b, std::int64_t h, std::int64_t i) {
     constexpr double empty = -std::numeric_limits<double>::infinity(), unit = std::numbers::log2e;
@@ -64,9 +63,10 @@ void merge(const results<A, LseA>& first, const results<B, LseB>& second, const 
                                         (c == empty ? T(0) : share_b * detail::element_cast<T>(row_b[d])));
     *lse.row(b, h, i) = static_cast<Lse>(both.sum == 0 ? empty : both.maximum + detail::log(both.sum));
   };
-  const std::int64_t tasks = out.batch() * out.heads();
+  const std::int64_t tasks = out.batch() * heads;
   detail::run_tasks(run, detail::worker_count(run, tasks), tasks, [&](std::int64_t, std::int64_t task) {
-    for (std::int64_t i = 0; i < out.length(); ++i) merge_row(task / out.heads(), task % out.heads(), i);
+    const std::int64_t b = task / heads;
+    for (std::int64_t i = 0; i < out.length(b); ++i) merge_row(b, task % heads, i);
   });
 }
 

@@ -5,6 +5,9 @@
 #include "call.hpp"
 #include "detail/base/scratch.hpp"
 #include "detail/base/validate.hpp"
+#include "detail/context/row_span.hpp"
+#include "detail/context/tasks.hpp"
+#include "detail/pool/group_rows.hpp"
 #include "detail/pool/pooler.hpp"
 #include "element.hpp"
 #include "options.hpp"
@@ -31,13 +34,20 @@ void require_pool(const inputs<Query, Key, Value, Sink>& in, const options& opti
   if (given(in.sink_logits)) refuse("sink_logits", to_string(in.sink_logits.extent), "none: they join attention");
 }
 
-/// Workers of pooling all complete groups. `attention` pools those that some query sees, which are fewer: a workspace for
-/// these workers serves both.
-template <class Key>
-std::int64_t pool_workers(const tensor_view<Key>& key, const options& options, const execution& run) {
-  if (options.group_size == 0) return 1;
-  const std::int64_t groups = partition_of(options).group_count(key.length());
-  return worker_count(run, pool_tasks(key.batch(), key.heads(), groups, options.group_size).size());
+/// Scratch of pooling all complete groups. `attention` pools those that some query sees, which are fewer: a workspace for
+/// this many workers serves both. `T` is what is computed in.
+template <class T, class Query, class Key, class Value, class Sink>
+pool_plan<T> plan_pooling(const inputs<Query, Key, Value, Sink>& in, const options& options, const execution& run) {
+  const sequences all{in.key.batch(), !in.key.has_lengths()};
+  const partition partition = partition_of(options);
+  const std::int64_t tasks =
+      options.group_size == 0
+          ? 0
+          : task_list::size(
+                all, in.key.heads(), [&](std::int64_t b) { return partition.group_count(in.key.length(b)); },
+                [&](std::int64_t) { return groups_per_task(options.group_size); });
+  return {worker_count(run, tasks), group_rows<T>::size(in.key.dim(), in.value.dim(), !in_place<T, Key, Value>),
+          all.table_size()};
 }
 
 /// Cores of every complete group, of these names.
@@ -45,9 +55,9 @@ template <class Inputs, class Cores>
 void require_cores(const char* key_name, const char* value_name, const Inputs& in, const Cores& cores,
                    const options& options) {
   const std::int64_t heads = core_head_count(options, in.query.heads(), in.key.heads());
-  const std::int64_t groups = partition_of(options).group_count(in.key.length());
-  require_extents(key_name, cores.key, {in.key.batch(), heads, groups, in.key.dim()});
-  require_extents(value_name, cores.value, {in.key.batch(), heads, groups, in.value.dim()});
+  const auto groups = [&](std::int64_t length) { return partition_of(options).group_count(length); };
+  require_shape(key_name, cores.key, heads, in.key.dim(), in.key, groups);
+  require_shape(value_name, cores.value, heads, in.value.dim(), in.key, groups);
 }
 
 }  // namespace detail
@@ -57,7 +67,9 @@ void require_cores(const char* key_name, const char* value_name, const Inputs& i
 /// @param in  query, key and value, read whole but for the tokens of an incomplete last group. With `last_query` pooling
 ///   one query per group is read, with `mean` and `max` none.
 /// @param to  written whole: `[batch, core heads, floor((length - sink_tokens) / group_size), dim]` and the same with the
-///   value's dim. The core heads are the query's, or the key's with `core_heads::per_kv_head`, `mean` and `max`.
+///   value's dim. The core heads are the query's, or the key's with `core_heads::per_kv_head`, `mean` and `max`. Where the
+///   keys have lengths per sequence, so have the cores: `floor((length(b) - sink_tokens) / group_size)`, in any layout; what
+///   is padding is not written.
 ///   A group whose logits are all -inf, which nothing can weigh, has a core of NaN.
 /// @param options  `group_size`, `sink_tokens`, `pool`, `core_heads` and `softmax_scale` are used.
 /// @param run  an executor, or `{executor, workspace}`; results are the same for any.
@@ -75,11 +87,9 @@ void pool(const inputs<Query, Key, Value, Sink>& in, const cores<CoreKey, CoreVa
   detail::require_apart({{"core_key", to.key}, {"core_value", to.value}},
                         {{"query", in.query}, {"key", in.key}, {"value", in.value}});
 
-  const std::int64_t workers = detail::pool_workers(in.key, options, run);
-  const std::int64_t size = detail::group_rows<T>::size(in.key.dim(), in.value.dim(), !detail::in_place<T, Key, Value>);
-  detail::scratch memory(run.workspace(), detail::worker_scratch<T>::bytes(workers, size), "workspace_size");
-  detail::pool_views<T>(in.query, in.key, in.value, to.key, to.value, options, run,
-                        detail::worker_scratch<T>(memory, workers, size));
+  const auto plan = detail::plan_pooling<T>(in, options, run);
+  detail::scratch memory(run.workspace(), plan.bytes(), "workspace_size");
+  detail::pool_views<T>(in.query, in.key, in.value, to.key, to.value, options, run, plan.take(memory));
 }
 
 /// Pools views.

@@ -18,7 +18,8 @@
 
 /// The textbook: attention and its gradients as their formulas read, one query after the other, O(length^2). In double it
 /// is the oracle of the tests; in float it is what the error of the kernels is measured against. It checks nothing and
-/// hides nothing: shapes and options are those of the entry points of the same name, which do the validation.
+/// hides nothing: shapes and options are those of the entry points of the same name, which do the validation. Sequences with
+/// lengths of their own are taken one after the other; in tensors of results zeros follow the rows of a shorter one.
 namespace cca { inline namespace CCA_TARGET { namespace reference {
 
 /// A tensor that owns its elements, `[batch][heads][length][dim]` in memory.
@@ -106,18 +107,72 @@ vector<Scalar> pooling_weights(const Keys& keys, const Query& last, Scalar scale
   return weights;
 }
 
+namespace detail {
+
+/// Sequence `b` of what attention reads.
+template <class Query, class Key, class Value, class Sink>
+inputs<Query, Key, Value, Sink> sequence_of(const inputs<Query, Key, Value, Sink>& in, std::int64_t b) {
+  const auto& sinks = in.sink_logits;
+  const bool shared = sinks.data == nullptr || sinks.batch() == 1;
+  return {in.query.sequence(b), in.key.sequence(b), in.value.sequence(b), shared ? sinks : sinks.sequence(b)};
+}
+
+/// Sequence `b` of a far context.
+template <class Key, class Value>
+far_context<Key, Value> sequence_of(const far_context<Key, Value>& context, std::int64_t b) {
+  return {context.key.sequence(b), context.value.sequence(b), context.seen.sequence(b)};
+}
+
+/// Whether some of these views have lengths per sequence.
+template <class... View>
+bool have_lengths(const View&... views) {
+  return (views.has_lengths() || ...);
+}
+
+/// Adds what was computed of sequence `b` alone to the rows of that sequence.
+template <class Scalar>
+void add_sequence(const tensor<Scalar>& one, std::int64_t b, tensor<Scalar>& all) {
+  for (std::int64_t h = 0; h < one.extent[1]; ++h)
+    for (std::int64_t i = 0; i < one.extent[2]; ++i)
+      for (std::int64_t d = 0; d < one.extent[3]; ++d)
+        all.view().row(b % all.extent[0], h, i)[d] += one.view().row(0, h, i)[d];
+}
+
+/// The results of `f(b)` of each sequence.
+template <class Scalar, class Query, class F>
+result<Scalar> each_alone(const tensor_view<Query>& query, std::int64_t value_dim, const F& f) {
+  result<Scalar> all{{query.batch(), query.heads(), query.length(), value_dim},
+                     {query.batch(), query.heads(), query.length(), 1}};
+  for (std::int64_t b = 0; b < query.batch(); ++b) {
+    const result<Scalar> one = f(b);
+    add_sequence(one.out, b, all.out);
+    add_sequence(one.lse, b, all.lse);
+  }
+  return all;
+}
+
+}  // namespace detail
+
 /// Keys and values of the cores of every complete group. `core_k = sum_j w_j k_j` with
 /// `w = softmax_j(scale * q_last . k_j)`, and alike for the values; or the group's mean or maximum.
 template <class Scalar, class Query, class Key, class Value>
 std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                                const options& options) {
   const partition partition = partition_of(options);
-  const auto scale = static_cast<Scalar>(detail::softmax_scale(options, key.dim()));
-  const std::int64_t heads = detail::core_head_count(options, query.heads(), key.heads());
+  const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
+  const std::int64_t heads = cca::detail::core_head_count(options, query.heads(), key.heads());
   const std::int64_t groups = partition.group_count(key.length()),
                      sharing = query.heads() / (std::max<std::int64_t>)(heads, 1);
   std::pair<tensor<Scalar>, tensor<Scalar>> cores{{key.batch(), heads, groups, key.dim()},
                                                   {key.batch(), heads, groups, value.dim()}};
+  if (detail::have_lengths(query, key, value)) {
+    for (std::int64_t b = 0; b < key.batch(); ++b) {
+      const auto one = pool<Scalar>(query.sequence(b), key.sequence(b), value.sequence(b), options);
+      detail::add_sequence(one.first, b, cores.first);
+      detail::add_sequence(one.second, b, cores.second);
+    }
+    return cores;
+  }
   for (std::int64_t b = 0; b < key.batch(); ++b)
     for (std::int64_t h = 0; h < heads; ++h) {
       const std::int64_t kv_head = h / (heads / key.heads());
@@ -220,6 +275,10 @@ auto raw_tokens(const tensor_view<Query>& query, const tensor_view<Key>& key, co
 /// The raw part of attention alone: the window, or with the default options every token up to the query's own.
 template <class Scalar, class Query, class Key, class Value, class Sink>
 result<Scalar> local_attention(const inputs<Query, Key, Value, Sink>& in, const options& options) {
+  if (detail::have_lengths(in.query, in.key))
+    return detail::each_alone<Scalar>(in.query, in.value.dim(), [&](std::int64_t b) {
+      return local_attention<Scalar>(detail::sequence_of(in, b), options);
+    });
   return attend<Scalar>(
       in, in.key, in.value, options, [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; },
       detail::raw_tokens(in.query, in.key, options));
@@ -229,6 +288,10 @@ result<Scalar> local_attention(const inputs<Query, Key, Value, Sink>& in, const 
 template <class Scalar, class Query, class Key, class Value, class Sink>
 result<Scalar> attention(const inputs<Query, Key, Value, Sink>& in, const options& options) {
   if (!cca::detail::pools(options)) return local_attention<Scalar>(in, options);
+  if (detail::have_lengths(in.query, in.key))
+    return detail::each_alone<Scalar>(in.query, in.value.dim(), [&](std::int64_t b) {
+      return attention<Scalar>(detail::sequence_of(in, b), options);
+    });
   const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
   return attend<Scalar>(
       in, cores.first.view(), cores.second.view(), options,
@@ -240,6 +303,10 @@ result<Scalar> attention(const inputs<Query, Key, Value, Sink>& in, const option
 template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue>
 result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue>& context,
                       const options& options) {
+  if (detail::have_lengths(in.query, in.key, context.key))
+    return detail::each_alone<Scalar>(in.query, in.value.dim(), [&](std::int64_t b) {
+      return attend<Scalar>(detail::sequence_of(in, b), detail::sequence_of(context, b), options);
+    });
   return attend<Scalar>(
       in, context.key, context.value, options,
       [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *context.seen.row(b, h, i); },

@@ -38,6 +38,32 @@ void add_max_gradient(const Rows& rows, const Core& grad_core, Gradient&& grad) 
   }
 }
 
+/// Sequence `b` of the gradients that come in.
+template <class GradOut, class GradLse>
+incoming<GradOut, GradLse> sequence_of(const incoming<GradOut, GradLse>& from, std::int64_t b) {
+  return {from.grad_out.sequence(b), from.grad_lse.data == nullptr ? from.grad_lse : from.grad_lse.sequence(b)};
+}
+
+/// The gradients `f(b)` of each sequence, added up in tensors of these extents.
+template <class Scalar, class F>
+gradient<Scalar> each_alone(gradient<Scalar> sum, std::int64_t batch, const F& f) {
+  for (std::int64_t b = 0; b < batch; ++b) {
+    const gradient<Scalar> one = f(b);
+    for (const auto part : {&gradient<Scalar>::query, &gradient<Scalar>::key, &gradient<Scalar>::value,
+                            &gradient<Scalar>::far_key, &gradient<Scalar>::far_value, &gradient<Scalar>::sink_logits})
+      if (!(sum.*part).data.empty()) add_sequence(one.*part, b, sum.*part);
+  }
+  return sum;
+}
+
+/// Zeros of the extents of inputs.
+template <class Scalar, class Query, class Key, class Value, class Sink>
+gradient<Scalar> zeros_of(const inputs<Query, Key, Value, Sink>& in) {
+  const std::array<std::int64_t, 3>& sinks = in.sink_logits.extent;
+  return {tensor<Scalar>(in.query.extent),  tensor<Scalar>(in.key.extent), tensor<Scalar>(in.value.extent), {}, {},
+          {sinks[0], sinks[1], sinks[2], 1}};
+}
+
 }  // namespace detail
 
 /// Of `pool`, for the gradients of the first `grad_core_key.length()` cores. With `dc_k`, `dc_v` those of a core:
@@ -52,6 +78,11 @@ gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, t
   const std::int64_t heads = grad_core_key.heads(), sharing = query.heads() / (std::max<std::int64_t>)(heads, 1);
   gradient<Scalar> grad{
       tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent), {}, {}, {}};
+  if (detail::have_lengths(query, key, value))
+    return detail::each_alone<Scalar>(grad, key.batch(), [&](std::int64_t b) {
+      return pool_gradient<Scalar>(query.sequence(b), key.sequence(b), value.sequence(b), grad_core_key.sequence(b),
+                                   grad_core_value.sequence(b), options);
+    });
   for (std::int64_t b = 0; b < key.batch(); ++b)
     for (std::int64_t h = 0; h < heads; ++h) {
       const std::int64_t kv_head = h / (heads / key.heads());
@@ -142,6 +173,10 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
 template <class Scalar, class Query, class Key, class Value, class Sink, class GradOut, class GradLse>
 gradient<Scalar> local_attention_gradient(const inputs<Query, Key, Value, Sink>& in,
                                           const incoming<GradOut, GradLse>& from, const options& options) {
+  if (detail::have_lengths(in.query, in.key))
+    return detail::each_alone<Scalar>(detail::zeros_of<Scalar>(in), in.query.batch(), [&](std::int64_t b) {
+      return local_attention_gradient<Scalar>(detail::sequence_of(in, b), detail::sequence_of(from, b), options);
+    });
   gradient<Scalar> grad = attend_gradient<Scalar>(
       in, in.key, in.value, from, options, [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; },
       detail::raw_tokens(in.query, in.key, options));
@@ -154,6 +189,10 @@ template <class Scalar, class Query, class Key, class Value, class Sink, class G
 gradient<Scalar> attention_gradient(const inputs<Query, Key, Value, Sink>& in, const incoming<GradOut, GradLse>& from,
                                     const options& options) {
   if (!cca::detail::pools(options)) return local_attention_gradient<Scalar>(in, from, options);
+  if (detail::have_lengths(in.query, in.key))
+    return detail::each_alone<Scalar>(detail::zeros_of<Scalar>(in), in.query.batch(), [&](std::int64_t b) {
+      return attention_gradient<Scalar>(detail::sequence_of(in, b), detail::sequence_of(from, b), options);
+    });
   const partition partition = partition_of(options);
   const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
   gradient<Scalar> grad = attend_gradient<Scalar>(
@@ -177,6 +216,15 @@ template <class Scalar, class Query, class Key, class Value, class Sink, class F
 gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in,
                                  const far_context<FarKey, FarValue>& context, const incoming<GradOut, GradLse>& from,
                                  const options& options) {
+  if (detail::have_lengths(in.query, in.key, context.key)) {
+    gradient<Scalar> zeros = detail::zeros_of<Scalar>(in);
+    zeros.far_key = tensor<Scalar>(context.key.extent);
+    zeros.far_value = tensor<Scalar>(context.value.extent);
+    return detail::each_alone<Scalar>(zeros, in.query.batch(), [&](std::int64_t b) {
+      return attend_gradient<Scalar>(detail::sequence_of(in, b), detail::sequence_of(context, b),
+                                     detail::sequence_of(from, b), options);
+    });
+  }
   return attend_gradient<Scalar>(
       in, context.key, context.value, from, options,
       [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *context.seen.row(b, h, i); },

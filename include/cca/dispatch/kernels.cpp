@@ -32,7 +32,7 @@ struct erased_executor {
 
 template <class T, std::size_t Rank>
 tensor_view<T, Rank> typed(const plain::view<T, Rank>& view) {
-  return {view.data, view.extent, view.stride};
+  return {view.data, view.extent, view.stride, view.begins, view.ends};
 }
 cache_shape typed(const plain::cache_shape& s) {
   return {s.batch, s.heads, s.kv_heads, s.dim, s.value_dim, s.capacity, s.rewind};

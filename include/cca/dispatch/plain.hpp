@@ -37,6 +37,7 @@ struct view {
   T* data = nullptr;
   std::array<std::int64_t, Rank> extent{};
   std::array<std::int64_t, Rank> stride{};
+  const std::int64_t *begins = nullptr, *ends = nullptr;
 };
 
 /// `cca::options`, each by its place in their list: whether it has a value, and the value's bits.

@@ -15,7 +15,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 template <class T, std::size_t Rank>
 plain::view<T, Rank> to_plain(const tensor_view<T, Rank>& view) {
-  return {view.data, view.extent, view.stride};
+  return {view.data, view.extent, view.stride, view.begins, view.ends};
 }
 
 inline plain::options to_plain(const options& options) {

@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <numbers>
-#include <optional>
 #include <type_traits>
 #include <utility>
 
@@ -19,40 +18,9 @@
 #include "numbers.hpp"
 #include "refuse.hpp"
 #include "target.hpp"
+#include "validate_views.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
-
-/// The largest distance in elements between two of the view's, or nothing when it does not fit 63 bits.
-template <class T, std::size_t Rank>
-std::optional<std::int64_t> reach(const tensor_view<T, Rank>& view) {
-  // Long double holds every product of two 63-bit numbers closely enough to tell whether it fits.
-  long double total = 0;
-  for (std::size_t i = 0; i < Rank; ++i)
-    total += magnitude(static_cast<long double>(view.stride[i])) * static_cast<long double>(view.extent[i] - 1);
-  if (total * sizeof(T) >= 0x1p62L) return std::nullopt;
-  return static_cast<std::int64_t>(total);
-}
-
-/// Whether rows, tasks and bytes of memory can be counted, also those of a view without elements or with strides of 0.
-template <class T, std::size_t Rank>
-bool countable(const tensor_view<T, Rank>& view) {
-  long double bytes = sizeof(T);
-  for (const std::int64_t e : view.extent) bytes *= static_cast<long double>(larger<std::int64_t>(e, 1));
-  return bytes < 0x1p62L;
-}
-
-/// Extents for which scratch memory can be planned. Rows of up to 2^31 elements leave room for the many of them that a
-/// worker holds.
-template <class T, std::size_t Rank>
-void require_sizes(const char* name, const tensor_view<T, Rank>& view) {
-  for (const std::int64_t e : view.extent)
-    if (e < 0) refuse(name, "extents " + to_string(view.extent), "none below 0");
-  if constexpr (Rank == 4)
-    if (view.dim() < 1) refuse(name, "dim " + to_string(view.dim()), "a dim of at least 1");
-  if (!countable(view)) refuse(name, "extents " + to_string(view.extent), "fewer than 2^62 bytes of elements");
-  if constexpr (Rank == 4)
-    if (view.dim() > std::int64_t{1} << 31) refuse(name, "dim " + to_string(view.dim()), "a dim of at most 2^31");
-}
 
 /// Those of what attention reads.
 template <class Inputs>
@@ -60,51 +28,7 @@ void require_sizes(const Inputs& in) {
   require_sizes("query", in.query);
   require_sizes("key", in.key);
   require_sizes("value", in.value);
-}
-
-/// A view that can be read: extents, strides and pointer make sense.
-template <class T, std::size_t Rank>
-void require_operand(const char* name, const tensor_view<T, Rank>& view) {
-  require_sizes(name, view);
-  if constexpr (Rank == 4)
-    if (view.stride[3] != 1) refuse(name, "strides " + to_string(view.stride), "an inner stride of 1");
-  if (view.empty()) return;
-  if (view.data == nullptr) refuse(name, "a null pointer", "elements " + to_string(view.extent));
-  if (!reach(view).has_value())
-    refuse(name, "extents " + to_string(view.extent) + " with strides " + to_string(view.stride),
-           "offsets below 2^62 bytes");
-}
-
-/// A view that can be written: no two of its elements may share memory, or threads would race for it. Sorted by
-/// stride, each dimension has to step over all that the smaller ones reach; every permuted or padded layout does.
-template <class T, std::size_t Rank>
-void require_output(const char* name, const tensor_view<T, Rank>& view) {
-  static_assert(!std::is_const_v<T>, "cca: an output's elements are mutable");
-  require_operand(name, view);
-  if (view.empty()) return;
-  struct dimension {
-    std::int64_t stride, extent;
-  } dims[Rank];
-  for (std::size_t i = 0; i < Rank; ++i) {
-    // The stride of a single element, which may be any number, leads nowhere.
-    const dimension next{view.extent[i] == 1 ? 0 : magnitude(view.stride[i]), view.extent[i]};
-    std::size_t place = i;
-    for (; place > 0 && dims[place - 1].stride > next.stride; --place) dims[place] = dims[place - 1];
-    dims[place] = next;
-  }
-  std::int64_t covered = 0;
-  for (const auto& [stride, extent] : dims) {
-    if (extent == 1) continue;
-    if (stride <= covered)
-      refuse(name, "strides " + to_string(view.stride) + " for extents " + to_string(view.extent),
-             "elements that do not overlap");
-    covered += stride * (extent - 1);
-  }
-}
-
-template <class T, std::size_t Rank>
-void require_extents(const char* name, const tensor_view<T, Rank>& view, const std::array<std::int64_t, Rank>& wanted) {
-  if (view.extent != wanted) refuse(name, to_string(view.extent), "extents " + to_string(wanted));
+  require_batch("key", in.query, in.key);
 }
 
 /// `heads` key/value heads serve `query_heads`: head `h` uses `h / (query_heads / heads)`.
@@ -121,7 +45,7 @@ void require_key_value(const char* key_name, const char* value_name, const tenso
   require_operand(value_name, value);
   require_extents(key_name, key, {query.batch(), key.heads(), key.length(), query.dim()});
   require_heads(key_name, key.heads(), query.heads());
-  require_extents(value_name, value, {key.batch(), key.heads(), key.length(), value.dim()});
+  require_shape(value_name, value, key.heads(), value.dim(), key);
 }
 
 /// `Element` is the operands' `product_type`.
@@ -220,18 +144,16 @@ inline void require_positions(const options& options) {
 /// A query for every key: the last one of a group weighs it.
 template <class Query, class Key>
 void require_query_for_every_key(const tensor_view<Query>& query, const tensor_view<Key>& key, const options& options) {
-  if (query.length() != key.length())
-    refuse("query", to_string(query.length()) + " queries",
-           "a query for each of the " + to_string(key.length()) +
-               " keys, since a group is pooled with its last one; new tokens after old ones are for kv_cache");
+  const bool each = query.has_lengths() || key.has_lengths();
+  for (std::int64_t b = 0; b < (each ? query.batch() : 1); ++b) {
+    const std::int64_t queries = each ? query.length(b) : query.length(), keys = each ? key.length(b) : key.length();
+    if (queries != keys)
+      refuse("query", to_string(queries) + " queries" + (each ? " of sequence " + to_string(b) : ""),
+             "a query for each of the " + to_string(keys) +
+                 " keys, since a group is pooled with its last one; new tokens after old ones are for kv_cache");
+  }
   if (options.first_position.value_or(0) != 0)
     refuse("options.first_position", to_string(*options.first_position), "0 or none: there is a query for every key");
-}
-
-/// Whether an optional view was given.
-template <class T, std::size_t Rank>
-bool given(const tensor_view<T, Rank>& view) {
-  return view.data != nullptr || view.extent != std::array<std::int64_t, Rank>{};
 }
 
 /// A logit for each head, of one sequence or of all, or for each query. `T` is what is computed in.
@@ -243,9 +165,13 @@ void require_sink_logits(const tensor_view<Query>& query, const lse_view<Sink>& 
   require_operand("sink_logits", sink_logits);
   const std::array<std::int64_t, 3>& e = sink_logits.extent;
   const std::int64_t batch = query.batch(), heads = query.heads(), length = query.length();
+  if (sink_logits.has_lengths()) return require_shape("sink_logits", sink_logits, heads, 1, query);
   for (const std::array<std::int64_t, 3>& wanted :
        {std::array<std::int64_t, 3>{1, heads, 1}, {batch, heads, 1}, {batch, heads, length}})
-    if (e == wanted) return;
+    if (e == wanted) {
+      if (e[2] != 1) require_shape("sink_logits", sink_logits, heads, 1, query);
+      return;
+    }
   refuse("sink_logits", to_string(e),
          "[1 or " + to_string(batch) + ", " + to_string(heads) + ", 1] or " + to_string<3>({batch, heads, length}));
 }
@@ -266,14 +192,14 @@ void require_far(const Inputs& in, const Far& far_rows) {
     refuse("far.value", "dim " + to_string(far_rows.value.dim()), "the value's dim " + to_string(in.value.dim()));
   const lse_view<const std::int64_t>& seen = far_rows.seen;
   require_operand("far.seen", seen);
-  require_extents("far.seen", seen, {in.query.batch(), in.query.heads(), in.query.length()});
+  require_shape("far.seen", seen, in.query.heads(), 1, in.query);
   for (std::int64_t b = 0; b < seen.batch(); ++b)
     for (std::int64_t h = 0; h < seen.heads(); ++h)
-      for (std::int64_t i = 0; i < seen.length(); ++i) {
+      for (std::int64_t i = 0; i < seen.length(b); ++i) {
         const std::int64_t count = *seen.row(b, h, i);
-        if (!(0 <= count && count <= far_rows.key.length()))
+        if (!(0 <= count && count <= far_rows.key.length(b)))
           refuse("far.seen", to_string(count) + " at " + to_string<3>({b, h, i}),
-                 "a count in [0, " + to_string(far_rows.key.length()) + "]");
+                 "a count in [0, " + to_string(far_rows.key.length(b)) + "]");
       }
 }
 
@@ -282,31 +208,10 @@ template <class Query, class Out, class Lse>
 void require_results(const tensor_view<Query>& query, std::int64_t value_dim, const tensor_view<Out>& out,
                      const lse_view<Lse>& lse) {
   require_output("out", out);
-  require_extents("out", out, {query.batch(), query.heads(), query.length(), value_dim});
+  require_shape("out", out, query.heads(), value_dim, query);
   if (!given(lse)) return;
   require_output("lse", lse);
-  require_extents("lse", lse, {query.batch(), query.heads(), query.length()});
-}
-
-/// A view by its name in refusals.
-struct named_view {
-  const char* name;
-  const void* data;  ///< null where there is nothing
-
-  template <class T, std::size_t Rank>
-  named_view(const char* n, const tensor_view<T, Rank>& view) : name(n), data(view.empty() ? nullptr : view.data) {}
-};
-
-/// What is written shares no memory with what is read or written beside it, as far as the first elements tell: whether
-/// views overlap otherwise is for the caller to see to.
-inline void require_apart(std::initializer_list<named_view> written, std::initializer_list<named_view> read) {
-  const auto require = [](const named_view& a, const named_view& b) {
-    if (a.data != nullptr && a.data == b.data) refuse(a.name, "the memory of " + text(b.name), "memory of its own");
-  };
-  for (const named_view* a = written.begin(); a != written.end(); ++a) {
-    for (const named_view& b : read) require(*a, b);
-    for (const named_view* b = written.begin(); b != a; ++b) require(*a, *b);
-  }
+  require_shape("lse", lse, query.heads(), 1, query);
 }
 
 /// Results, apart from inputs and from `more` that is read.

@@ -121,7 +121,7 @@ struct cached_sequences {
   /// Pools the groups that the new tokens complete, from old rows and new ones.
   template <class T, class Query, class Key, class Value>
   void pool_new_groups(std::int64_t first, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                       const execution& run, const worker_scratch<T>& scratch) {
+                       const execution& run, const pool_memory<T>& memory) {
     if (!pools(options)) return;
     for (std::int64_t b = 0; b < query.batch(); ++b) {
       const sequence& s = at(first + b);
@@ -138,8 +138,9 @@ struct cached_sequences {
         return std::pair(s.cores.key(h, c), s.cores.value(h, c));
       };
       const range groups{group_count(s.length), group_count(s.length + query.length())};
-      pool_groups<T>({1, shape.heads, shape.kv_heads, core_heads}, groups, shape.dim, shape.value_dim, options, absorb,
-                     last, core, run, scratch);
+      pool_groups<T>(
+          {{1, true}, shape.heads, shape.kv_heads, core_heads}, [&](std::int64_t) { return groups; }, shape.dim,
+          shape.value_dim, options, absorb, last, core, run, memory);
     }
   }
 
@@ -196,25 +197,28 @@ struct cached_sequences {
     const auto seen_of = [partition, sequence_of](std::int64_t b, std::int64_t i, range piece) {
       return shifted(intersection(partition.raw(sequence_of(b).length + i), piece), -piece.begin);
     };
-    f(source{shape.kv_heads, rows.sinks,
+    const auto rows_each = [](std::int64_t count) { return [count](std::int64_t) { return count; }; };
+    f(source{shape.kv_heads, rows_each(rows.sinks),
              [=](std::int64_t b, std::int64_t h) { return sequence_of(b).sinks.rows(h, 0); },
              [=](std::int64_t b, std::int64_t, std::int64_t i) { return partition.sinks(sequence_of(b).length + i); }},
-      source{core_heads, rows.cores, [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
+      source{core_heads, rows_each(rows.cores),
+             [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
              [=](std::int64_t b, std::int64_t, std::int64_t i) {
                return range{0, partition.core_count(sequence_of(b).length + i)};
              }},
-      source{shape.kv_heads, rows.raw,
+      source{shape.kv_heads, rows_each(rows.raw),
              [=, this](std::int64_t b, std::int64_t h) {
                return sequence_of(b).raw.rows(h, window_of(sequence_of(b)).row);
              },
              [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
                return seen_of(b, i, window_of(sequence_of(b)).first);
              }},
-      source{shape.kv_heads, rows.raw, [=](std::int64_t b, std::int64_t h) { return sequence_of(b).raw.rows(h, 0); },
+      source{shape.kv_heads, rows_each(rows.raw),
+             [=](std::int64_t b, std::int64_t h) { return sequence_of(b).raw.rows(h, 0); },
              [=, this](std::int64_t b, std::int64_t, std::int64_t i) {
                return seen_of(b, i, window_of(sequence_of(b)).second);
              }},
-      source{shape.kv_heads, rows.fresh,
+      source{shape.kv_heads, rows_each(rows.fresh),
              [=](std::int64_t b, std::int64_t h) { return rows_of(in.key, in.value, b, h); },
              [=](std::int64_t b, std::int64_t, std::int64_t i) {
                const std::int64_t length = sequence_of(b).length;

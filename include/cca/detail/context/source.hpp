@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -18,16 +19,16 @@ struct context_rows {
 };
 
 /// One kind of context: cores, a window, a caller's rows. All of attention is a softmax over a few of them.
-template <class Rows, class Visible>
+template <class Length, class Rows, class Visible>
 struct source {
-  std::int64_t heads;   ///< query heads share them evenly
-  std::int64_t length;  ///< rows, of the longest sequence
-  Rows rows;            ///< `rows(b, head)`: the `context_rows` of sequence `b`
-  Visible visible;      ///< `visible(b, h, i)`: the half-open range of rows that query `i` of query head `h` sees
+  std::int64_t heads;  ///< query heads share them evenly
+  Length length;       ///< `length(b)`: rows of sequence `b`, at most
+  Rows rows;           ///< `rows(b, head)`: the `context_rows` of sequence `b`
+  Visible visible;     ///< `visible(b, h, i)`: the half-open range of rows that query `i` of query head `h` sees
 };
 
-template <class Rows, class Visible>
-source(std::int64_t, std::int64_t, Rows, Visible) -> source<Rows, Visible>;
+template <class Length, class Rows, class Visible>
+source(std::int64_t, Length, Rows, Visible) -> source<Length, Rows, Visible>;
 
 /// Whether keys and values of a source are both of these elements.
 template <class Element, class Source>
@@ -41,10 +42,16 @@ auto rows_of(const tensor_view<Key>& key, const tensor_view<Value>& value, std::
                                                                             value.row(b, h, 0), value.stride[2]};
 }
 
+/// `length(b)` of a view.
+template <class T, std::size_t Rank>
+auto lengths_of(const tensor_view<T, Rank>& view) {
+  return [view](std::int64_t b) { return view.length(b); };
+}
+
 /// Two views as a source.
 template <class Key, class Value, class Visible>
 auto view_source(tensor_view<Key> key, tensor_view<Value> value, Visible visible) {
-  return source{key.heads(), key.length(),
+  return source{key.heads(), lengths_of(key),
                 [key, value](std::int64_t b, std::int64_t h) { return rows_of(key, value, b, h); }, visible};
 }
 

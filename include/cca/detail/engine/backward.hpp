@@ -59,7 +59,7 @@ void absorb_in_turn(stack<Tile>& stack, const Gradient& gradient, std::int64_t b
                                gradient.value.row(b, head, rows.begin), gradient.value.stride[2]);
     turn.pass(offset + rows.end);
   });
-  turn.pass(offset + gradient.source.length);
+  turn.pass(offset + gradient.source.length(b));
 }
 
 /// The gradients of attention of every query over all sources: the counterpart of `forward`. `Element` is the operands'
@@ -74,23 +74,23 @@ class backward {
 
  public:
   /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
-  /// the sources' heads.
-  backward(std::int64_t batch, std::int64_t heads, std::int64_t length, const tile_form& form, std::int64_t head_groups,
-           bool staged, std::int64_t workers)
-      : heads_(heads),
-        length_(length),
-        form_(form),
-        sharing_(head_groups > 0 ? heads / head_groups : 0),
-        lanes_(
-            of_tile(form.unit, [&]<class Tile>(std::type_identity<Tile>) { return Tile::stack_lanes(length, form); })),
-        tasks_(batch, heads, length, lanes_, sharing_),
-        workers_(std::clamp<std::int64_t>(tasks_.size(), 1, workers)),
-        worker_size_(of_tile(
-            form.unit, [&]<class Tile>(std::type_identity<Tile>) { return stack<Tile>::size(lanes_, form, staged); })) {
+  /// the sources' heads. `queries(b)` is how many queries per head sequence `b` has.
+  template <class Queries>
+  backward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups, bool staged,
+           std::int64_t workers, const Queries& queries)
+      : all_(all), heads_(heads), form_(form), sharing_(head_groups > 0 ? heads / head_groups : 0) {
+    for (std::int64_t b = 0; b < all_.distinct(); ++b)
+      worker_size_ = larger(worker_size_, of_tile([&]<class Tile>(std::type_identity<Tile>) {
+                              return stack<Tile>::size(lanes(queries(b)), form_, staged);
+                            }));
+    stacks_ =
+        task_list::size(all_, sharing_ > 0 ? heads : 0, queries, [&](std::int64_t b) { return lanes(queries(b)); });
+    workers_ = std::clamp<std::int64_t>(stacks_, 1, workers);
   }
 
   [[nodiscard]] std::size_t bytes() const {
-    return worker_scratch<T>::bytes(workers_, worker_size_) + scratch_bytes<turn::counter>(tasks_.size());
+    return worker_scratch<T>::bytes(workers_, worker_size_) + scratch_bytes<turn::counter>(stacks_) +
+           scratch_bytes<sequence_tasks>(all_.table_size());
   }
 
   /// Adds to the gradients of the sources' rows, and writes those of the queries, and of the sink logits where they are
@@ -99,15 +99,19 @@ class backward {
   void operator()(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule,
                   tensor_view<T, 3> grad_sink, const E& run, scratch& memory, const Gradient&... gradients) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
-    auto* passed = memory.take<turn::counter>(tasks_.size());
-    std::uninitialized_value_construct_n(passed, tasks_.size());
+    auto* passed = memory.take<turn::counter>(stacks_);
+    std::uninitialized_value_construct_n(passed, stacks_);
+    const task_list tasks(
+        all_, memory.take<sequence_tasks>(all_.table_size()), heads_,
+        [&](std::int64_t b) { return results.query.length(b); },
+        [&](std::int64_t b) { return lanes(results.query.length(b)); }, sharing_);
     with_product<Element, (of_elements<Element, decltype(gradients.source)> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
           const score_rule<T> scaled = Product::balances ? rule.balanced() : rule;
-          run_tasks(run, workers_, tasks_.size(), [&](std::int64_t worker, std::int64_t i) {
-            turn turn(tasks_[i].leads ? nullptr : passed + i - 1, passed + i);
-            run_stack<gradient_tile<Product>>(results, grad_query, scaled, scratch[worker], tasks_[i], turn,
-                                              gradients...);
+          run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
+            const task task = tasks[i];
+            turn turn(task.leads ? nullptr : passed + i - 1, passed + i);
+            run_stack<gradient_tile<Product>>(results, grad_query, scaled, scratch[worker], task, turn, gradients...);
           });
         });
     if (grad_sink.data != nullptr) differentiate_sinks(results, rule, grad_sink, run);
@@ -115,10 +119,15 @@ class backward {
 
  private:
   template <class F>
-  static decltype(auto) of_tile(matrix_unit unit, const F& f) {
-    return with_product<Element>(unit, [&]<class Product>(std::type_identity<Product>) {
+  [[nodiscard]] std::int64_t of_tile(const F& f) const {
+    return with_product<Element>(form_.unit, [&]<class Product>(std::type_identity<Product>) {
       return f(std::type_identity<gradient_tile<Product>>{});
     });
+  }
+
+  /// Queries of a stack, of a sequence with `queries` of them per head.
+  [[nodiscard]] std::int64_t lanes(std::int64_t queries) const {
+    return of_tile([&]<class Tile>(std::type_identity<Tile>) { return Tile::stack_lanes(queries, form_); });
   }
 
   /// Goes backward with the queries of a task.
@@ -138,7 +147,7 @@ class backward {
     });
     std::int64_t offset = 0;
     const auto absorb = [&](const auto& gradient) {
-      if (gradient.source.length == 0) return;
+      if (gradient.source.length(b) == 0) return;
       // A query whose logits are all masked sees nothing.
       const auto visible = [&](std::int64_t of, std::int64_t head_of, std::int64_t i) {
         const bool masked = static_cast<T>(*results.lse.row(of, head_of, i)) == -infinity<T>;
@@ -147,7 +156,7 @@ class backward {
       const source seen_source{gradient.source.heads, gradient.source.length, gradient.source.rows, visible};
       const source_gradient seen_gradient{seen_source, gradient.key, gradient.value};
       absorb_in_turn(stack, seen_gradient, b, h / (heads_ / gradient.source.heads), offset, turn);
-      offset += gradient.source.length;
+      offset += gradient.source.length(b);
     };
     (absorb(gradients), ...);
     stack.for_each_tile(
@@ -186,9 +195,9 @@ class backward {
                            const E& run) const {
     run_tasks(run, workers_, heads_, [&](std::int64_t, std::int64_t h) {
       for (std::int64_t b = 0; b < grad.batch(); ++b)
-        for (std::int64_t i = 0; i < grad.length(); ++i) *grad.row(b, h, i) = T(0);
+        for (std::int64_t i = 0; i < grad.length(b); ++i) *grad.row(b, h, i) = T(0);
       for (std::int64_t b = 0; b < results.query.batch(); ++b)
-        for (std::int64_t i = 0; i < length_; ++i) {
+        for (std::int64_t i = 0; i < results.query.length(b); ++i) {
           const T share = detail::exp(rule.sink(b, h, i) - static_cast<T>(*results.lse.row(b, h, i)));
           *grad.row(grad.batch() == 1 ? 0 : b, h, grad.length() == 1 ? 0 : i) -=
               share * delta(results, results.grad_out.row(b, h, i), b, h, i);
@@ -196,11 +205,10 @@ class backward {
     });
   }
 
-  std::int64_t heads_, length_;
+  sequences all_;
+  std::int64_t heads_;
   tile_form form_;
-  std::int64_t sharing_, lanes_;
-  task_list tasks_;
-  std::int64_t workers_, worker_size_;
+  std::int64_t sharing_, stacks_ = 0, workers_ = 1, worker_size_ = 0;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

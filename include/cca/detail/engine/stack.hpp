@@ -51,7 +51,7 @@ class stack {
   /// depend on the stack that it is in.
   template <class Source, class After>
   void absorb(const Source& source, const After& after) {
-    if (source.length == 0) return;
+    if (source.length(queries_.b) == 0) return;
     visible_lanes seen[Tile::most];
     range any;
     for (std::int64_t c = 0; c < tiles_; ++c) {

@@ -36,27 +36,50 @@ inline constexpr std::int64_t pool_task_tokens = 1024;
 
 /// Whose groups are pooled.
 struct pool_heads {
-  std::int64_t batch, query_heads, kv_heads, core_heads;
+  sequences all;
+  std::int64_t query_heads, kv_heads, core_heads;
 };
 
-/// Tasks of pooling `groups` groups of every head.
-inline task_list pool_tasks(std::int64_t batch, std::int64_t kv_heads, std::int64_t groups, std::int64_t group_size) {
-  return {batch, kv_heads, groups, pool_task_tokens / group_size};
-}
+/// Groups that a task of pooling takes in.
+inline std::int64_t groups_per_task(std::int64_t group_size) { return pool_task_tokens / group_size; }
 
-/// Calls `f(worker, b, kv_head, core head, group)` for the groups `[groups.begin, groups.end)` of every sequence and core
-/// head. The heads that share a group take turns while its rows are in cache, never at once.
-template <executor E, class F>
-void for_each_group(const pool_heads& heads, range groups, std::int64_t group_size, const E& run, std::int64_t workers,
-                    const F& f) {
+/// Scratch of pooling: that of each worker, `group_rows::size` elements, and the table of the tasks.
+template <class T>
+struct pool_memory {
+  worker_scratch<T> workers;
+  sequence_tasks* table = nullptr;
+};
+
+/// How much of it there is.
+template <class T>
+struct pool_plan {
+  std::int64_t workers, size, table_size;
+
+  [[nodiscard]] std::size_t bytes() const {
+    return worker_scratch<T>::bytes(workers, size) + scratch_bytes<sequence_tasks>(table_size);
+  }
+  [[nodiscard]] pool_memory<T> take(scratch& memory) const {
+    const worker_scratch<T> scratch(memory, workers, size);
+    return {scratch, memory.take<sequence_tasks>(table_size)};
+  }
+};
+
+/// Calls `f(worker, b, kv_head, core head, group)` for the groups `[groups(b).begin, groups(b).end)` of every sequence and
+/// core head. The heads that share a group take turns while its rows are in cache, never at once.
+template <class T, class Groups, executor E, class F>
+void for_each_group(const pool_heads& heads, const Groups& groups, std::int64_t group_size, const E& run,
+                    const pool_memory<T>& memory, const F& f) {
   if (heads.core_heads == 0) return;
-  const task_list tasks = pool_tasks(heads.batch, heads.kv_heads, groups.size(), group_size);
+  const task_list tasks(
+      heads.all, memory.table, heads.kv_heads, [&](std::int64_t b) { return groups(b).size(); },
+      [&](std::int64_t) { return groups_per_task(group_size); });
   const std::int64_t cores = heads.core_heads / heads.kv_heads;
-  run_tasks(run, workers, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
+  run_tasks(run, memory.workers.workers(), tasks.size(), [&](std::int64_t worker, std::int64_t i) {
     const task task = tasks[i];
+    const std::int64_t first = groups(task.b).begin;
     for (std::int64_t c = task.items.begin; c < task.items.end; ++c)
       for (std::int64_t h = task.head * cores; h < (task.head + 1) * cores; ++h)
-        f(worker, task.b, task.head, h, groups.begin + c);
+        f(worker, task.b, task.head, h, first + c);
   });
 }
 
@@ -67,19 +90,19 @@ void load_mean_query(group_rows<T>& group, std::int64_t h, std::int64_t sharing,
     add_scaled_row(query(q), group.dim, group.rule.query_factor() / static_cast<T>(sharing), group.query);
 }
 
-/// Pools the groups `[groups.begin, groups.end)` of every sequence and core head. `absorb(pooling, b, kv_head, tokens)`
-/// feeds a group's rows, `query(b, h, token)` is a row of queries, `core(b, h, group)` the pair of rows to write. Scratch
-/// is of `group_rows::size` elements a worker.
-template <class T, class Absorb, class Query, class Core, executor E>
-void pool_groups(const pool_heads& heads, range groups, std::int64_t dim, std::int64_t value_dim,
+/// Pools the groups `[groups(b).begin, groups(b).end)` of every sequence and core head.
+/// `absorb(pooling, b, kv_head, tokens)` feeds a group's rows, `query(b, h, token)` is a row of queries,
+/// `core(b, h, group)` the pair of rows to write.
+template <class T, class Groups, class Absorb, class Query, class Core, executor E>
+void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim, std::int64_t value_dim,
                  const options& options, const Absorb& absorb, const Query& query, const Core& core, const E& run,
-                 const worker_scratch<T>& scratch) {
+                 const pool_memory<T>& memory) {
   const partition partition = partition_of(options);
   const score_rule<T> rule = score_rule<T>{static_cast<T>(softmax_scale(options, dim))}.balanced();
   const auto pool_group = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head, std::int64_t h,
                                              std::int64_t c) {
     const range tokens = partition.group(c);
-    group_rows<T> group(scratch[worker], dim, value_dim, rule);
+    group_rows<T> group(memory.workers[worker], dim, value_dim, rule);
     const auto [key, value] = core(b, h, c);
     // A mean of finite rows is finite: where it is not, it may have overflowed on the way, and is taken again.
     for (const int headroom : {0, most_headroom}) {
@@ -99,16 +122,21 @@ void pool_groups(const pool_heads& heads, range groups, std::int64_t dim, std::i
     }
   };
   with_pooling<T>(options.pool, [&]<class Pooling>() {
-    for_each_group(heads, groups, options.group_size, run, scratch.workers(),
+    for_each_group(heads, groups, options.group_size, run, memory,
                    [&](auto... where) { pool_group.template operator()<Pooling>(where...); });
   });
 }
 
-/// The first `core_key.length()` groups of views.
+/// All rows of each sequence of a view.
+template <class View>
+auto all_rows_of(const View& view) {
+  return [view](std::int64_t b) { return range{0, view.length(b)}; };
+}
+
+/// The first `core_key.length(b)` groups of each sequence of views.
 template <class T, class Query, class Key, class Value, class CoreKey, class CoreValue, executor E>
 void pool_views(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, tensor_view<CoreKey> core_key,
-                tensor_view<CoreValue> core_value, const options& options, const E& run,
-                const worker_scratch<T>& scratch) {
+                tensor_view<CoreValue> core_value, const options& options, const E& run, const pool_memory<T>& memory) {
   const auto absorb = [&](auto& pooling, std::int64_t b, std::int64_t kv_head, range tokens) {
     pooling.absorb(rows_of(key, value, b, kv_head), tokens);
   };
@@ -116,8 +144,8 @@ void pool_views(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Valu
   const auto core = [&](std::int64_t b, std::int64_t h, std::int64_t c) {
     return std::pair(core_key.row(b, h, c), core_value.row(b, h, c));
   };
-  pool_groups<T>({key.batch(), query.heads(), key.heads(), core_key.heads()}, {0, core_key.length()}, key.dim(),
-                 value.dim(), options, absorb, last, core, run, scratch);
+  pool_groups<T>({{key.batch(), !key.has_lengths()}, query.heads(), key.heads(), core_key.heads()},
+                 all_rows_of(core_key), key.dim(), value.dim(), options, absorb, last, core, run, memory);
 }
 
 /// Adds what the gradients of cores say of the tokens that were pooled, and of the queries that weighed them.
@@ -125,15 +153,15 @@ template <class Query, class Key, class Value, class T, executor E>
 void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                        tensor_view<const T> grad_core_key, tensor_view<const T> grad_core_value,
                        tensor_view<T> grad_query, tensor_view<T> grad_key, tensor_view<T> grad_value,
-                       const options& options, const E& run, const worker_scratch<T>& scratch) {
+                       const options& options, const E& run, const pool_memory<T>& memory) {
   const partition partition = partition_of(options);
   const score_rule<T> rule = score_rule<T>{static_cast<T>(softmax_scale(options, key.dim()))}.balanced();
-  const pool_heads heads{key.batch(), query.heads(), key.heads(), grad_core_key.heads()};
+  const pool_heads heads{{key.batch(), !key.has_lengths()}, query.heads(), key.heads(), grad_core_key.heads()};
   const auto differentiate = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head,
                                                 std::int64_t h, std::int64_t c) {
     const range tokens = partition.group(c);
     const std::int64_t sharing = heads.query_heads / heads.core_heads;
-    group_rows<T> group(scratch[worker], key.dim(), value.dim(), rule);
+    group_rows<T> group(memory.workers[worker], key.dim(), value.dim(), rule);
     group.clear();
     copy_n(grad_core_key.row(b, h, c), key.dim(), group.grad_core.key);
     copy_n(grad_core_value.row(b, h, c), value.dim(), group.grad_core.value);
@@ -146,7 +174,7 @@ void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_vi
       add_scaled_row(group.grad_query, key.dim(), T(1) / static_cast<T>(sharing), grad_query.row(b, q, tokens.end - 1));
   };
   with_pooling<T>(options.pool, [&]<class Pooling>() {
-    for_each_group(heads, {0, grad_core_key.length()}, options.group_size, run, scratch.workers(),
+    for_each_group(heads, all_rows_of(grad_core_key), options.group_size, run, memory,
                    [&](auto... where) { differentiate.template operator()<Pooling>(where...); });
   });
 }
