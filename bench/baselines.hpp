@@ -36,7 +36,7 @@ void softmax_rows(Rows&& scores) {
 template <class T>
 void eigen_attention(cca::tensor_view<const T> query, cca::tensor_view<const T> key, cca::tensor_view<const T> value,
                      cca::tensor_view<T> out, const cca::options& options) {
-  const cca::partition partition{options.group_size, options.window};
+  const cca::partition partition = cca::partition_of(options);
   const std::int64_t length = key.length(), g = options.group_size, groups = partition.core_count(length - 1);
   const T scale = T(1) / std::sqrt(static_cast<T>(key.dim()));
   for (std::int64_t b = 0; b < query.batch(); ++b)

@@ -75,7 +75,7 @@ struct attention_case {
   [[nodiscard]] cca::options options() const { return {.group_size = group_size, .window = window}; }
 
   [[nodiscard]] double flops() const {
-    const cca::partition partition{group_size, window};
+    const cca::partition partition = cca::partition_of(options());
     const cca::range positions{length - query_length(), length};
     std::int64_t pairs = partition.pair_count(positions);
     if (!pools())
@@ -131,7 +131,7 @@ void attention(benchmark::State& state, const attention_case& c) {
   state.counters["token/s"] = static_cast<double>(c.batch * c.query_length()) / best.seconds;
   if (c.what == kernel::eigen_cca) return;
   const std::int64_t cores =
-      c.pools() ? c.batch * c.heads * cca::partition{c.group_size, c.window}.core_count(c.length - 1) : 0;
+      c.pools() ? c.batch * c.heads * cca::partition_of(c.options()).core_count(c.length - 1) : 0;
   state.counters["scratch"] = static_cast<double>(scratch);
   state.counters["per_thread"] =
       (static_cast<double>(scratch) - static_cast<double>(cores * 2 * c.dim) * sizeof(T)) / c.threads;

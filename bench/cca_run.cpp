@@ -1,7 +1,7 @@
 // Attention of raw float files, for programs in other languages that compare theirs with ours:
 //
-//   cca_run key=value...     kind (cca, dense), length, dim, heads, kv_heads, group, window, threads, gradient, directory,
-//                            element (float, bfloat16)
+//   cca_run key=value...     kind (cca, dense), length, dim, heads, kv_heads, group, window, sink_tokens, threads, gradient,
+//                            directory, element (float, bfloat16)
 //
 // reads query, key and value, `[heads][length][dim]` each, from the directory's files of these names. It says
 // how it was built, then answers every line of input: "run" computes once and prints the time, "write" writes the result
@@ -120,6 +120,7 @@ void serve(std::map<std::string, std::string> arguments) {
   if (!dense && arguments["kind"] != "cca") throw std::invalid_argument("kind: wants cca or dense");
   cca::options options{.group_size = dense ? 0 : number("group"), .unit = cca::best_unit<Element>()};
   if (arguments.contains("window")) options.window = number("window");
+  if (arguments.contains("sink_tokens")) options.sink_tokens = number("sink_tokens");
 
   const std::string directory = arguments["directory"] + "/";
   attention<Element> attention(heads, kv_heads, length, dim, number("gradient") != 0, options);

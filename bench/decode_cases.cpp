@@ -125,7 +125,7 @@ class decoder {
 
   /// Bytes of cores and window that the last token sees: each counts once for all heads that share it.
   [[nodiscard]] std::int64_t visible_size() const {
-    const cca::partition partition{case_.options().group_size, case_.options().window};
+    const cca::partition partition = cca::partition_of(case_.options());
     const std::int64_t core_heads = case_.cores == cca::core_heads::per_kv_head ? case_.kv_heads : case_.heads;
     const auto cores = static_cast<std::int64_t>(sizeof(Core)) * core_heads * partition.core_count(case_.length - 1),
                raw =
@@ -148,7 +148,7 @@ class decoder {
     auto cores = cca::reference::pool<Scalar>(data_.query.view(), key, value, options);
     for (tensor<Scalar>* rows : {&cores.first, &cores.second})
       for (Scalar& x : rows->data) x = static_cast<Scalar>(static_cast<Stored>(x));
-    const cca::partition partition{options.group_size, options.window};
+    const cca::partition partition = cca::partition_of(options);
     const std::vector<std::int64_t> seen(static_cast<std::size_t>(case_.heads), partition.core_count(case_.length - 1));
     const cca::far_context far{std::as_const(cores.first).view(), std::as_const(cores.second).view(),
                                cca::bhs(seen.data(), 1, case_.heads, 1)};

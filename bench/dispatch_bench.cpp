@@ -23,8 +23,7 @@ using bench::operands, bench::seconds, bench::timing;
 
 void prefill(benchmark::State& state, std::int64_t heads, std::int64_t length) {
   const cca::options options{.group_size = 16, .window = 256};
-  const double flops =
-      512.0 * static_cast<double>(heads * cca::partition{options.group_size, options.window}.pair_count({0, length}));
+  const double flops = 512.0 * static_cast<double>(heads * cca::partition_of(options).pair_count({0, length}));
   operands<float> data(1, heads, heads, length, length, 128);
   const auto query = std::as_const(data.query).view();
   const auto key = std::as_const(data.key).view(), value = std::as_const(data.value).view();

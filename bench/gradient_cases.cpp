@@ -32,7 +32,7 @@ struct gradient_case {
   [[nodiscard]] cca::options options() const { return {.group_size = group_size, .window = window}; }
 
   [[nodiscard]] double flops() const {
-    const std::int64_t pairs = cca::partition{group_size, window}.pair_count({0, length});
+    const std::int64_t pairs = cca::partition_of(options()).pair_count({0, length});
     return 10.0 * static_cast<double>(dim) * static_cast<double>(heads * pairs);
   }
 
@@ -130,7 +130,7 @@ void gradient(benchmark::State& state, const gradient_case& c) {
   const timing best = time<T>(state, run, helpers);
   count_flops(state, best, c.flops(), c.threads);
   state.counters["token/s"] = static_cast<double>(c.length) / best.seconds;
-  const std::int64_t cores = c.dense ? 0 : c.heads * cca::partition{c.group_size, c.window}.core_count(c.length - 1);
+  const std::int64_t cores = c.dense ? 0 : c.heads * cca::partition_of(c.options()).core_count(c.length - 1);
   state.counters["scratch"] = static_cast<double>(scratch);
   state.counters["per_thread"] =
       (static_cast<double>(scratch) - static_cast<double>(cores * 4 * c.dim) * sizeof(T)) / c.threads;

@@ -101,7 +101,7 @@ template <class Scalar, class T>
 auto textbook(const tensor<T>& queries, const std::vector<std::int64_t>& positions, cca::tensor_view<const T> query,
               cca::tensor_view<const T> key, cca::tensor_view<const T> value, bool with_cores,
               const cca::options& options) {
-  const cca::partition partition{options.group_size, options.window};
+  const cca::partition partition = cca::partition_of(options);
   const std::int64_t dim = key.dim();
   std::pair<tensor<Scalar>, tensor<Scalar>> cores{{1, 1, 0, dim}, {1, 1, 0, value.dim()}};
   if (with_cores) cores = cca::reference::pool<Scalar>(query, key, value, options);
@@ -111,7 +111,7 @@ auto textbook(const tensor<T>& queries, const std::vector<std::int64_t>& positio
              [&](std::int64_t, std::int64_t, std::int64_t i) {
                return with_cores ? partition.core_count(position(i)) : std::int64_t{0};
              },
-             [&](std::int64_t i) { return partition.raw(position(i)); })
+             [&](std::int64_t i) { return cca::reference::raw_tokens(partition, position(i), key.length()); })
       .out;
 }
 

@@ -57,7 +57,7 @@ const std::vector<std::int64_t>& offsets() {
 double flops(const packed_case& c) {
   std::int64_t pairs = 0;
   for (std::size_t b = 0; b + 1 < offsets().size(); ++b)
-    pairs += cca::partition{c.group_size, c.window}.pair_count({0, offsets()[b + 1] - offsets()[b]});
+    pairs += cca::partition_of(c.options()).pair_count({0, offsets()[b + 1] - offsets()[b]});
   return 4.0 * static_cast<double>(c.dim) * static_cast<double>(c.heads * pairs);
 }
 

@@ -40,7 +40,7 @@ struct unit_case {
   }
   [[nodiscard]] double flops() const {
     const cca::options o = options(cca::matrix_unit::none);
-    const std::int64_t pairs = cca::partition{o.group_size, o.window}.pair_count({0, length});
+    const std::int64_t pairs = cca::partition_of(o).pair_count({0, length});
     return (gradient ? 10.0 : 4.0) * static_cast<double>(dim) * static_cast<double>(heads * pairs);
   }
   [[nodiscard]] std::string name(const char* element) const {

@@ -181,20 +181,23 @@ TYPED_TEST(Attend, ToCoresIsAttention) {
   for (const pooling pool : all_poolings)
     for (const core_heads cores : all_core_heads)
       for (const std::int64_t group_size : {1, 4, 7}) {
-        const options pooled{.group_size = group_size, .window = 10, .pool = pool, .core_heads = cores};
+        const std::int64_t sinks = group_size == 1 ? 0 : group_size + 1;
+        const options pooled{
+            .group_size = group_size, .window = 10, .sink_tokens = sinks, .pool = pool, .core_heads = cores};
         const results<T> expected = run_near(entry::attention, s, o, pooled);
 
         const bool per_query = pool == pooling::last_query && cores == core_heads::per_query_head;
-        far_rows<T> f = random_far<T>(s, per_query ? s.heads : s.kv_heads, s.keys / group_size, random);
-        const options groups{.group_size = group_size, .pool = pool, .core_heads = cores};
+        far_rows<T> f = random_far<T>(s, per_query ? s.heads : s.kv_heads, (s.keys - sinks) / group_size, random);
+        const options groups{.group_size = group_size, .sink_tokens = sinks, .pool = pool, .core_heads = cores};
         call<T>({.entry = entry::pool, .sizes = s, .options = groups},
                 {.operands = {o.query.view(), o.key.view(), o.value.view()},
                  .results = {f.key.view(), f.value.view()},
                  .seen = {}});
         for_each_row(f.seen.view(), [&](std::int64_t b, std::int64_t h, std::int64_t t) {
-          *f.seen.row(b, h, t) = partition{group_size, 10}.core_count(t);
+          *f.seen.row(b, h, t) = partition_of(pooled).core_count(t);
         });
-        EXPECT_TRUE(same_bits(run(s, o, f, {.group_size = group_size, .window = 10}), expected)) << describe(pooled);
+        EXPECT_TRUE(same_bits(run(s, o, f, {.group_size = group_size, .window = 10, .sink_tokens = sinks}), expected))
+            << describe(pooled);
       }
 }
 
@@ -207,7 +210,9 @@ TYPED_TEST(Attend, HeedsEveryOption) {
   const results<T> before = run(s, o, f, {.group_size = 2, .window = 5});
   for (const options& options : {options{.group_size = 2, .window = 6}, options{.group_size = 3, .window = 5},
                                  options{.group_size = 2, .window = 5, .softmax_scale = 0.5},
-                                 options{.group_size = 2, .window = 5, .first_position = 3}}) {
+                                 options{.group_size = 2, .window = 5, .first_position = 3},
+                                 options{.group_size = 2, .window = 5, .sink_tokens = 2},
+                                 options{.window = 5, .lookahead = 2}, options{.window = 5, .prefix = 28}}) {
     const results<T> after = run(s, o, f, options);
     EXPECT_FALSE(same_bits(before.out.view(), after.out.view())) << describe(options);
     EXPECT_FALSE(same_bits(before.lse.view(), after.lse.view())) << describe(options);

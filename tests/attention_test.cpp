@@ -471,12 +471,18 @@ TYPED_TEST(Attention, HeedsEveryOption) {
   };
   expect_change(entry::dense, {}, {.softmax_scale = 0.5});
   expect_change(entry::dense, {}, {.first_position = 3});
+  expect_change(entry::dense, {}, {.lookahead = 1});
+  expect_change(entry::dense, {}, {.lookahead = unlimited});
+  expect_change(entry::dense, {}, {.prefix = 2});
 
   const options local{.window = 5};
   expect_change(entry::local, local, {.window = 6});
   expect_change(entry::local, local, {.group_size = 2, .window = 5});
   expect_change(entry::local, local, {.window = 5, .softmax_scale = 0.5});
   expect_change(entry::local, local, {.window = 5, .first_position = 3});
+  expect_change(entry::local, local, {.window = 5, .sink_tokens = 1});
+  expect_change(entry::local, local, {.window = 5, .lookahead = 1});
+  expect_change(entry::local, local, {.window = 5, .prefix = 2});
 
   const options pooled{.group_size = 3, .window = 5};
   expect_change(entry::attention, pooled, {.group_size = 4, .window = 5});
@@ -485,6 +491,7 @@ TYPED_TEST(Attention, HeedsEveryOption) {
   expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .pool = pooling::max});
   expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .core_heads = core_heads::per_kv_head});
   expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .softmax_scale = 0.5});
+  expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .sink_tokens = 1});
 }
 
 }}  // namespace cca::test

@@ -72,6 +72,7 @@ problem draw_problem(byte_source& bytes, const Entries& entries) {
     case entry::pool:
       s.queries = s.keys;
       o.group_size = bytes.draw(1, 20);
+      if (bytes.once_in(3)) o.sink_tokens = bytes.draw(0, 100);
       o.pool = bytes.choice(all_poolings);
       o.core_heads = bytes.choice(all_core_heads);
       if (p.entry == entry::pool && o.pool != pooling::last_query) o.softmax_scale.reset();
@@ -86,6 +87,9 @@ problem draw_problem(byte_source& bytes, const Entries& entries) {
       [[fallthrough]];
     default:
       if (bytes.once_in(3)) o.first_position = bytes.draw(-60, 120);
+      if (bytes.once_in(3)) o.sink_tokens = bytes.draw(0, 100);
+      if (o.group_size == 0 && bytes.once_in(3)) o.prefix = bytes.draw(0, 100);
+      if (o.group_size == 0 && bytes.once_in(3)) o.lookahead = bytes.choice(std::array{std::int64_t{2}, unlimited});
   }
   return p;
 }

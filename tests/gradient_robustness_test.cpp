@@ -395,6 +395,11 @@ TEST(GradientRefuses, Options) {
       {with_raw, "core_heads", [](options& o) { o.core_heads = core_heads::per_kv_head; }},
       {{entry::dense, entry::pool}, "window", [](options& o) { o.window = 5; }},
       {{entry::dense}, "group_size", [](options& o) { o.group_size = 5; }},
+      {all, "sink_tokens", [](options& o) { o.sink_tokens = -1; }},
+      {all, "lookahead", [](options& o) { o.lookahead = -1; }},
+      {all, "prefix", [](options& o) { o.prefix = -1; }},
+      {{entry::local, entry::attention, entry::pool}, "lookahead", [](options& o) { o.lookahead = 1; }},
+      {{entry::local, entry::attention, entry::pool}, "prefix", [](options& o) { o.prefix = 1; }},
       {with_window, "group_size", [](options& o) { o.group_size = 5, o.window = unlimited; }},
   };
   for (const auto& [entries, option, change] : table)

@@ -91,7 +91,10 @@ TEST(TextbookGradient, OfAttentionIsThatOfFiniteDifferences) {
                                  {.group_size = 3, .window = 1},
                                  {.group_size = 3, .window = 8},
                                  {.group_size = 9, .window = 2},
-                                 {.group_size = 3, .window = 2, .softmax_scale = -0.8}})
+                                 {.group_size = 3, .window = 2, .softmax_scale = -0.8},
+                                 {.group_size = 2, .window = 2, .sink_tokens = 1},
+                                 {.group_size = 2, .window = 1, .sink_tokens = 3},
+                                 {.window = 2, .sink_tokens = 9}})
     expect_differences({.entry = entry::attention, .sizes = s, .options = options}, random);
 }
 
@@ -104,6 +107,11 @@ TEST(TextbookGradient, OfLocalAndDenseAttentionIsThatOfFiniteDifferences) {
                                  {.window = 3},
                                  {.group_size = 2, .window = 2},
                                  {.window = 3, .first_position = 5},
+                                 {.window = 1, .sink_tokens = 2},
+                                 {.group_size = 2, .window = 1, .sink_tokens = 1},
+                                 {.window = 2, .lookahead = 1, .first_position = 1},
+                                 {.window = 2, .sink_tokens = 2, .lookahead = unlimited, .first_position = -1},
+                                 {.window = 1, .sink_tokens = 1, .prefix = 3, .first_position = -1},
                                  {.window = 2, .first_position = -1}})
     expect_differences({.entry = entry::local, .sizes = s, .options = options}, random);
 }
@@ -576,18 +584,28 @@ TYPED_TEST(Gradient, HeedsEveryOption) {
   const std::vector<std::size_t> all{0, 1, 2};
   expect_change(entry::dense, {}, {.softmax_scale = 0.5}, all);
   expect_change(entry::dense, {}, {.first_position = 3}, all);
+  expect_change(entry::dense, {}, {.lookahead = 1}, all);
+  expect_change(entry::dense, {}, {.prefix = 2}, all);
 
   const options local{.window = 5};
   expect_change(entry::local, local, {.window = 6}, all);
   expect_change(entry::local, local, {.group_size = 2, .window = 5}, all);
   expect_change(entry::local, local, {.window = 5, .softmax_scale = 0.5}, all);
   expect_change(entry::local, local, {.window = 5, .first_position = 3}, all);
+  for (const options& more : {options{.window = 5, .sink_tokens = 1},
+                              {.window = 5, .lookahead = 1},
+                              {.window = 5, .prefix = 2},
+                              {.window = 5, .lookahead = unlimited}})
+    expect_change(entry::local, local, more, all);
 
   const std::vector<std::size_t> all_of_attend{0, 1, 2, 3, 4};
   expect_change(entry::attend, local, {.window = 6}, all_of_attend);
   expect_change(entry::attend, local, {.group_size = 2, .window = 5}, all_of_attend);
   expect_change(entry::attend, local, {.window = 5, .softmax_scale = 0.5}, all_of_attend);
   expect_change(entry::attend, local, {.window = 5, .first_position = 3}, all_of_attend);
+  expect_change(entry::attend, local, {.window = 5, .sink_tokens = 1}, all_of_attend);
+  expect_change(entry::attend, local, {.window = 5, .lookahead = 1}, all_of_attend);
+  expect_change(entry::attend, local, {.window = 5, .prefix = 2}, all_of_attend);
 
   const options cca{.group_size = 3, .window = 5};
   expect_change(entry::attention, cca, {.group_size = 4, .window = 5}, all);
@@ -596,6 +614,7 @@ TYPED_TEST(Gradient, HeedsEveryOption) {
   expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .pool = pooling::max}, all);
   expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .core_heads = core_heads::per_kv_head}, all);
   expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .softmax_scale = 0.5}, all);
+  expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .sink_tokens = 2}, all);
 
   const options pooled{.group_size = 3};
   expect_change(entry::pool, pooled, {.group_size = 4}, all);
@@ -603,6 +622,7 @@ TYPED_TEST(Gradient, HeedsEveryOption) {
   expect_change(entry::pool, pooled, {.group_size = 3, .pool = pooling::max}, all);
   expect_change(entry::pool, pooled, {.group_size = 3, .core_heads = core_heads::per_kv_head}, all);
   expect_change(entry::pool, pooled, {.group_size = 3, .softmax_scale = 0.5}, all);
+  expect_change(entry::pool, pooled, {.group_size = 3, .sink_tokens = 1}, all);
 }
 
 }}  // namespace cca::test

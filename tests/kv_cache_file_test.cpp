@@ -55,7 +55,12 @@ testing::AssertionResult refused(const std::string& file, const std::string& bec
 // ---------------------------------------------------------------------------------------------------- there and back
 
 TEST(KvCacheFile, ComesBackBitByBit) {
-  std::vector<options> all{{}, {.group_size = 3, .window = 4}, {.group_size = 1, .window = 1, .softmax_scale = 0.5}};
+  std::vector<options> all{{},
+                           {.group_size = 3, .window = 4},
+                           {.group_size = 1, .window = 1, .softmax_scale = 0.5},
+                           {.window = 3, .sink_tokens = 2},
+                           {.group_size = 2, .window = 3, .sink_tokens = 4},
+                           {.group_size = 2, .window = 3, .sink_tokens = 7}};  // beyond the second sequence
   for (const pooling pool : all_poolings)
     for (const core_heads cores : all_core_heads)
       all.push_back({.group_size = 4, .window = 7, .pool = pool, .core_heads = cores});
@@ -280,17 +285,18 @@ TEST(KvCacheFile, AForgedHeaderIsRefused) {
 TEST(KvCacheFile, OptionsAreKeptByName) {
   const options all{.group_size = 3,
                     .window = 4,
+                    .sink_tokens = 2,
                     .pool = pooling::mean,
                     .core_heads = core_heads::per_kv_head,
                     .softmax_scale = 0.25,
                     .softcap = 30};
   forged_header header = good_header();
   header.options = all;
-  EXPECT_EQ(describe(load_from(forge(header)).options()), describe(all));
+  EXPECT_EQ(describe(load_from(forge(header, {0, all.sink_tokens})).options()), describe(all));
   EXPECT_EQ(describe(load_from(content(kv_cache<float>(header.shape, all))).options()), describe(all));
 
   header.more.push_back({.name = {'n', 'e', 'w'}, .code = {}});
-  EXPECT_TRUE(refused(forge(header), "got an option new"));
+  EXPECT_TRUE(refused(forge(header, {0, all.sink_tokens}), "got an option new"));
   header.more = {{.name = {'s', 'o', 'f', 't', 'c', 'a', 'p'}, .code = detail::encode_option(-1.0)}};
   EXPECT_TRUE(refused(forge(header), "options.softcap"));
 }
@@ -312,6 +318,15 @@ TEST(KvCacheFile, AForgedSequenceIsRefused) {
                                                 {(std::int64_t{1} << 62) + 1, std::int64_t{1} << 62}})
     EXPECT_TRUE(refused(forge(good_header(), numbers, 1000), "got raw tokens")) << text_of(numbers);
   EXPECT_EQ(load_from(forge(good_header(), {9, 6}, (3 + 3) * 2)).raw_count(), 3);
+
+  // Behind four sink tokens the next query of 9 sees tokens from 4 on; what is held begins there, were there fewer tokens.
+  forged_header sunk = good_header();
+  sunk.options.sink_tokens = 4;
+  for (const std::array<std::int64_t, 2>& numbers :
+       std::vector<std::array<std::int64_t, 2>>{{9, 3}, {9, 5}, {9, 0}, {2, 2}, {2, 0}, {2, 5}})
+    EXPECT_TRUE(refused(forge(sunk, numbers, 1000), "got raw tokens")) << text_of(numbers);
+  EXPECT_EQ(load_from(forge(sunk, {9, 4}, (1 + 4 + 5) * 2)).raw_count(), 9);
+  EXPECT_EQ(load_from(forge(sunk, {2, 4}, 2 * 2)).raw_count(), 2);
 
   // Rows that the file does not have.
   constexpr std::int64_t length = std::int64_t{1} << 61;

@@ -29,12 +29,13 @@ auto textbook_of(const token_views<T>& whole, std::int64_t count, const options&
     if constexpr (std::is_same_v<Scalar, T>)
       for (reference::tensor<Scalar>* rows : {&cores.first, &cores.second})
         for (Scalar& x : rows->data) x = static_cast<Scalar>(static_cast<Core>(x));
-    const partition partition{options.group_size, options.window};
+    const partition partition = partition_of(options);
     const auto biases = reference::core_biases<Scalar>(whole.query, whole.key, options);
     const auto all = reference::attend<Scalar>(
         inputs{whole.query, whole.key, whole.value}, cores.first.view(), cores.second.view(), options,
         [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); },
-        [&](std::int64_t t) { return partition.raw(t); }, reference::core_terms(options, biases, whole.query.heads()));
+        [&](std::int64_t t) { return reference::raw_tokens(partition, t, whole.key.length()); },
+        reference::core_terms(options, biases, whole.query.heads()));
     return reference::result<Scalar>{last_rows(all.out, count), last_rows(all.lse, count)};
   };
 }
@@ -52,7 +53,7 @@ struct known_sequence {
   operands<T> tokens;  // the first `length` of them
   std::int64_t length = 0;
   std::int64_t longest = 0;  // since it was empty
-  std::int64_t oldest = 0;   // raw token still held
+  std::int64_t oldest = 0;   // raw token still held behind the sink tokens
 };
 
 /// A cache, and beside it all tokens of its sequences: whatever is done to it, it has to answer and to count as if it had
@@ -72,7 +73,7 @@ class cache_life {
       known_.push_back({.tokens = random_tokens<T>(setup_, 1, longest, numbers_)});
   }
 
-  /// `note(operation, group size, tokens beyond complete groups)` hears of each step.
+  /// `note(operation, group size, tokens beyond complete groups)` hears of each step, but of those within sink tokens.
   template <class Note>
   void live(int steps, const Note& note) {
     // Mostly tokens come.
@@ -88,7 +89,8 @@ class cache_life {
                                 std::to_string(static_cast<int>(next)) + ", sequence " + std::to_string(b) +
                                 " of length " + std::to_string(length) + "; " + describe(setup_);
       SCOPED_TRACE(label);
-      if (group_size > 0) note(next, group_size, length % group_size);
+      const std::int64_t behind_sinks = length - setup_.options.sink_tokens;
+      if (group_size > 0 && behind_sinks >= 0) note(next, group_size, behind_sinks % group_size);
       operate(next, b, label);
       expect_counts();
     }
@@ -108,12 +110,14 @@ class cache_life {
                                 .rewind = draw(random, 0, 5)},
                       .options = {.group_size = draw(random, 1, 9),
                                   .window = draw(random, 1, 20),
+                                  .sink_tokens = draw_from(random, std::array{0, 0, 0, 0, 1, 2, 6, 13, 200}),
                                   .pool = draw_from(random, all_poolings),
                                   .core_heads = draw_from(random, all_core_heads)}};
     if (setup.options.pool != pooling::max && draw(random, 0, 2) == 0) setup.options.core_bias = core_bias::entropy;
-    if (draw(random, 0, 7) == 0) setup.options = {.window = setup.options.window};
+    if (draw(random, 0, 7) == 0)
+      setup.options = {.window = setup.options.window, .sink_tokens = setup.options.sink_tokens};
     if (draw(random, 0, 3) == 0) setup.options.softmax_scale = -0.3;
-    if (draw(random, 0, 15) == 0) setup.options = {};
+    if (draw(random, 0, 15) == 0) setup.options = {.sink_tokens = setup.options.sink_tokens};
     return setup;
   }
 
@@ -200,9 +204,9 @@ class cache_life {
 
   /// The least length after which the next query finds all it sees raw.
   [[nodiscard]] std::int64_t least_length(const known_sequence<T>& s) const {
-    const partition partition{setup_.options.group_size, setup_.options.window};
+    const partition partition = partition_of(setup_.options);
     std::int64_t length = s.length;
-    while (length > 0 && partition.raw(length - 1).begin >= s.oldest) --length;
+    while (length > 0 && intersection(partition.raw(length - 1), {0, s.oldest}).empty()) --length;
     return length;
   }
 
@@ -212,12 +216,13 @@ class cache_life {
     std::int64_t core_rows = 0, raw_rows = 0;
     for (std::int64_t b = 0; b < setup_.shape.batch; ++b) {
       const known_sequence<T>& s = known(b);
-      const std::int64_t cores = grouped ? partition{setup_.options.group_size}.group_count(s.length) : 0,
-                         raw = s.length - s.oldest;
+      const std::int64_t cores = grouped ? partition_of(setup_.options).group_count(s.length) : 0,
+                         sinks = std::min(setup_.options.sink_tokens, s.length),
+                         raw = sinks + range{std::max(sinks, s.oldest), s.length}.size();
       EXPECT_EQ(cache_.length(b), s.length);
       EXPECT_EQ(cache_.core_count(b), cores);
       EXPECT_EQ(cache_.raw_count(b), raw);
-      EXPECT_LE(raw, setup_.raw_limit());
+      EXPECT_LE(raw - sinks, setup_.raw_limit());
       EXPECT_EQ(cache_.least_length(b), least_length(s));
       EXPECT_LE(cache_.least_length(b), std::max<std::int64_t>(s.longest - 2 * setup_.shape.rewind, 0));
       core_rows += core_heads * cores;

@@ -5,7 +5,8 @@
 namespace cca::test { namespace {
 
 constexpr std::array example_options{options{.group_size = 1, .window = 4}, options{.group_size = 4, .window = 4},
-                                     options{.group_size = 16, .window = 4}, options{.group_size = 3, .window = 32}};
+                                     options{.group_size = 16, .window = 4}, options{.group_size = 3, .window = 32},
+                                     options{.group_size = 3, .window = 4, .sink_tokens = 5}};
 
 /// Speculative decoding whose drafts are refused again and again: the draft may be as long as the rewind, and as many
 /// tokens before it can still be taken back, without a trace of the draft.
@@ -41,9 +42,11 @@ TEST(KvCacheRewind, IsAsFarAsSaidAfterAnySteps) {
   random_engine random(2);
   const operands<float> tokens = random_tokens(example_cache({}), 1, 40, random);
   for (int life = 0; life < 200; ++life) {
-    const cache_setup setup = example_cache({.group_size = draw(random, 1, 9), .window = draw(random, 1, 12)},
+    const cache_setup setup = example_cache({.group_size = draw(random, 1, 9),
+                                             .window = draw(random, 1, 12),
+                                             .sink_tokens = draw(random, 0, 2) * draw(random, 0, 20)},
                                             {.rewind = draw(random, 0, 6)});
-    const partition partition{setup.options.group_size, setup.options.window};
+    const partition partition = partition_of(setup.options);
     const std::int64_t rewind = setup.shape.rewind;
     kv_cache<float> cache = setup.make();
     std::int64_t length = 0, longest = 0;
@@ -61,11 +64,12 @@ TEST(KvCacheRewind, IsAsFarAsSaidAfterAnySteps) {
                    std::to_string(length) + " of " + std::to_string(longest));
       // What has left: all but the newest tokens of the longest that it was.
       const std::int64_t oldest = std::max<std::int64_t>(longest - setup.raw_limit(), 0);
-      std::int64_t least = 0;
-      while (partition.raw(least).begin < oldest) ++least;
+      std::int64_t least = length;
+      while (least > 0 && intersection(partition.raw(least - 1), {0, oldest}).empty()) --least;
       ASSERT_EQ(cache.least_length(), least);
       ASSERT_LE(least, std::max<std::int64_t>(longest - 2 * rewind, 0));
-      ASSERT_LE(cache.raw_count(), setup.options.window + setup.options.group_size + 2 * rewind);
+      ASSERT_LE(cache.raw_count(),
+                setup.options.sink_tokens + setup.options.window + setup.options.group_size + 2 * rewind);
       ASSERT_THROW(cache.truncate(0, least - 1), std::invalid_argument);
     }
   }

@@ -37,7 +37,7 @@ TYPED_TEST(KvCacheOf, AnswersLikeRecomputationAfterAnyOperations) {
   using T = typename TypeParam::first_type;
   // With the group size and the tokens beyond complete groups.
   std::set<std::tuple<operation, std::int64_t, std::int64_t>> done;
-  for (std::uint64_t seed = 1; seed <= 320 && !this->HasFailure(); ++seed) {
+  for (std::uint64_t seed = 1; seed <= 360 && !this->HasFailure(); ++seed) {
     random_engine random(seed);
     attention_rule<T> rule;
     const auto judge = [&](const auto&... answer) { rule.add(answer...); };
@@ -52,16 +52,20 @@ TYPED_TEST(KvCacheOf, AnswersLikeRecomputationAfterAnyOperations) {
 
 // ---------------------------------------------------------------------------------------------------------- chunks
 
-const std::array<options, 7> example_options{{{.group_size = 1, .window = 1},
+const std::array<options, 9> example_options{{{.group_size = 1, .window = 1},
                                               {.window = 5},
                                               {.group_size = 3, .window = 4},
                                               {.group_size = 4, .window = 2},
                                               {.group_size = 5, .window = 1, .core_heads = core_heads::per_kv_head},
                                               {.group_size = 2, .window = 7, .pool = pooling::mean},
-                                              {.group_size = 4, .window = 8, .pool = pooling::max}}};
+                                              {.group_size = 4, .window = 8, .pool = pooling::max},
+                                              {.window = 4, .sink_tokens = 3},
+                                              {.group_size = 3, .window = 2, .sink_tokens = 7}}};
 
 /// Enough for the window to pass the end of its memory at every offset.
-std::int64_t example_length(const options& options) { return 3 * (options.window + options.group_size) + 1; }
+std::int64_t example_length(const options& options) {
+  return options.sink_tokens + 3 * (options.window + options.group_size) + 1;
+}
 
 /// The second part of the prompt asks for everything that the first left behind.
 TEST(KvCache, APromptMayBeCutAnywhere) {
@@ -145,13 +149,15 @@ TEST(KvCache, NoTokensAreAStep) {
 TEST(KvCache, EveryOptionChangesTheOutputOfEveryStep) {
   random_engine random(5);
   const options common{.group_size = 3, .window = 4};
-  std::vector<options> changed(6, common);
+  std::vector<options> changed(8, common);
   changed[0].group_size = 2;
   changed[1].window = 7;
   changed[2].pool = pooling::mean;
   changed[3].pool = pooling::max;
   changed[4].core_heads = core_heads::per_kv_head;
   changed[5].softmax_scale = 0.4;
+  changed[6].sink_tokens = 1;
+  changed[7].sink_tokens = 40;
   const operands<float> prompt = random_tokens(example_cache(common), 1, 60, random);
   for (const std::int64_t count : {1, 5, 20, 60})
     for (const options& options : changed) {
@@ -209,7 +215,8 @@ TEST(KvCache, TakesBackTheRewindAndRefusesWhatHasLeft) {
         append(cache, tokens_of(prompt, {0, length}));
         const std::int64_t least = cache.least_length();
         ASSERT_LE(least, std::max<std::int64_t>(length - rewind, 0)) << describe(setup) << ", length " << length;
-        ASSERT_EQ(least == 0, length <= setup.raw_limit()) << describe(setup) << ", length " << length;
+        ASSERT_EQ(least == 0, length <= options.sink_tokens + setup.raw_limit())
+            << describe(setup) << ", length " << length;
         const std::string before = content(cache);
         for (const std::int64_t refused : {least - 1, length + 1}) {
           std::string message;
@@ -588,15 +595,27 @@ TEST(KvCache, RefusesShapesAndOptionsThatMakeNoSense) {
   expect_refused("options.softmax_scale", [](auto& s) { s.options.softmax_scale = NAN; });
   expect_refused("options.softcap", [](auto& s) { s.options.softcap = -1; });
   expect_refused("options.first_position", [](auto& s) { s.options.first_position = 0; });
+  expect_refused("options.sink_tokens", [](auto& s) { s.options.sink_tokens = -1; });
+  // A cache does not know the tokens to come, were nothing pooled.
+  expect_refused("options.lookahead", [](auto& s) { s.options = {.lookahead = 1}; });
+  expect_refused("options.prefix", [](auto& s) { s.options = {.prefix = 1}; });
 }
 
 /// Groups, windows and rewinds beyond any length: everything stays raw.
 TEST(KvCache, NumbersMayBeAsLargeAsTheyGet) {
   random_engine random(12);
   constexpr std::int64_t huge = unlimited;
-  for (const auto& [group_size, window, rewind] : std::array<std::array<std::int64_t, 3>, 6>{
-           {{1, 2, huge}, {huge, 2, 0}, {huge, 2, 1}, {huge, huge - 1, huge}, {3, huge - 1, 2}, {3, huge - 4, 0}}}) {
-    const cache_setup setup = example_cache({.group_size = group_size, .window = window}, {.rewind = rewind});
+  for (const auto& [group_size, window, sinks, rewind] :
+       std::array<std::array<std::int64_t, 4>, 8>{{{1, 2, 0, huge},
+                                                   {huge, 2, 0, 0},
+                                                   {huge, 2, 0, 1},
+                                                   {huge, huge - 1, 0, huge},
+                                                   {3, huge - 1, 0, 2},
+                                                   {3, huge - 4, 0, 0},
+                                                   {3, 2, huge, 0},
+                                                   {3, 2, huge - 1, huge}}}) {
+    const cache_setup setup =
+        example_cache({.group_size = group_size, .window = window, .sink_tokens = sinks}, {.rewind = rewind});
     const operands<float> prompt = random_tokens(setup, 1, 12, random);
     kv_cache<float> cache = setup.make();
     append(cache, tokens_of(prompt, {0, 10}));

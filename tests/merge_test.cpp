@@ -85,7 +85,7 @@ TYPED_TEST(Merge, OfFarAndNearIsAttention) {
            .seen = {}});
   tensor<std::int64_t, 3> seen({s.batch, s.heads, s.queries});
   for_each_row(seen.view(), [&](std::int64_t b, std::int64_t h, std::int64_t t) {
-    *seen.row(b, h, t) = partition{options.group_size, options.window}.core_count(t);
+    *seen.row(b, h, t) = partition_of(options).core_count(t);
   });
   const results<T> far_part = run<T>(
       entry::attend, s,

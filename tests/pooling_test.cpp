@@ -16,7 +16,7 @@ std::int64_t core_head_count(const sizes& s, const options& options) {
 
 template <class T>
 cores<T> run(const sizes& s, const operands<T>& o, const options& options, const std::array<layout, 2>& layouts = {}) {
-  const std::int64_t heads = core_head_count(s, options), groups = s.keys / options.group_size;
+  const std::int64_t heads = core_head_count(s, options), groups = partition_of(options).group_count(s.keys);
   cores<T> c{tensor<T>({s.batch, heads, groups, s.dim}, layouts[0]),
              tensor<T>({s.batch, heads, groups, s.value_dim}, layouts[1])};
   call<T>({.entry = entry::pool, .sizes = s, .options = options},
@@ -214,7 +214,7 @@ TYPED_TEST(Pool, HeedsEveryOption) {
   for (const options& options :
        {options{.group_size = 4}, options{.group_size = 3, .pool = pooling::mean},
         options{.group_size = 3, .pool = pooling::max}, options{.group_size = 3, .softmax_scale = 0.3},
-        options{.group_size = 3, .core_heads = core_heads::per_kv_head}}) {
+        options{.group_size = 3, .core_heads = core_heads::per_kv_head}, options{.group_size = 3, .sink_tokens = 1}}) {
     const auto after = run(s, o, options);
     for (std::int64_t d = 0; d < s.dim; ++d) {
       EXPECT_NE(after.key.row(0, 0, 0)[d], before.key.row(0, 0, 0)[d]) << describe(options);

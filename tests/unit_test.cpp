@@ -154,7 +154,7 @@ struct textbook {
       cores = reference::pool<float>(query, key, value, o);
       cores = {rounded<Element>(cores.first), rounded<Element>(cores.second)};
     }
-    const partition partition{o.group_size, o.window};
+    const partition partition = partition_of(o);
     const auto raw = reference::detail::raw_tokens(query, key, o);
     const auto none = [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; };
     const auto biases = reference::core_biases<float>(query, key, o);
@@ -217,7 +217,7 @@ struct textbook {
         const matrix dout = head<float>(grad_out, b, h);
         for (std::int64_t i = 0; i < query.length(); ++i) {
           const std::int64_t far = seen(b, h, i);
-          const range near = raw(i);
+          const reference::vector<std::int64_t> near = raw(i);
           const std::int64_t count = far + near.size();
           float& lse = *result.lse.view().row(b, h, i);
           const float sink = reference::sink_logit<float>(in.sink_logits, b, h, i);
@@ -230,9 +230,7 @@ struct textbook {
             add_to_sink(-*grad_lse.row(b, h, i));
             continue;
           }
-          matrix keys(count, k.cols()), values(count, v.cols());
-          keys << fk.topRows(far), k.middleRows(near.begin, near.size());
-          values << fv.topRows(far), v.middleRows(near.begin, near.size());
+          const matrix keys = reference::seen_rows(fk, far, k, near), values = reference::seen_rows(fv, far, v, near);
           const auto round = [](float x) { return rounded<Element>(x); };
           const vector capped = reference::scores<float>(keys, vector(q.row(i)), o);
           vector of_far = capped.head(far), of_near = capped.tail(near.size()), logits(count);
@@ -262,8 +260,8 @@ struct textbook {
           const matrix dk = scale * (ds * q.row(i)), dv = p.unaryExpr(round) * dout.row(i);
           head(grad.far_key, b, fh).topRows(far) += dk.topRows(far);
           head(grad.far_value, b, fh).topRows(far) += dv.topRows(far);
-          head(grad.key, b, kv).middleRows(near.begin, near.size()) += dk.bottomRows(near.size());
-          head(grad.value, b, kv).middleRows(near.begin, near.size()) += dv.bottomRows(near.size());
+          head(grad.key, b, kv)(near, Eigen::all) += dk.bottomRows(near.size());
+          head(grad.value, b, kv)(near, Eigen::all) += dv.bottomRows(near.size());
         }
       }
   }
@@ -401,6 +399,12 @@ TYPED_TEST(UnitTest, EveryConvention) {
       }
       if (times % 3 == 0) p.options.softmax_scale = draw_from(random, std::array{-0.3, 0.0, 0.02, 0.7});
       if (entry != entry::attention && times % 4 == 0) p.options.first_position = draw(random, -20, s.keys);
+      if (times % 2 == 1) p.options.sink_tokens = draw(random, 1, 40);
+      if (entry != entry::attention && times % 5 == 3) {
+        p.options.group_size = 0;
+        p.options.lookahead = draw_from(random, std::array<std::int64_t, 3>{1, 30, unlimited});
+        p.options.prefix = draw(random, 0, 40);
+      }
       rules.add(unit_call<TypeParam>(p, random, [&] { return random_operand_layout(random); }), random,
                 random_layout(random));
     }
@@ -802,10 +806,10 @@ TYPED_TEST(UnitTest, EmptyLanesReachNothing) {
 /// the rule. It comes back from a file with the unit that is asked for.
 TYPED_TEST(UnitTest, Cache) {
   random_engine random(15);
-  const unit_call<TypeParam> c(
-      example(entry::attention,
-              {.batch = 2, .heads = 4, .kv_heads = 2, .queries = 90, .keys = 90, .dim = 24, .value_dim = 40}),
-      random);
+  problem p = example(entry::attention,
+                      {.batch = 2, .heads = 4, .kv_heads = 2, .queries = 90, .keys = 90, .dim = 24, .value_dim = 40});
+  p.options.sink_tokens = 5;
+  const unit_call<TypeParam> c(p, random);
   const sizes& s = c.p.sizes;
   const tensor<TypeParam> grad_out({s.batch, s.heads, s.queries, s.value_dim});
   const tensor<float, 3> grad_lse({s.batch, s.heads, s.queries});

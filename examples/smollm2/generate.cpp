@@ -41,6 +41,7 @@ struct arguments {
   bool compare = false;
   std::int64_t group_size = 16;
   std::int64_t window = 1024;
+  std::int64_t sink_tokens = 0;
   bool shared_cores = false;
   sampling_options sampling;
   std::vector<std::string> stops;
@@ -59,10 +60,12 @@ struct variant {
 std::vector<variant> variants(const arguments& arguments) {
   const variant dense{"dense", {}};
   const variant core_aware{
-      fmt::format("CCA g={} s={}{}", arguments.group_size, arguments.window,
+      fmt::format("CCA g={} s={}{}{}", arguments.group_size, arguments.window,
+                  arguments.sink_tokens > 0 ? fmt::format(" m={}", arguments.sink_tokens) : "",
                   arguments.shared_cores ? ", shared cores" : ""),
       {.group_size = arguments.group_size,
        .window = arguments.window,
+       .sink_tokens = arguments.sink_tokens,
        .core_heads = arguments.shared_cores ? cca::core_heads::per_kv_head : cca::core_heads::per_query_head}};
   if (arguments.compare) return {dense, core_aware};
   return {arguments.dense ? dense : core_aware};
@@ -284,6 +287,10 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--window", arguments.window, "CCA: tokens that stay raw")
       ->check(CLI::Range(1, most))
+      ->excludes(dense)
+      ->capture_default_str();
+  app.add_option("--sink-tokens", arguments.sink_tokens, "CCA: first tokens that stay raw for good")
+      ->check(CLI::Range(0, most))
       ->excludes(dense)
       ->capture_default_str();
   app.add_flag("--shared-cores", arguments.shared_cores, "CCA: cores shared by the query heads of a key/value head")

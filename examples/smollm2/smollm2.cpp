@@ -35,6 +35,7 @@ struct arguments {
   std::vector<std::string> rows = {"dense",          "4/256",      "16/256",      "32/256",     "4/1024",
                                    "16/1024",        "32/1024",    "4/2048",      "16/2048",    "32/2048",
                                    "16/1024/shared", "window/256", "window/1024", "window/2048"};
+  std::int64_t sink_tokens = 0;
   std::string logits;
 };
 
@@ -45,11 +46,14 @@ struct row {
   std::int64_t kv_entries;  // that the last token reads: keys, over all heads of a layer
 };
 
-/// Reads "dense", "G/S", "G/S/shared" or "window/S".
-row parse_row(const std::string& text, const config& model, std::int64_t tokens, cca::openmp_executor executor) {
+/// Reads "dense", "G/S", "G/S/shared" or "window/S"; beside a window `sink_tokens` tokens stay raw.
+row parse_row(const std::string& text, const config& model, std::int64_t tokens, std::int64_t sink_tokens,
+              cca::openmp_executor executor) {
   static const std::regex core_aware("([1-9][0-9]{0,8})/([1-9][0-9]{0,8})(/shared)?");
   static const std::regex sliding("window/([1-9][0-9]{0,8})");
   const std::int64_t last = tokens - 1;
+  const std::string sinks = sink_tokens > 0 ? fmt::format(" m={}", sink_tokens) : "";
+  const auto raw_count = [last](const cca::partition& p) { return p.sinks(last).size() + p.raw(last).size(); };
   std::smatch match;
 
   if (text == "dense") {
@@ -60,25 +64,26 @@ row parse_row(const std::string& text, const config& model, std::int64_t tokens,
             model.kv_heads * tokens};
   }
   if (std::regex_match(text, match, sliding)) {
-    const cca::options options{.window = std::stoll(match[1])};
-    return {fmt::format("window s={}", options.window),
+    const cca::options options{.window = std::stoll(match[1]), .sink_tokens = sink_tokens};
+    return {fmt::format("window s={}{}", options.window, sinks),
             [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
               cca::attention(query, key, value, out, options, executor);
             },
-            model.kv_heads * std::min(options.window, tokens)};
+            model.kv_heads * raw_count(cca::partition_of(options))};
   }
   if (std::regex_match(text, match, core_aware)) {
     const bool shared = match[3].matched;
     const cca::options options{.group_size = std::stoll(match[1]),
                                .window = std::stoll(match[2]),
+                               .sink_tokens = sink_tokens,
                                .core_heads = shared ? cca::core_heads::per_kv_head : cca::core_heads::per_query_head};
-    const cca::partition partition{options.group_size, options.window};
-    return {fmt::format("CCA g={} s={}{}", options.group_size, options.window, shared ? ", shared cores" : ""),
-            [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
-              cca::attention(query, key, value, out, options, executor);
-            },
-            (shared ? model.kv_heads : model.heads) * partition.core_count(last) +
-                model.kv_heads * partition.raw(last).size()};
+    const cca::partition partition = cca::partition_of(options);
+    return {
+        fmt::format("CCA g={} s={}{}{}", options.group_size, options.window, sinks, shared ? ", shared cores" : ""),
+        [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
+          cca::attention(query, key, value, out, options, executor);
+        },
+        (shared ? model.kv_heads : model.heads) * partition.core_count(last) + model.kv_heads * raw_count(partition)};
   }
   throw std::invalid_argument(fmt::format("--rows: got '{}', wants dense, G/S, G/S/shared or window/S", text));
 }
@@ -94,7 +99,8 @@ void print_table(const arguments& arguments, const model& model, std::span<const
   const cca::openmp_executor executor{.threads = arguments.threads};
   const auto length = static_cast<std::int64_t>(tokens.size());
   std::vector<row> rows;
-  for (const std::string& text : arguments.rows) rows.push_back(parse_row(text, model.sizes(), length, executor));
+  for (const std::string& text : arguments.rows)
+    rows.push_back(parse_row(text, model.sizes(), length, arguments.sink_tokens, executor));
 
   // The file's pages and OpenMP's threads come in with the first use: not on the time of the first row.
   (void)model.run(tokens.first(std::min<std::size_t>(tokens.size(), token_block)), 0, rows.front().attention);
@@ -125,7 +131,7 @@ void print_table(const arguments& arguments, const model& model, std::span<const
 /// The logits of dense attention, `[tokens, vocabulary]` floats and nothing else.
 void write_logits(const arguments& arguments, const model& model, std::span<const std::int32_t> tokens) {
   const cca::openmp_executor executor{.threads = arguments.threads};
-  const row dense = parse_row("dense", model.sizes(), static_cast<std::int64_t>(tokens.size()), executor);
+  const row dense = parse_row("dense", model.sizes(), static_cast<std::int64_t>(tokens.size()), 0, executor);
   const matrix hidden = model.run(tokens, 0, dense.attention).hidden;
   std::ofstream file(arguments.logits, std::ios::binary);
   for (std::int64_t first = 0; first < hidden.rows(); first += token_block) {
@@ -165,6 +171,9 @@ int main(int argc, char** argv) {
                  "Lines of the table: dense, G/S (group size and window of CCA), G/S/shared (cores shared by the query "
                  "heads of a key/value head), window/S")
       ->delimiter(',')
+      ->capture_default_str();
+  app.add_option("--sink-tokens", arguments.sink_tokens, "First tokens that stay raw beside every window")
+      ->check(CLI::Range(0, 1 << 30))
       ->capture_default_str();
   app.add_option("--dump-logits", arguments.logits,
                  "Write the dense logits to this file, [tokens, vocabulary] floats, instead of the table");

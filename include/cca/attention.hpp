@@ -32,18 +32,38 @@ auto first_positions(const Inputs& in, const options& options) {
   };
 }
 
-/// The tokens that query `i` sees raw.
-template <class Inputs>
-auto raw_source(const Inputs& in, const options& options) {
+/// The tokens of the keys that query `i` sees raw as `which(partition, position)` says.
+template <class Inputs, class Which>
+auto token_source(const Inputs& in, const options& options, const Which& which) {
   const auto first = first_positions(in, options);
   return view_source(
       in.key, in.value,
-      [partition = partition{options.group_size, options.window}, first, keys = in.key](
-          std::int64_t b, std::int64_t, std::int64_t i) {
-        return intersection(partition.raw(first(b) + i), {0, keys.length(b)});
+      [which, partition = partition_of(options), first, keys = in.key](std::int64_t b, std::int64_t, std::int64_t i) {
+        return intersection(which(partition, first(b) + i), {0, keys.length(b)});
       },
       terms_of([first](std::int64_t b) { return row_positions{.first = -first(b), .step = 1}; }, in.key_bias,
                in.query.heads()));
+}
+
+/// Rows of `sink_source` of sequence `b`.
+template <class Inputs>
+auto sink_counts(const Inputs& in, const options& options) {
+  return [partition = partition_of(options), keys = in.key](std::int64_t b) {
+    return partition.sink_count(keys.length(b));
+  };
+}
+
+/// The first tokens, which queries see whatever their window. Without sink tokens and prefix there are no rows.
+template <class Inputs>
+auto sink_source(const Inputs& in, const options& options) {
+  const auto tokens = token_source(in, options, [](const partition& p, std::int64_t t) { return p.sinks(t); });
+  return source{tokens.heads, sink_counts(in, options), tokens.rows, tokens.visible, tokens.terms};
+}
+
+/// The tokens behind those. No token is a row of both for any query, so that each has its turns of adding to gradients.
+template <class Inputs>
+auto raw_source(const Inputs& in, const options& options) {
+  return token_source(in, options, [](const partition& p, std::int64_t t) { return p.raw(t); });
 }
 
 /// The far part `[0, seen)` of a caller's rows or of cores.
@@ -73,7 +93,7 @@ auto seen_source(const Inputs& in, const far_context<Key, Value, Bias>& context,
 /// Cores, and their biases where they have some. Where nothing is pooled there are none.
 template <class T, class Bias>
 auto core_source(const cores<T>& rows, tensor_view<const Bias, 3> bias, const options& options, std::int64_t heads) {
-  const partition partition{options.group_size, options.window};
+  const partition partition = partition_of(options);
   return far_source(
       rows.key, rows.value,
       [partition, key = rows.key](std::int64_t b, std::int64_t, std::int64_t t) {
@@ -109,18 +129,20 @@ sequences sequences_of(const Query& query, const View&... more) {
 
 template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class FarBias>
 auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
-                 matrix_unit unit, const execution& run) {
+                 const options& options, const execution& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
       sequences_of(in.query, in.key, context.key), in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()),
-      !in_place<T, Key, Value, FarKey, FarValue>, unit, run, lengths_of(context.key), lengths_of(in.key));
+      !in_place<T, Key, Value, FarKey, FarValue>, options.unit, run, sink_counts(in, options), lengths_of(context.key),
+      lengths_of(in.key));
 }
 
 /// The cores of sequence `b` that some query sees: none where nothing is pooled.
 template <class Inputs>
 auto core_counts(const Inputs& in, const options& options) {
-  return [partition = partition{options.group_size, options.window}, pooled = pools(options),
-          key = in.key](std::int64_t b) { return pooled ? partition.core_count(key.length(b) - 1) : 0; };
+  return [partition = partition_of(options), pooled = pools(options), key = in.key](std::int64_t b) {
+    return pooled ? partition.core_count(key.length(b) - 1) : 0;
+  };
 }
 
 /// Scratch for those cores: `[batch][heads][cores][dim]`, or `[heads][cores of all sequences][dim]` where each sequence has
@@ -211,8 +233,8 @@ struct cca_plan {
       : cores(in, options),
         pooler(plan_pooling<T>(in, options, run)),
         forward(plan<Element>(sequences_of(in.query, in.key), in.query, cores.value_dim, in.key.heads(),
-                              !in_place<T, Key, Value, Core>, options.unit, run, core_counts(in, options),
-                              lengths_of(in.key))) {}
+                              !in_place<T, Key, Value, Core>, options.unit, run, sink_counts(in, options),
+                              core_counts(in, options), lengths_of(in.key))) {}
 
   [[nodiscard]] std::size_t bytes() const {
     return cores.bytes() + cores.template bias_bytes<T>() + cores.offset_bytes() + pooler.bytes() + forward.bytes();
@@ -272,23 +294,29 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
   });
 }
 
-/// The same for `attend`, whose far context may be larger than the cores. Of its options only the unit matters.
+/// The same for `attend`, whose far context may be larger than the cores. Of its options the unit, the sink tokens and the
+/// prefix matter.
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
           class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>>
 [[nodiscard]] std::size_t workspace_size(const inputs<Query, Key, Value, Sink>& in,
                                          const far_context<FarKey, FarValue, FarBias>& context,
                                          const options& options = {}, const execution& run = {}) {
+  detail::require_options<detail::product_type<Query, Key, Value, FarKey, FarValue>>(options);
   detail::require_sizes(in);
   detail::require_sizes("far.key", context.key);
   detail::require_batch("far.key", in.query, context.key);
-  return detail::attend_plan(in, context, options.unit, run).bytes() + detail::scratch_alignment;
+  return detail::attend_plan(in, context, options, run).bytes() + detail::scratch_alignment;
 }
 
 /// Attention. What the options ask for decides which:
 /// - `{}`: dense causal attention, to every token at or before the query's position;
 /// - `{.window = s}`: sliding-window attention, to the `s` tokens `[t + 1 - s, t + 1)` of the query at position t;
 /// - `{.group_size = g, .window = s}`: Core Context Aware attention: the query at t sees the cores of all groups before its
-///   window and the raw tokens from there to t, in one softmax.
+///   window and the raw tokens from there to t, in one softmax;
+/// - `.sink_tokens = m` with either: the first `m` tokens, up to t, stay raw beside the window, and groups begin behind
+///   them;
+/// - `{.lookahead = l}`, with or without a window: up to the token `t + l` instead of t, and all with `unlimited`;
+///   `{.prefix = p}`: the first `p` tokens besides, wherever t is.
 ///
 /// Without groups queries may be fewer than keys: they are the last ones, or start at `options.first_position`. With
 /// groups there is a query for every key; `kv_cache` takes sequences piece by piece. Sequences of a batch may have lengths
@@ -297,7 +325,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 /// @param in  query, key and value, read whole; keys as attention sees them, with RoPE applied
 /// @param to  `out` and, where given, `lse` are written whole; they overlap no operand and not each other. A logit of -inf
 ///   is masked: a query that sees no other has the output 0 and the `lse` -inf.
-/// @param options  `pool`, `core_heads` and `core_bias` are for groups, `first_position` for none
+/// @param options  `pool`, `core_heads` and `core_bias` are for groups, `first_position`, `lookahead` and `prefix` for none
 /// @param run  an executor, or `{executor, workspace}`; the results are bitwise the same for any
 /// @throws std::invalid_argument  before anything is written, naming the argument, what it got and what it wants
 /// Source: arXiv 2412.12465, section 3.3 (fused CCA attention) and 3.2 (locality-preserving attention).
@@ -320,7 +348,7 @@ void attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse
     if (detail::pools(options))
       detail::pool_views<T>(in.query, in.key, in.value, cores, core_bias, options, run, pooler);
     const auto rule = detail::make_score_rule<T>(options, in, plan.cores.biased || detail::given(in.key_bias));
-    plan.forward(in.query, to.out, to.lse, rule, run, memory,
+    plan.forward(in.query, to.out, to.lse, rule, run, memory, detail::sink_source(in, options),
                  detail::core_source(cores, lse_view<const T>(core_bias), options, in.query.heads()),
                  detail::raw_source(in, options));
   });
@@ -336,7 +364,8 @@ void attention(const Query& query, const Key& key, const Value& value, const Out
 
 /// One softmax over far context that the caller made, by any compressor, and the raw window: query i of head h sees the
 /// far rows `[0, seen(b, h, i))` and the raw tokens that CCA attention with the same options sees: the window, which
-/// reaches back to the start of a group where `group_size` is above 1. An empty key and value leave the far context alone.
+/// reaches back to the start of a group where `group_size` is above 1, and the sink tokens, the first of `key`. An empty
+/// key and value leave the far context alone.
 ///
 /// @param in,to,run  as for `attention` without groups, as are errors
 /// @param context  its heads divide the query's; every `seen` lies in `[0, far length]`
@@ -355,11 +384,11 @@ void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey,
                            {"far.bias", context.bias},
                            {"far.positions", context.positions}});
 
-  const auto forward = detail::attend_plan(in, context, options.unit, run);
+  const auto forward = detail::attend_plan(in, context, options, run);
   detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size");
   const bool biased = detail::given(in.key_bias) || detail::given(context.bias);
   forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in, biased), run, memory,
-          detail::seen_source(in, context, options), detail::raw_source(in, options));
+          detail::sink_source(in, options), detail::seen_source(in, context, options), detail::raw_source(in, options));
 }
 
 /// @{

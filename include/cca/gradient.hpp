@@ -297,6 +297,7 @@ void attention_gradient(const inputs<Query, Key, Value, Sink>& in, const results
     const auto rule = detail::make_score_rule<T>(options, in, plan.cores.biased || detail::given(in.key_bias));
     const auto key_bias = detail::wanted_sums(plan.key_bias, to.key_bias, memory);
     plan.backward(results, to, rule, run, memory,
+                  detail::source_gradient{detail::sink_source(in, options), to.key, to.value, key_bias},
                   detail::source_gradient{cores, grad_cores.key, grad_cores.value, grad_bias},
                   detail::source_gradient{detail::raw_source(in, options), to.key, to.value, key_bias});
     if (key_bias.data != nullptr) detail::add_up(key_bias, to.key_bias, run);
@@ -337,6 +338,7 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
   const auto key_bias = detail::wanted_sums(plan.key_bias, to.key_bias, memory);
   const bool biased = detail::given(in.key_bias) || detail::given(context.bias);
   plan.backward(results, to, detail::make_score_rule<T>(options, in, biased), run, memory,
+                detail::source_gradient{detail::sink_source(in, options), to.key, to.value, key_bias},
                 detail::source_gradient{detail::seen_source(in, context, options), to.far_key, to.far_value, far_bias},
                 detail::source_gradient{detail::raw_source(in, options), to.key, to.value, key_bias});
   if (far_bias.data != nullptr) detail::add_up(far_bias, to.far_bias, run);

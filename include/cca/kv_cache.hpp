@@ -26,8 +26,9 @@ namespace detail {
 struct cache_file;
 }
 
-/// The keys and values that CCA attention can still see: per sequence the cores of all complete groups and the raw
-/// tokens of the window, `floor(n / g)` cores and at most `s + g + 2 rewind` raw entries after n tokens.
+/// The keys and values that CCA attention can still see: per sequence the first `m = sink_tokens` tokens, the cores of all
+/// complete groups behind them and the raw tokens of the window, `floor((n - m) / g)` cores and at most
+/// `m + s + g + 2 rewind` raw entries after n tokens.
 ///
 /// Tokens are appended one or many at a time; a group is pooled as soon as its last token arrives, with that token's
 /// query. Attending gives what `attention` gives for the whole sequence, within rounding, however it was cut. With a
@@ -67,8 +68,9 @@ class kv_cache {
   [[nodiscard]] std::int64_t length(std::int64_t b = 0) const { return known(b).length; }
   /// Core tokens of sequence `b`, per core head.
   [[nodiscard]] std::int64_t core_count(std::int64_t b = 0) const { return held_.group_count(known(b).length); }
-  /// Raw tokens of sequence `b` that a query to come can see, or that a rewind needs, per key/value head.
-  [[nodiscard]] std::int64_t raw_count(std::int64_t b = 0) const { return known(b).length - known(b).oldest; }
+  /// Raw tokens of sequence `b` that a query to come can see, sink tokens among them, or that a rewind needs, per key/value
+  /// head.
+  [[nodiscard]] std::int64_t raw_count(std::int64_t b = 0) const { return held_.raw_count(known(b)); }
   /// The least length to which `truncate` can take sequence `b`.
   [[nodiscard]] std::int64_t least_length(std::int64_t b = 0) const {
     return held_.partition().first_query_beyond(known(b).oldest);
@@ -88,7 +90,7 @@ class kv_cache {
   /// Bytes of memory taken for keys and values.
   [[nodiscard]] std::size_t allocated_bytes() const {
     std::size_t total = 0;
-    for (const auto& s : held_.all) total += s.cores.bytes() + s.biases.bytes() + s.raw.bytes();
+    for (const auto& s : held_.all) total += s.cores.bytes() + s.biases.bytes() + s.sinks.bytes() + s.raw.bytes();
     return total;
   }
 
@@ -167,11 +169,11 @@ class kv_cache {
   /// Empties sequence `b`; its memory stays.
   void reset(std::int64_t b) {
     require_sequence("b", b);
-    held_.at(b).length = held_.at(b).oldest = 0;
+    held_.clear(held_.at(b));
   }
   /// Empties every sequence.
   void reset() {
-    for (auto& s : held_.all) s.length = s.oldest = 0;
+    for (auto& s : held_.all) held_.clear(s);
   }
 
   /// Makes sequence `to` a copy of sequence `from`, as beam search does.
@@ -203,6 +205,7 @@ class kv_cache {
     detail::require_options<detail::product_type<Element, Core>>(options);
     detail::require_grouping(options);
     detail::require_unset(options, &cca::options::first_position, "a cache knows its positions");
+    detail::require_causal(options, "a cache does not know the tokens to come");
     return options;
   }
 
@@ -260,8 +263,8 @@ class kv_cache {
                        "at most the capacity of " + detail::to_string(held_.shape.capacity));
   }
 
-  /// Everything that can fail comes first; then groups are pooled and queries answered beside what counts; only then
-  /// does the cache change. `to` is null where nothing is asked. The sequences are those from `first` on.
+  /// Everything that can fail comes first; then sink tokens are taken over, groups pooled and queries answered beside what
+  /// counts; only then does the cache change. `to` is null where nothing is asked. The sequences are those from `first` on.
   template <class Out, class Lse, class Inputs>
   void step(std::int64_t first, const Inputs& in, const results<Out, Lse>* to, const execution& run) {
     using Query = std::remove_const_t<typename decltype(in.query)::element_type>;
@@ -275,16 +278,17 @@ class kv_cache {
       held_.reserve("key", held_.at(b), held_.at(b).length + extent.tokens);
 
     const detail::pool_plan<T> pooler{
-        pool_workers(extent.tokens, run),
+        pool_workers(extent, run),
         detail::group_rows<T>::size(held_.shape.dim, held_.shape.value_dim, !detail::in_place<T, Element>), 0};
     const auto rows = held_.rows_of_step(first, extent.count, extent.tokens);
     const auto each = [](std::int64_t count) { return [count](std::int64_t) { return count; }; };
     const auto forward =
         detail::plan<Product>({extent.count, true}, in.query, held_.shape.value_dim, held_.shape.kv_heads,
-                              !detail::in_place<T, Element, Core>, held_.options.unit, run, each(rows.cores),
-                              each(rows.raw), each(rows.raw), each(rows.fresh));
+                              !detail::in_place<T, Element, Core>, held_.options.unit, run, each(rows.sinks),
+                              each(rows.cores), each(rows.raw), each(rows.raw), each(rows.fresh));
     detail::scratch memory = take_workspace(pooler.bytes() + forward.bytes());
     held_.pool_new_groups(first, in.query, in.key, in.value, run, pooler.take(memory));
+    for (std::int64_t b = 0; b < extent.count; ++b) held_.keep_sinks(held_.at(first + b), in.key, in.value, b);
     if (to != nullptr)
       held_.with_sources(first, in, rows, [&](const auto&... sources) {
         const auto rule = detail::make_score_rule<T>(held_.options, in, detail::has_core_biases(held_.options));
@@ -293,10 +297,14 @@ class kv_cache {
     for (std::int64_t b = 0; b < extent.count; ++b) held_.keep(held_.at(first + b), in.key, in.value, b);
   }
 
-  /// Workers of pooling the most groups that so many tokens can complete.
-  [[nodiscard]] std::int64_t pool_workers(std::int64_t tokens, const execution& run) const {
+  /// Workers of pooling the groups that a step completes, of the sequence that completes most.
+  [[nodiscard]] std::int64_t pool_workers(const step_extent& extent, const execution& run) const {
     if (!detail::pools(held_.options)) return 1;
-    const std::int64_t groups = held_.group_count(tokens) + 1;
+    std::int64_t groups = 0;
+    for (std::int64_t b = extent.first; b < extent.first + extent.count; ++b) {
+      const std::int64_t length = held_.at(b).length;
+      groups = detail::larger(groups, held_.group_count(length + extent.tokens) - held_.group_count(length));
+    }
     return detail::worker_count(run,
                                 detail::task_list::size(
                                     {1, true}, held_.shape.kv_heads, [&](std::int64_t) { return groups; },

@@ -57,9 +57,9 @@ struct cache_file_start {
   std::uint32_t version = 2;
 };
 
-/// Then this header; the options that are not the defaults; per sequence its length and first raw token, and the rows of
-/// its cores, their biases where they have any, `[head][core]`, and the rows of its raw tokens, rows as
-/// `[head][keys | values][row][dim]`; behind each part a checksum of all so far. Numbers
+/// Then this header; the options that are not the defaults; per sequence its length and the first raw token behind the
+/// sink tokens, and the rows of its cores, their biases where they have any, `[head][core]`, and the rows of its sink tokens
+/// and its other raw tokens, rows as `[head][keys | values][row][dim]`; behind each part a checksum of all so far. Numbers
 /// are as in memory, in the byte order that `byte_order` tells.
 struct cache_file_header {
   element_code elements;
@@ -164,6 +164,11 @@ struct cache_file {
     }
     for (std::int64_t h = 0; has_core_biases(cache.options()) && h < cache.held_.core_heads; ++h)
       writer.put(sequence.biases.key(h, 0), cores);
+    const std::int64_t sinks = cache.held_.sink_count(sequence.length);
+    for (std::int64_t h = 0; h < shape.kv_heads; ++h) {
+      writer.put(sequence.sinks.key(h, 0), sinks * shape.dim);
+      writer.put(sequence.sinks.value(h, 0), sinks * shape.value_dim);
+    }
     for (std::int64_t h = 0; h < shape.kv_heads; ++h) {
       writer.put(sequence.raw.key(h, raw.row), raw.first.size() * shape.dim);
       writer.put(sequence.raw.key(h, 0), raw.second.size() * shape.dim);
@@ -182,16 +187,19 @@ struct cache_file {
     reader.end_part();
     const auto [length, oldest] = numbers;
     const range held{oldest, length};
+    const std::int64_t first = cache.options().sink_tokens;
     if (length < 0 || length > (std::int64_t{1} << 62) || (shape.capacity > 0 && length > shape.capacity) ||
-        oldest < 0 || oldest > cache.held_.partition().raw(length).begin || held.size() > cache.held_.raw_limit())
+        oldest < first || oldest > larger(first, cache.held_.partition().raw(length).begin) ||
+        held.size() > cache.held_.raw_limit())
       refuse_file("got raw tokens " + to_string(numbers) + " of a sequence, which its window does not admit");
 
     auto sequence = cache.held_.new_sequence();
-    const std::int64_t cores = cache.held_.group_count(length);
+    const std::int64_t cores = cache.held_.group_count(length), sinks = cache.held_.sink_count(length);
     const aligned_memory core_rows = read_rows<Core>(reader, cache.held_.core_heads, cores, shape);
     using bias = compute_type<Element>;
     const std::int64_t biases = has_core_biases(cache.options()) ? cores : 0;
     const aligned_memory core_biases = reader.get<bias>(cache.held_.core_heads * biases);
+    const aligned_memory sink_rows = read_rows<Element>(reader, shape.kv_heads, sinks, shape);
     const aligned_memory raw_rows = read_rows<Element>(reader, shape.kv_heads, held.size(), shape);
     reader.end_part();
     try {
@@ -204,6 +212,8 @@ struct cache_file {
       sequence.cores.copy_rows(h, 0, rows_of_head<Core>(core_rows, h, cores, shape), cores);
     for (std::int64_t h = 0; h < cache.held_.core_heads && biases > 0; ++h)
       copy_n(reinterpret_cast<const bias*>(core_biases.data()) + h * biases, biases, sequence.biases.key(h, 0));
+    for (std::int64_t h = 0; h < shape.kv_heads && sinks > 0; ++h)
+      sequence.sinks.copy_rows(h, 0, rows_of_head<Element>(sink_rows, h, sinks, shape), sinks);
     if (!held.empty())
       sequence.raw.write(held, [&](std::int64_t h) { return rows_of_head<Element>(raw_rows, h, held.size(), shape); });
     sequence.length = length;

@@ -64,11 +64,18 @@ inline constexpr bool is_real = std::is_same_v<Option, double> || std::is_same_v
 
 }  // namespace detail
 
-/// Settings of every entry point. The defaults mean plain causal attention, `{.window = s}` the sliding window, and
-/// `{.group_size = g, .window = s}` Core Context Aware attention.
+/// Settings of every entry point. The defaults mean plain causal attention, `{.window = s}` the sliding window,
+/// `{.window = s, .sink_tokens = m}` that of StreamingLLM, and `{.group_size = g, .window = s}` Core Context Aware
+/// attention; `{.lookahead = unlimited}` is bidirectional attention, `{.prefix = p}` that of a prefix language model.
 struct options {
-  std::int64_t group_size = 0;         ///< tokens per core; 0: nothing is pooled
-  std::int64_t window = unlimited;     ///< tokens that stay raw, s >= 1; counts the current one
+  std::int64_t group_size = 0;      ///< tokens per core; 0: nothing is pooled
+  std::int64_t window = unlimited;  ///< tokens that stay raw, s >= 1; counts the current one
+  /// first tokens of a sequence that stay raw for every query behind them; groups begin behind them. Without a window all
+  /// tokens do, and it changes nothing.
+  std::int64_t sink_tokens = 0;
+  /// tokens behind the query's position that it sees, too, up to `unlimited`; without groups
+  std::int64_t lookahead = 0;
+  std::int64_t prefix = 0;             ///< first tokens of a sequence that every query sees; without groups
   pooling pool = pooling::last_query;  ///< see `pooling`
   /// see `core_heads`
   cca::core_heads core_heads = cca::core_heads::per_query_head;
@@ -79,15 +86,23 @@ struct options {
   matrix_unit unit = matrix_unit::none;          ///< for operands that are all bfloat16 or all half, see `matrix_unit`
 };
 
+/// Who sees what by these options.
+[[nodiscard]] constexpr partition partition_of(const options& options) {
+  return {options.group_size, options.window, options.sink_tokens, options.lookahead, options.prefix};
+}
+
 namespace detail {
 
 /// The list of all options: calls `f(name, option)` for each. Validation, files of caches, `cca::dispatch` and the
 /// descriptions of the tests go by it. The binding does not compile for an option that the list lacks.
 template <class Options, class F>
 constexpr void for_each_option(Options& all, const F& f) {
-  auto& [group_size, window, pool, heads, bias, scale, softcap, position, unit] = all;
+  auto& [group_size, window, sinks, lookahead, prefix, pool, heads, bias, scale, softcap, position, unit] = all;
   f("group_size", group_size);
   f("window", window);
+  f("sink_tokens", sinks);
+  f("lookahead", lookahead);
+  f("prefix", prefix);
   f("pool", pool);
   f("core_heads", heads);
   f("core_bias", bias);

@@ -26,6 +26,7 @@ void require_pool(const inputs<Query, Key, Value, Sink>& in, const options& opti
   require_query_for_every_key(in.query, in.key, options);
   if (options.group_size < 1) refuse("options.group_size", to_string(options.group_size), "at least 1");
   require_unset(options, &options::window, "every complete group is pooled");
+  require_causal(options, "a group is pooled with its last query");
   require_unset(options, &options::unit, "pooling reads more than it multiplies");
   require_unset(options, &options::softcap, "the weights of pooling have none");
   require_unset(options, &options::core_bias, "attention adds it");
@@ -42,7 +43,7 @@ void require_pool(const inputs<Query, Key, Value, Sink>& in, const options& opti
 template <class T, class Query, class Key, class Value, class Sink>
 pool_plan<T> plan_pooling(const inputs<Query, Key, Value, Sink>& in, const options& options, const execution& run) {
   const sequences all{in.key.batch(), !in.key.has_lengths()};
-  const partition partition{options.group_size};
+  const partition partition = partition_of(options);
   const std::int64_t tasks =
       options.group_size == 0
           ? 0
@@ -58,7 +59,7 @@ template <class Inputs, class Cores>
 void require_cores(const char* key_name, const char* value_name, const Inputs& in, const Cores& cores,
                    const options& options) {
   const std::int64_t heads = core_head_count(options, in.query.heads(), in.key.heads());
-  const auto groups = [&](std::int64_t length) { return partition{options.group_size}.group_count(length); };
+  const auto groups = [&](std::int64_t length) { return partition_of(options).group_count(length); };
   require_shape(key_name, cores.key, heads, in.key.dim(), in.key, groups);
   require_shape(value_name, cores.value, heads, in.value.dim(), in.key, groups);
 }
@@ -69,11 +70,12 @@ void require_cores(const char* key_name, const char* value_name, const Inputs& i
 ///
 /// @param in  query, key and value, read whole but for the tokens of an incomplete last group. With `last_query` pooling
 ///   one query per group is read, with `mean` and `max` none.
-/// @param to  written whole: `[batch, core heads, floor(length / group_size), dim]` and the same with the value's dim. The
-///   core heads are the query's, or the key's with `core_heads::per_kv_head`, `mean` and `max`. Where the keys have lengths
-///   per sequence, so have the cores: `floor(length(b) / group_size)`, in any layout; what is padding is not written.
+/// @param to  written whole: `[batch, core heads, floor((length - sink_tokens) / group_size), dim]` and the same with the
+///   value's dim. The core heads are the query's, or the key's with `core_heads::per_kv_head`, `mean` and `max`. Where the
+///   keys have lengths per sequence, so have the cores: `floor((length(b) - sink_tokens) / group_size)`, in any layout; what
+///   is padding is not written.
 ///   A group whose logits are all -inf, which nothing can weigh, has a core of NaN.
-/// @param options  `group_size`, `pool`, `core_heads` and `softmax_scale` are used.
+/// @param options  `group_size`, `sink_tokens`, `pool`, `core_heads` and `softmax_scale` are used.
 /// @param run  an executor, or `{executor, workspace}`; results are the same for any.
 /// @throws std::invalid_argument  before anything is written, naming the argument.
 /// Source: arXiv 2412.12465, section 3.1, equation of the core token.

@@ -168,7 +168,7 @@ result<Scalar> each_alone(const tensor_view<Query>& query, std::int64_t value_di
 template <class Scalar, class Query, class Key, class Value>
 std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                                const options& options) {
-  const partition partition{options.group_size, options.window};
+  const partition partition = partition_of(options);
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
   const std::int64_t heads = cca::detail::core_head_count(options, query.heads(), key.heads());
   const std::int64_t groups = partition.group_count(key.length()),
@@ -214,7 +214,7 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
 template <class Scalar, class Query, class Key>
 tensor<Scalar> core_biases(tensor_view<Query> query, tensor_view<Key> key, const options& options) {
   if (options.core_bias == core_bias::none) return {};
-  const partition partition{options.group_size, options.window};
+  const partition partition = partition_of(options);
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
   const std::int64_t heads = cca::detail::core_head_count(options, query.heads(), key.heads());
   tensor<Scalar> biases(key.batch(), heads, partition.group_count(key.length()), 1);
@@ -272,22 +272,33 @@ std::function<Scalar(std::int64_t, std::int64_t, std::int64_t)> biases(lse_view<
       [=](std::int64_t b, std::int64_t h, std::int64_t j) { return static_cast<Scalar>(shared(view, heads, b, h, j)); };
 }
 
-/// `|t - position|` of the query at `t` and the rows `rows`.
+/// Numbers of rows.
+using row_numbers = vector<std::int64_t>;
+
+/// The first `count` rows.
+inline row_numbers first_rows(std::int64_t count) {
+  row_numbers rows(count);
+  for (std::int64_t j = 0; j < count; ++j) rows(j) = j;
+  return rows;
+}
+
+/// `|t - position|` of the query at `t` and these rows.
 template <class Scalar>
-vector<Scalar> distances(const row_terms<Scalar>& terms, std::int64_t b, std::int64_t h, std::int64_t t, range rows) {
+vector<Scalar> distances(const row_terms<Scalar>& terms, std::int64_t b, std::int64_t h, std::int64_t t,
+                         const row_numbers& rows) {
   vector<Scalar> all = vector<Scalar>::Zero(rows.size());
-  for (std::int64_t j = rows.begin; j < rows.end && terms.position; ++j)
-    all(j - rows.begin) = static_cast<Scalar>(std::abs(t - terms.position(b, h, j)));
+  for (std::int64_t i = 0; i < rows.size() && terms.position; ++i)
+    all(i) = static_cast<Scalar>(std::abs(t - terms.position(b, h, rows(i))));
   return all;
 }
 
 /// Adds to the scores of rows what is not of their keys: `x -= slope |t - position|`, `x += bias`.
-template <class Scalar, class Sink>
-void shift(vector<Scalar>& scores, const lse_view<const Sink>& slopes, const row_terms<Scalar>& terms, std::int64_t b,
-           std::int64_t h, std::int64_t t, range rows) {
+template <class Scalar, class Scores, class Sink>
+void shift(Scores&& scores, const lse_view<const Sink>& slopes, const row_terms<Scalar>& terms, std::int64_t b,
+           std::int64_t h, std::int64_t t, const row_numbers& rows) {
   if (slopes.data != nullptr)
     scores -= static_cast<Scalar>(*slopes.row(b % slopes.batch(), h, 0)) * distances(terms, b, h, t, rows);
-  for (std::int64_t j = rows.begin; j < rows.end && terms.bias; ++j) scores(j - rows.begin) += terms.bias(b, h, j);
+  for (std::int64_t i = 0; i < rows.size() && terms.bias; ++i) scores(i) += terms.bias(b, h, rows(i));
 }
 
 /// Of the raw tokens of a call.
@@ -311,10 +322,20 @@ template <class Scalar>
 row_terms<Scalar> core_terms(const options& options, const tensor<Scalar>& of, std::int64_t heads) {
   const auto [batch, core_heads, groups, one] = of.extent;
   const lse_view<const Scalar> view = bhs(of.data.data(), batch, core_heads, groups);
-  return {[partition = partition{options.group_size, options.window}](std::int64_t, std::int64_t, std::int64_t c) {
+  return {[partition = partition_of(options)](std::int64_t, std::int64_t, std::int64_t c) {
             return partition.group(c).end - 1;
           },
           biases<Scalar>(view, heads)};
+}
+
+/// The keys or the values that a query sees: the first `pooled` far rows, then those of `tokens`.
+template <class Scalar>
+matrix<Scalar> seen_rows(const matrix<Scalar>& far_rows, std::int64_t pooled, const matrix<Scalar>& rows,
+                         const row_numbers& tokens) {
+  matrix<Scalar> seen(pooled + tokens.size(), rows.cols());
+  seen.topRows(pooled) = far_rows.topRows(pooled);
+  for (std::int64_t i = 0; i < tokens.size(); ++i) seen.row(pooled + i) = rows.row(tokens(i));
+  return seen;
 }
 
 /// Attention of every query to the far rows `[0, seen(b, h, i))` and the tokens `raw(i)`, in one softmax.
@@ -338,21 +359,25 @@ result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, tensor_view<Far
       const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
         const std::int64_t pooled = seen(b, h, i);
-        const range window = raw(i);
-        const vector<Scalar> row = q.row(i);
-        vector<Scalar> of_far = scores<Scalar>(fk.topRows(pooled), row, options),
-                       of_raw = scores<Scalar>(k.middleRows(window.begin, window.size()), row, options);
-        shift(of_far, in.alibi_slopes, far_at, b, h, first + i, {0, pooled});
-        shift(of_raw, in.alibi_slopes, raw_at, b, h, first + i, window);
-        vector<Scalar> weights(pooled + window.size());
-        weights << of_far, of_raw;
+        const row_numbers tokens = raw(i);
+        const matrix<Scalar> keys = seen_rows(fk, pooled, k, tokens), values = seen_rows(fv, pooled, v, tokens);
+        vector<Scalar> weights = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
+        shift(weights.head(pooled), in.alibi_slopes, far_at, b, h, first + i, first_rows(pooled));
+        shift(weights.tail(tokens.size()), in.alibi_slopes, raw_at, b, h, first + i, tokens);
         *result.lse.view().row(b, h, i) = softmax(weights, sink_logit<Scalar>(in.sink_logits, b, h, i));
-        Eigen::Map<vector<Scalar>>(result.out.view().row(b, h, i), value_dim) =
-            fv.topRows(pooled).transpose() * weights.head(pooled) +
-            v.middleRows(window.begin, window.size()).transpose() * weights.tail(window.size());
+        Eigen::Map<vector<Scalar>>(result.out.view().row(b, h, i), value_dim) = values.transpose() * weights;
       }
     }
   return result;
+}
+
+/// The tokens among the first `length` that the query at `t` sees raw: the first ones, and those of its window.
+inline row_numbers raw_tokens(const partition& partition, std::int64_t t, std::int64_t length) {
+  row_numbers tokens(length);
+  std::int64_t count = 0;
+  for (std::int64_t j = 0; j < length; ++j)
+    if (partition.sinks(t).contains(j) || partition.raw(t).contains(j)) tokens(count++) = j;
+  return tokens.head(count);
 }
 
 namespace detail {
@@ -360,9 +385,8 @@ namespace detail {
 template <class Query, class Key>
 auto raw_tokens(const tensor_view<Query>& query, const tensor_view<Key>& key, const options& options) {
   const std::int64_t first = cca::detail::first_position(options, query.length(), key.length());
-  return [partition = partition{options.group_size, options.window}, first, length = key.length()](std::int64_t i) {
-    const range raw = intersection(partition.raw(first + i), {0, length});
-    return raw.empty() ? range{} : raw;
+  return [partition = partition_of(options), first, length = key.length()](std::int64_t i) {
+    return reference::raw_tokens(partition, first + i, length);
   };
 }
 
@@ -392,9 +416,7 @@ result<Scalar> attention(const inputs<Query, Key, Value, Sink>& in, const option
   const tensor<Scalar> biases = core_biases<Scalar>(in.query, in.key, options);
   return attend<Scalar>(
       in, cores.first.view(), cores.second.view(), options,
-      [&](std::int64_t, std::int64_t, std::int64_t t) {
-        return partition{options.group_size, options.window}.core_count(t);
-      },
+      [&](std::int64_t, std::int64_t, std::int64_t t) { return partition_of(options).core_count(t); },
       detail::raw_tokens(in.query, in.key, options), core_terms(options, biases, in.query.heads()));
 }
 

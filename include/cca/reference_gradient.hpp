@@ -78,11 +78,11 @@ gradient<Scalar> zeros_of(const inputs<Query, Key, Value, Sink>& in) {
 
 /// Adds to the biases of the rows `rows` of query head `h` of `heads`, if there are any.
 template <class Scalar, class Gradient>
-void add_to_biases(tensor<Scalar>& grad, std::int64_t heads, std::int64_t b, std::int64_t h, range rows,
-                   const Gradient& ds) {
+void add_to_biases(tensor<Scalar>& grad, std::int64_t heads, std::int64_t b, std::int64_t h,
+                   const row_numbers& rows, const Gradient& ds) {
   if (grad.data.empty()) return;
-  for (std::int64_t j = rows.begin; j < rows.end; ++j)
-    *grad.view().row(b % grad.extent[0], h / (heads / grad.extent[1]), j) += ds(j - rows.begin);
+  for (std::int64_t i = 0; i < rows.size(); ++i)
+    *grad.view().row(b % grad.extent[0], h / (heads / grad.extent[1]), rows(i)) += ds(i);
 }
 
 }  // namespace detail
@@ -96,7 +96,7 @@ template <class Scalar, class Query, class Key, class Value, class CoreKey, clas
 gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                tensor_view<CoreKey> grad_core_key, tensor_view<CoreValue> grad_core_value,
                                const options& options, const lse_view<const Scalar>& grad_core_bias = {}) {
-  const partition partition{options.group_size, options.window};
+  const partition partition = partition_of(options);
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
   const std::int64_t heads = grad_core_key.heads(), sharing = query.heads() / (std::max<std::int64_t>)(heads, 1);
   gradient<Scalar> grad{tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent), {}, {}};
@@ -176,15 +176,12 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
       const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
         const std::int64_t pooled = seen(b, h, i);
-        const range window = raw(i);
-        matrix<Scalar> keys(pooled + window.size(), query.dim()), values(pooled + window.size(), in.value.dim());
-        keys << fk.topRows(pooled), k.middleRows(window.begin, window.size());
-        values << fv.topRows(pooled), v.middleRows(window.begin, window.size());
+        const row_numbers tokens = raw(i), pooled_rows = first_rows(pooled);
+        const matrix<Scalar> keys = seen_rows(fk, pooled, k, tokens), values = seen_rows(fv, pooled, v, tokens);
         const vector<Scalar> capped = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
-        vector<Scalar> of_far = capped.head(pooled), of_raw = capped.tail(window.size()), logits(capped.size());
-        shift(of_far, in.alibi_slopes, far_at, b, h, first + i, {0, pooled});
-        shift(of_raw, in.alibi_slopes, raw_at, b, h, first + i, window);
-        logits << of_far, of_raw;
+        vector<Scalar> logits = capped;
+        shift(logits.head(pooled), in.alibi_slopes, far_at, b, h, first + i, pooled_rows);
+        shift(logits.tail(tokens.size()), in.alibi_slopes, raw_at, b, h, first + i, tokens);
         const Scalar sink = sink_logit<Scalar>(in.sink_logits, b, h, i);
         vector<Scalar> weights = logits;
         const Scalar lse = softmax(weights, sink);
@@ -196,17 +193,19 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
         vector<Scalar> ds = weights.cwiseProduct((dp.array() - delta).matrix());
         if (in.alibi_slopes.data)
           *grad.alibi_slopes.view().row(b % grad.alibi_slopes.extent[0], h, 0) -=
-              ds.head(pooled).dot(distances(far_at, b, h, first + i, {0, pooled})) +
-              ds.tail(window.size()).dot(distances(raw_at, b, h, first + i, window));
-        detail::add_to_biases(grad.far_bias, query.heads(), b, h, {0, pooled}, ds.head(pooled));
-        detail::add_to_biases(grad.key_bias, query.heads(), b, h, window, ds.tail(window.size()));
+              ds.head(pooled).dot(distances(far_at, b, h, first + i, pooled_rows)) +
+              ds.tail(tokens.size()).dot(distances(raw_at, b, h, first + i, tokens));
+        detail::add_to_biases(grad.far_bias, query.heads(), b, h, pooled_rows, ds.head(pooled));
+        detail::add_to_biases(grad.key_bias, query.heads(), b, h, tokens, ds.tail(tokens.size()));
         if (cap > 0) ds.array() *= 1 - (capped / cap).array().square();
         const matrix<Scalar> grad_keys = scale * ds * q.row(i), grad_values = weights * grad_rows.row(i);
         head(grad.query, b, h).row(i) = scale * ds.transpose() * keys;
         head(grad.far_key, b, far_head).topRows(pooled) += grad_keys.topRows(pooled);
         head(grad.far_value, b, far_head).topRows(pooled) += grad_values.topRows(pooled);
-        head(grad.key, b, kv_head).middleRows(window.begin, window.size()) += grad_keys.bottomRows(window.size());
-        head(grad.value, b, kv_head).middleRows(window.begin, window.size()) += grad_values.bottomRows(window.size());
+        for (std::int64_t place = 0; place < tokens.size(); ++place) {
+          head(grad.key, b, kv_head).row(tokens(place)) += grad_keys.row(pooled + place);
+          head(grad.value, b, kv_head).row(tokens(place)) += grad_values.row(pooled + place);
+        }
         if (in.sink_logits.data)
           *grad.sink_logits.view().row(b % sinks[0], h, i % sinks[2]) -= std::exp(sink - lse) * delta;
       }
@@ -238,7 +237,7 @@ gradient<Scalar> attention_gradient(const inputs<Query, Key, Value, Sink>& in, c
     return detail::each_alone<Scalar>(detail::zeros_of<Scalar>(in), in.query.batch(), [&](std::int64_t b) {
       return attention_gradient<Scalar>(detail::sequence_of(in, b), detail::sequence_of(from, b), options);
     });
-  const partition partition{options.group_size, options.window};
+  const partition partition = partition_of(options);
   const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
   const tensor<Scalar> biases = core_biases<Scalar>(in.query, in.key, options);
   gradient<Scalar> grad = attend_gradient<Scalar>(

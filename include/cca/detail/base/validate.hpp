@@ -82,6 +82,12 @@ void require_options(const options& options) {
   if (options.group_size < 0)
     refuse("options.group_size", to_string(options.group_size), "at least 1, or 0 where nothing is pooled");
   if (options.window < 1) refuse("options.window", to_string(options.window), "at least 1");
+  const auto require_count = [](const char* name, std::int64_t tokens) {
+    if (tokens < 0) refuse(name, to_string(tokens), "at least 0");
+  };
+  require_count("options.sink_tokens", options.sink_tokens);
+  require_count("options.lookahead", options.lookahead);
+  require_count("options.prefix", options.prefix);
   // What is computed with is the scale times log2(e).
   constexpr double largest = static_cast<double>(largest_finite<T>) / std::numbers::log2e;
   if (!(magnitude<double>(options.softmax_scale.value_or(0)) <= largest))
@@ -116,11 +122,19 @@ inline void require_dense(const options& options) {
   require_unset(options, &options::window, "dense attention has no window");
 }
 
-/// Groups without a window would be ignored; those of one token change nothing. So would poolings without groups.
+/// Queries see no token behind their own.
+inline void require_causal(const options& options, const char* reason) {
+  require_unset(options, &options::lookahead, reason);
+  require_unset(options, &options::prefix, reason);
+}
+
+/// Groups without a window would be ignored; those of one token change nothing. So would poolings without groups. Groups
+/// are of what came before: attention with them is causal.
 inline void require_grouping(const options& options) {
   if (options.group_size == 0) require_no_pooling(options, "nothing is pooled, for options.group_size is 0");
   if (options.group_size > 1 && options.window == unlimited)
     require_unset(options, &options::group_size, "without options.window no query sees a core");
+  if (pools(options)) require_causal(options, "with groups attention is causal");
 }
 
 /// Positions are exact up to 2^62: the partition adds a group and a window to them.

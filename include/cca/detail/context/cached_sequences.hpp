@@ -27,9 +27,10 @@ struct cached_sequences {
 
   struct sequence {
     std::int64_t length = 0;
-    std::int64_t oldest = 0;  // of the raw tokens held, [oldest, length)
-    row_store<Core> cores;    // row b: group b
-    row_store<bias> biases;   // of the cores, keys of one element; of none where they have none
+    std::int64_t oldest = 0;   // of the raw tokens held behind the sink tokens, [oldest, length)
+    row_store<Core> cores;     // row b: group b
+    row_store<bias> biases;    // of the cores, keys of one element; of none where they have none
+    row_store<Element> sinks;  // row t: sink token t, held for good
     ring raw;
   };
 
@@ -40,7 +41,15 @@ struct cached_sequences {
 
   [[nodiscard]] const sequence& at(std::int64_t b) const { return all[static_cast<std::size_t>(b)]; }
   [[nodiscard]] sequence& at(std::int64_t b) { return all[static_cast<std::size_t>(b)]; }
-  [[nodiscard]] cca::partition partition() const { return {options.group_size, options.window}; }
+  [[nodiscard]] cca::partition partition() const { return partition_of(options); }
+
+  /// Sink tokens among the first `length` tokens.
+  [[nodiscard]] std::int64_t sink_count(std::int64_t length) const { return partition().sink_count(length); }
+
+  /// Raw tokens of a sequence that are held.
+  [[nodiscard]] std::int64_t raw_count(const sequence& s) const {
+    return sink_count(s.length) + range{s.oldest, s.length}.size();
+  }
 
   /// Complete groups among `length` tokens; without a window no query ever sees their cores.
   [[nodiscard]] std::int64_t group_count(std::int64_t length) const {
@@ -49,10 +58,17 @@ struct cached_sequences {
 
   [[nodiscard]] sequence new_sequence() const {
     return {0,
-            0,
+            options.sink_tokens,
             {core_heads, shape.dim, shape.value_dim},
             {core_heads, has_core_biases(options) ? 1 : 0, 0},
-            {shape.kv_heads, shape.dim, shape.value_dim}};
+            {shape.kv_heads, shape.dim, shape.value_dim},
+            {shape.kv_heads, shape.dim, shape.value_dim, options.sink_tokens}};
+  }
+
+  /// Empties a sequence; its memory stays.
+  void clear(sequence& s) const {
+    s.length = 0;
+    s.oldest = options.sink_tokens;
   }
 
   /// Takes a sequence in, as one more of the batch.
@@ -62,8 +78,8 @@ struct cached_sequences {
     shape.batch = std::ssize(all);
   }
 
-  /// Raw entries that a sequence of any length needs: what the queries from `longest - 2 rewind` on see. A refused draft
-  /// takes one `rewind` away, the tokens before it can then be taken back by the other.
+  /// Raw entries that a sequence of any length needs behind its sink tokens: what the queries from `longest - 2 rewind` on
+  /// see. A refused draft takes one `rewind` away, the tokens before it can then be taken back by the other.
   [[nodiscard]] std::int64_t raw_limit() const {
     std::int64_t limit = options.window;
     for (const std::int64_t more : {options.group_size, shape.rewind, shape.rewind})
@@ -74,25 +90,27 @@ struct cached_sequences {
   /// Room for `length` tokens, which `argument` asks for. While the raw entries still grow nothing has wrapped around:
   /// every token keeps its row.
   void reserve(const char* argument, sequence& s, std::int64_t length) {
-    const std::int64_t cores = group_count(length), raw = smaller(length, raw_limit());
-    const std::int64_t dims = shape.dim + shape.value_dim;
-    const long double bytes =
-        elements(core_heads, cores, dims) * sizeof(Core) + elements(shape.kv_heads, raw, dims) * sizeof(Element);
+    const std::int64_t cores = group_count(length), sinks = sink_count(length);
+    const std::int64_t raw = smaller(length - sinks, raw_limit()), dims = shape.dim + shape.value_dim;
+    const long double bytes = elements(core_heads, cores, dims) * sizeof(Core) +
+                              elements(shape.kv_heads, sinks + raw, dims) * sizeof(Element);
     if (bytes > most_allocated_bytes)
       refuse(argument, to_string(length) + " tokens of " + to_string(bytes) + " bytes",
              "at most 2^40 bytes per sequence");
     s.cores.reserve(cores, unlimited);
     if (has_core_biases(options)) s.biases.reserve(cores, unlimited);
+    s.sinks.reserve(sinks, options.sink_tokens);
     s.raw.reserve(raw, raw_limit());
   }
 
   /// Makes one sequence a copy of another.
   void copy(const sequence& source, sequence& target) const {
-    const std::int64_t cores = group_count(source.length);
+    const std::int64_t cores = group_count(source.length), sinks = sink_count(source.length);
     target.cores.reserve(cores, source.cores.capacity());
     if (has_core_biases(options)) target.biases.reserve(cores, source.biases.capacity());
+    target.sinks.reserve(sinks, source.sinks.capacity());
     if (target.raw.capacity() != source.raw.capacity()) {  // a token's row goes by the capacity
-      ring raw(shape.kv_heads, shape.dim, shape.value_dim);
+      ring raw(shape.kv_heads, shape.dim, shape.value_dim, options.sink_tokens);
       raw.reserve(source.raw.capacity(), source.raw.capacity());
       target.raw = std::move(raw);
     }
@@ -100,6 +118,7 @@ struct cached_sequences {
       target.cores.copy_rows(h, 0, source.cores.rows(h, 0), cores);
       target.biases.copy_rows(h, 0, source.biases.rows(h, 0), cores);
     }
+    for (std::int64_t h = 0; h < shape.kv_heads; ++h) target.sinks.copy_rows(h, 0, source.sinks.rows(h, 0), sinks);
     const typename ring::pieces held = source.raw.find({source.oldest, source.length});
     target.raw.write(held.first, [&](std::int64_t h) { return source.raw.rows(h, held.row); });
     target.raw.write(held.second, [&](std::int64_t h) { return source.raw.rows(h, 0); });
@@ -134,11 +153,20 @@ struct cached_sequences {
     }
   }
 
-  /// Takes over the new raw tokens of batch entry `b` of the views that later queries or a rewind can need.
+  /// Takes over the new sink tokens of batch entry `b` of the views. They count when the length says so: queries are
+  /// answered in between.
+  template <class Key, class Value>
+  void keep_sinks(sequence& s, tensor_view<Key> key, tensor_view<Value> value, std::int64_t b) const {
+    const range tokens{s.length, sink_count(s.length + key.length())};
+    for (std::int64_t h = 0; h < shape.kv_heads && !tokens.empty(); ++h)
+      s.sinks.copy_rows(h, tokens.begin, rows_of(key, value, b, h), tokens.size());
+  }
+
+  /// Takes over the other new raw tokens of batch entry `b` of the views that later queries or a rewind can need.
   template <class Key, class Value>
   void keep(sequence& s, tensor_view<Key> key, tensor_view<Value> value, std::int64_t b) {
     const std::int64_t length = s.length + key.length();
-    const range tokens{larger(s.length, length - s.raw.capacity()), length};
+    const range tokens{larger(larger(s.length, sink_count(length)), length - s.raw.capacity()), length};
     s.raw.write(tokens, [&](std::int64_t h) {
       auto rows = rows_of(key, value, b, h);
       rows.key += (tokens.begin - s.length) * rows.key_stride;
@@ -149,25 +177,27 @@ struct cached_sequences {
     s.oldest = larger(s.oldest, length - s.raw.capacity());
   }
 
-  /// The raw tokens held that the next query sees.
+  /// The raw tokens held behind the sink tokens that the next query sees.
   [[nodiscard]] typename ring::pieces window_of(const sequence& s) const {
     return s.raw.find({partition().raw(s.length).begin, s.length});
   }
 
   /// Rows of the sources of a step, of the longest sequence.
   struct source_rows {
-    std::int64_t cores, raw, fresh;
+    std::int64_t sinks, cores, raw, fresh;
   };
   [[nodiscard]] source_rows rows_of_step(std::int64_t first, std::int64_t batch, std::int64_t tokens) const {
-    source_rows rows{0, 0, tokens};
+    source_rows rows{0, 0, 0, tokens};
     for (std::int64_t b = first; b < first + batch; ++b) {
+      rows.sinks = larger(rows.sinks, at(b).sinks.capacity());
       rows.cores = larger(rows.cores, at(b).cores.capacity());
       rows.raw = larger(rows.raw, at(b).raw.capacity());
     }
     return rows;
   }
 
-  /// Calls `f` with the sources of a step: the cores, the two pieces of the raw tokens held, and the new tokens.
+  /// Calls `f` with the sources of a step: the sink tokens, new ones among them; the cores; the two pieces of the other raw
+  /// tokens held; and the new tokens behind the sink tokens.
   template <class Inputs, class F>
   void with_sources(std::int64_t first, const Inputs& in, const source_rows& rows, const F& f) const {
     const cca::partition partition = this->partition();
@@ -181,7 +211,11 @@ struct cached_sequences {
     const auto at = [sequence_of](std::int64_t b, std::int64_t token) {
       return row_terms<bias>{{.first = token - sequence_of(b).length, .step = 1}};
     };
-    f(source{core_heads, rows_each(rows.cores),
+    f(source{shape.kv_heads, rows_each(rows.sinks),
+             [=](std::int64_t b, std::int64_t h) { return sequence_of(b).sinks.rows(h, 0); },
+             [=](std::int64_t b, std::int64_t, std::int64_t i) { return partition.sinks(sequence_of(b).length + i); },
+             [=](std::int64_t b, std::int64_t) { return at(b, 0); }},
+      source{core_heads, rows_each(rows.cores),
              [=](std::int64_t b, std::int64_t h) { return sequence_of(b).cores.rows(h, 0); },
              [=](std::int64_t b, std::int64_t, std::int64_t i) {
                return range{0, partition.core_count(sequence_of(b).length + i)};

@@ -61,12 +61,13 @@ class row_store {
   aligned_memory keys_, values_;
 };
 
-/// The newest tokens' rows in a ring: token t lies in row `t % capacity`. While the capacity grows nothing has wrapped
-/// around yet, so that every token keeps its row.
+/// The newest tokens' rows in a ring, of the tokens from `first` on: token t lies in row `(t - first) % capacity`. While
+/// the capacity grows nothing has wrapped around yet, so that every token keeps its row.
 template <class Element>
 class row_ring : public row_store<Element> {
  public:
-  using row_store<Element>::row_store;
+  row_ring(std::int64_t heads, std::int64_t dim, std::int64_t value_dim, std::int64_t first)
+      : row_store<Element>(heads, dim, value_dim), first_(first) {}
 
   /// Consecutive tokens as they lie: token t of the first piece in row `row + t - first.begin`, of the second piece in row
   /// `t - second.begin`.
@@ -77,7 +78,7 @@ class row_ring : public row_store<Element> {
 
   [[nodiscard]] pieces find(range tokens) const {
     if (tokens.empty()) return {};
-    const std::int64_t row = tokens.begin % this->capacity();
+    const std::int64_t row = (tokens.begin - first_) % this->capacity();
     const std::int64_t wrap = smaller(tokens.end, tokens.begin + this->capacity() - row);
     return {{tokens.begin, wrap}, {wrap, tokens.end}, row};
   }
@@ -94,6 +95,9 @@ class row_ring : public row_store<Element> {
       this->copy_rows(h, 0, rows, at.second.size());
     }
   }
+
+ private:
+  std::int64_t first_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

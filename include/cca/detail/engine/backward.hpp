@@ -25,7 +25,8 @@
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// A source, and where the gradients of its rows are summed: views of the extents of its keys and values, and for those of
-/// its biases `bias_sums`, or no data where nobody asks.
+/// its biases `bias_sums`, or no data where nobody asks. Sources may share views, but no row of them: who adds to a row
+/// takes turns as one of one source.
 template <class Source, class T>
 struct source_gradient {
   Source source;
@@ -204,6 +205,7 @@ class backward {
     std::int64_t offset = 0;
     task_shift<Tile> shift(slope != nullptr);
     const auto absorb = [&](const auto& gradient) {
+      if (gradient.source.length(b) == 0) return;
       // A query whose logits are all masked sees nothing.
       const auto visible = [&](std::int64_t of, std::int64_t head_of, std::int64_t i) {
         const bool masked = static_cast<T>(*results.lse.row(of, head_of, i)) == -infinity<T>;

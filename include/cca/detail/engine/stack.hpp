@@ -52,6 +52,7 @@ class stack {
   /// depend on the stack that it is in. `sums` are for the gradients of what shifts scores.
   template <class Source, class After>
   void absorb(const Source& source, const After& after, const shift_sums<T>& sums = {}) {
+    if (source.length(queries_.b) == 0) return;
     visible_lanes seen[Tile::most];
     range any;
     for (std::int64_t c = 0; c < tiles_; ++c) {

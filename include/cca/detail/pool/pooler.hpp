@@ -109,7 +109,7 @@ template <class T, class Groups, class Absorb, class Query, class Core, executor
 void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim, std::int64_t value_dim,
                  const options& options, const Absorb& absorb, const Query& query, const Core& core, const E& run,
                  const pool_memory<T>& memory) {
-  const partition partition{options.group_size, options.window};
+  const partition partition = partition_of(options);
   const score_rule<T> rule = score_rule<T>{static_cast<T>(softmax_scale(options, dim))}.balanced();
   const auto pool_group = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head, std::int64_t h,
                                              std::int64_t c) {
@@ -173,7 +173,7 @@ void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_vi
                        tensor_view<const T> grad_core_key, tensor_view<const T> grad_core_value,
                        tensor_view<const T, 3> grad_core_bias, tensor_view<T> grad_query, tensor_view<T> grad_key,
                        tensor_view<T> grad_value, const options& options, const E& run, const pool_memory<T>& memory) {
-  const partition partition{options.group_size, options.window};
+  const partition partition = partition_of(options);
   const score_rule<T> rule = score_rule<T>{static_cast<T>(softmax_scale(options, key.dim()))}.balanced();
   const pool_heads heads{{key.batch(), !key.has_lengths()}, query.heads(), key.heads(), grad_core_key.heads()};
   const auto differentiate = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head,
