@@ -73,6 +73,11 @@ TYPED_TEST(Lengths, OfAnyBatchAndOptions) {
     if (p.entry != entry::dense && p.entry != entry::pool && p.entry != entry::merge)
       p.options.window = draw(random, 1, 90);
     if (p.entry == entry::dense && draw(random, 0, 2) == 0) p.options.first_position = draw(random, -20, 90);
+    if (p.entry != entry::merge && draw(random, 0, 1) == 0) p.options.sink_tokens = draw(random, 0, 40);
+    if (p.entry == entry::dense && draw(random, 0, 1) == 0) {
+      p.options.lookahead = draw_from(random, std::array<std::int64_t, 3>{0, 7, unlimited});
+      p.options.prefix = draw(random, 0, 60);
+    }
     std::vector<lengths> all(static_cast<std::size_t>(draw(random, 1, 6)));
     for (lengths& l : all) {
       l = {draw(random, 0, 90), draw(random, 0, 200), draw(random, 0, 50)};
