@@ -95,6 +95,7 @@ problem odd_example(entry entry) {
   if (entry == entry::merge) return p;
   p.options.softmax_scale = 0.3;
   if (entry == entry::attention || entry == entry::pool) p.options.core_heads = core_heads::per_kv_head;
+  if (entry == entry::attention || entry == entry::pool) p.options.pooling_scale = 2;
   if (entry == entry::dense || entry == entry::local || entry == entry::attend) p.options.first_position = 9;
   return p;
 }

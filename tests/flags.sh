@@ -90,11 +90,12 @@ unit() {
   name=$(echo CCA_TARGET | compile $2 -E -P -include cca/detail/base/target.hpp -x c++ - | tail -n 1)
   object="$scratch/${1// /}$name.o" assembler="$scratch/${1// /}$name.s"
   [[ -e $object ]] && return
-  local flags="$1 $2 ${part[*]} -DUNIT=unit_$name" source="$here/flags/unit.cpp"
+  local flags="$1 $2 ${part[*]} -DUNIT=unit_$name $here/flags/unit.cpp"
   # shellcheck disable=SC2086
-  [[ $1 == *flto* ]] || { compile $flags -S "$source" -o "$assembler" && flags=$2 source=$assembler; } || return
-  # shellcheck disable=SC2086
-  compile $flags -c "$source" -o "$object"
+  case $1 in
+    *flto*) compile $flags -c -o "$object" ;;
+    *) compile $flags -S -o "$assembler" && "$compiler" $2 -c "$assembler" -o "$object" ;;
+  esac
 }
 
 # The kinds of instructions: what is done and, on ARM, to which part of which kind of register.

@@ -278,16 +278,20 @@ TEST(KvCacheFile, AForgedHeaderIsRefused) {
 
 /// All options come back; one that this library does not have is not passed over.
 TEST(KvCacheFile, OptionsAreKeptByName) {
-  const options all{.group_size = 3,
-                    .window = 4,
-                    .pool = pooling::mean,
-                    .core_heads = core_heads::per_kv_head,
-                    .softmax_scale = 0.25,
-                    .softcap = 30};
   forged_header header = good_header();
-  header.options = all;
-  EXPECT_EQ(describe(load_from(forge(header)).options()), describe(all));
-  EXPECT_EQ(describe(load_from(content(kv_cache<float>(header.shape, all))).options()), describe(all));
+  options all{.group_size = 3,
+              .window = 4,
+              .core_heads = core_heads::per_kv_head,
+              .softmax_scale = 0.25,
+              .pooling_scale = 2.5,
+              .softcap = 30};
+  for (const pooling pool : all_poolings) {
+    all.pool = pool;
+    all.pooling_scale = pool == pooling::last_query ? 2.5 : 1;  // no other has a use for it
+    header.options = all;
+    EXPECT_EQ(describe(load_from(forge(header)).options()), describe(all));
+    EXPECT_EQ(describe(load_from(content(kv_cache<float>(header.shape, all))).options()), describe(all));
+  }
 
   header.more.push_back({.name = {'n', 'e', 'w'}, .code = {}});
   EXPECT_TRUE(refused(forge(header), "got an option new"));

@@ -111,6 +111,8 @@ class cache_life {
                                   .core_heads = draw_from(random, all_core_heads)}};
     if (draw(random, 0, 7) == 0) setup.options = {.window = setup.options.window};
     if (draw(random, 0, 3) == 0) setup.options.softmax_scale = -0.3;
+    if (setup.options.pool == pooling::last_query && setup.options.group_size > 0 && draw(random, 0, 3) == 0)
+      setup.options.pooling_scale = 3;
     if (draw(random, 0, 15) == 0) setup.options = {};
     return setup;
   }

@@ -47,7 +47,7 @@ void in(const float* tokens, std::iostream& stream, numbers& to) {
     for (const auto& rows : grad) append(rows);
   };
 
-  for (const auto pool : {cca::pooling::last_query, cca::pooling::mean, cca::pooling::max}) {
+  for (const auto pool : {cca::pooling::last_query, cca::pooling::mean, cca::pooling::max, cca::pooling::select}) {
     const cca::options pooling{.group_size = group, .pool = pool};
     const cca::options options{.group_size = group, .window = 4, .pool = pool};
     cca::pool(pooled, cores, pooling);

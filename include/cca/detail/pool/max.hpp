@@ -11,8 +11,6 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 template <class T>
 class max_pooling {
  public:
-  static constexpr bool uses_query = false;
-
   explicit max_pooling(group_rows<T>& group, int = 0) : group_(group) {
     fill_n(group.core.key, group.dim, -infinity<T>);
     fill_n(group.core.value, group.value_dim, -infinity<T>);
