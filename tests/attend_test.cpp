@@ -186,8 +186,8 @@ TYPED_TEST(Attend, ToCoresIsAttention) {
             .group_size = group_size, .window = 10, .sink_tokens = sinks, .pool = pool, .core_heads = cores};
         const results<T> expected = run_near(entry::attention, s, o, pooled);
 
-        const bool per_query = pool == pooling::last_query && cores == core_heads::per_query_head;
-        far_rows<T> f = random_far<T>(s, per_query ? s.heads : s.kv_heads, (s.keys - sinks) / group_size, random);
+        const std::int64_t heads = detail::core_head_count(pooled, s.heads, s.kv_heads);
+        far_rows<T> f = random_far<T>(s, heads, (s.keys - sinks) / group_size, random);
         const options groups{.group_size = group_size, .sink_tokens = sinks, .pool = pool, .core_heads = cores};
         call<T>({.entry = entry::pool, .sizes = s, .options = groups},
                 {.operands = {o.query.view(), o.key.view(), o.value.view()},

@@ -308,6 +308,10 @@ TYPED_TEST(Attention, IsExactForAnyScale) {
     for (const core_heads cores : all_core_heads)
       EXPECT_TRUE(
           exact(entry::attention, s, o, {.group_size = 6, .window = 20, .core_heads = cores, .softmax_scale = scale}));
+    for (const double pooling_scale : {0.0, 0.5, 8.0})
+      EXPECT_TRUE(exact(
+          entry::attention, s, o,
+          {.group_size = 6, .window = 20, .softmax_scale = scale, .pooling_scale = pooling_scale, .softcap = 2}));
     EXPECT_TRUE(exact(entry::local, s, o, {.window = 20, .softmax_scale = scale}));
     EXPECT_TRUE(exact(entry::dense, s, o, {.softmax_scale = scale}));
   }
@@ -492,6 +496,8 @@ TYPED_TEST(Attention, HeedsEveryOption) {
   expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .core_heads = core_heads::per_kv_head});
   expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .softmax_scale = 0.5});
   expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .sink_tokens = 1});
+  expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .pool = pooling::select});
+  expect_change(entry::attention, pooled, {.group_size = 3, .window = 5, .pooling_scale = 2});
 }
 
 }}  // namespace cca::test

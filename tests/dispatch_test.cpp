@@ -103,6 +103,7 @@ problem odd_example(entry entry) {
   p.options.sink_tokens = 2;
   if (entry == entry::dense || entry == entry::attend) p.options.lookahead = 3, p.options.prefix = 5;
   if (entry == entry::attention || entry == entry::pool) p.options.core_heads = core_heads::per_kv_head;
+  if (entry == entry::attention || entry == entry::pool) p.options.pooling_scale = 2;
   if (entry == entry::dense || entry == entry::local || entry == entry::attend) p.options.first_position = 9;
   return p;
 }

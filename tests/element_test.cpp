@@ -196,6 +196,16 @@ TYPED_TEST(ElementTest, PoolsAsFloatsDo) {
            p.options);
       EXPECT_TRUE(same_numbers(floats.results[0].view(), core_key));
       EXPECT_TRUE(same_numbers(floats.results[1].view(), core_value));
+      // What is selected was stored in so many bits, and is none but that.
+      for (std::size_t r = 0; r < 2 && pooling == pooling::select; ++r)
+        for_each_row(floats.results[r].view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+          const float* core = floats.results[r].row(b, h, i);
+          const std::int64_t dim = floats.results[r].view().dim();
+          bool stored = false;
+          for (std::int64_t j = 40 * i; j < 40 * (i + 1); ++j)
+            stored = stored || std::equal(core, core + dim, c.operand(r + 1).row(b, 0, j));
+          EXPECT_TRUE(stored) << r << " " << h << " " << i;
+        });
 
       std::vector<std::vector<float>> grads;
       for (std::size_t i = 0; i < 3; ++i) grads.emplace_back(converted<float>(c.operand(i)).size());

@@ -77,8 +77,8 @@ inline std::vector<extents> operand_extents(const problem& p) {
 inline std::vector<extents> result_extents(const problem& p) {
   const sizes& s = p.sizes;
   if (p.entry != entry::pool) return {{s.batch, s.heads, s.queries, s.value_dim}, {s.batch, s.heads, s.queries, 1}};
-  const bool per_query = p.options.pool == pooling::last_query && p.options.core_heads == core_heads::per_query_head;
-  const std::int64_t heads = per_query ? s.heads : s.kv_heads, groups = partition_of(p.options).group_count(s.keys);
+  const std::int64_t heads = detail::core_head_count(p.options, s.heads, s.kv_heads);
+  const std::int64_t groups = partition_of(p.options).group_count(s.keys);
   return {{s.batch, heads, groups, s.dim}, {s.batch, heads, groups, s.value_dim}};
 }
 

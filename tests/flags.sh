@@ -3,11 +3,13 @@
 # share no function whose code depends on them.
 #  1. Every feature that a flag of the compiler turns on is a part of the name in detail/base/target.hpp, or stands below
 #     among those that no compiler uses unasked.
-#  2. One unit that uses the whole library is compiled with many flags, optimised in many ways. Every symbol that a linker
-#     would take for another unit's has the name of the flags in its own, or no instruction that is not on every processor.
-#  3. Programs of two such units run, either one linked first, with and without -flto: here, and on an emulated processor
-#     that has the older one's instructions alone, where qemu-user is installed.
-# `quick`, the default, takes few flags and a minute; `all` takes an hour. Ends with the number of faults.
+#  2. One unit that uses the whole library is compiled with many flags, optimised in many ways. What a linker would take for
+#     another unit's has the name of the flags in its own, or is code of instructions that are on every processor, or data
+#     that are the same with all flags.
+#  3. Programs of two such units run, either one linked first, and both give the same numbers: here, and on an emulated
+#     processor that has the older one's instructions alone, where qemu-user is installed.
+# `quick`, the default, takes few flags and a minute; `all` takes an hour, and more ways of optimising, -flto among them.
+# Ends with the number of faults.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 amount=${1:-quick} compiler=${2:-g++}
@@ -75,96 +77,123 @@ else
     -mavx512f -march=knl -march=x86-64-v4 -march=icelake-client -march=sapphirerapids)
 fi
 # Where nothing is inlined, every function is seen that -flto may leave out of line.
-levels=(-O0 "-O2 -fno-inline")
-[[ $amount == all ]] && levels=(-O0 -O1 -O2 -O3 "-O2 -fno-inline" "-O3 -fno-inline")
+levels=("-O2 -fno-inline")
+[[ $amount == all ]] && levels+=("-O3 -fno-inline" -O0 -O1 -O2 -O3)
 part=()
 [[ $amount == all ]] || part=(-DFEW_TYPES)
 
-compile() { nice "$compiler" "${common[@]}" "$@"; }
+compile() { nice "$compiler" "${common[@]}" -mtune=generic "$@"; }
 
-# beyond OBJECT NAME: definitions of which a linker keeps one and that do not carry the name of the unit, but have an
-# instruction that not every processor of the architecture knows; with one of these.
-beyond() {
-  nm --defined-only "$1" | awk '$(NF - 1) ~ /^[WVui]$/ { print $NF }' >"$scratch/kept"
-  objdump -dw --no-show-raw-insn "$1" | awk -v name="$2" -v beyond="$instructions" '
-    FILENAME == ARGV[1] { if ($1 ~ name) own++; else kept[$1]; next }
-    /^[0-9a-f]+ <.*>:$/ { symbol = substr($2, 2, length($2) - 3); next }
-    (symbol in kept) && /^ *[0-9a-f]+:\t/ {
-      split($0, field, "\t")
-      if (field[2] ~ beyond) { print symbol "\t" field[2]; delete kept[symbol] }
-    }
-    END { if (!own) print name "\tnot a single symbol" }' "$scratch/kept" -
+# unit LEVEL SET: the object of the unit, what the assembler reads of it, and its function, which has the name of the flags.
+unit() {
+  # shellcheck disable=SC2086
+  name=$(echo CCA_TARGET | compile $2 -E -P -include cca/detail/base/target.hpp -x c++ - | tail -n 1)
+  object="$scratch/${1// /}$name.o" assembler="$scratch/${1// /}$name.s"
+  [[ -e $object ]] && return
+  local flags="$1 $2 ${part[*]} -DUNIT=unit_$name $here/flags/unit.cpp"
+  # shellcheck disable=SC2086
+  case $1 in
+    *flto*) compile $flags -c -o "$object" ;;
+    *) compile $flags -S -o "$assembler" && "$compiler" $2 -c "$assembler" -o "$object" ;;
+  esac
 }
-if [[ $target == aarch64* ]]; then
-  # SVE; then by name: atomics, RCpc, memory operations, dot products, bfloat16, complex numbers, roundings, SHA3, CSSC.
-  instructions='[^a-z0-9][zp][0-9]+[.\/]|^(cas|swp|ld(add|clr|eor|set|[su](min|max))|st(add|clr|eor|set|[su](min|max))|ldapu?r|cpyf?|set[gpme]'
-  instructions+='|[su]?[su]dot|[su]?mmla|bf|fc(mla|add)|frint(32|64)|fjcvt|eor3|bcax|rax1|xar|sqrdml|ctz|cnt\t[wx]|abs\t[wx]|[su](min|max)\t[wx]'
-  instructions+='|ret[ab]a|fam(in|ax))|\t(h|v)[0-9]+(\.[48]h)?, h[0-9]'
-else
-  # VEX and EVEX; BMI, TBM and their like; SSE3 to SSE4A.
-  instructions='^(v[a-z]|k(mov|not|or|and|xor|unpck|shift|test|add)|(lz|tz|pop)cnt|andn|bextr|bl[sc]|tzm|t1m|bzhi|mulx|p(dep|ext) |(ro|sa|sh)[rl]x|movbe'
-  instructions+='|(cmp[a-z]+x|a)add|haddp|hsubp|addsubp|mov(d|sh|sl)dup|lddqu|pshufb|ph(add|sub|min)|pabs|pmulhrs|palignr|psign|pmadd?ubs'
-  instructions+='|p?blend|dpp|extract|insertp|pext?r[bdq] |pinsr[bdq]|p(max|min)(s[bd]|u[wd])|pmov[sz]x|pmul(dq|ld)|ptest|round|pcmp(eqq|gtq|.str)|packusdw'
-  instructions+='|mpsadb|movntdqa|movnts|extrq|insertq|gf2p8)'
-fi
+
+# The kinds of instructions: what is done and, on ARM, to which part of which kind of register.
+# shellcheck disable=SC2016
+kind='function kind() {
+  return $1 ($2 ~ /^[{]?[a-z][0-9]+(\.[0-9]*[a-z])?,$/ ? " " substr($2, 1, 1) substr($2, length($2) - 1, 1) : "")
+}'
+
+# shared: what a linker takes for other units' and what does not carry the unit's name, if it is code with instructions of
+# kinds that the first set of flags, the plain architecture, has nowhere, or data unlike other sets'.
+shared() {
+  awk -v name="${#name}$name" -v plain="$scratch/plain_kinds" -v known="$scratch/known_data" "$kind"'
+    FILENAME == plain { everywhere[$0]; next }
+    FILENAME == known { tab = index($0, "\t"); data[substr($0, 1, tab - 1)] = substr($0, tab + 1); next }
+    /^\t\.(text|data|bss)/ { section = ""; next }
+    /^\t\.section\t/ {
+      count = split($0, field, /[\t,]/)
+      own += $0 ~ name
+      section = field[3]
+      if (count > 3) {
+        code[section] = field[4] ~ /x/
+        merged[section] = /,comdat$/ && !/gcc_except_table/ && $0 !~ name
+      }
+      if (!merged[section]) section = ""
+      next
+    }
+    section && code[section] && /^\t[a-z]/ && !(kind() in everywhere) { print section ": " $0; section = "" }
+    section && !code[section] && /^\t\.([248]?byte|[hx]?word|long|int|short|value|quad|zero|skip|asciz|ascii|string)\t/ {
+      gsub(/[ \t]*(#|\/\/).*|\.L[A-Za-z.]*[0-9]+/, "")
+      here[section] = here[section] $1 " " $2 ";"
+    }
+    END {
+      for (section in here)
+        if (!(section in data)) print section "\t" here[section] >>known
+        else if (data[section] != here[section]) print section ": " here[section] " and, with other flags, " data[section]
+      if (!own) print "nothing carries " name
+    }' "$scratch/plain_kinds" "$scratch/known_data" "$assembler"
+}
 
 : >"$scratch/names"
 for level in "${levels[@]}"; do
+  : >"$scratch/known_data"
   for set in "${sets[@]}"; do
-    # shellcheck disable=SC2086
-    compile $level $set "${part[@]}" -DUNIT=older_unit -c "$here/flags/unit.cpp" -o "$scratch/unit.o" || {
+    unit "$level" "$set" || {
       fault "$level $set does not compile"
       continue
     }
-    # shellcheck disable=SC2086
-    name=$(echo CCA_TARGET | compile $set -E -P -include cca/detail/base/target.hpp -x c++ - | tail -n 1)
     echo "$name" >>"$scratch/names"
-    while IFS=$'\t' read -r symbol instruction; do
-      fault "$level $set: $instruction in $(c++filt "$symbol")"
-    done < <(beyond "$scratch/unit.o" "${#name}$name")
+    if [[ $set == "${sets[0]}" ]]; then  # without those that serve the matrix units, whatever the flags
+      awk "$kind"' /^\t[a-z]/ && $1 !~ /^(v|kmov|tile|tdp)/ { print kind() }' "$assembler" | sort -u >"$scratch/plain_kinds"
+    fi
+    while read -r section; do fault "$level $set: $(c++filt <<<"${section/*._Z/_Z}")"; done < <(shared)
+    rm -f "$assembler"
   done
   echo "$level: ${#sets[@]} sets of flags"
 done
-(($(sort -u "$scratch/names" | wc -l) == ${#sets[@]})) || fault "sets of flags that have one name: $(sort -u "$scratch/names")"
+(($(sort -u "$scratch/names" | wc -l) == ${#sets[@]})) ||
+  fault "sets of flags that have one name: $(sort "$scratch/names" | uniq -c)"
 
-
-echo "t $SECONDS"
 # -- 3. Programs
 
-linked=("-O1 -flto=auto")
-[[ $amount == all ]] && linked=("-O1 -flto=auto" "-O2 -flto=auto" "-O3 -flto=auto")
+linked=("-O2 -fno-inline")
+[[ $amount == all ]] && linked=(-O0 "-O1 -flto=auto" "-O2 -flto=auto" "-O3 -flto=auto")
 [[ $("$compiler" --version) == *clang* ]] && linked=("${linked[@]/%=auto/}")
 
-# run OLDER NEWER FEATURE...: linked either way round, optimised in two ways.
+# Whether this processor has all that the flags turn on.
+runs_here() { [[ -z $(comm -23 <(features "$@") <(features "$processor=native")) ]]; }
+
+# run OLDER NEWER PROCESSOR: linked either way round; emulated, on a processor that has what OLDER asks for and lacks
+# what NEWER does.
 run() {
-  local older=$1 newer=$2 condition=true order level emulator
-  shift 2
-  for feature in "$@"; do condition+=" && __builtin_cpu_supports(\"$feature\")"; done
+  local level older newer order units=both
   # shellcheck disable=SC2086
-  compile $older -c "$here/flags/main.cpp" "-DNEWER_RUNS=$condition" -o "$scratch/main.o"
-  for level in -O0 "${linked[@]}"; do
+  runs_here $1 || { echo "'$1' beside '$2': not run, this processor lacks what the first asks for" && return; }
+  # shellcheck disable=SC2086
+  runs_here $2 || { units=older && echo "'$1' beside '$2': this processor runs the first alone"; }
+  for level in "${linked[@]}"; do
+    unit "$level" "$1" && older=$object flags=(-DOLDER="unit_$name")
+    unit "$level" "$2" && newer=$object flags+=(-DNEWER="unit_$name")
     # shellcheck disable=SC2086
-    compile $level $older "${part[@]}" -DUNIT=older_unit -c "$here/flags/unit.cpp" -o "$scratch/older.o"
-    # shellcheck disable=SC2086
-    compile $level $newer "${part[@]}" -DUNIT=newer_unit -c "$here/flags/unit.cpp" -o "$scratch/newer.o"
-    for order in "newer older" "older newer"; do
+    compile $level $1 "${flags[@]}" -c "$here/flags/main.cpp" -o "$scratch/main.o"
+    for order in "$older $newer" "$newer $older"; do
       # shellcheck disable=SC2086
-      (cd "$scratch" && "$compiler" $level main.o ${order// /.o }.o -o program)
-      "$scratch/program" || fault "$level, $order of '$older' and '$newer'"
-      for emulator in ${emulators:-}; do
-        qemu-x86_64 -cpu "$emulator" "$scratch/program" || fault "$level, $order of '$older' and '$newer' on $emulator"
-      done
+      "$compiler" $level "$scratch/main.o" $order -o "$scratch/program"
+      "$scratch/program" $units || fault "$level, '$1' beside '$2': $order"
+      if command -v qemu-x86_64 >/dev/null; then
+        qemu-x86_64 -cpu "$3" "$scratch/program" older || fault "$level, '$1' beside '$2' on $3: $order"
+      fi
     done
   done
 }
 
 if [[ $target == x86_64* && $(uname -m) == x86_64 ]]; then
-  command -v qemu-x86_64 >/dev/null && emulators=core2duo
-  run -march=x86-64 -march=x86-64-v3 avx2 fma bmi2
+  run -march=x86-64 -march=x86-64-v3 core2duo
   if [[ $amount == all ]]; then
-    run "-mavx2 -mfma" "$framework" avx512f avx512bw avx512dq
-    run -march=x86-64 -msse4.1 sse4.1
-    run -mavx -march=bdver2 fma4 xop
+    run "-mavx2 -mfma" "$framework" Haswell
+    run -march=x86-64 -msse4.1 core2duo
+    run -mavx -march=bdver2 SandyBridge
   fi
 fi
 

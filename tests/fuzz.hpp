@@ -75,7 +75,8 @@ problem draw_problem(byte_source& bytes, const Entries& entries) {
       if (bytes.once_in(3)) o.sink_tokens = bytes.draw(0, 100);
       o.pool = bytes.choice(all_poolings);
       o.core_heads = bytes.choice(all_core_heads);
-      if (p.entry == entry::pool && o.pool != pooling::last_query) o.softmax_scale.reset();
+      if (p.entry == entry::pool && !detail::uses_query(o.pool)) o.softmax_scale.reset();
+      if (o.pool == pooling::last_query && bytes.once_in(3)) o.pooling_scale = bytes.choice(std::array{0.0, 0.5, 4.0});
       break;
     case entry::attend:
       p.far_heads = bytes.draw(1, s.heads);

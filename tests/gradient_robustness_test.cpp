@@ -169,7 +169,7 @@ TYPED_TEST(GradientRobustness, UnseenMemoryMayHoldAnything) {
     const sizes whole{.heads = 4, .kv_heads = 2, .queries = length, .keys = length, .dim = 6, .value_dim = 5};
     expect_unseen({.entry = entry::pool, .sizes = whole, .options = {.group_size = g, .pool = pool}}, {0, 1, 2},
                   [&](std::size_t o, std::int64_t i) {
-                    return i >= 4 * g || (o == 0 && (pool != pooling::last_query || i % g != g - 1));
+                    return i >= 4 * g || (o == 0 && (!detail::uses_query(pool) || i % g != g - 1));
                   });
   }
 }
@@ -386,13 +386,16 @@ TEST(GradientRefuses, Options) {
       {all, "softmax_scale", [](options& o) { o.softmax_scale = std::numeric_limits<double>::infinity(); }},
       {all, "softmax_scale", [](options& o) { o.softmax_scale = 1e300; }},
       {all, "softcap", [](options& o) { o.softcap = -1; }},
-      {all, "pool", [](options& o) { o.pool = static_cast<pooling>(3); }},
+      {with_query_per_key, "pooling_scale", [](options& o) { o.pooling_scale = -1; }},
+      {with_query_per_key, "pooling_scale", [](options& o) { o.pooling_scale = 3, o.pool = pooling::max; }},
+      {all, "pool", [](options& o) { o.pool = static_cast<pooling>(4); }},
       {all, "core_heads", [](options& o) { o.core_heads = static_cast<cca::core_heads>(-1); }},
       {with_raw, "first_position", [](options& o) { o.first_position = unlimited; }},
       {with_query_per_key, "first_position", [](options& o) { o.first_position = 3; }},
       // Whatever would have no effect.
       {with_raw, "pool", [](options& o) { o.pool = pooling::mean; }},
       {with_raw, "core_heads", [](options& o) { o.core_heads = core_heads::per_kv_head; }},
+      {with_raw, "pooling_scale", [](options& o) { o.pooling_scale = 3; }},
       {{entry::dense, entry::pool}, "window", [](options& o) { o.window = 5; }},
       {{entry::dense}, "group_size", [](options& o) { o.group_size = 5; }},
       {all, "sink_tokens", [](options& o) { o.sink_tokens = -1; }},

@@ -91,10 +91,13 @@ TEST(TextbookGradient, OfAttentionIsThatOfFiniteDifferences) {
                                  {.group_size = 3, .window = 1},
                                  {.group_size = 3, .window = 8},
                                  {.group_size = 9, .window = 2},
-                                 {.group_size = 3, .window = 2, .softmax_scale = -0.8},
-                                 {.group_size = 2, .window = 2, .sink_tokens = 1},
-                                 {.group_size = 2, .window = 1, .sink_tokens = 3},
-                                 {.window = 2, .sink_tokens = 9}})
+                                  {.group_size = 3, .window = 2, .softmax_scale = -0.8},
+                                  {.group_size = 2, .window = 2, .sink_tokens = 1},
+                                  {.group_size = 2, .window = 1, .sink_tokens = 3},
+                                  {.window = 2, .sink_tokens = 9},
+                                  {.group_size = 3, .window = 2, .pool = pooling::select, .softmax_scale = -0.8},
+                                  {.group_size = 3, .window = 2, .pooling_scale = 3},
+                                  {.group_size = 3, .window = 2, .softmax_scale = 0.7, .pooling_scale = 0}})
     expect_differences({.entry = entry::attention, .sizes = s, .options = options}, random);
 }
 
@@ -347,6 +350,42 @@ TYPED_TEST(Gradient, OfTheMaximumGoesToTheFirstThatHasIt) {
   }
 }
 
+/// All of it, to the first of equals alone; nothing to the query.
+TYPED_TEST(Gradient, OfASelectedTokenGoesToItAlone) {
+  using T = TypeParam;
+  random_engine random(21);
+  for (const std::int64_t group_size : {std::int64_t{1}, std::int64_t{5}, 2 * detail::row_block + 3})
+    for (const core_heads cores : all_core_heads) {
+      const sizes s{.heads = 4, .kv_heads = 2, .queries = group_size, .keys = group_size, .dim = 5, .value_dim = 3};
+      gradient_memory<T> memory(
+          {.entry = entry::pool,
+           .sizes = s,
+           .options = {.group_size = group_size, .pool = pooling::select, .core_heads = cores}});
+      memory.randomize(random);
+      memory.operands[0].fill(1);
+      memory.operands[1].fill(-1);
+      const std::array<std::int64_t, 2> first{group_size / 3, group_size / 2};
+      for (std::int64_t h = 0; h < 2; ++h)
+        for (std::int64_t j = first[static_cast<std::size_t>(h)]; j < group_size; j += 2)
+          std::fill_n(memory.operands[1].row(0, h, j), s.dim, T(3));
+      memory.gradient();
+      const std::int64_t per_head = memory.operands[3].view().heads() / 2;
+      for_each_row(memory.results[0].view(), [&](std::int64_t b, std::int64_t h, std::int64_t j) {
+        for (std::int64_t d = 0; d < 5; ++d) EXPECT_EQ(memory.results[0].row(b, h, j)[d], 0);
+      });
+      for (const std::size_t o : {std::size_t{1}, std::size_t{2}})
+        for_each_row(memory.results[o].view(), [&](std::int64_t b, std::int64_t h, std::int64_t j) {
+          for (std::int64_t d = 0; d < memory.results[o].view().dim(); ++d) {
+            T sum = 0;
+            if (j == first[static_cast<std::size_t>(h)])
+              for (std::int64_t c = h * per_head; c < (h + 1) * per_head; ++c)
+                sum += memory.operands[o + 2].row(b, c, 0)[d];
+            EXPECT_EQ(memory.results[o].row(b, h, j)[d], sum) << o << " " << h << " " << j;
+          }
+        });
+    }
+}
+
 TYPED_TEST(Gradient, IsExactForAnyScale) {
   using T = TypeParam;
   random_engine random(12);
@@ -360,8 +399,15 @@ TYPED_TEST(Gradient, IsExactForAnyScale) {
     EXPECT_TRUE(
         exact<T>({.entry = entry::local, .sizes = s, .options = {.window = 20, .softmax_scale = scale}}, random));
     EXPECT_TRUE(exact<T>({.entry = entry::dense, .sizes = s, .options = {.softmax_scale = scale}}, random));
-    EXPECT_TRUE(
-        exact<T>({.entry = entry::pool, .sizes = s, .options = {.group_size = 6, .softmax_scale = scale}}, random));
+    for (const double pooling_scale : {1.0, 0.0, 2.0})
+      for (const entry entry : {entry::attention, entry::pool})
+        EXPECT_TRUE(exact<T>({.entry = entry,
+                              .sizes = s,
+                              .options = {.group_size = 6,
+                                          .window = entry == entry::pool ? unlimited : 20,
+                                          .softmax_scale = scale,
+                                          .pooling_scale = pooling_scale}},
+                             random));
   }
 }
 
@@ -615,6 +661,8 @@ TYPED_TEST(Gradient, HeedsEveryOption) {
   expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .core_heads = core_heads::per_kv_head}, all);
   expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .softmax_scale = 0.5}, all);
   expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .sink_tokens = 2}, all);
+  expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .pool = pooling::select}, all);
+  expect_change(entry::attention, cca, {.group_size = 3, .window = 5, .pooling_scale = 2}, all);
 
   const options pooled{.group_size = 3};
   expect_change(entry::pool, pooled, {.group_size = 4}, all);
@@ -623,6 +671,8 @@ TYPED_TEST(Gradient, HeedsEveryOption) {
   expect_change(entry::pool, pooled, {.group_size = 3, .core_heads = core_heads::per_kv_head}, all);
   expect_change(entry::pool, pooled, {.group_size = 3, .softmax_scale = 0.5}, all);
   expect_change(entry::pool, pooled, {.group_size = 3, .sink_tokens = 1}, all);
+  expect_change(entry::pool, pooled, {.group_size = 3, .pool = pooling::select}, all);
+  expect_change(entry::pool, pooled, {.group_size = 3, .pooling_scale = 2}, all);
 }
 
 }}  // namespace cca::test

@@ -254,7 +254,7 @@ TEST(KvCacheFile, AForgedHeaderIsRefused) {
     expect_refused([](auto& h) { h.start.byte_order = 0x04030201; }, "byte order");
     expect_refused([](auto& h) { h.start.version = 3; }, "got version 3, wants 1 or 2");
     expect_refused([](auto& h) { h.elements.bytes = 8; }, "got elements of 8 bytes");
-    expect_refused([](auto& h) { h.options.pool = static_cast<pooling>(3); }, "options.pool");
+    expect_refused([](auto& h) { h.options.pool = static_cast<pooling>(4); }, "options.pool");
     expect_refused([](auto& h) { h.options.core_heads = static_cast<core_heads>(2); }, "options.core_heads");
     expect_refused([](auto& h) { h.options.softmax_scale = std::numeric_limits<double>::infinity(); },
                    "options.softmax_scale");
@@ -283,17 +283,21 @@ TEST(KvCacheFile, AForgedHeaderIsRefused) {
 
 /// All options come back; one that this library does not have is not passed over.
 TEST(KvCacheFile, OptionsAreKeptByName) {
-  const options all{.group_size = 3,
-                    .window = 4,
-                    .sink_tokens = 2,
-                    .pool = pooling::mean,
-                    .core_heads = core_heads::per_kv_head,
-                    .softmax_scale = 0.25,
-                    .softcap = 30};
   forged_header header = good_header();
-  header.options = all;
-  EXPECT_EQ(describe(load_from(forge(header, {0, all.sink_tokens})).options()), describe(all));
-  EXPECT_EQ(describe(load_from(content(kv_cache<float>(header.shape, all))).options()), describe(all));
+  options all{.group_size = 3,
+              .window = 4,
+              .sink_tokens = 2,
+              .core_heads = core_heads::per_kv_head,
+              .softmax_scale = 0.25,
+              .pooling_scale = 2.5,
+              .softcap = 30};
+  for (const pooling pool : all_poolings) {
+    all.pool = pool;
+    all.pooling_scale = pool == pooling::last_query ? 2.5 : 1;  // no other has a use for it
+    header.options = all;
+    EXPECT_EQ(describe(load_from(forge(header, {0, all.sink_tokens})).options()), describe(all));
+    EXPECT_EQ(describe(load_from(content(kv_cache<float>(header.shape, all))).options()), describe(all));
+  }
 
   header.more.push_back({.name = {'n', 'e', 'w'}, .code = {}});
   EXPECT_TRUE(refused(forge(header, {0, all.sink_tokens}), "got an option new"));

@@ -113,10 +113,12 @@ class cache_life {
                                   .sink_tokens = draw_from(random, std::array{0, 0, 0, 0, 1, 2, 6, 13, 200}),
                                   .pool = draw_from(random, all_poolings),
                                   .core_heads = draw_from(random, all_core_heads)}};
-    if (setup.options.pool != pooling::max && draw(random, 0, 2) == 0) setup.options.core_bias = core_bias::entropy;
+    const bool weighted = setup.options.pool == pooling::last_query || setup.options.pool == pooling::mean;
+    if (weighted && draw(random, 0, 2) == 0) setup.options.core_bias = core_bias::entropy;
     if (draw(random, 0, 7) == 0)
       setup.options = {.window = setup.options.window, .sink_tokens = setup.options.sink_tokens};
     if (draw(random, 0, 3) == 0) setup.options.softmax_scale = -0.3;
+    if (setup.options.pool == pooling::last_query && setup.options.group_size % 2 == 1) setup.options.pooling_scale = 3;
     if (draw(random, 0, 15) == 0) setup.options = {.sink_tokens = setup.options.sink_tokens};
     return setup;
   }

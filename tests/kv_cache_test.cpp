@@ -52,15 +52,21 @@ TYPED_TEST(KvCacheOf, AnswersLikeRecomputationAfterAnyOperations) {
 
 // ---------------------------------------------------------------------------------------------------------- chunks
 
-const std::array<options, 9> example_options{{{.group_size = 1, .window = 1},
+const std::array<options, 12> example_options{{{.group_size = 1, .window = 1},
                                               {.window = 5},
                                               {.group_size = 3, .window = 4},
                                               {.group_size = 4, .window = 2},
                                               {.group_size = 5, .window = 1, .core_heads = core_heads::per_kv_head},
                                               {.group_size = 2, .window = 7, .pool = pooling::mean},
-                                              {.group_size = 4, .window = 8, .pool = pooling::max},
-                                              {.window = 4, .sink_tokens = 3},
-                                              {.group_size = 3, .window = 2, .sink_tokens = 7}}};
+                                               {.group_size = 4, .window = 8, .pool = pooling::max},
+                                               {.window = 4, .sink_tokens = 3},
+                                               {.group_size = 3, .window = 2, .sink_tokens = 7},
+                                               {.group_size = 5, .window = 3, .pool = pooling::select},
+                                               {.group_size = 3,
+                                                .window = 4,
+                                                .pool = pooling::select,
+                                                .core_heads = core_heads::per_kv_head},
+                                               {.group_size = 4, .window = 2, .pooling_scale = 5}}};
 
 /// Enough for the window to pass the end of its memory at every offset.
 std::int64_t example_length(const options& options) {
@@ -149,7 +155,7 @@ TEST(KvCache, NoTokensAreAStep) {
 TEST(KvCache, EveryOptionChangesTheOutputOfEveryStep) {
   random_engine random(5);
   const options common{.group_size = 3, .window = 4};
-  std::vector<options> changed(8, common);
+  std::vector<options> changed(10, common);
   changed[0].group_size = 2;
   changed[1].window = 7;
   changed[2].pool = pooling::mean;
@@ -158,6 +164,8 @@ TEST(KvCache, EveryOptionChangesTheOutputOfEveryStep) {
   changed[5].softmax_scale = 0.4;
   changed[6].sink_tokens = 1;
   changed[7].sink_tokens = 40;
+  changed[8].pool = pooling::select;
+  changed[9].pooling_scale = 2;
   const operands<float> prompt = random_tokens(example_cache(common), 1, 60, random);
   for (const std::int64_t count : {1, 5, 20, 60})
     for (const options& options : changed) {
@@ -593,6 +601,9 @@ TEST(KvCache, RefusesShapesAndOptionsThatMakeNoSense) {
   expect_refused("options.pool", [](auto& s) { s.options.group_size = 0, s.options.pool = pooling::mean; });
   expect_refused("options.core_heads", [](auto& s) { s.options.core_heads = static_cast<cca::core_heads>(7); });
   expect_refused("options.softmax_scale", [](auto& s) { s.options.softmax_scale = NAN; });
+  expect_refused("options.pooling_scale", [](auto& s) { s.options.pooling_scale = -1; });
+  expect_refused("options.pooling_scale", [](auto& s) { s.options.pooling_scale = 2, s.options.pool = pooling::mean; });
+  expect_refused("options.pooling_scale", [](auto& s) { s.options.pooling_scale = 2, s.options.group_size = 0; });
   expect_refused("options.softcap", [](auto& s) { s.options.softcap = -1; });
   expect_refused("options.first_position", [](auto& s) { s.options.first_position = 0; });
   expect_refused("options.sink_tokens", [](auto& s) { s.options.sink_tokens = -1; });

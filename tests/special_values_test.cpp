@@ -107,8 +107,9 @@ TYPED_TEST(SpecialValues, ShowExactlyWhereTheyAreSeen) {
     call(p, clean.arguments());
     for (std::size_t o = 0; o < clean.operands.size(); ++o) {
       const auto operand = static_cast<test::operand>(o);
-      // Pooling other than by the last query, no query has part in.
-      if (operand == operand::query && p.options.pool != pooling::last_query) continue;
+      // In pooling by the mean or the maximum no query has part; of values `select` shows those that it has selected.
+      if (operand == operand::query && !detail::uses_query(p.options.pool)) continue;
+      if (operand == operand::value && p.options.pool == pooling::select) continue;
       const std::int64_t rows = clean.operands[o].view().length();
       for (std::int64_t j = 0; j < rows; j += draw(random, 1, 23))
         for (const T bad : {this->nan, this->infinity, -this->infinity}) {
@@ -143,8 +144,10 @@ TYPED_TEST(SpecialValues, StayInTheirGroup) {
           for (std::size_t r = 0; r < 2; ++r)
             for (std::int64_t c = 0; c < s.keys / group_size; ++c)
               for (std::int64_t d = 0; d < spoilt.results[r].view().dim(); ++d) {
-                const bool by_weight = pool == pooling::last_query;
-                const bool in_group = j / group_size == c;
+                const bool by_weight = detail::uses_query(pool);
+                bool in_group = j / group_size == c;
+                if (pool == pooling::select && o == 2)
+                  in_group = in_group && clean.results[0].row(0, 0, c)[0] == clean.operands[1].row(0, 0, j)[0];
                 const bool shows = o == 0   ? in_group && by_weight && j % group_size == group_size - 1
                                    : o == 1 ? in_group && (by_weight || (r == 0 && d == last))
                                             : in_group && r == 1 && d == last;

@@ -205,7 +205,7 @@ inline std::string describe(const options& o) {
   return text.str();
 }
 
-inline constexpr std::array all_poolings{pooling::last_query, pooling::mean, pooling::max};
+inline constexpr std::array all_poolings{pooling::last_query, pooling::mean, pooling::max, pooling::select};
 inline constexpr std::array all_core_heads{core_heads::per_query_head, core_heads::per_kv_head};
 
 /// Head dims in use, and odd ones.

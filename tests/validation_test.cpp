@@ -340,8 +340,8 @@ TEST(Validation, RefusesOptions) {
        [](options& o) { o.softmax_scale = 1e300; },
        {"options.softmax_scale", "1e+300", "a finite number"}},
       {with_keys,
-       [](options& o) { o.pool = static_cast<pooling>(3); },
-       {"options.pool", "3", "last_query, mean or max"}},
+       [](options& o) { o.pool = static_cast<pooling>(4); },
+       {"options.pool", "4", "last_query, mean, max or select"}},
       {with_keys,
        [](options& o) { o.core_heads = static_cast<cca::core_heads>(-1); },
        {"options.core_heads", "-1", "per_query_head or per_kv_head"}},
@@ -358,7 +358,24 @@ TEST(Validation, RefusesOptions) {
       {with_keys,
        [](options& o) { o.softcap = std::numeric_limits<double>::quiet_NaN(); },
        {"options.softcap", "nan", "a finite number above 0"}},
+      {with_query_per_key,
+       [](options& o) { o.pooling_scale = -0.5; },
+       {"options.pooling_scale", "-0.5", "at least 0 and, times"}},
+      {with_query_per_key,
+       [](options& o) { o.pooling_scale = infinity; },
+       {"options.pooling_scale", "inf", "at least 0 and, times"}},
+      {with_query_per_key,
+       [](options& o) { o.pooling_scale = std::numeric_limits<double>::quiet_NaN(); },
+       {"options.pooling_scale", "nan", "at least 0 and, times"}},
+      // Each is in range, but not what weights are computed with.
+      {with_query_per_key,
+       [](options& o) { o.softmax_scale = -1e30, o.pooling_scale = 1e9; },
+       {"options.pooling_scale", "1e+09", "at least 0 and, times the softmax's scale, at most 2.35"}},
       // Whatever would have no effect.
+      {with_raw, [](options& o) { o.pooling_scale = 4; }, {"options.pooling_scale", "4", "1: "}},
+      {{entry::attention},
+       [](options& o) { o.pooling_scale = 4, o.group_size = 0; },
+       {"options.pooling_scale", "4", "1: nothing is pooled"}},
       {with_raw, [](options& o) { o.pool = pooling::mean; }, {"options.pool", "mean", "last_query: "}},
       {with_raw,
        [](options& o) { o.core_heads = core_heads::per_kv_head; },
@@ -392,6 +409,20 @@ TEST(Validation, RefusesOptions) {
       change(call.p.options);
       SCOPED_TRACE(testing::Message() << call.p);
       expect_refused(call, expected);
+    }
+}
+
+/// The largest weight is that of the same token, whatever their scale.
+TEST(Validation, RefusesASharperPoolingWithoutASoftmax) {
+  const sizes s{.heads = 2, .queries = 6, .keys = 6, .dim = 5, .value_dim = 3};
+  for (const pooling pool : {pooling::mean, pooling::max, pooling::select})
+    for (const entry entry : with_query_per_key) {
+      const std::int64_t window = entry == entry::pool ? unlimited : 1;
+      const problem p{.entry = entry, .sizes = s, .options = {.group_size = 3, .window = window, .pool = pool}};
+      EXPECT_NO_THROW(prepared(p).call());
+      prepared sharper(p);
+      sharper.p.options.pooling_scale = 2;
+      expect_refused(sharper, {"options.pooling_scale", "2", "1: of the poolings last_query alone"});
     }
 }
 

@@ -53,7 +53,8 @@ def main():
     try:
         text = page(tomllib.loads(mutations.read_text(encoding="utf-8"))["mutation"],
                     {str(path.relative_to(include)): path.read_text(encoding="utf-8") for path in include.rglob("*.hpp")},
-                    {path.stem for path in (root / "tests").rglob("*_test.cpp")})
+                    {path.stem for path in (root / "tests").rglob("*_test.cpp")} |
+                    {path.name for path in (root / "tests").glob("*.sh")})
     except ValueError as error:
         sys.exit(f"{mutations}: {error}")
     if len(sys.argv) > 3:

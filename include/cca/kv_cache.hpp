@@ -99,7 +99,7 @@ class kv_cache {
   ///
   /// @param in  the new tokens: query `[batch, heads, new tokens, dim]`; key `[batch, kv_heads, new tokens, dim]` and value,
   ///   the same with `value_dim`, of the cache's element type; sink logits for these queries, and slopes. With `last_query`
-  ///   pooling groups are pooled with the query of their last token.
+  ///   and `select` pooling groups are pooled with the query of their last token.
   /// @param to  `out` `[batch, heads, new tokens, value_dim]` and, where given, `lse`, written whole
   /// @param run  executor; the results are bitwise the same for any. A cache has a workspace of its own.
   template <class Query = Element, class Sink = compute_type<Query, Element>, detail::written Out = Element,

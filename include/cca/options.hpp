@@ -14,11 +14,12 @@
 namespace cca { inline namespace CCA_TARGET {
 
 /// How a group becomes a core token. Source: arXiv 2412.12465, section 3.1; `mean` and `max` (elementwise) are the
-/// paper's ablations.
+/// paper's ablations. `pooling_scale` sharpens the weights of `last_query`; `select` is the limit.
 enum class pooling {
-  last_query,  ///< weights `softmax_j(scale * q_last . k_j)`, `q_last` the query of the group's last token
+  last_query,  ///< weights `softmax_j(pooling_scale * scale * q_last . k_j)`, `q_last` the query of the group's last token
   mean,
-  max
+  max,
+  select  ///< the token of the largest of these weights, the first of equals, as it is; no gradient goes to `q_last`
 };
 
 /// Under grouped-query attention, who has cores of its own. `mean` and `max` pooling do not depend on the query, so
@@ -81,7 +82,8 @@ struct options {
   cca::core_heads core_heads = cca::core_heads::per_query_head;
   cca::core_bias core_bias = cca::core_bias::none;  ///< see `core_bias`
   std::optional<detail::number> softmax_scale{};    ///< default `1 / sqrt(dim)` of query and key
-  double softcap = 0;  ///< a scaled score x becomes `softcap tanh(x / softcap)` before the softmax; 0: it stays
+  double pooling_scale = 1;  ///< a factor on the scale of the weights of `last_query` pooling, at least 0; 1: the paper's
+  double softcap = 0;        ///< a scaled score x becomes `softcap tanh(x / softcap)` before the softmax; 0: it stays
   std::optional<std::int64_t> first_position{};  ///< position of query 0; default: the last query is the last key
   matrix_unit unit = matrix_unit::none;          ///< for operands that are all bfloat16 or all half, see `matrix_unit`
 };
@@ -97,7 +99,8 @@ namespace detail {
 /// descriptions of the tests go by it. The binding does not compile for an option that the list lacks.
 template <class Options, class F>
 constexpr void for_each_option(Options& all, const F& f) {
-  auto& [group_size, window, sinks, lookahead, prefix, pool, heads, bias, scale, softcap, position, unit] = all;
+  auto& [group_size, window, sinks, lookahead, prefix, pool, heads, bias, scale, pooling_scale, softcap, position,
+         unit] = all;
   f("group_size", group_size);
   f("window", window);
   f("sink_tokens", sinks);
@@ -107,13 +110,14 @@ constexpr void for_each_option(Options& all, const F& f) {
   f("core_heads", heads);
   f("core_bias", bias);
   f("softmax_scale", scale);
+  f("pooling_scale", pooling_scale);
   f("softcap", softcap);
   f("first_position", position);
   f("unit", unit);
 }
 
 /// The names of an option's enumerators, in the order of their values.
-constexpr auto enumerators(pooling) { return std::array{"last_query", "mean", "max"}; }
+constexpr auto enumerators(pooling) { return std::array{"last_query", "mean", "max", "select"}; }
 constexpr auto enumerators(core_heads) { return std::array{"per_query_head", "per_kv_head"}; }
 constexpr auto enumerators(core_bias) { return std::array{"none", "entropy"}; }
 constexpr auto enumerators(matrix_unit) { return std::array{"none", "best", "avx512_bf16", "amx"}; }
@@ -176,14 +180,22 @@ inline double softmax_scale(const options& options, std::int64_t dim) {
   return options.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(dim)));
 }
 
+/// That of the weights of a group's tokens.
+inline double pooling_scale(const options& options, std::int64_t dim) {
+  return options.pooling_scale * softmax_scale(options, dim);
+}
+
 /// Position of query 0. `query_length` queries end with the last of `key_length` keys unless the caller says otherwise.
 inline std::int64_t first_position(const options& options, std::int64_t query_length, std::int64_t key_length) {
   return options.first_position.value_or(key_length - query_length);
 }
 
+/// Whether cores depend on the queries of their groups' last tokens.
+inline bool uses_query(pooling pool) { return pool == pooling::last_query || pool == pooling::select; }
+
 /// Whose cores there are, see `core_heads`.
 inline std::int64_t core_head_count(const options& options, std::int64_t query_heads, std::int64_t kv_heads) {
-  const bool per_query = options.pool == pooling::last_query && options.core_heads == cca::core_heads::per_query_head;
+  const bool per_query = uses_query(options.pool) && options.core_heads == cca::core_heads::per_query_head;
   return per_query ? query_heads : kv_heads;
 }
 

@@ -30,7 +30,7 @@ void require_pool(const inputs<Query, Key, Value, Sink>& in, const options& opti
   require_unset(options, &options::unit, "pooling reads more than it multiplies");
   require_unset(options, &options::softcap, "the weights of pooling have none");
   require_unset(options, &options::core_bias, "attention adds it");
-  if (options.pool != pooling::last_query)
+  if (!uses_query(options.pool))
     require_unset(options, &options::softmax_scale, "the mean and the maximum have no weights");
   if (given(in.sink_logits)) refuse("sink_logits", to_string(in.sink_logits.extent), "none: they join attention");
   if (given(in.alibi_slopes))
@@ -68,14 +68,15 @@ void require_cores(const char* key_name, const char* value_name, const Inputs& i
 
 /// Pools every complete group of keys and values into a core token (globality-aware pooling).
 ///
-/// @param in  query, key and value, read whole but for the tokens of an incomplete last group. With `last_query` pooling
-///   one query per group is read, with `mean` and `max` none.
+/// @param in  query, key and value, read whole but for the tokens of an incomplete last group. With `last_query` and
+///   `select` pooling one query per group is read, with `mean` and `max` none.
 /// @param to  written whole: `[batch, core heads, floor((length - sink_tokens) / group_size), dim]` and the same with the
 ///   value's dim. The core heads are the query's, or the key's with `core_heads::per_kv_head`, `mean` and `max`. Where the
 ///   keys have lengths per sequence, so have the cores: `floor((length(b) - sink_tokens) / group_size)`, in any layout; what
 ///   is padding is not written.
-///   A group whose logits are all -inf, which nothing can weigh, has a core of NaN.
-/// @param options  `group_size`, `sink_tokens`, `pool`, `core_heads` and `softmax_scale` are used.
+///   A group whose logits are all -inf, which nothing can weigh, has a core of NaN. With `select` pooling a core is one of
+///   the tokens, to the bit where its elements are of the same type.
+/// @param options  `group_size`, `sink_tokens`, `pool`, `core_heads`, `softmax_scale` and `pooling_scale` are used.
 /// @param run  an executor, or `{executor, workspace}`; results are the same for any.
 /// @throws std::invalid_argument  before anything is written, naming the argument.
 /// Source: arXiv 2412.12465, section 3.1, equation of the core token.

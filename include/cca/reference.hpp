@@ -163,13 +163,27 @@ result<Scalar> each_alone(const tensor_view<Query>& query, std::int64_t value_di
 
 }  // namespace detail
 
+/// The token of a group with the largest score, the first of equals; -1 where a score is NaN, or all are -inf.
+template <class Scalar, class Keys, class Query>
+std::int64_t selected_token(const Keys& keys, const Query& last, Scalar scale) {
+  Scalar largest = -std::numeric_limits<Scalar>::infinity();
+  std::int64_t selected = -1;
+  for (std::int64_t j = 0; j < keys.rows(); ++j) {
+    const Scalar score = scale * keys.row(j).dot(last);
+    if (std::isnan(score)) return -1;
+    if (score > largest) largest = score, selected = j;
+  }
+  return selected;
+}
+
 /// Keys and values of the cores of every complete group. `core_k = sum_j w_j k_j` with
-/// `w = softmax_j(scale * q_last . k_j)`, and alike for the values; or the group's mean or maximum.
+/// `w = softmax_j(pooling_scale * scale * q_last . k_j)`, and alike for the values; or the group's mean or maximum, or the
+/// token of the largest weight.
 template <class Scalar, class Query, class Key, class Value>
 std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                                const options& options) {
   const partition partition = partition_of(options);
-  const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
+  const auto scale = static_cast<Scalar>(cca::detail::pooling_scale(options, key.dim()));
   const std::int64_t heads = cca::detail::core_head_count(options, query.heads(), key.heads());
   const std::int64_t groups = partition.group_count(key.length()),
                      sharing = query.heads() / (std::max<std::int64_t>)(heads, 1);
@@ -199,9 +213,16 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
             core_value(d) = v.col(d).template maxCoeff<Eigen::PropagateNaN>();
           continue;
         }
+        const vector<Scalar> last = queries.row(group.end - 1);
+        if (options.pool == pooling::select) {
+          const std::int64_t selected = selected_token(k, last, scale);
+          core_key.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+          core_value.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+          if (selected >= 0) core_key = k.row(selected), core_value = v.row(selected);
+          continue;
+        }
         vector<Scalar> weights = vector<Scalar>::Constant(group.size(), Scalar(1) / static_cast<Scalar>(group.size()));
-        if (options.pool == pooling::last_query)
-          weights = pooling_weights(k, queries.row(group.end - 1).transpose(), scale);
+        if (options.pool == pooling::last_query) weights = pooling_weights(k, last, scale);
         core_key = k.transpose() * weights;
         core_value = v.transpose() * weights;
       }
@@ -215,7 +236,7 @@ template <class Scalar, class Query, class Key>
 tensor<Scalar> core_biases(tensor_view<Query> query, tensor_view<Key> key, const options& options) {
   if (options.core_bias == core_bias::none) return {};
   const partition partition = partition_of(options);
-  const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
+  const auto scale = static_cast<Scalar>(cca::detail::pooling_scale(options, key.dim()));
   const std::int64_t heads = cca::detail::core_head_count(options, query.heads(), key.heads());
   tensor<Scalar> biases(key.batch(), heads, partition.group_count(key.length()), 1);
   for (std::int64_t b = 0; b < key.batch(); ++b)

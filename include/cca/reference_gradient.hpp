@@ -85,19 +85,28 @@ void add_to_biases(tensor<Scalar>& grad, std::int64_t heads, std::int64_t b, std
     *grad.view().row(b % grad.extent[0], h / (heads / grad.extent[1]), rows(i)) += ds(i);
 }
 
+/// The gradient of a selected token; where none is, the core is NaN and so are all gradients.
+template <class Core, class Gradient>
+void add_selected_gradient(std::int64_t selected, const Core& grad_core, Gradient&& grad) {
+  if (selected >= 0)
+    grad.row(selected) += grad_core;
+  else
+    grad.setConstant(std::numeric_limits<typename Core::Scalar>::quiet_NaN());
+}
+
 }  // namespace detail
 
 /// Of `pool`, and of `core_biases` where `grad_core_bias` has data, for the gradients of the first `grad_core_key.length()`
 /// cores. With `dc_k`, `dc_v` those of a core:
 /// `dw_j = dc_k . k_j + dc_v . v_j`, `dl_j = w_j (dw_j - sum_i w_i dw_i)`; `dk_j = w_j dc_k + scale dl_j q_last`,
 /// `dv_j = w_j dc_v`, `dq_last = scale sum_j dl_j k_j`, shared by the query heads whose mean `q_last` is. With `db` that of
-/// a bias, the entropy of the weights, `dl_j -= db w_j (l_j - sum_i w_i l_i)`.
+/// a bias, the entropy of the weights, `dl_j -= db w_j (l_j - sum_i w_i l_i)`. Of a selected token `dk = dc_k`, `dv = dc_v`.
 template <class Scalar, class Query, class Key, class Value, class CoreKey, class CoreValue>
 gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                                tensor_view<CoreKey> grad_core_key, tensor_view<CoreValue> grad_core_value,
                                const options& options, const lse_view<const Scalar>& grad_core_bias = {}) {
   const partition partition = partition_of(options);
-  const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, key.dim()));
+  const auto scale = static_cast<Scalar>(cca::detail::pooling_scale(options, key.dim()));
   const std::int64_t heads = grad_core_key.heads(), sharing = query.heads() / (std::max<std::int64_t>)(heads, 1);
   gradient<Scalar> grad{tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent), {}, {}};
   if (detail::have_lengths(query, key, value))
@@ -123,9 +132,14 @@ gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, t
           detail::add_max_gradient(v, dc_v, dv);
           continue;
         }
+        const vector<Scalar> last = queries.row(group.end - 1);
+        if (options.pool == pooling::select) {
+          detail::add_selected_gradient(selected_token(k, last, scale), dc_k, dk);
+          detail::add_selected_gradient(selected_token(k, last, scale), dc_v, dv);
+          continue;
+        }
         vector<Scalar> weights = vector<Scalar>::Constant(group.size(), Scalar(1) / static_cast<Scalar>(group.size()));
         if (options.pool == pooling::last_query) {
-          const vector<Scalar> last = queries.row(group.end - 1);
           weights = pooling_weights(k, last, scale);
           const vector<Scalar> dw = k * dc_k + v * dc_v;
           vector<Scalar> dl = weights.cwiseProduct((dw.array() - weights.dot(dw)).matrix());

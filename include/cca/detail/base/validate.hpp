@@ -72,6 +72,16 @@ void require_known(const char* name, const Option& option) {
   }
 }
 
+/// An option that this call would ignore.
+template <class Option>
+void require_unset(const options& options, Option cca::options::*option, const char* reason) {
+  if (options.*option == cca::options{}.*option) return;
+  for_each_option(options, [&](const char* name, const auto& value) {
+    if (static_cast<const void*>(&value) == static_cast<const void*>(&(options.*option)))
+      refuse("options." + text(name), option_text(value), option_text(cca::options{}.*option) + ": " + text(reason));
+  });
+}
+
 /// Options that make sense by themselves. `Element` is the operands' `product_type`: a scale beyond the numbers that it
 /// is computed in would turn every score into NaN.
 template <class Element>
@@ -93,20 +103,16 @@ void require_options(const options& options) {
   if (!(magnitude<double>(options.softmax_scale.value_or(0)) <= largest))
     refuse("options.softmax_scale", to_string<double>(*options.softmax_scale),
            "a finite number, at most " + to_string(largest));
-  if (options.core_bias != cca::core_bias::none && options.pool == pooling::max)
-    refuse("options.core_bias", option_text(options.core_bias), "none: the maximum has no weights");
+  if (options.core_bias != cca::core_bias::none && (options.pool == pooling::max || options.pool == pooling::select))
+    refuse("options.core_bias", option_text(options.core_bias), "none: the pooling has no weights");
+  if (options.pool != pooling::last_query)
+    require_unset(options, &options::pooling_scale, "of the poolings last_query alone has weights to sharpen");
+  if (!(0 <= options.pooling_scale &&
+        options.pooling_scale * magnitude<double>(options.softmax_scale.value_or(1)) <= largest))
+    refuse("options.pooling_scale", to_string(options.pooling_scale),
+           "at least 0 and, times the softmax's scale, at most " + to_string(largest));
   if (!(0 <= options.softcap && options.softcap <= static_cast<double>(largest_finite<T>)))
     refuse("options.softcap", to_string(options.softcap), "a finite number above 0, or 0 for none");
-}
-
-/// An option that this call would ignore.
-template <class Option>
-void require_unset(const options& options, Option cca::options::*option, const char* reason) {
-  if (options.*option == cca::options{}.*option) return;
-  for_each_option(options, [&](const char* name, const auto& value) {
-    if (static_cast<const void*>(&value) == static_cast<const void*>(&(options.*option)))
-      refuse("options." + text(name), option_text(value), option_text(cca::options{}.*option) + ": " + text(reason));
-  });
 }
 
 /// What only cores have a use for.
@@ -114,6 +120,7 @@ inline void require_no_pooling(const options& options, const char* reason) {
   require_unset(options, &options::pool, reason);
   require_unset(options, &options::core_heads, reason);
   require_unset(options, &options::core_bias, reason);
+  require_unset(options, &options::pooling_scale, reason);
 }
 
 /// What dense attention has no use for.

@@ -67,14 +67,28 @@ class group_rows {
 
   void clear() { fill(query, weights, T(0)); }
 
-  /// Calls `f(first row, keys, values, count)` for blocks of the rows `rows` of a head.
+  /// Calls `f(first row, keys, count)` for blocks of the rows `rows` of a head.
   template <class Key, class Value, class F>
-  void for_each_block(const context_rows<Key, Value>& head, range rows, const F& f) {
+  void for_each_key_block(const context_rows<Key, Value>& head, range rows, const F& f) {
     for (std::int64_t j = rows.begin; j < rows.end; j += row_block) {
       const std::int64_t count = smaller(row_block, rows.end - j);
-      f(j, stage(head.key + j * head.key_stride, head.key_stride, dim, count, staged_keys_),
-        stage(head.value + j * head.value_stride, head.value_stride, value_dim, count, staged_values_), count);
+      f(j, staged_keys(head, j, count), count);
     }
+  }
+
+  /// Calls `f(first row, keys, values, count)` for the same blocks.
+  template <class Key, class Value, class F>
+  void for_each_block(const context_rows<Key, Value>& head, range rows, const F& f) {
+    for_each_key_block(head, rows, [&](std::int64_t j, row_span<T> keys, std::int64_t count) {
+      f(j, keys, staged_values(head, j, count), count);
+    });
+  }
+
+  /// Makes row `i` of a head the core.
+  template <class Key, class Value>
+  void take(const context_rows<Key, Value>& head, std::int64_t i) {
+    copy_n(staged_keys(head, i, 1).row(0), dim, core.key);
+    copy_n(staged_values(head, i, 1).row(0), value_dim, core.value);
   }
 
   std::int64_t dim, value_dim;
@@ -86,6 +100,16 @@ class group_rows {
   T grad_bias = T(0);         ///< its gradient
 
  private:
+  template <class Key, class Value>
+  [[nodiscard]] row_span<T> staged_keys(const context_rows<Key, Value>& head, std::int64_t first, std::int64_t count) {
+    return stage(head.key + first * head.key_stride, head.key_stride, dim, count, staged_keys_);
+  }
+  template <class Key, class Value>
+  [[nodiscard]] row_span<T> staged_values(const context_rows<Key, Value>& head, std::int64_t first,
+                                          std::int64_t count) {
+    return stage(head.value + first * head.value_stride, head.value_stride, value_dim, count, staged_values_);
+  }
+
   T *staged_keys_, *staged_values_;
 };
 

@@ -10,13 +10,13 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-/// `w = softmax_j(scale * q . k_j)`, `core_k = sum_j w_j k_j`, `core_v = sum_j w_j v_j`, with the mean `q` of the queries of
-/// the group's last token. A group whose logits are all -inf has no core: NaN, not a token of zeros that later queries see.
+/// `w = softmax_j(scale * q . k_j)`, `core_k = sum_j w_j k_j`, `core_v = sum_j w_j v_j`, with the scale of `pooling_rule`
+/// and the mean `q` of the queries of the group's last token. A group whose logits are all -inf has no core: NaN, not a token of zeros that later queries see.
 /// Source: arXiv 2412.12465, section 3.1.
 template <class T>
 class last_query_pooling {
  public:
-  static constexpr bool uses_query = true, has_weights = true;
+  static constexpr bool has_weights = true;
 
   explicit last_query_pooling(group_rows<T>& group, int headroom = 0) : group_(group), headroom_(headroom) {}
 

@@ -11,7 +11,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 template <class T>
 class max_pooling {
  public:
-  static constexpr bool uses_query = false, has_weights = false;
+  static constexpr bool has_weights = false;
 
   explicit max_pooling(group_rows<T>& group, int = 0) : group_(group) {
     fill_n(group.core.key, group.dim, -infinity<T>);

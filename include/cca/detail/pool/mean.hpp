@@ -12,7 +12,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 template <class T>
 class mean_pooling {
  public:
-  static constexpr bool uses_query = false, has_weights = true;
+  static constexpr bool has_weights = true;
 
   explicit mean_pooling(group_rows<T>& group, int headroom = 0)
       : group_(group), weight_(detail::ldexp(T(1), -headroom)) {}

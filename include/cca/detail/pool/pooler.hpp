@@ -15,6 +15,7 @@
 #include "last_query.hpp"
 #include "max.hpp"
 #include "mean.hpp"
+#include "select.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
@@ -26,6 +27,8 @@ decltype(auto) with_pooling(pooling pool, const F& f) {
       return f.template operator()<mean_pooling<T>>();
     case pooling::max:
       return f.template operator()<max_pooling<T>>();
+    case pooling::select:
+      return f.template operator()<select_pooling<T>>();
     case pooling::last_query:
       break;
   }
@@ -84,6 +87,12 @@ void for_each_group(const pool_heads& heads, const Groups& groups, std::int64_t 
   });
 }
 
+/// The scores that weigh the tokens of a group.
+template <class T>
+score_rule<T> pooling_rule(const options& options, std::int64_t dim) {
+  return score_rule<T>{static_cast<T>(pooling_scale(options, dim))}.balanced();
+}
+
 /// The mean of the queries of a group's last token that share a core, times what scores want.
 template <class T, class Query>
 void load_mean_query(group_rows<T>& group, std::int64_t h, std::int64_t sharing, const Query& query) {
@@ -110,7 +119,7 @@ void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim
                  const options& options, const Absorb& absorb, const Query& query, const Core& core, const E& run,
                  const pool_memory<T>& memory) {
   const partition partition = partition_of(options);
-  const score_rule<T> rule = score_rule<T>{static_cast<T>(softmax_scale(options, dim))}.balanced();
+  const score_rule<T> rule = pooling_rule<T>(options, dim);
   const auto pool_group = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head, std::int64_t h,
                                              std::int64_t c) {
     const range tokens = partition.group(c);
@@ -121,7 +130,7 @@ void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim
     for (const int headroom : {0, most_headroom}) {
       group.clear();
       Pooling pooling(group, headroom);
-      if (Pooling::uses_query)
+      if (uses_query(options.pool))
         load_mean_query(group, h, heads.query_heads / heads.core_heads,
                         [&](std::int64_t q) { return query(b, q, tokens.end - 1); });
       absorb(pooling, b, kv_head, tokens);
@@ -174,7 +183,7 @@ void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_vi
                        tensor_view<const T, 3> grad_core_bias, tensor_view<T> grad_query, tensor_view<T> grad_key,
                        tensor_view<T> grad_value, const options& options, const E& run, const pool_memory<T>& memory) {
   const partition partition = partition_of(options);
-  const score_rule<T> rule = score_rule<T>{static_cast<T>(softmax_scale(options, key.dim()))}.balanced();
+  const score_rule<T> rule = pooling_rule<T>(options, key.dim());
   const pool_heads heads{{key.batch(), !key.has_lengths()}, query.heads(), key.heads(), grad_core_key.heads()};
   const auto differentiate = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head,
                                                 std::int64_t h, std::int64_t c) {
@@ -185,12 +194,12 @@ void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_vi
     copy_n(grad_core_key.row(b, h, c), key.dim(), group.grad_core.key);
     copy_n(grad_core_value.row(b, h, c), value.dim(), group.grad_core.value);
     if (grad_core_bias.data != nullptr) group.grad_bias = *grad_core_bias.row(b, h, c);
-    if (Pooling::uses_query)
+    if (uses_query(options.pool))
       load_mean_query(group, h, sharing, [&](std::int64_t q) { return query.row(b, q, tokens.end - 1); });
     Pooling(group).differentiate(
         rows_of(key, value, b, kv_head),
         {grad_key.row(b, kv_head, 0), grad_key.stride[2], grad_value.row(b, kv_head, 0), grad_value.stride[2]}, tokens);
-    for (std::int64_t q = h * sharing; Pooling::uses_query && q < (h + 1) * sharing; ++q)
+    for (std::int64_t q = h * sharing; uses_query(options.pool) && q < (h + 1) * sharing; ++q)
       add_scaled_row(group.grad_query, key.dim(), T(1) / static_cast<T>(sharing), grad_query.row(b, q, tokens.end - 1));
   };
   with_pooling<T>(options.pool, [&]<class Pooling>() {
