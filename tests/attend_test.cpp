@@ -60,8 +60,7 @@ void add(attention_rule<T>& rule, const sizes& s, const operands<T>& o, const fa
 template <class T>
 class Attend : public testing::Test {
  protected:
-  using shape = detail::tile_shape<T>;
-  static constexpr std::int64_t lanes = shape::lanes, block = shape::block, stack = shape::stack * lanes;
+  const std::int64_t lanes = tile<T>().lanes, block = tile<T>().block, stack = tile<T>().stack * lanes;
 };
 
 TYPED_TEST_SUITE(Attend, precisions);

@@ -39,8 +39,7 @@ testing::AssertionResult exact(entry entry, const sizes& s, const operands<T>& o
 template <class T>
 class Attention : public testing::Test {
  protected:
-  using shape = detail::tile_shape<T>;
-  static constexpr std::int64_t lanes = shape::lanes, block = shape::block, stack = shape::stack * lanes;
+  const std::int64_t lanes = tile<T>().lanes, block = tile<T>().block, stack = tile<T>().stack * lanes;
 };
 
 TYPED_TEST_SUITE(Attention, precisions);
@@ -375,49 +374,6 @@ TYPED_TEST(Attention, IsExactInAnyLayout) {
     add(rule, entry, s, o, options, random_layout(random), random_layout(random));
   }
   EXPECT_TRUE(rule.holds());
-}
-
-// --------------------------------------------------------------------------------------------------- element types
-
-/// The elements in another type.
-template <class To, class From>
-tensor<To> converted(const tensor<From>& from) {
-  tensor<To> to(from.view().extent);
-  for_each_row(from.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
-    std::transform(from.row(b, h, i), from.row(b, h, i) + from.view().dim(), to.row(b, h, i),
-                   [](From x) { return static_cast<To>(x); });
-  });
-  return to;
-}
-
-/// Operands of any types are as good as all of them in the type that is computed in, and the result is rounded once.
-template <class Query, class Key, class Value, class Out>
-void expect_conversion(std::int64_t length) {
-  using T = compute_type<Query, Key, Value>;
-  const sizes s{.heads = 4, .kv_heads = 2, .queries = length, .keys = length, .dim = 9, .value_dim = 13};
-  const options options{.group_size = 4, .window = 3};
-  random_engine random(16);
-  const operands<double> numbers = random_operands<double>(s, random);
-  const tensor<Query> query = converted<Query>(numbers.query);
-  const tensor<Key> key = converted<Key>(numbers.key);
-  const tensor<Value> value = converted<Value>(numbers.value);
-  tensor<Out> out({1, s.heads, s.queries, s.value_dim});
-  tensor<float, 3> lse({1, s.heads, s.queries});
-  attention(inputs{query.view(), key.view(), value.view()}, cca::results{out.view(), lse.view()}, options);
-
-  const operands<T> same{converted<T>(query), converted<T>(key), converted<T>(value)};
-  const results<T> expected = run(entry::attention, s, same, options);
-  EXPECT_TRUE(same_bits(out.view(), converted<Out>(expected.out).view()));
-  for (std::int64_t i = 0; i < s.queries; ++i)
-    EXPECT_TRUE(same_bits(*lse.row(0, 0, i), static_cast<float>(*expected.lse.row(0, 0, i))));
-}
-
-// Types that all compute in double, to compile the float kernel once less.
-TEST(AttentionOf, MixedElementTypes) {
-  for (const std::int64_t length : {detail::most_few_queries, std::int64_t{120}}) {
-    expect_conversion<float, double, float, float>(length);
-    expect_conversion<double, float, float, double>(length);
-  }
 }
 
 // ------------------------------------------------------------------------------------------------------- causality

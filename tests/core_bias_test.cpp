@@ -238,17 +238,16 @@ TEST(CoreBiasRefusals, WhereItHasNoMeaning) {
   options maximum = entropy, dense{.core_bias = core_bias::entropy}, pooling_alone = entropy;
   maximum.pool = pooling::max;
   pooling_alone.window = unlimited;
-  expect(refusal([&] { attention(in, to, maximum); }), "the maximum has no weights");
+  expect(refusal([&] { through::attention(in, to, maximum); }), "the maximum has no weights");
   expect(refusal([&] { kv_cache<float>({.heads = 2, .kv_heads = 1, .dim = 3}, maximum); }), "the maximum");
-  expect(refusal([&] { attention(in, to, dense); }), "nothing is pooled");
-  expect(refusal([&] {
-           attend(in, far_context<float>{in.key, in.value, seen.view()}, to, entropy);
-         }),
-         "the caller pools");
-  expect(refusal([&] { pool(in, cores{core_key.view(), core_value.view()}, pooling_alone); }), "attention adds it");
+  expect(refusal([&] { through::attention(in, to, dense); }), "nothing is pooled");
+  const far_context<float> context{in.key, in.value, seen.view()};
+  expect(refusal([&] { through::attend(in, context, to, entropy); }), "the caller pools");
+  const cores<float> cores{core_key.view(), core_value.view()};
+  expect(refusal([&] { through::pool(in, cores, pooling_alone); }), "attention adds it");
   options unknown = entropy;
   unknown.core_bias = static_cast<core_bias>(2);
-  const std::string text = refusal([&] { attention(in, to, unknown); });
+  const std::string text = refusal([&] { through::attention(in, to, unknown); });
   EXPECT_NE(text.find("options.core_bias: got 2, wants none or entropy"), std::string::npos) << text;
 }
 

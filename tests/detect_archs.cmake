@@ -1,28 +1,45 @@
-# Sets cca_test_archs to the instruction sets that the tests are built for.
+# Sets cca_test_archs to the instruction sets that tests of the headers are built for, and cca_dispatched to the
+# architectures of cca::dispatch that the tests that go through it are run for.
 
 set(CCA_TEST_ARCHS "" CACHE STRING "Instruction sets that the tests are built for; empty: all that this machine runs")
 set(cca_test_archs ${CCA_TEST_ARCHS})
 
+# As cca::dispatch calls them, the oldest first; and what it asks the processor for.
+set(cca_architecture_of_baseline sse2)
+set(cca_architecture_of_sse4.2 sse4_2)
+set(cca_architecture_of_avx2 avx2_fma)
+set(cca_architecture_of_avx512 avx512)
+set(cca_features_of_sse4.2 sse4.2 popcnt)
+set(cca_features_of_avx2 avx2 fma)
+set(cca_features_of_avx512 avx512f avx512cd avx512dq avx512bw avx512vl)
+set(cca_machine_archs baseline)
+if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(cca_architecture_of_baseline neon64)
+elseif(NOT CMAKE_CROSSCOMPILING)
+  include(CheckCXXSourceRuns)
+  foreach(arch sse4.2 avx2 avx512)
+    list(TRANSFORM cca_features_of_${arch} REPLACE "(.+)" "__builtin_cpu_supports(\"\\1\")" OUTPUT_VARIABLE questions)
+    list(JOIN questions " && " questions)
+    set(CMAKE_REQUIRED_FLAGS ${cca_flags_${arch}})
+    check_cxx_source_runs("int main() { return !(${questions}); }" cca_machine_runs_${arch})
+    unset(CMAKE_REQUIRED_FLAGS)
+    if(cca_machine_runs_${arch})
+      list(APPEND cca_machine_archs ${arch})
+    endif()
+  endforeach()
+endif()
+list(GET cca_machine_archs -1 cca_newest)
+set(cca_architecture_of_native ${cca_architecture_of_${cca_newest}})
+
+set(cca_dispatched)
+foreach(arch IN LISTS cca_test_archs)
+  list(APPEND cca_dispatched ${cca_architecture_of_${arch}})
+endforeach()
 if(NOT cca_test_archs)
-  set(cca_test_archs baseline)
-  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND NOT CMAKE_CROSSCOMPILING)
-    include(CheckCXXSourceRuns)
-    foreach(arch avx2 avx512)
-      set(CMAKE_REQUIRED_FLAGS ${cca_flags_${arch}})
-      check_cxx_source_runs(
-        "int main() {
-           bool runs = __builtin_cpu_supports(\"avx2\") && __builtin_cpu_supports(\"fma\");
-         #ifdef __AVX512F__
-           runs = runs && __builtin_cpu_supports(\"avx512f\") && __builtin_cpu_supports(\"avx512cd\")
-                  && __builtin_cpu_supports(\"avx512dq\") && __builtin_cpu_supports(\"avx512bw\")
-                  && __builtin_cpu_supports(\"avx512vl\");
-         #endif
-           return !runs;
-         }" cca_machine_runs_${arch})
-      if(cca_machine_runs_${arch})
-        list(APPEND cca_test_archs ${arch})
-      endif()
-    endforeach()
-  endif()
+  set(cca_test_archs ${cca_machine_archs})
+  list(REMOVE_ITEM cca_test_archs sse4.2)  # whose kernels are those of the baseline but for a few instructions
+  foreach(arch IN LISTS cca_machine_archs)
+    list(APPEND cca_dispatched ${cca_architecture_of_${arch}})
+  endforeach()
 endif()
 message(STATUS "cca: tests for ${cca_test_archs}")

@@ -1,7 +1,10 @@
 #pragma once
 
-// Every entry point as one kind of call: a test of robustness is written once for all of them, and the kernels are
-// compiled once, in entry_points.cpp, for all tests of an instruction set.
+// Every entry point as one kind of call: a test of robustness is written once for all of them.
+//
+// With CCA_TEST_THROUGH_DISPATCH the calls go to the kernels of cca::dispatch: the tests are compiled once, and run for each
+// of its architectures. Without, they are those of the headers, which are compiled once, in entry_points.cpp, for all tests
+// of an instruction set.
 
 #include <cstddef>
 #include <functional>
@@ -12,8 +15,21 @@
 #include <vector>
 
 #include "support.hpp"
+#include "tile_sizes.hpp"
+#if defined(CCA_TEST_THROUGH_DISPATCH)
+#include <cca/dispatch.hpp>
+#endif
 
 namespace cca::test {
+
+/// Where the functions of the library come from.
+namespace through {
+#if defined(CCA_TEST_THROUGH_DISPATCH)
+using namespace cca::dispatch;
+#else
+using namespace cca;
+#endif
+}  // namespace through
 
 enum class entry { dense, local, attention, attend, pool, merge };
 

@@ -17,7 +17,7 @@ TYPED_TEST_SUITE(ExecutorOf, passes);
 
 TYPED_TEST(ExecutorOf, ResultsAreTheSameForAny) {
   using T = typename TypeParam::element;
-  constexpr std::int64_t stack = TypeParam::stack;
+  const std::int64_t stack = TypeParam::stack();
   random_engine random(1);
   const auto all = executors();
   // One long head, many heads, and few queries over a context that is cut into parts.
@@ -66,7 +66,7 @@ TEST(Executor, IsAnyCallable) {
   argument_memory<float> serial = argument_memory<float>(p).randomize(random), parallel = serial;
   call(p, serial.arguments());
   const auto a = parallel.arguments();
-  pool(inputs_of(a), cores{a.results[0], a.results[1]}, p.options, threads);
+  through::pool(inputs_of(a), cores{a.results[0], a.results[1]}, p.options, threads);
   EXPECT_TRUE(same_bits(a.results, serial.arguments().results));
 }
 
@@ -106,7 +106,7 @@ TYPED_TEST(ExecutorOf, ASequenceAloneIsTheSameAsInABatch) {
   for (const entry entry : TypeParam::entries)
     for (const core_heads cores : all_core_heads)
       for (const auto& [heads, kv_heads] : std::array<std::pair<std::int64_t, std::int64_t>, 2>{{{3, 3}, {6, 2}}})
-        for (const std::int64_t length : {std::int64_t{1}, std::int64_t{3}, std::int64_t{6}, TypeParam::stack + 5}) {
+        for (const std::int64_t length : {std::int64_t{1}, std::int64_t{3}, std::int64_t{6}, TypeParam::stack() + 5}) {
           problem p = example(entry, {.batch = 3,
                                       .heads = heads,
                                       .kv_heads = kv_heads,

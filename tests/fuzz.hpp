@@ -356,7 +356,7 @@ inline void fuzz(const std::uint8_t* data, std::size_t size) {
       return fuzz_cache<float>(bytes);
     case 3:
       return fuzz_cache<double>(bytes);
-#if defined(CCA_FUZZ_UNITS)  // whose kernels are compiled for the newest instruction set alone
+#if defined(CCA_TEST_UNITS)  // whose kernels are compiled for the newest instruction set alone
     case 4:
       return fuzz_unit<Eigen::bfloat16>(bytes);
     case 5:

@@ -1,7 +1,6 @@
 #pragma once
 
-// The gradient of every entry point that has one, as one kind of call, like entry_points.hpp: the kernels are compiled
-// once, in gradient_entry_points.cpp, for all tests of an instruction set.
+// The gradient of every entry point that has one, as one kind of call, like entry_points.hpp.
 
 #include "entry_points.hpp"
 

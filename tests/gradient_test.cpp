@@ -189,9 +189,8 @@ testing::AssertionResult exact(const problem& p, random_engine& random) {
 template <class T>
 class Gradient : public testing::Test {
  protected:
-  using shape = detail::tile_shape<T>;
-  static constexpr std::int64_t lanes = shape::lanes, block = shape::gradient_block;
-  static constexpr std::int64_t stack = shape::gradient_stack * lanes;
+  const std::int64_t lanes = tile<T>().lanes, block = tile<T>().gradient_block;
+  const std::int64_t stack = tile<T>().gradient_stack * lanes;
 };
 
 TYPED_TEST_SUITE(Gradient, precisions);

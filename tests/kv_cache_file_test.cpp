@@ -80,35 +80,6 @@ TEST(KvCacheFile, ComesBackBitByBit) {
     }
 }
 
-/// A file of one type for tokens and cores says what it said before there could be two.
-TEST(KvCacheFile, SaysItsTypes) {
-  using detail::element_code;
-  EXPECT_EQ((element_code::of<float, float>()), (element_code{4, 24}));
-  EXPECT_EQ((element_code::of<double, double>()), (element_code{8, 53}));
-  EXPECT_EQ((element_code::of<Eigen::bfloat16, Eigen::bfloat16>()), (element_code{2, 8}));
-  const cache_setup setup = example_cache({.group_size = 3, .window = 4});
-  const std::string plain = content(setup.make()), mixed = content(setup.make<float, Eigen::bfloat16>());
-  const auto refusal = []<class Element, class Core>(const std::string& file) {
-    std::istringstream stream(file);
-    try {
-      (void)load<Element, Core>(stream);
-    } catch (const std::runtime_error& refused) {
-      return std::string(refused.what());
-    }
-    return std::string("nothing");
-  };
-  EXPECT_EQ((refusal.operator()<float, float>(plain)), "nothing");
-  EXPECT_EQ((refusal.operator()<float, Eigen::bfloat16>(mixed)), "nothing");
-  EXPECT_EQ(
-      (refusal.operator()<float, Eigen::half>(mixed)),
-      "cca: cache file: got elements of 4 bytes and 24 digits, cores of 2 bytes and 8 digits, wants elements of 4 "
-      "bytes and 24 digits, cores of 2 bytes and 11 digits");
-  for (const std::string& message :
-       {refusal.operator()<float, float>(mixed), refusal.operator()<float, Eigen::bfloat16>(plain),
-        refusal.operator()<Eigen::bfloat16, float>(mixed), refusal.operator()<double, double>(plain)})
-    EXPECT_EQ(message.find("cca: cache file: got elements of 4 bytes and 24 digits"), 0U) << message;
-}
-
 TEST(KvCacheFile, NothingBehindItIsRead) {
   const std::string one = content(example().cache), other = content(example({.group_size = 2, .window = 3}).cache);
   std::stringstream stream(one + other + "more");

@@ -7,6 +7,7 @@
 
 // After support.hpp, which has a say in how Eigen is compiled.
 #include <optional>
+#include <set>
 #include <stdexcept>
 
 namespace cca::test {
@@ -242,5 +243,22 @@ class cache_life {
   std::vector<known_sequence<T>> known_;
   Judge judge_;
 };
+
+/// A cache answers like attention over the whole sequence, however the sequence came to be.
+template <class T, class Core>
+void expect_answers_like_recomputation() {
+  // With the group size and the tokens beyond complete groups.
+  std::set<std::tuple<operation, std::int64_t, std::int64_t>> done;
+  for (std::uint64_t seed = 1; seed <= 320 && !testing::Test::HasFailure(); ++seed) {
+    random_engine random(seed);
+    attention_rule<T> rule;
+    const auto judge = [&](const auto&... answer) { rule.add(answer...); };
+    cache_life<T, Core, random_engine, decltype(judge)> life(random, "seed " + std::to_string(seed), judge);
+    life.live(40, [&](auto... step) { done.emplace(step...); });
+    EXPECT_TRUE(rule.holds());
+  }
+  EXPECT_EQ(std::ssize(done), operation_count * (1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9))
+      << "not every length mod group size";
+}
 
 }  // namespace cca::test

@@ -1,12 +1,12 @@
 #pragma once
 
-// The steps of a cache, compiled once, in kv_cache_steps.cpp, for all tests of an instruction set; and what the tests of
-// caches share.
+// The steps of a cache, like entry_points.hpp; and what the tests of caches share.
 
 #include "entry_points.hpp"
 
 // After support.hpp, which has a say in how Eigen is compiled.
 #include <cca/kv_cache_file.hpp>
+#include <optional>
 
 namespace cca::test {
 
@@ -19,17 +19,78 @@ struct token_views {
   [[nodiscard]] std::int64_t count() const { return query.length(); }
 };
 
-/// `cache.append` and `cache.attend`, for all sequences and for sequence `b`.
-template <class T, class Core>
-void append(kv_cache<T, Core>& cache, const token_views<T>& tokens, const any_executor& run = {});
-template <class T, class Core>
-void append(kv_cache<T, Core>& cache, std::int64_t b, const token_views<T>& tokens, const any_executor& run = {});
-template <class T, class Core>
-void attend(kv_cache<T, Core>& cache, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
-            const any_executor& run = {});
-template <class T, class Core>
-void attend(kv_cache<T, Core>& cache, std::int64_t b, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
-            const any_executor& run = {});
+#if defined(CCA_TEST_THROUGH_DISPATCH)
+/// Whose cores are of the type of its tokens.
+template <class T = float, class Core = T>
+requires std::is_same_v<T, Core>
+using kv_cache = dispatch::kv_cache<T>;
+#else
+template <class T = float, class Core = T>
+using kv_cache = cca::kv_cache<T, Core>;
+#endif
+
+template <class T, class Core = T>
+kv_cache<T, Core> load(std::istream& stream, matrix_unit unit = matrix_unit::none) {
+#if defined(CCA_TEST_THROUGH_DISPATCH)
+  return dispatch::load<T>(stream, unit);
+#else
+  return cca::load<T, Core>(stream, unit);
+#endif
+}
+
+/// `cache.append` and `cache.attend`, for sequence `b` or for all: compiled once, in kv_cache_steps.cpp and, where cores are
+/// of another type, in mixed_cache_steps.cpp.
+template <class Cache>
+struct cache_steps {
+  using T = typename Cache::element_type;
+
+  static void append(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
+                     const any_executor& run);
+  static void attend(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens, tensor_view<T> out,
+                     lse_view<T> lse, const any_executor& run);
+};
+
+template <class Cache>
+void cache_steps<Cache>::append(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
+                                const any_executor& run) {
+  b ? cache.append(*b, tokens.query, tokens.key, tokens.value, run)
+    : cache.append(tokens.query, tokens.key, tokens.value, run);
+}
+
+template <class Cache>
+void cache_steps<Cache>::attend(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
+                                tensor_view<T> out, lse_view<T> lse, const any_executor& run) {
+  const inputs<T> in{tokens.query, tokens.key, tokens.value, tokens.sinks, tokens.slopes};
+  const cca::results<T, T> to{out, lse};
+  b ? cache.attend(*b, in, to, run) : cache.attend(in, to, run);
+}
+
+extern template struct cache_steps<kv_cache<float>>;
+extern template struct cache_steps<kv_cache<double>>;
+#if !defined(CCA_TEST_THROUGH_DISPATCH)
+extern template struct cache_steps<kv_cache<float, Eigen::bfloat16>>;
+extern template struct cache_steps<kv_cache<float, Eigen::half>>;
+extern template struct cache_steps<kv_cache<double, float>>;
+#endif
+
+template <class Cache, class T>
+void append(Cache& cache, const token_views<T>& tokens, const any_executor& run = {}) {
+  cache_steps<Cache>::append(cache, {}, tokens, run);
+}
+template <class Cache, class T>
+void append(Cache& cache, std::int64_t b, const token_views<T>& tokens, const any_executor& run = {}) {
+  cache_steps<Cache>::append(cache, b, tokens, run);
+}
+template <class Cache, class T>
+void attend(Cache& cache, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
+            const any_executor& run = {}) {
+  cache_steps<Cache>::attend(cache, {}, tokens, out, lse, run);
+}
+template <class Cache, class T>
+void attend(Cache& cache, std::int64_t b, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
+            const any_executor& run = {}) {
+  cache_steps<Cache>::attend(cache, b, tokens, out, lse, run);
+}
 
 /// What a cache is made from.
 struct cache_setup {
@@ -123,14 +184,13 @@ sizes sizes_of(const token_views<T>& tokens) {
 }
 
 /// Results of a step in memory of their own.
-template <class T, class Core>
-results<T> attend(kv_cache<T, Core>& cache, const token_views<T>& tokens, const any_executor& run = {}) {
+template <class Cache, class T>
+results<T> attend(Cache& cache, const token_views<T>& tokens, const any_executor& run = {}) {
   return collect<T>(sizes_of(tokens),
                     [&](tensor_view<T> out, lse_view<T> lse) { attend(cache, tokens, out, lse, run); });
 }
-template <class T, class Core>
-results<T> attend(kv_cache<T, Core>& cache, std::int64_t b, const token_views<T>& tokens,
-                  const any_executor& run = {}) {
+template <class Cache, class T>
+results<T> attend(Cache& cache, std::int64_t b, const token_views<T>& tokens, const any_executor& run = {}) {
   return collect<T>(sizes_of(tokens),
                     [&](tensor_view<T> out, lse_view<T> lse) { attend(cache, b, tokens, out, lse, run); });
 }
@@ -147,8 +207,8 @@ results<T> sequence_of(const results<T>& all, std::int64_t b) {
 }
 
 /// All that a cache holds: equal for caches that answer alike from now on.
-template <class T, class Core>
-std::string content(const kv_cache<T, Core>& cache) {
+template <class Cache>
+std::string content(const Cache& cache) {
   std::ostringstream stream;
   save(cache, stream);
   return std::move(stream).str();

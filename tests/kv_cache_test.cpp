@@ -4,7 +4,6 @@
 #include "kv_cache_life.hpp"
 
 // After support.hpp, which has a say in how Eigen is compiled.
-#include <set>
 #include <stdexcept>
 
 namespace cca::test { namespace {
@@ -25,29 +24,12 @@ std::vector<any_executor> executors() {
 
 // ----------------------------------------------------------------------------------------------- random operations
 
-/// Elements and cores.
-using ElementTypes =
-    testing::Types<std::pair<float, float>, std::pair<double, double>, std::pair<float, Eigen::bfloat16>,
-                   std::pair<float, Eigen::half>, std::pair<double, float>>;
-template <class Types>
+template <class T>
 class KvCacheOf : public testing::Test {};
-TYPED_TEST_SUITE(KvCacheOf, ElementTypes);
+TYPED_TEST_SUITE(KvCacheOf, precisions);  // mixed_types_test.cpp has those whose cores are of another type
 
 TYPED_TEST(KvCacheOf, AnswersLikeRecomputationAfterAnyOperations) {
-  using T = typename TypeParam::first_type;
-  // With the group size and the tokens beyond complete groups.
-  std::set<std::tuple<operation, std::int64_t, std::int64_t>> done;
-  for (std::uint64_t seed = 1; seed <= 320 && !this->HasFailure(); ++seed) {
-    random_engine random(seed);
-    attention_rule<T> rule;
-    const auto judge = [&](const auto&... answer) { rule.add(answer...); };
-    cache_life<T, typename TypeParam::second_type, random_engine, decltype(judge)> life(
-        random, "seed " + std::to_string(seed), judge);
-    life.live(40, [&](auto... step) { done.emplace(step...); });
-    EXPECT_TRUE(rule.holds());
-  }
-  EXPECT_EQ(std::ssize(done), operation_count * (1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9))
-      << "not every length mod group size";
+  expect_answers_like_recomputation<TypeParam, TypeParam>();
 }
 
 // ---------------------------------------------------------------------------------------------------------- chunks

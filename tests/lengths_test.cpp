@@ -14,11 +14,10 @@ namespace cca::test { namespace {
 template <class Pass>
 class Lengths : public testing::Test {
  protected:
-  static constexpr std::int64_t lanes = Pass::lanes, stack = Pass::stack;
-
   /// Lengths at every edge: none, a part of a group, groups and a few tokens, tiles, stacks, and long.
   static std::vector<lengths> of(entry entry) {
     constexpr std::int64_t g = 3, few = detail::most_few_queries;
+    const std::int64_t lanes = Pass::lanes(), stack = Pass::stack();
     std::vector<lengths> all;
     for (const std::int64_t n : {std::int64_t{7}, std::int64_t{0}, std::int64_t{1}, g - 1, 5 * g + 3, few, few + 1,
                                  lanes - 1, lanes, lanes + 1, 2 * stack + 3, std::int64_t{1000}, std::int64_t{0}})

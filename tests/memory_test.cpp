@@ -68,21 +68,21 @@ class guarded_arguments {
 template <class Pass>
 std::vector<std::pair<std::int64_t, std::int64_t>> edges() {
   using T = typename Pass::element;
-  const std::int64_t greatest = Pass::lanes + 2;
+  const std::int64_t greatest = Pass::lanes() + 2;
   std::vector<std::pair<std::int64_t, std::int64_t>> all;
   for (std::int64_t length = 1; length <= greatest; ++length)
     for (const std::int64_t dim : {1, 6, 13}) all.emplace_back(length, dim);
-  for (const std::int64_t edge : {Pass::block, Pass::stack, 2 * Pass::stack})
+  for (const std::int64_t edge : {Pass::block(), Pass::stack(), 2 * Pass::stack()})
     for (std::int64_t length = edge - 1; length <= edge + 2; ++length) all.emplace_back(length, 5);
   for (std::int64_t dim = 1; dim <= greatest; ++dim)
     for (const std::int64_t length : {3, 6}) all.emplace_back(length, dim);
   // Pooling takes eight vectors of a row at a time.
-  for (std::int64_t dim = 8 * detail::width<T> - 1; dim <= 8 * detail::width<T> + 1; ++dim) all.emplace_back(6, dim);
+  for (std::int64_t dim = 8 * tile<T>().width - 1; dim <= 8 * tile<T>().width + 1; ++dim) all.emplace_back(6, dim);
   return all;
 }
 
 TYPED_TEST(Memory, NothingIsTouchedBesideTheArguments) {
-  const std::int64_t greatest = TypeParam::lanes + 2;
+  const std::int64_t greatest = TypeParam::lanes() + 2;
   const guarded_arguments<TypeParam> guarded;
   random_engine random(1);
   for (const auto& [length, dim] : edges<TypeParam>())
@@ -146,7 +146,7 @@ TYPED_TEST(Memory, TheWorkspaceIsAsLargeAsSaid) {
   const guarded_arguments<TypeParam> guarded;
   random_engine random(2);
   for (const entry entry : TypeParam::entries)
-    for (const std::int64_t length : {std::int64_t{1}, std::int64_t{4}, TypeParam::lanes + 1, 2 * TypeParam::stack + 1})
+    for (const std::int64_t length : {std::int64_t{1}, std::int64_t{4}, TypeParam::lanes() + 1, 2 * TypeParam::stack() + 1})
       for (const std::int64_t dim : {1, 16, 17}) {
         if (entry == entry::merge) continue;  // which needs none
         const problem p =
@@ -171,7 +171,7 @@ TYPED_TEST(Memory, TheWorkspaceIsAsLargeAsSaid) {
 TYPED_TEST(Memory, NothingIsAllocatedWhereThereIsAWorkspace) {
   random_engine random(3);
   for (const entry entry : TypeParam::entries)
-    for (const std::int64_t length : {std::int64_t{1}, TypeParam::stack + 3}) {
+    for (const std::int64_t length : {std::int64_t{1}, TypeParam::stack() + 3}) {
       const problem p = example(entry, {.heads = 2, .queries = length, .keys = length, .dim = 9, .value_dim = 5});
       typename TypeParam::memory memory(p);
       const auto a = memory.randomize(random).arguments();
@@ -190,7 +190,7 @@ TYPED_TEST(Memory, AnyLayoutIsReadAndWrittenWhereItsElementsAre) {
   random_engine random(4);
   for (const entry entry : TypeParam::entries)
     for (int i = 0; i < 60; ++i) {
-      const std::int64_t kv_heads = draw(random, 1, 2), keys = draw(random, 1, TypeParam::lanes + 9);
+      const std::int64_t kv_heads = draw(random, 1, 2), keys = draw(random, 1, TypeParam::lanes() + 9);
       const problem p = example(entry, {.batch = draw(random, 1, 3),
                                         .heads = kv_heads * draw(random, 1, 3),
                                         .kv_heads = kv_heads,
@@ -219,7 +219,7 @@ TYPED_TEST(Memory, NeighboursInALargerTensorDoNotMatter) {
   using T = typename TypeParam::element;
   random_engine random(5);
   for (const entry entry : TypeParam::entries)
-    for (const std::int64_t length : {std::int64_t{2}, TypeParam::lanes + 1}) {
+    for (const std::int64_t length : {std::int64_t{2}, TypeParam::lanes() + 1}) {
       const problem p =
           example(entry, {.batch = 2, .heads = 2, .queries = length, .keys = length, .dim = 7, .value_dim = 5});
       auto plain = called<TypeParam>(p, random);
@@ -304,9 +304,9 @@ TYPED_TEST(Memory, StridesMayExceed32Bits) {
 TYPED_TEST(Memory, PositionsMayExceed32Bits) {
   random_engine random(7);
   for (const entry entry : {entry::local, entry::attend})
-    for (const std::int64_t queries : {std::int64_t{2}, TypeParam::lanes + 3})
+    for (const std::int64_t queries : {std::int64_t{2}, TypeParam::lanes() + 3})
       for (const std::int64_t group_size : {1, 5}) {
-        problem p = example(entry, {.queries = queries, .keys = TypeParam::block + 7, .dim = 4, .value_dim = 4});
+        problem p = example(entry, {.queries = queries, .keys = TypeParam::block() + 7, .dim = 4, .value_dim = 4});
         const auto shift = [&](std::int64_t position) {
           p.options = {.group_size = group_size, .window = position + 11, .first_position = position};
         };

@@ -128,8 +128,10 @@ TYPED_TEST(Merge, WritesOverAPart) {
   const results<T> expected = merged(s, a, b);
   for (results<T>* in_place : {&a, &b}) {
     const results<T> untouched = *in_place;
-    merge(cca::results{a.out.view(), a.lse.view()}, cca::results{b.out.view(), b.lse.view()},
-          cca::results{in_place->out.view(), in_place->lse.view()});
+    call({.entry = entry::merge, .sizes = s},
+         arguments<T>{.operands = {a.out.view(), with_dim(a.lse.view()), b.out.view(), with_dim(b.lse.view())},
+                      .results = {in_place->out.view(), with_dim(in_place->lse.view())},
+                      .seen = {}});
     EXPECT_TRUE(same_bits(*in_place, expected));
     *in_place = untouched;
   }

@@ -11,11 +11,12 @@ template <class T>
 struct forward_pass {
   using element = T;
   using memory = argument_memory<T>;
-  using shape = detail::tile_shape<T>;
 
   static constexpr const auto& entries = all_entries;
-  static constexpr std::int64_t lanes = shape::lanes, block = shape::block;
-  static constexpr std::int64_t stack = shape::least_stack * lanes;  // of sequences as short as those of the tests
+  static std::int64_t lanes() { return tile<T>().lanes; }
+  static std::int64_t block() { return tile<T>().block; }
+  /// Of sequences as short as those of the tests.
+  static std::int64_t stack() { return tile<T>().least_stack * lanes(); }
 
   static void call(const problem& p, const arguments<T>& a, const any_executor& run = {},
                    std::span<std::byte> workspace = {}) {
@@ -30,11 +31,11 @@ template <class T>
 struct backward_pass {
   using element = T;
   using memory = gradient_memory<T>;
-  using shape = detail::tile_shape<T>;
 
   static constexpr const auto& entries = gradient_entries;
-  static constexpr std::int64_t lanes = shape::lanes, block = shape::gradient_block;
-  static constexpr std::int64_t stack = shape::gradient_stack * lanes;
+  static std::int64_t lanes() { return tile<T>().lanes; }
+  static std::int64_t block() { return tile<T>().gradient_block; }
+  static std::int64_t stack() { return tile<T>().gradient_stack * lanes(); }
 
   static void call(const problem& p, const arguments<T>& a, const any_executor& run = {},
                    std::span<std::byte> workspace = {}) {

@@ -120,8 +120,8 @@ std::vector<reference::tensor<Scalar>> exact_backward(const saved_call& c, const
 }
 
 /// A step of all sequences of a cache, or of sequence `b`; 16-bit tokens are answered in floats.
-template <class T, class Core>
-void step(kv_cache<T, Core>& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
+template <class Cache, class T>
+void step(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
           tensor_view<compute_type<T>> out, lse_view<compute_type<T>> lse) {
   if constexpr (sizeof(T) == 2)
     b ? cache.attend(*b, inputs{tokens.query, tokens.key, tokens.value}, cca::results{out, lse})

@@ -12,7 +12,7 @@ namespace cca::test { namespace {
 template <class T>
 class Score : public testing::Test {
  protected:
-  static constexpr std::int64_t lanes = detail::tile_shape<T>::lanes, block = detail::tile_shape<T>::block;
+  const std::int64_t lanes = tile<T>().lanes, block = tile<T>().block;
 };
 TYPED_TEST_SUITE(Score, precisions);
 

@@ -131,7 +131,7 @@ TYPED_TEST(ScratchOf, ARefusedWorkspaceSaysWhatTellsItsSize) {
 /// There is no more scratch memory than there are tasks, however many might run at once.
 TYPED_TEST(ScratchOf, WorkersAreNoMoreThanTasks) {
   for (const entry entry : TypeParam::entries)
-    for (const std::int64_t length : {std::int64_t{3}, TypeParam::lanes}) {
+    for (const std::int64_t length : {std::int64_t{3}, TypeParam::lanes()}) {
       const problem p = example(entry, {.queries = length, .keys = length, .dim = 4, .value_dim = 4});
       if (p.entry == entry::attend) continue;  // its far context is another task
       typename TypeParam::memory memory(p);

@@ -7,9 +7,8 @@ namespace cca::test { namespace {
 template <class T>
 class SpecialValues : public testing::Test {
  protected:
-  using shape = detail::tile_shape<T>;
-  static constexpr std::int64_t lanes = shape::lanes, block = shape::block;
-  static constexpr std::int64_t stack = shape::least_stack * lanes;  // of sequences as short as those here
+  const std::int64_t lanes = tile<T>().lanes, block = tile<T>().block;
+  const std::int64_t stack = tile<T>().least_stack * lanes;  // of sequences as short as those here
   static constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
 };
 

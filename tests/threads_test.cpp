@@ -126,10 +126,12 @@ TYPED_TEST(ThreadsOf, ExecutorsWithoutABoundAreLikeAnyOther) {
 
 // -------------------------------------------------------------------------------------------------------- failures
 
-/// A pool that takes `room` functions and then throws. They run on threads of their own: at once, or when told to.
+/// A pool that takes `room` functions and then throws. They run on threads of their own: at once, or when told to. At once,
+/// it waits until each has begun a call, where `begun` counts them, and otherwise for a while.
 class failing_pool {
  public:
-  failing_pool(std::size_t room, bool at_once) : room_(room), at_once_(at_once) {}
+  failing_pool(std::size_t room, bool at_once, const std::atomic<int>* begun = nullptr)
+      : room_(room), at_once_(at_once), begun_(begun) {}
 
   [[nodiscard]] static int NumThreads() { return 4; }
   void Schedule(std::function<void()> f) {
@@ -146,11 +148,13 @@ class failing_pool {
  private:
   void run_last() {
     threads_.emplace_back(taken_.back());
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    for (int i = 0; i < 10000 && (begun_ == nullptr ? i < 5 : *begun_ < std::ssize(taken_)); ++i)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
 
   std::size_t room_;
   bool at_once_;
+  const std::atomic<int>* begun_;
   std::vector<std::function<void()>> taken_;
   std::vector<std::jthread> threads_;
 };
@@ -174,7 +178,7 @@ TEST(Threads, APoolThatFailsToScheduleLeavesNoHelperBehind) {
   for (const std::size_t room : {0U, 1U, 2U})
     for (const bool at_once : {false, true}) {
       watched_call call;
-      failing_pool pool(room, at_once);
+      failing_pool pool(room, at_once, &call.begun);
       std::string message;
       try {
         thread_pool_executor{pool}(100, std::ref(call));
