@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Puts each of the bugs of mutations.toml into a copy of the library and shows that a test fails.
 
-    python3 tests/mutate.py [--jobs N] [--arch native] [--only TEXT] [--first N] [--work DIRECTORY]
+    python3 tests/tools/mutate.py [--jobs N] [--arch native] [--only TEXT] [--first N] [--work DIRECTORY]
 
 Takes the tests that a bug names one after the other, until one fails to pass. Ends with the bugs that none caught.
 """
@@ -17,7 +17,7 @@ import time
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def copy_changed(original, copy):

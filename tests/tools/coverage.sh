@@ -3,7 +3,7 @@
 # reach; the lines that they do not reach are listed. Fails below 95 % of lines. cca::dispatch, which forwards to what is
 # counted, is not in it.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 cmake/install_packages.sh python3-venv
 find build/coverage -name '*.gcda' -delete 2>/dev/null || true

@@ -2,7 +2,7 @@
 """Gradients of CCA attention against PyTorch's autograd of the same mathematics, written naively.
 
     pip install torch numpy
-    python tests/torch_gradient.py build/release/tests/gradient_run
+    python tests/tools/torch_gradient.py build/release/tests/gradient_run
 
 The output, the log-sum-exp and the gradients of query, key and value, for random operands and random gradients of both
 results. The truth is autograd in double; the error (root of the mean square) may be twice that of autograd in float,

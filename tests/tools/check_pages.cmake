@@ -2,7 +2,7 @@
 
 cmake_minimum_required(VERSION 3.25)
 
-set(root ${CMAKE_CURRENT_LIST_DIR}/..)
+set(root ${CMAKE_CURRENT_LIST_DIR}/../..)
 if(DEFINED CMAKE_ARGV3)
   set(root ${CMAKE_ARGV3})
 endif()

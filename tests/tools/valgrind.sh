@@ -3,7 +3,7 @@
 # what was never written, which sanitizers do not see. For AVX2, since Valgrind knows no AVX-512. Takes a quarter of an hour;
 # ends with the number of programs that passed and failed.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 cmake/install_packages.sh valgrind
 build=build/valgrind

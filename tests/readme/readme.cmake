@@ -2,7 +2,7 @@
 # letter, and its picture of the partition is what examples/partition.cpp prints. Each other C++ block is a statement of
 # readme_test.cpp, which runs them all; what it prints then is in readme_test.output. A block of "c++" quotes a header.
 
-include(code_blocks.cmake)
+include(tools/code_blocks.cmake)
 set(pages ${PROJECT_SOURCE_DIR}/cmake/docs)
 
 cca_code_blocks(${PROJECT_SOURCE_DIR}/README.md text picture)
@@ -32,12 +32,12 @@ foreach(page IN ITEMS ${PROJECT_SOURCE_DIR}/README.md ${pages}/threads.md ${page
   set(first 0)
 endforeach()
 
-configure_file(readme_test.cpp.in readme_test.cpp @ONLY)
+configure_file(readme/readme_test.cpp.in readme_test.cpp @ONLY)
 cca_add_program(readme_test native ${CMAKE_CURRENT_BINARY_DIR}/readme_test.cpp)
 target_link_libraries(readme_test PRIVATE $<TARGET_NAME_IF_EXISTS:OpenMP::OpenMP_CXX>)
 add_test(NAME readme COMMAND ${CMAKE_COMMAND} -D PROGRAM=$<TARGET_FILE:readme_test>
-                             -D GOLDEN=${CMAKE_CURRENT_SOURCE_DIR}/readme_test.output
-                             -P ${CMAKE_CURRENT_SOURCE_DIR}/golden.cmake)
+                             -D GOLDEN=${CMAKE_CURRENT_SOURCE_DIR}/readme/readme_test.output
+                             -P ${CMAKE_CURRENT_SOURCE_DIR}/tools/golden.cmake)
 
 # The lines of the kernel that its page explains.
 set(tile ${PROJECT_SOURCE_DIR}/include/cca/detail/engine/query_tile.hpp)

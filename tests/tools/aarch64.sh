@@ -2,7 +2,7 @@
 # aarch64.sh [program...]: builds programs of tests for aarch64 with the distribution's cross compiler and runs them in an
 # emulator; without names a choice that covers the kernels and takes minutes. Ends with CTest's count.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 cmake/install_packages.sh g++-aarch64-linux-gnu googletest qemu-user
 

@@ -103,7 +103,7 @@ if [[ $amount == all ]]; then
           '-fassociative-math -fno-signed-zeros -fno-trapping-math' -fcx-limited-range -fsingle-precision-constant)
 fi
 for compiler in "$@"; do
-  with=("$compiler" -isystem /usr/include/eigen3 -isystem /usr/local/include/eigen3 -I"$here/../include")
+  with=("$compiler" -isystem /usr/include/eigen3 -isystem /usr/local/include/eigen3 -I"$here/../../include")
   "${with[@]}" -std=gnu++20 -fsyntax-only "$work/behind.cpp" 2> "$work/said" || fault "$compiler, behind macros"
   asked=(-Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wold-style-cast)
   "$compiler" --version | grep -q clang || asked+=(-Wuseless-cast)

@@ -2,7 +2,7 @@
 """Attention of layers of models, by cca and by transformers' eager attention.
 
     pip install torch numpy transformers
-    python tests/transformers_layers.py build/release/tests/gradient_run
+    python tests/tools/transformers_layers.py build/release/tests/gradient_run
 
 Layers of gpt-oss and Gemma 2, made from transformers' own configuration with random weights, run over random hidden
 states. What reaches eager attention (query, key, value, mask, sinks) and what it answers is taken down; cca gets the same

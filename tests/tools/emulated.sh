@@ -3,7 +3,7 @@
 # AVX, FMA or the operating system's support for them: it has to run there, and to choose the newest kernels that do.
 # Emulators know no AVX-512. Takes minutes; ends with the number of runs that passed and failed.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 cmake/install_packages.sh qemu-user
 

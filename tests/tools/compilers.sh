@@ -4,7 +4,7 @@
 # and with those in the folders named; EIGEN_INCLUDE names another Eigen. Installs the compilers that the distribution has
 # (g++ 12 is the newest of Debian 12), except with CCA_INSTALL=no. It takes minutes; ends with what failed.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 if [[ ${CCA_INSTALL:-yes} == yes ]]; then
   cmake/install_packages.sh clang-14 clang-16 clang-19 libc++-19-dev libc++abi-19-dev

@@ -11,7 +11,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 amount=${1:-quick} compiler=${2:-g++}
-common=(-std=c++20 -I"$here/../include" -I"$here/flags")
+common=(-std=c++20 -I"$here/../../include" -I"$here/../flags")
 for folder in ${3:-} /usr/include/eigen3 /usr/local/include/eigen3; do common+=(-isystem "$folder"); done
 target=$("$compiler" -dumpmachine)
 
@@ -57,7 +57,7 @@ done | sort -u >"$scratch/features"
 grep -vE '^(GCC_|FP_FAST|L?(FLT|DBL)[0-9]*_|SIZEOF|BIGGEST|LONG_DOUBLE|ILP32|ANDROID|.*[a-z]{3})' "$scratch/features" |
   grep -vP "^($unasked)_*\$" >"$scratch/asked" || true
 while read -r feature; do
-  grep -qw "__$feature" "$here/../include/cca/detail/base/target.hpp" || fault "__$feature is unknown to target.hpp"
+  grep -qw "__$feature" "$here/../../include/cca/detail/base/target.hpp" || fault "__$feature is unknown to target.hpp"
 done <"$scratch/asked"
 echo "$(wc -l <"$scratch/asked") features of $compiler"
 
@@ -112,7 +112,7 @@ fi
 for level in "${levels[@]}"; do
   for set in "${sets[@]}"; do
     # shellcheck disable=SC2086
-    compile $level $set "${part[@]}" -DUNIT=older_unit -c "$here/flags/unit.cpp" -o "$scratch/unit.o" || {
+    compile $level $set "${part[@]}" -DUNIT=older_unit -c "$here/../flags/unit.cpp" -o "$scratch/unit.o" || {
       fault "$level $set does not compile"
       continue
     }
@@ -141,12 +141,12 @@ run() {
   shift 2
   for feature in "$@"; do condition+=" && __builtin_cpu_supports(\"$feature\")"; done
   # shellcheck disable=SC2086
-  compile $older -c "$here/flags/main.cpp" "-DNEWER_RUNS=$condition" -o "$scratch/main.o"
+  compile $older -c "$here/../flags/main.cpp" "-DNEWER_RUNS=$condition" -o "$scratch/main.o"
   for level in -O0 "${linked[@]}"; do
     # shellcheck disable=SC2086
-    compile $level $older "${part[@]}" -DUNIT=older_unit -c "$here/flags/unit.cpp" -o "$scratch/older.o"
+    compile $level $older "${part[@]}" -DUNIT=older_unit -c "$here/../flags/unit.cpp" -o "$scratch/older.o"
     # shellcheck disable=SC2086
-    compile $level $newer "${part[@]}" -DUNIT=newer_unit -c "$here/flags/unit.cpp" -o "$scratch/newer.o"
+    compile $level $newer "${part[@]}" -DUNIT=newer_unit -c "$here/../flags/unit.cpp" -o "$scratch/newer.o"
     for order in "newer older" "older newer"; do
       # shellcheck disable=SC2086
       (cd "$scratch" && "$compiler" $level main.o ${order// /.o }.o -o program)
