@@ -12,7 +12,7 @@ from pathlib import Path
 
 INTRODUCTION = """# From invariant to test {{#invariants}}
 
-The tests hold {invariants} invariants, and {bugs} small bugs are known that each break one. `tests/mutate.py` plants one bug
+The tests hold {invariants} invariants, and {bugs} small bugs are known that each break one. `tests/tools/mutate.py` plants one bug
 after the other, and shows that a test fails. A row names the headers that hold the bugs, and the tests that are asked in
 turn until one fails.
 

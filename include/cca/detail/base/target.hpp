@@ -9,7 +9,7 @@
 // instructions, or a plugin another version's code.
 //
 // Instructions that no compiler makes of code like ours have no word here: encryption, tiles, hints about caches and the
-// like. tests/flags.sh goes through all that a compiler knows.
+// like. tests/tools/flags.sh goes through all that a compiler knows.
 
 // The word where the macro is defined as 1, otherwise nothing.
 #define CCA_WORD(macro, word) CCA_WORD_OF(macro, word)

@@ -1,0 +1,217 @@
+#pragma once
+
+// The steps of a cache, like entry_points.hpp; and what the tests of caches share.
+
+#include "entry_points.hpp"
+
+// After support.hpp, which has a say in how Eigen is compiled.
+#include <cca/kv_cache_file.hpp>
+#include <optional>
+
+namespace cca::test {
+
+/// Tokens, `[batch, heads, count, dim]` each.
+template <class T>
+struct token_views {
+  tensor_view<const T> query, key, value;
+  lse_view<const T> sinks{}, slopes{};
+
+  [[nodiscard]] std::int64_t count() const { return query.length(); }
+};
+
+#if defined(CCA_TEST_THROUGH_DISPATCH)
+/// Whose cores are of the type of its tokens.
+template <class T = float, class Core = T>
+requires std::is_same_v<T, Core>
+using kv_cache = dispatch::kv_cache<T>;
+#else
+template <class T = float, class Core = T>
+using kv_cache = cca::kv_cache<T, Core>;
+#endif
+
+template <class T, class Core = T>
+kv_cache<T, Core> load(std::istream& stream, matrix_unit unit = matrix_unit::none) {
+#if defined(CCA_TEST_THROUGH_DISPATCH)
+  return dispatch::load<T>(stream, unit);
+#else
+  return cca::load<T, Core>(stream, unit);
+#endif
+}
+
+/// `cache.append` and `cache.attend`, for sequence `b` or for all: compiled once, in kv_cache_steps.cpp and, where cores are
+/// of another type, in mixed_cache_steps.cpp.
+template <class Cache>
+struct cache_steps {
+  using T = typename Cache::element_type;
+
+  static void append(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
+                     const any_executor& run);
+  static void attend(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens, tensor_view<T> out,
+                     lse_view<T> lse, const any_executor& run);
+};
+
+template <class Cache>
+void cache_steps<Cache>::append(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
+                                const any_executor& run) {
+  b ? cache.append(*b, tokens.query, tokens.key, tokens.value, run)
+    : cache.append(tokens.query, tokens.key, tokens.value, run);
+}
+
+template <class Cache>
+void cache_steps<Cache>::attend(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
+                                tensor_view<T> out, lse_view<T> lse, const any_executor& run) {
+  const inputs<T> in{tokens.query, tokens.key, tokens.value, tokens.sinks, tokens.slopes};
+  const cca::results<T, T> to{out, lse};
+  b ? cache.attend(*b, in, to, run) : cache.attend(in, to, run);
+}
+
+extern template struct cache_steps<kv_cache<float>>;
+extern template struct cache_steps<kv_cache<double>>;
+#if !defined(CCA_TEST_THROUGH_DISPATCH)
+extern template struct cache_steps<kv_cache<float, Eigen::bfloat16>>;
+extern template struct cache_steps<kv_cache<float, Eigen::half>>;
+extern template struct cache_steps<kv_cache<double, float>>;
+#endif
+
+template <class Cache, class T>
+void append(Cache& cache, const token_views<T>& tokens, const any_executor& run = {}) {
+  cache_steps<Cache>::append(cache, {}, tokens, run);
+}
+template <class Cache, class T>
+void append(Cache& cache, std::int64_t b, const token_views<T>& tokens, const any_executor& run = {}) {
+  cache_steps<Cache>::append(cache, b, tokens, run);
+}
+template <class Cache, class T>
+void attend(Cache& cache, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
+            const any_executor& run = {}) {
+  cache_steps<Cache>::attend(cache, {}, tokens, out, lse, run);
+}
+template <class Cache, class T>
+void attend(Cache& cache, std::int64_t b, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
+            const any_executor& run = {}) {
+  cache_steps<Cache>::attend(cache, b, tokens, out, lse, run);
+}
+
+/// What a cache is made from.
+struct cache_setup {
+  cache_shape shape{};
+  cca::options options{};
+
+  template <class T = float, class Core = T>
+  [[nodiscard]] kv_cache<T, Core> make() const {
+    return {shape, options};
+  }
+
+  [[nodiscard]] std::int64_t value_dim() const { return shape.value_dim > 0 ? shape.value_dim : shape.dim; }
+
+  /// Raw entries that a sequence of any length needs; with an unlimited window there is no such number.
+  [[nodiscard]] std::int64_t raw_limit() const {
+    return options.window == unlimited ? unlimited : options.window + options.group_size + 2 * shape.rewind;
+  }
+
+  /// Extents of `count` tokens of each sequence, or of one.
+  [[nodiscard]] sizes step(std::int64_t batch, std::int64_t count) const {
+    return {.batch = batch,
+            .heads = shape.heads,
+            .kv_heads = shape.kv_heads,
+            .queries = count,
+            .keys = count,
+            .dim = shape.dim,
+            .value_dim = value_dim()};
+  }
+};
+
+inline std::string describe(const cache_setup& s) {
+  return describe(s.step(s.shape.batch, 0)) + ", " + describe(s.options) + ", capacity " +
+         std::to_string(s.shape.capacity) + ", rewind " + std::to_string(s.shape.rewind);
+}
+
+/// The tokens `part` of a view's.
+template <class T, std::size_t Rank>
+tensor_view<T, Rank> tokens_of(tensor_view<T, Rank> view, range part) {
+  view.data += part.begin * view.stride[2];
+  view.extent[2] = part.size();
+  return view;
+}
+
+/// Sequence `b` of a view's.
+template <class T, std::size_t Rank>
+tensor_view<T, Rank> sequence_of(tensor_view<T, Rank> view, std::int64_t b) {
+  view.data += b * view.stride[0];
+  view.extent[0] = 1;
+  return view;
+}
+
+/// `count` random tokens of each of `batch` sequences.
+template <class T = float>
+operands<T> random_tokens(const cache_setup& setup, std::int64_t batch, std::int64_t count, random_engine& random) {
+  return random_operands<T>(setup.step(batch, count), random);
+}
+
+/// A setup in which nothing is left to symmetry: heads share keys, and dims differ.
+inline cache_setup example_cache(const options& options, cache_shape shape = {}) {
+  shape.heads = 4;
+  shape.kv_heads = 2;
+  shape.dim = 5;
+  shape.value_dim = 3;
+  return {shape, options};
+}
+
+template <class T>
+token_views<T> views_of(const operands<T>& all) {
+  return {all.query.view(), all.key.view(), all.value.view()};
+}
+
+template <class T>
+token_views<T> tokens_of(const operands<T>& all, range part) {
+  return {tokens_of(all.query.view(), part), tokens_of(all.key.view(), part), tokens_of(all.value.view(), part)};
+}
+
+template <class T>
+token_views<T> sequence_of(const token_views<T>& all, std::int64_t b) {
+  return {sequence_of(all.query, b), sequence_of(all.key, b), sequence_of(all.value, b)};
+}
+
+template <class T>
+sizes sizes_of(const token_views<T>& tokens) {
+  return {.batch = tokens.query.batch(),
+          .heads = tokens.query.heads(),
+          .kv_heads = tokens.key.heads(),
+          .queries = tokens.count(),
+          .keys = tokens.count(),
+          .dim = tokens.query.dim(),
+          .value_dim = tokens.value.dim()};
+}
+
+/// Results of a step in memory of their own.
+template <class Cache, class T>
+results<T> attend(Cache& cache, const token_views<T>& tokens, const any_executor& run = {}) {
+  return collect<T>(sizes_of(tokens),
+                    [&](tensor_view<T> out, lse_view<T> lse) { attend(cache, tokens, out, lse, run); });
+}
+template <class Cache, class T>
+results<T> attend(Cache& cache, std::int64_t b, const token_views<T>& tokens, const any_executor& run = {}) {
+  return collect<T>(sizes_of(tokens),
+                    [&](tensor_view<T> out, lse_view<T> lse) { attend(cache, b, tokens, out, lse, run); });
+}
+
+/// Those of sequence `b` alone.
+template <class T>
+results<T> sequence_of(const results<T>& all, std::int64_t b) {
+  const auto out = sequence_of(all.out.view(), b);
+  const auto lse = sequence_of(all.lse.view(), b);
+  results<T> one{tensor<T>(out.extent), tensor<T, 3>(lse.extent)};
+  copy<T>(out, one.out.view());
+  copy<T>(with_dim(lse), with_dim(one.lse.view()));
+  return one;
+}
+
+/// All that a cache holds: equal for caches that answer alike from now on.
+template <class Cache>
+std::string content(const Cache& cache) {
+  std::ostringstream stream;
+  save(cache, stream);
+  return std::move(stream).str();
+}
+
+}  // namespace cca::test

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# tidy.sh [flag...]: clang-tidy with the checks of .clang-tidy over every public header as one translation unit, and
+# over what a caller of the whole library instantiates; flags are the compiler's. The checks are those of version 14, which
+# is preferred. Fails when there is a finding.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+command -v clang-tidy-14 clang-tidy >/dev/null || cmake/install_packages.sh clang-tidy
+tidy=$(command -v clang-tidy-14 clang-tidy | head -n 1)
+flags=(-std=c++20 -Iinclude -Itests/flags -DUNIT=older_unit)
+for folder in /usr/include/eigen3 /usr/local/include/eigen3; do [[ -d $folder ]] && flags+=(-isystem "$folder"); done
+[[ $(uname -m) == x86_64 ]] && flags+=(-march=x86-64-v3)
+
+unit=$(mktemp --suffix=.cpp)
+trap 'rm -f "$unit"' EXIT
+for header in include/cca/*.hpp; do echo "#include <cca/${header##*/}>"; done >"$unit"
+
+"$tidy" --quiet --config-file=.clang-tidy "$unit" tests/flags/unit.cpp -- "${flags[@]}" "$@"
