@@ -11,6 +11,7 @@ std::size_t allocated_bytes();
 void add_decode_cases();
 void add_gradient_cases();
 void add_packed_cases();
+void add_score_cases();
 void add_unit_cases();
 
 }  // namespace bench

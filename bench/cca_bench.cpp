@@ -277,6 +277,7 @@ int main(int argc, char** argv) {
   bench::add_decode_cases();
   bench::add_gradient_cases();
   bench::add_packed_cases();
+  bench::add_score_cases();
   bench::add_unit_cases();
   benchmark::RunSpecifiedBenchmarks();
 }

@@ -20,7 +20,7 @@ endif()
 
 set(snippets "")
 set(first 1)  # behind the quickstart
-foreach(page IN ITEMS ${PROJECT_SOURCE_DIR}/README.md ${pages}/threads.md ${pages}/decoding.md ${pages}/matrix_units.md)
+foreach(page IN ITEMS ${PROJECT_SOURCE_DIR}/README.md ${pages}/threads.md ${pages}/decoding.md ${pages}/matrix_units.md ${pages}/models.md)
   cca_code_blocks(${page} cpp block)
   if(block_count LESS_EQUAL first)
     message(FATAL_ERROR "${page} has no snippet that could be compiled")
