@@ -54,7 +54,7 @@ def main():
         text = page(tomllib.loads(mutations.read_text(encoding="utf-8"))["mutation"],
                     {str(path.relative_to(include)): path.read_text(encoding="utf-8") for path in include.rglob("*.hpp")},
                     {path.stem for path in (root / "tests").rglob("*_test.cpp")} |
-                    {path.name for path in (root / "tests").glob("*.sh")})
+                    {path.name for path in (root / "tests").rglob("*.sh")})
     except ValueError as error:
         sys.exit(f"{mutations}: {error}")
     if len(sys.argv) > 3:

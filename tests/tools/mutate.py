@@ -49,7 +49,7 @@ def prepare(work, arch):
 def passes(build, test, arch, jobs):
     """Whether the test builds and passes. A static_assert is a test, too; what else does not compile ends the program."""
     if test.endswith(".sh"):
-        script = build.parent / "source" / "tests" / test
+        script = build.parent / "source" / "tests" / "tools" / test
         run = subprocess.run([script, "quick", os.environ.get("CXX", "c++")], capture_output=True, text=True)
         if "does not compile" in run.stdout:
             sys.exit(f"{test}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <type_traits>
 
 #include "../cache_shape.hpp"
@@ -18,8 +19,17 @@ plain::view<T, Rank> to_plain(const tensor_view<T, Rank>& view) {
   return {view.data, view.extent, view.stride, view.begins, view.ends};
 }
 
+/// How many options there are.
+constexpr std::size_t option_count() {
+  std::size_t count = 0;
+  const options options;
+  for_each_option(options, [&](const char*, const auto&) { ++count; });
+  return count;
+}
+
 inline plain::options to_plain(const options& options) {
   plain::options to{};
+  static_assert(option_count() <= std::size(decltype(to.all){}), "an option more than plain::options has places");
   plain::option* place = to.all;
   for_each_option(options, [&](const char*, const auto& option) {
     const option_code code = encode_option(option);
