@@ -15,7 +15,8 @@ set(order
     detail/simd/arch.hpp detail/simd/simd.hpp detail/simd/convert.hpp detail/simd/transpose.hpp detail/context/row_span.hpp
     detail/simd/dot.hpp detail/simd/register_block.hpp
     # Who sees which rows, and which task does what.
-    detail/context/source.hpp detail/context/visible.hpp detail/context/row_store.hpp detail/context/tasks.hpp
+    detail/context/source.hpp detail/context/sources.hpp detail/context/visible.hpp detail/context/row_store.hpp
+    detail/context/tasks.hpp
     # From scores to weights.
     detail/softmax/row_softmax.hpp detail/softmax/score_shift.hpp detail/softmax/score_rule.hpp detail/softmax/lane_softmax.hpp
     # What multiplies.
@@ -23,12 +24,13 @@ set(order
     detail/product/multiply_pairs.hpp detail/product/pairs.hpp detail/product/staged_rows.hpp
     detail/product/sixteen_bits.hpp detail/product/list.hpp
     # From groups to cores.
-    detail/pool/group_rows.hpp detail/pool/last_query.hpp detail/pool/max.hpp detail/pool/mean.hpp detail/pool/pooler.hpp
+    detail/pool/group_rows.hpp detail/pool/last_query.hpp detail/pool/max.hpp detail/pool/mean.hpp detail/pool/select.hpp
+    detail/pool/pooler.hpp
     # The kernels of queries, and the engines around them.
     detail/engine/query_tile.hpp detail/engine/stack.hpp detail/engine/few_queries.hpp detail/engine/forward.hpp
     detail/engine/gradient_tile.hpp detail/engine/backward.hpp detail/engine/bias_sums.hpp
     # What users call.
-    pooling.hpp attention.hpp merge.hpp gradient.hpp cache_shape.hpp
+    pooling.hpp detail/engine/plan.hpp attention.hpp merge.hpp gradient.hpp cache_shape.hpp
     detail/context/cached_sequences.hpp kv_cache.hpp kv_cache_file.hpp
     # The textbook and the whole.
     reference.hpp reference_gradient.hpp cca.hpp
