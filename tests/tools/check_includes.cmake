@@ -30,7 +30,7 @@ set(order
     detail/engine/query_tile.hpp detail/engine/stack.hpp detail/engine/few_queries.hpp detail/engine/forward.hpp
     detail/engine/gradient_tile.hpp detail/engine/backward.hpp detail/engine/bias_sums.hpp
     # What users call.
-    pooling.hpp detail/engine/plan.hpp attention.hpp merge.hpp gradient.hpp cache_shape.hpp
+    pooling.hpp detail/engine/plan.hpp attention.hpp merge.hpp detail/engine/gradient_plan.hpp gradient.hpp cache_shape.hpp
     detail/context/cached_sequences.hpp kv_cache.hpp kv_cache_file.hpp
     # The textbook and the whole.
     reference.hpp reference_gradient.hpp cca.hpp
