@@ -50,6 +50,25 @@ TEST(AttentionOf, MixedElementTypes) {
   }
 }
 
+TEST(AttendOf, RefusesBiasesOfAnotherTypeThanIsComputedIn) {
+  const sizes s{.heads = 4, .kv_heads = 2, .queries = 9, .keys = 9, .dim = 5, .value_dim = 3};
+  random_engine random(12);
+  const operands<float> o = random_operands<float>(s, random);
+  tensor<float> out({1, 4, 9, 3});
+  const tensor<double, 3> biases({1, 1, 9});
+  tensor<std::int64_t, 3> seen({1, 4, 9});
+  seen.fill(0);
+  const inputs<float> in{o.query.view(), o.key.view(), o.value.view()};
+  const cca::far_context<float, float, double> context{in.key, in.value, seen.view(), biases.view()};
+  std::string message;
+  try {
+    attend(in, context, cca::results<float>{out.view()});
+  } catch (const std::invalid_argument& refused) {
+    message = refused.what();
+  }
+  EXPECT_NE(message.find("far.bias: got numbers of 8 bytes"), std::string::npos) << message;
+}
+
 // ----------------------------------------------------------------------------------------------------------- cores
 
 template <class Types>

@@ -57,7 +57,7 @@ problem random_problem(std::int64_t keys, random_engine& random) {
 template <class T>
 class Sources : public testing::Test {
  protected:
-  static constexpr std::int64_t lanes = detail::tile_shape<T>::lanes, block = detail::tile_shape<T>::block;
+  const std::int64_t lanes = tile<T>().lanes, block = tile<T>().block;
 };
 TYPED_TEST_SUITE(Sources, precisions);
 
