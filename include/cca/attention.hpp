@@ -114,23 +114,25 @@ void attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse
                const execution& run = {}) {
   using Element = detail::product_type<Query, Key, Value>;
   using T = compute_type<Element>;
-  detail::require_attention(in, options);
-  detail::require_results(in, to);
+  if constexpr (detail::check_numbers<T, Sink>()) {
+    detail::require_attention(in, options);
+    detail::require_results(in, to);
 
-  detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
-    const detail::cca_plan<Element, Core> plan(in, options, run);
-    detail::scratch memory(run.workspace(), plan.bytes(), "workspace_size");
-    const std::int64_t* offsets = plan.cores.take_offsets(memory, in, options);
-    const auto cores = plan.cores.take(memory, offsets);
-    const lse_view<T> core_bias = plan.cores.template take_bias<T>(memory, offsets);
-    const auto pooler = plan.pooler.take(memory);
-    if (detail::pools(options))
-      detail::pool_views<T>(in.query, in.key, in.value, cores, core_bias, options, run, pooler);
-    const auto rule = detail::make_score_rule<T>(options, in, plan.cores.biased || detail::given(in.key_bias));
-    plan.forward(in.query, to.out, to.lse, rule, run, memory, detail::sink_source(in, options),
-                 detail::core_source(cores, lse_view<const T>(core_bias), options, in.query.heads()),
-                 detail::raw_source(in, options));
-  });
+    detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
+      const detail::cca_plan<Element, Core> plan(in, options, run);
+      detail::scratch memory(run.workspace(), plan.bytes(), "workspace_size");
+      const std::int64_t* offsets = plan.cores.take_offsets(memory, in, options);
+      const auto cores = plan.cores.take(memory, offsets);
+      const lse_view<T> core_bias = plan.cores.template take_bias<T>(memory, offsets);
+      const auto pooler = plan.pooler.take(memory);
+      if (detail::pools(options))
+        detail::pool_views<T>(in.query, in.key, in.value, cores, core_bias, options, run, pooler);
+      const auto rule = detail::make_score_rule<T>(options, in, plan.cores.biased || detail::given(in.key_bias));
+      plan.forward(in.query, to.out, to.lse, rule, run, memory, detail::sink_source(in, options),
+                   detail::core_source(cores, lse_view<const T>(core_bias), options, in.query.heads()),
+                   detail::raw_source(in, options));
+    });
+  }
 }
 
 /// Attention of views, without log-sum-exps.
@@ -155,19 +157,21 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
             const results<Out, Lse>& to, const options& options = {}, const execution& run = {}) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
-  detail::require_attend(in, context, options);
-  detail::require_results(in, to,
-                          {{"far.key", context.key},
-                           {"far.value", context.value},
-                           {"far.seen", context.seen},
-                           {"far.bias", context.bias},
-                           {"far.positions", context.positions}});
+  if constexpr (detail::check_numbers<T, Sink>()) {
+    detail::require_attend(in, context, options);
+    detail::require_results(in, to,
+                            {{"far.key", context.key},
+                             {"far.value", context.value},
+                             {"far.seen", context.seen},
+                             {"far.bias", context.bias},
+                             {"far.positions", context.positions}});
 
-  const auto forward = detail::attend_plan(in, context, options, run);
-  detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size");
-  const bool biased = detail::given(in.key_bias) || detail::given(context.bias);
-  forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in, biased), run, memory,
-          detail::sink_source(in, options), detail::seen_source(in, context, options), detail::raw_source(in, options));
+    const auto forward = detail::attend_plan(in, context, options, run);
+    detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size");
+    const bool biased = detail::given(in.key_bias) || detail::given(context.bias);
+    forward(in.query, to.out, to.lse, detail::make_score_rule<T>(options, in, biased), run, memory,
+            detail::sink_source(in, options), detail::seen_source(in, context, options), detail::raw_source(in, options));
+  }
 }
 
 /// @{

@@ -68,8 +68,6 @@ void require_optional_gradient(const char* name, const lse_view<T>& gradient, co
 /// The gradients of inputs, apart from them and from `more` that the call reads. `T` is what is computed in.
 template <class T, class Inputs, class G>
 void require_gradients(const Inputs& in, const gradients<G>& to, std::initializer_list<named_view> more) {
-  static_assert(std::is_same_v<G, T>,
-                "cca: gradients are of the type that is computed in: double if an operand is, otherwise float");
   require_gradient("grad_query", to.query, in.query);
   require_gradient("grad_key", to.key, in.key);
   require_gradient("grad_value", to.value, in.value);
@@ -163,6 +161,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 void pool_gradient(const inputs<Query, Key, Value, Sink>& in, const cores<GradCore>& from, const gradients<T>& to,
                    const options& options, const execution& run = {}) {
   static_assert(std::is_same_v<std::remove_const_t<GradCore>, T>, "cca: gradients of cores are of the gradients' type");
+  (void)detail::check_gradients<compute_type<Query, Key, Value>, T>();
   detail::require_pool(in, options);
   detail::require_operand("grad_core_key", from.key);
   detail::require_operand("grad_core_value", from.value);
@@ -199,34 +198,37 @@ void attention_gradient(const inputs<Query, Key, Value, Sink>& in, const results
                         const incoming<GradOut, GradLse>& from, const gradients<T>& to, const options& options = {},
                         const execution& run = {}) {
   using Element = detail::product_type<Query, Key, Value>;
-  detail::require_attention(in, options);
-  const auto results = detail::checked_results<compute_type<Element>>(in, of, from);
-  detail::require_no_far_gradients(to);
-  detail::require_gradients<compute_type<Element>>(
-      in, to, {{"out", of.out}, {"lse", of.lse}, {"grad_out", from.grad_out}, {"grad_lse", from.grad_lse}});
+  if constexpr (detail::check_numbers<compute_type<Element>, Sink>() &&
+                detail::check_gradients<compute_type<Element>, T>()) {
+    detail::require_attention(in, options);
+    const auto results = detail::checked_results<compute_type<Element>>(in, of, from);
+    detail::require_no_far_gradients(to);
+    detail::require_gradients<compute_type<Element>>(
+        in, to, {{"out", of.out}, {"lse", of.lse}, {"grad_out", from.grad_out}, {"grad_lse", from.grad_lse}});
 
-  const bool pooled = detail::pools(options);
-  detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
-    const detail::cca_gradient_plan<Element, Core> plan(in, options, run);
-    detail::scratch memory(run.workspace(), plan.bytes(), "gradient_workspace_size");
-    const std::int64_t* offsets = plan.cores.take_offsets(memory, in, options);
-    const auto core_rows = plan.cores.take(memory, offsets);
-    const auto grad_cores = plan.cores.template take<T>(memory, offsets);
-    const auto pooler = plan.pooler.take(memory);
-    const lse_view<T> core_bias = plan.cores.template take_bias<T>(memory, offsets);
-    const lse_view<T> grad_bias = plan.cores.biased ? plan.core_bias.take(memory) : lse_view<T>{};
-    if (pooled) detail::pool_views<T>(in.query, in.key, in.value, core_rows, core_bias, options, run, pooler);
-    for (const auto& sum : {to.key, to.value, grad_cores.key, grad_cores.value}) detail::fill_zero(sum, run);
-    const auto cores = detail::core_source(core_rows, lse_view<const T>(core_bias), options, in.query.heads());
-    const auto rule = detail::make_score_rule<T>(options, in, plan.cores.biased || detail::given(in.key_bias));
-    const auto key_bias = detail::wanted_sums(plan.key_bias, to.key_bias, memory);
-    plan.backward(results, to, rule, run, memory,
-                  detail::source_gradient{detail::sink_source(in, options), to.key, to.value, key_bias},
-                  detail::source_gradient{cores, grad_cores.key, grad_cores.value, grad_bias},
-                  detail::source_gradient{detail::raw_source(in, options), to.key, to.value, key_bias});
-    if (key_bias.data != nullptr) detail::add_up(key_bias, to.key_bias, run);
-    if (pooled) detail::add_pool_gradient(in, grad_cores, grad_bias, to, options, run, pooler);
-  });
+    const bool pooled = detail::pools(options);
+    detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
+      const detail::cca_gradient_plan<Element, Core> plan(in, options, run);
+      detail::scratch memory(run.workspace(), plan.bytes(), "gradient_workspace_size");
+      const std::int64_t* offsets = plan.cores.take_offsets(memory, in, options);
+      const auto core_rows = plan.cores.take(memory, offsets);
+      const auto grad_cores = plan.cores.template take<T>(memory, offsets);
+      const auto pooler = plan.pooler.take(memory);
+      const lse_view<T> core_bias = plan.cores.template take_bias<T>(memory, offsets);
+      const lse_view<T> grad_bias = plan.cores.biased ? plan.core_bias.take(memory) : lse_view<T>{};
+      if (pooled) detail::pool_views<T>(in.query, in.key, in.value, core_rows, core_bias, options, run, pooler);
+      for (const auto& sum : {to.key, to.value, grad_cores.key, grad_cores.value}) detail::fill_zero(sum, run);
+      const auto cores = detail::core_source(core_rows, lse_view<const T>(core_bias), options, in.query.heads());
+      const auto rule = detail::make_score_rule<T>(options, in, plan.cores.biased || detail::given(in.key_bias));
+      const auto key_bias = detail::wanted_sums(plan.key_bias, to.key_bias, memory);
+      plan.backward(results, to, rule, run, memory,
+                    detail::source_gradient{detail::sink_source(in, options), to.key, to.value, key_bias},
+                    detail::source_gradient{cores, grad_cores.key, grad_cores.value, grad_bias},
+                    detail::source_gradient{detail::raw_source(in, options), to.key, to.value, key_bias});
+      if (key_bias.data != nullptr) detail::add_up(key_bias, to.key_bias, run);
+      if (pooled) detail::add_pool_gradient(in, grad_cores, grad_bias, to, options, run, pooler);
+    });
+  }
 }
 
 /// Gradients of `attend`, also with respect to the caller's far keys and values, and where it is wanted to their biases:
@@ -241,32 +243,34 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
                      const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from, const gradients<T>& to,
                      const options& options = {}, const execution& run = {}) {
   using Number = compute_type<Query, Key, Value, FarKey, FarValue>;
-  detail::require_attend(in, context, options);
-  const auto results = detail::checked_results<Number>(in, of, from);
-  detail::require_gradient("grad_far_key", to.far_key, context.key);
-  detail::require_gradient("grad_far_value", to.far_value, context.value);
-  detail::require_optional_gradient("grad_far_bias", to.far_bias, context.bias, "far rows have no bias");
-  detail::require_gradients<Number>(in, to,
-                                    {{"far.key", context.key},
-                                     {"far.value", context.value},
-                                     {"far.bias", context.bias},
-                                     {"out", of.out},
-                                     {"lse", of.lse},
-                                     {"grad_out", from.grad_out},
-                                     {"grad_lse", from.grad_lse}});
+  if constexpr (detail::check_numbers<Number, Sink>() && detail::check_gradients<Number, T>()) {
+    detail::require_attend(in, context, options);
+    const auto results = detail::checked_results<Number>(in, of, from);
+    detail::require_gradient("grad_far_key", to.far_key, context.key);
+    detail::require_gradient("grad_far_value", to.far_value, context.value);
+    detail::require_optional_gradient("grad_far_bias", to.far_bias, context.bias, "far rows have no bias");
+    detail::require_gradients<Number>(in, to,
+                                      {{"far.key", context.key},
+                                       {"far.value", context.value},
+                                       {"far.bias", context.bias},
+                                       {"out", of.out},
+                                       {"lse", of.lse},
+                                       {"grad_out", from.grad_out},
+                                       {"grad_lse", from.grad_lse}});
 
-  const auto plan = detail::attend_backward(in, context, options.unit, run);
-  detail::scratch memory(run.workspace(), plan.bytes(), "gradient_workspace_size");
-  for (const auto& sum : {to.key, to.value, to.far_key, to.far_value}) detail::fill_zero(sum, run);
-  const auto far_bias = detail::wanted_sums(plan.far_bias, to.far_bias, memory);
-  const auto key_bias = detail::wanted_sums(plan.key_bias, to.key_bias, memory);
-  const bool biased = detail::given(in.key_bias) || detail::given(context.bias);
-  plan.backward(results, to, detail::make_score_rule<T>(options, in, biased), run, memory,
-                detail::source_gradient{detail::sink_source(in, options), to.key, to.value, key_bias},
-                detail::source_gradient{detail::seen_source(in, context, options), to.far_key, to.far_value, far_bias},
-                detail::source_gradient{detail::raw_source(in, options), to.key, to.value, key_bias});
-  if (far_bias.data != nullptr) detail::add_up(far_bias, to.far_bias, run);
-  if (key_bias.data != nullptr) detail::add_up(key_bias, to.key_bias, run);
+    const auto plan = detail::attend_backward(in, context, options.unit, run);
+    detail::scratch memory(run.workspace(), plan.bytes(), "gradient_workspace_size");
+    for (const auto& sum : {to.key, to.value, to.far_key, to.far_value}) detail::fill_zero(sum, run);
+    const auto far_bias = detail::wanted_sums(plan.far_bias, to.far_bias, memory);
+    const auto key_bias = detail::wanted_sums(plan.key_bias, to.key_bias, memory);
+    const bool biased = detail::given(in.key_bias) || detail::given(context.bias);
+    plan.backward(results, to, detail::make_score_rule<T>(options, in, biased), run, memory,
+                  detail::source_gradient{detail::sink_source(in, options), to.key, to.value, key_bias},
+                  detail::source_gradient{detail::seen_source(in, context, options), to.far_key, to.far_value, far_bias},
+                  detail::source_gradient{detail::raw_source(in, options), to.key, to.value, key_bias});
+    if (far_bias.data != nullptr) detail::add_up(far_bias, to.far_bias, run);
+    if (key_bias.data != nullptr) detail::add_up(key_bias, to.key_bias, run);
+  }
 }
 
 /// @{

@@ -234,6 +234,7 @@ class kv_cache {
   void require_answers(const Inputs& in, const Results& to, std::int64_t batch) const {
     using Query = typename decltype(in.query)::element_type;
     require_query(in.query, batch);
+    (void)detail::check_numbers<compute_type<Query, Element>, typename decltype(in.sink_logits)::element_type>();
     detail::require_sink_logits<compute_type<Query, Element>>(in.query, in.sink_logits);
     detail::require_alibi_slopes<compute_type<Query, Element>>(in.query, in.alibi_slopes);
     if (detail::given(in.key_bias))

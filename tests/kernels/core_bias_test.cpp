@@ -238,7 +238,7 @@ TEST(CoreBiasRefusals, WhereItHasNoMeaning) {
   options maximum = entropy, dense{.core_bias = core_bias::entropy}, pooling_alone = entropy;
   maximum.pool = pooling::max;
   pooling_alone.window = unlimited;
-  expect(refusal([&] { through::attention(in, to, maximum); }), "the maximum has no weights");
+  expect(refusal([&] { through::attention(in, to, maximum); }), "the pooling has no weights");
   expect(refusal([&] { kv_cache<float>({.heads = 2, .kv_heads = 1, .dim = 3}, maximum); }), "the maximum");
   expect(refusal([&] { through::attention(in, to, dense); }), "nothing is pooled");
   const far_context<float> context{in.key, in.value, seen.view()};

@@ -217,7 +217,7 @@ struct textbook {
         const matrix dout = head<float>(grad_out, b, h);
         for (std::int64_t i = 0; i < query.length(); ++i) {
           const std::int64_t far = seen(b, h, i);
-          const reference::vector<std::int64_t> near = raw(i);
+          const reference::row_numbers near = raw(i), far_rows = reference::first_rows(far);
           const std::int64_t count = far + near.size();
           float& lse = *result.lse.view().row(b, h, i);
           const float sink = reference::sink_logit<float>(in.sink_logits, b, h, i);
@@ -234,7 +234,7 @@ struct textbook {
           const auto round = [](float x) { return rounded<Element>(x); };
           const vector capped = reference::scores<float>(keys, vector(q.row(i)), o);
           vector of_far = capped.head(far), of_near = capped.tail(near.size()), logits(count);
-          reference::shift(of_far, in.alibi_slopes, far_terms, b, h, first + i, {0, far});
+          reference::shift(of_far, in.alibi_slopes, far_terms, b, h, first + i, far_rows);
           reference::shift(of_near, in.alibi_slopes, near_terms, b, h, first + i, near);
           logits << of_far, of_near;
           const float maximum = std::max(logits.maxCoeff(), sink);
@@ -250,9 +250,9 @@ struct textbook {
           vector ds = p.cwiseProduct((dp.array() - delta).matrix());
           if (in.alibi_slopes.data != nullptr)
             *grad.alibi_slopes.view().row(b % grad.alibi_slopes.extent[0], h, 0) -=
-                ds.head(far).dot(reference::distances(far_terms, b, h, first + i, {0, far})) +
+                ds.head(far).dot(reference::distances(far_terms, b, h, first + i, far_rows)) +
                 ds.tail(near.size()).dot(reference::distances(near_terms, b, h, first + i, near));
-          reference::detail::add_to_biases(grad.far_bias, query.heads(), b, h, {0, far}, ds.head(far));
+          reference::detail::add_to_biases(grad.far_bias, query.heads(), b, h, far_rows, ds.head(far));
           reference::detail::add_to_biases(grad.key_bias, query.heads(), b, h, near, ds.tail(near.size()));
           if (cap > 0) ds.array() *= 1 - (capped / cap).array().square();
           ds = ds.unaryExpr(round).eval();
@@ -260,8 +260,10 @@ struct textbook {
           const matrix dk = scale * (ds * q.row(i)), dv = p.unaryExpr(round) * dout.row(i);
           head(grad.far_key, b, fh).topRows(far) += dk.topRows(far);
           head(grad.far_value, b, fh).topRows(far) += dv.topRows(far);
-          head(grad.key, b, kv)(near, Eigen::all) += dk.bottomRows(near.size());
-          head(grad.value, b, kv)(near, Eigen::all) += dv.bottomRows(near.size());
+          for (std::int64_t j = 0; j < near.size(); ++j) {
+            head(grad.key, b, kv).row(near(j)) += dk.row(far + j);
+            head(grad.value, b, kv).row(near(j)) += dv.row(far + j);
+          }
         }
       }
   }

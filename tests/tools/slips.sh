@@ -79,7 +79,7 @@ for compiler in "$@"; do
   slip 'cca::kv_cache<std::uint16_t> c({}, options)' "$elements"
   slip 'cca::attention({d, d, d}, {d}, options)' 'convert.*inputs<|convers.*inputs<'
   slip 'cca::attention(q, k, v, constant, options)' 'written'
-  slip 'cca::attention(cca::inputs{d, k, v, lse}, {d}, options)' 'sink_logits are of the type that is computed in'
+  slip 'cca::attention(cca::inputs{d, k, v, lse}, {d}, options)' 'sink_logits, alibi_slopes and key_bias are of the type'
   slip 'cca::attention_gradient({q, k, v}, {out, lse}, {out}, cca::gradients{d, d, d})' 'gradients are of the type'
   slip 'cca::attention_gradient(cca::inputs{d, d, d}, cca::results{d, lse}, cca::incoming{d}, cca::gradients{d, d, d})' \
     'a float one would cost double gradients'

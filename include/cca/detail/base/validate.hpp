@@ -166,12 +166,29 @@ void require_query_for_every_key(const tensor_view<Query>& query, const tensor_v
     refuse("options.first_position", to_string(*options.first_position), "0 or none: there is a query for every key");
 }
 
+/// Whether numbers beside the operands are of the type `T` that is computed in; if not, the compiler's message says so.
+template <class T, class Numbers>
+constexpr bool check_numbers() {
+  constexpr bool same = std::is_same_v<std::remove_const_t<Numbers>, T>;
+  static_assert(same,
+                "cca: sink_logits, alibi_slopes and key_bias are of the type that is computed in: double if an operand "
+                "is, otherwise float");
+  return same;
+}
+
+/// The same of gradients.
+template <class T, class Gradient>
+constexpr bool check_gradients() {
+  constexpr bool same = std::is_same_v<Gradient, T>;
+  static_assert(same,
+                "cca: gradients are of the type that is computed in: double if an operand is, otherwise float");
+  return same;
+}
+
 /// A logit for each head, of one sequence or of all, or for each query. `T` is what is computed in.
 template <class T, class Query, class Sink>
 void require_sink_logits(const tensor_view<Query>& query, const lse_view<Sink>& sink_logits) {
   if (!given(sink_logits)) return;
-  static_assert(std::is_same_v<std::remove_const_t<Sink>, T>,
-                "cca: sink_logits are of the type that is computed in: double if an operand is, otherwise float");
   require_operand("sink_logits", sink_logits);
   const std::array<std::int64_t, 3>& e = sink_logits.extent;
   const std::int64_t batch = query.batch(), heads = query.heads(), length = query.length();
@@ -190,8 +207,6 @@ void require_sink_logits(const tensor_view<Query>& query, const lse_view<Sink>& 
 template <class T, class Query, class Slope>
 void require_alibi_slopes(const tensor_view<Query>& query, const lse_view<Slope>& slopes) {
   if (!given(slopes)) return;
-  static_assert(std::is_same_v<std::remove_const_t<Slope>, T>,
-                "cca: alibi_slopes are of the type that is computed in: double if an operand is, otherwise float");
   require_operand("alibi_slopes", slopes);
   const std::int64_t batch = query.batch(), heads = query.heads();
   const std::array<std::int64_t, 3>& e = slopes.extent;

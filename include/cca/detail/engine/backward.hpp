@@ -59,7 +59,9 @@ class task_shift {
 
   /// Takes in what a block left: the rows `rows`.
   void end_block(range rows) {
-    for (T& lane : lanes_) slope_ += exchange(lane, T(0));
+    T block = T(0);
+    for (T& lane : lanes_) block += exchange(lane, T(0));
+    slope_ += block;
     for (std::int64_t j = 0; grad_bias_ != nullptr && j < rows.size(); ++j)
       grad_bias_[(rows.begin + j) * stride_] += exchange(bias_[j], T(0));
   }
@@ -68,7 +70,7 @@ class task_shift {
   [[nodiscard]] T slope() const { return slope_; }
 
  private:
-  alignas(alignment<T>) T lanes_[extent(width<T>)] = {};
+  alignas(alignment<T>) T lanes_[extent(Tile::lanes)] = {};
   T bias_[extent(Tile::block_rows)] = {};
   T slope_ = T(0);
   bool with_slope_;

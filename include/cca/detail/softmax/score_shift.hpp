@@ -13,7 +13,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 template <class T>
 struct shift_sums {
   T* bias = nullptr;   ///< per row of the block
-  T* slope = nullptr;  ///< in the lanes of a vector, whose sum it is: minus the gradient
+  T* slope = nullptr;  ///< per lane of a tile, whose sum is minus the gradient
 };
 
 /// Where scores lie: rows `rows` of a source, which are there to be read, and a query, the first of a tile.
@@ -52,7 +52,7 @@ class tile_shift {
  public:
   template <class Part>
   tile_shift(const Part& part, const score_place<T, Bias>& place)
-      : place_(place), first_row_(part.rows.begin), first_query_(place.query + part.first * W) {
+      : place_(place), first_row_(part.rows.begin), first_lane_(part.first * W) {
     alignas(alignment<T>) T lanes[extent(W)];
     for (std::int64_t i = 0; i < W; ++i) lanes[i] = static_cast<T>(i);
     lanes_ = vec<T>::load_aligned(lanes);
@@ -67,7 +67,9 @@ class tile_shift {
   CCA_INLINE void add_gradient(vec<T> grad, std::int64_t j, std::int64_t n) const {
     const auto& [bias, slope] = place_.sums;
     if (bias != nullptr) bias[row(j) - place_.rows.begin] += reduce_add<T>(grad);
-    if (slope != nullptr) fma<T>(grad, distance(j, n), vec<T>::load_aligned(slope)).store_aligned(slope);
+    if (slope == nullptr) return;
+    T* const lanes = slope + first_lane_ + n * W;
+    fma<T>(grad, distance(j, n), vec<T>::load_aligned(lanes)).store_aligned(lanes);
   }
 
  private:
@@ -76,11 +78,11 @@ class tile_shift {
     return smaller(larger(first_row_ + j, place_.rows.begin), place_.rows.end - 1);
   }
   [[nodiscard]] CCA_INLINE vec<T> distance(std::int64_t j, std::int64_t n) const {
-    return xsimd::abs(vec<T>(static_cast<T>(first_query_ + n * W - place_.terms.positions[row(j)])) + lanes_);
+    return xsimd::abs(vec<T>(static_cast<T>(place_.query + first_lane_ + n * W - place_.terms.positions[row(j)])) + lanes_);
   }
 
   score_place<T, Bias> place_;
-  std::int64_t first_row_, first_query_;
+  std::int64_t first_row_, first_lane_;
   vec<T> lanes_;  // 0, 1, ..
 };
 
