@@ -239,7 +239,7 @@ TEST(CoreBiasRefusals, WhereItHasNoMeaning) {
   maximum.pool = pooling::max;
   pooling_alone.window = unlimited;
   expect(refusal([&] { through::attention(in, to, maximum); }), "the pooling has no weights");
-  expect(refusal([&] { kv_cache<float>({.heads = 2, .kv_heads = 1, .dim = 3}, maximum); }), "the maximum");
+  expect(refusal([&] { kv_cache<float>({.heads = 2, .kv_heads = 1, .dim = 3}, maximum); }), "the pooling");
   expect(refusal([&] { through::attention(in, to, dense); }), "nothing is pooled");
   const far_context<float> context{in.key, in.value, seen.view()};
   expect(refusal([&] { through::attend(in, context, to, entropy); }), "the caller pools");
