@@ -28,7 +28,8 @@ auto token_source(const Inputs& in, const options& options, const Which& which) 
   return view_source(
       in.key, in.value,
       [which, partition = partition_of(options), first, keys = in.key](std::int64_t b, std::int64_t, std::int64_t i) {
-        return intersection(which(partition, first(b) + i), {0, keys.length(b)});
+        const range seen = intersection(which(partition, first(b) + i), {0, keys.length(b)});
+        return seen.empty() ? range{} : seen;  // bounds of an unlimited prefix are none to count with
       },
       terms_of([first](std::int64_t b) { return row_positions{.first = -first(b), .step = 1}; }, in.key_bias,
                in.query.heads()));
