@@ -119,7 +119,7 @@ void times(tensor<T>& t, T factor) {
 
 template <class T>
 tensor_view<T> column(tensor_view<T> view, std::int64_t d) {
-  view.data += d;
+  if (view.data != nullptr) view.data += d;  // an empty tensor has no memory
   view.extent[3] = 1;
   return view;
 }
