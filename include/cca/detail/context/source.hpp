@@ -57,10 +57,56 @@ struct source {
 template <class Length, class Rows, class Visible, class Terms>
 source(std::int64_t, Length, Rows, Visible, Terms) -> source<Length, Rows, Visible, Terms>;
 
+/// A source as the engine takes it, by its elements alone: whatever its functions are, what absorbs it is compiled once.
+/// Refers to it.
+template <class Key, class Value, class Bias>
+class source_ref {
+ public:
+  std::int64_t heads;
+
+  template <class Source>
+  explicit source_ref(const Source& source)
+      : heads(source.heads),
+        source_(&source),
+        length_([](const void* s, std::int64_t b) { return of<Source>(s).length(b); }),
+        rows_([](const void* s, std::int64_t b, std::int64_t head) { return of<Source>(s).rows(b, head); }),
+        visible_([](const void* s, std::int64_t b, std::int64_t h, range queries, range* seen) {
+          for (std::int64_t i = queries.begin; i < queries.end; ++i) *seen++ = of<Source>(s).visible(b, h, i);
+        }),
+        terms_([](const void* s, std::int64_t b, std::int64_t h) { return of<Source>(s).terms(b, h); }) {}
+
+  [[nodiscard]] std::int64_t length(std::int64_t b) const { return length_(source_, b); }
+  [[nodiscard]] context_rows<Key, Value> rows(std::int64_t b, std::int64_t head) const { return rows_(source_, b, head); }
+  [[nodiscard]] row_terms<Bias> terms(std::int64_t b, std::int64_t h) const { return terms_(source_, b, h); }
+  /// Writes what each of the queries `queries` of query head `h` sees.
+  void visible(std::int64_t b, std::int64_t h, range queries, range* seen) const {
+    visible_(source_, b, h, queries, seen);
+  }
+
+ private:
+  template <class Source>
+  static const Source& of(const void* source) {
+    return *static_cast<const Source*>(source);
+  }
+
+  const void* source_;
+  std::int64_t (*length_)(const void*, std::int64_t);
+  context_rows<Key, Value> (*rows_)(const void*, std::int64_t, std::int64_t);
+  void (*visible_)(const void*, std::int64_t, std::int64_t, range, range*);
+  row_terms<Bias> (*terms_)(const void*, std::int64_t, std::int64_t);
+};
+
+template <class Length, class Rows, class Visible, class Terms>
+source_ref(const source<Length, Rows, Visible, Terms>& source)
+    -> source_ref<std::remove_const_t<std::remove_pointer_t<decltype(source.rows(0, 0).key)>>,
+                  std::remove_const_t<std::remove_pointer_t<decltype(source.rows(0, 0).value)>>,
+                  std::remove_const_t<std::remove_pointer_t<decltype(source.terms(0, 0).bias)>>>;
+
 /// Whether keys and values of a source are both of these elements.
 template <class Element, class Source>
-inline constexpr bool of_elements =
-    std::is_same_v<decltype(std::declval<const Source&>().rows(0, 0)), context_rows<Element, Element>>;
+inline constexpr bool of_elements = false;
+template <class Element, class Bias>
+inline constexpr bool of_elements<Element, source_ref<Element, Element, Bias>> = true;
 
 /// The rows of a head of two views of extents `[batch, heads, length, dim]`.
 template <class Key, class Value>

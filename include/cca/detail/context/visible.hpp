@@ -22,16 +22,15 @@ struct lane_ranges {
 
   lane_ranges() = default;
 
-  /// `visible(i)` is the range of query `i` in `[0, count)`.
+  /// `visible(ranges)` writes those of `count` queries.
   template <class Visible>
   lane_ranges(std::int64_t count, const Visible& visible) {
+    visible(lane);
     for (std::int64_t i = 0; i < count; ++i) {
-      const range seen = visible(i);
       range& any_of = any[i / W];
       range& all_of = all[i / W];
-      lane[i] = seen;
-      all_of = i % W == 0 ? seen : intersection(all_of, seen);
-      any_of = hull(any_of, seen);
+      all_of = i % W == 0 ? lane[i] : intersection(all_of, lane[i]);
+      any_of = hull(any_of, lane[i]);
     }
   }
 

@@ -32,12 +32,19 @@ struct source_gradient {
   Source source;
   tensor_view<T> key, value;
   tensor_view<T, 3> bias{};
+
 };
 
 template <class Source, class T>
 source_gradient(Source, tensor_view<T>, tensor_view<T>) -> source_gradient<Source, T>;
 template <class Source, class T>
 source_gradient(Source, tensor_view<T>, tensor_view<T>, tensor_view<T, 3>) -> source_gradient<Source, T>;
+
+/// The same of a source by its elements alone. Refers to it.
+template <class Source, class T>
+auto ref_of(const source_gradient<Source, T>& gradient) {
+  return source_gradient{source_ref(gradient.source), gradient.key, gradient.value, gradient.bias};
+}
 
 /// What a task sums of the gradients of shifts, a block of rows at a time.
 template <class Tile>
@@ -153,6 +160,13 @@ class backward {
   template <class Results, executor E, class... Gradient>
   void operator()(const Results& results, const gradients<T>& to, const score_rule<T>& rule, const E& run,
                   scratch& memory, const Gradient&... gradients) const {
+    differentiate(results, to, rule, run, memory, ref_of(gradients)...);
+  }
+
+ private:
+  template <class Results, executor E, class... Gradient>
+  void differentiate(const Results& results, const gradients<T>& to, const score_rule<T>& rule, const E& run,
+                     scratch& memory, const Gradient&... gradients) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
     auto* passed = memory.take<turn::counter>(stacks_);
     std::uninitialized_value_construct_n(passed, stacks_);
@@ -162,7 +176,7 @@ class backward {
         [&](std::int64_t b) { return lanes(results.query.length(b)); }, sharing_);
     T* slopes = memory.take<T>(stacks_);
     if (to.alibi_slopes.data == nullptr) slopes = nullptr;
-    with_product<Element, (of_elements<Element, decltype(gradients.source)> && ...)>(
+    with_product<Element, (of_elements<Element, std::remove_cvref_t<decltype(gradients.source)>> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
           const score_rule<T> scaled = Product::balances ? rule.balanced() : rule;
           run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
@@ -176,7 +190,6 @@ class backward {
     if (slopes != nullptr) add_slopes(tasks, slopes, to.alibi_slopes);
   }
 
- private:
   template <class F>
   [[nodiscard]] std::int64_t of_tile(const F& f) const {
     return with_product<Element>(form_.unit, [&]<class Product>(std::type_identity<Product>) {
@@ -208,16 +221,8 @@ class backward {
     task_shift<Tile> shift(slope != nullptr);
     const auto absorb = [&](const auto& gradient) {
       if (gradient.source.length(b) == 0) return;
-      // A query whose logits are all masked sees nothing.
-      const auto visible = [&](std::int64_t of, std::int64_t head_of, std::int64_t i) {
-        const bool masked = static_cast<T>(*results.lse.row(of, head_of, i)) == -infinity<T>;
-        return masked ? range{} : gradient.source.visible(of, head_of, i);
-      };
-      const source seen_source{gradient.source.heads, gradient.source.length, gradient.source.rows, visible,
-                               gradient.source.terms};
-      const source_gradient seen_gradient{seen_source, gradient.key, gradient.value, gradient.bias};
       shift.begin(shared_row(gradient.bias, b, h, heads_), gradient.bias.stride[2]);
-      absorb_in_turn(stack, seen_gradient, b, h / (heads_ / gradient.source.heads), offset, turn, shift);
+      absorb_in_turn(stack, gradient, b, h / (heads_ / gradient.source.heads), offset, turn, shift);
       offset += gradient.source.length(b);
     };
     (absorb(gradients), ...);

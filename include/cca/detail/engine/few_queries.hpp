@@ -120,8 +120,8 @@ class few_queries {
     fill(to + dim_, to + padded<T>(dim_), T(0));
   }
 
-  /// Says which rows of the next head query `q` visible.
-  void see(std::int64_t q, range rows) { seen_[q] = rows; }
+  /// Which rows of the next head each query sees, to be written.
+  [[nodiscard]] range* seen() const { return seen_; }
 
   /// Lets the queries `queries` absorb what they see of the rows `rows` of a head. `result(q)` is a `partial_result`,
   /// `place(q, some)` the `score_place` of a query and some of the rows.

@@ -67,6 +67,13 @@ class forward {
   template <class Query, class Out, class Lse, executor E, class... Source>
   void operator()(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
                   const E& run, scratch& memory, const Source&... sources) const {
+    attend(query, out, lse, rule, run, memory, source_ref(sources)...);
+  }
+
+ private:
+  template <class Query, class Out, class Lse, executor E, class... Source>
+  void attend(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
+              const E& run, scratch& memory, const Source&... sources) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
     sequence_tasks* const stacks = memory.take<sequence_tasks>(all_.table_size());
     with_product<Element, (of_elements<Element, Source> && ...)>(
@@ -86,7 +93,6 @@ class forward {
       if (attend_few(few, query, out, lse, rule.balanced(), headroom, run, scratch, sources...)) return;
   }
 
- private:
   /// How long a sequence is: its queries, per head, and the parts of its context. Those are what few queries' context is
   /// cut into, and how long it is for many.
   struct sequence {
@@ -159,7 +165,7 @@ class forward {
         stack<Tile> stack(scratch[worker], {form_, &rule, headroom}, {b, h, heads_, first, count});
         stack.for_each_tile(
             [&](Tile tile, std::int64_t at) { tile.begin(query.row(b, h, first + at), query.stride[2]); });
-        (stack.absorb(sources, [](range, const auto*) {}), ...);
+        (stack.absorb(sources, nothing_after_blocks{}), ...);
         bool finite = true;
         stack.for_each_tile([&](Tile tile, std::int64_t at) {
           finite &= tile.finish(b, h, first + at);
@@ -229,12 +235,10 @@ class forward {
   template <class Source, class Result>
   void absorb_part(few_queries<T>& queries, const Source& source, const score_rule<T>& rule, std::int64_t b,
                    range heads, std::int64_t length, std::int64_t part, const Result& result) const {
+    for (std::int64_t h = heads.begin; h < heads.end; ++h)
+      source.visible(b, h, {0, length}, queries.seen() + (h - heads.begin) * length);
     range total;  // what some query sees: parts are counted from there
-    for (std::int64_t q = 0; q < heads.size() * length; ++q) {
-      const range seen = source.visible(b, heads.begin + q / length, q % length);
-      queries.see(q, seen);
-      total = hull(total, seen);
-    }
+    for (std::int64_t q = 0; q < heads.size() * length; ++q) total = hull(total, queries.seen()[q]);
     const range rows{total.begin + part * part_rows, smaller(total.begin + (part + 1) * part_rows, total.end)};
     if (rows.empty()) return;
     const std::int64_t sharing = heads_ / source.heads;  // they divide `heads`, a group

@@ -29,7 +29,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// written: a stack of 128 queries pays 640 multiply-adds for every four bytes of that.
 ///
 /// A view of scratch memory, `size(form)` elements aligned to vectors: packed queries and gradients of the output, gradients
-/// of the queries `[dim][lanes]`, log-sum-exp in base 2 and `delta` `[lanes]`.
+/// of the queries `[dim][lanes]`, log-sum-exp in base 2, `delta`, and whether something was seen, `[lanes]`.
 template <class Product>
 class gradient_tile {
  public:
@@ -43,7 +43,7 @@ class gradient_tile {
   static constexpr bool backward = true;
 
   static constexpr std::int64_t size(const tile_form& form) {
-    return Product::packed_size(form.dim) + Product::packed_size(form.value_dim) + (form.dim + 2) * lanes;
+    return Product::packed_size(form.dim) + Product::packed_size(form.value_dim) + (form.dim + 3) * lanes;
   }
 
   /// Queries of a stack: as many as their scratch has place within the shape's budget.
@@ -64,7 +64,8 @@ class gradient_tile {
         grad_out_(query_ + Product::packed_size(call.form.dim)),
         grad_query_(grad_out_ + Product::packed_size(call.form.value_dim)),
         lse_(grad_query_ + call.form.dim * lanes),
-        delta_(lse_ + lanes) {}
+        delta_(lse_ + lanes),
+        saw_(delta_ + lanes) {}
 
   [[nodiscard]] std::int64_t count() const { return count_; }
 
@@ -74,14 +75,21 @@ class gradient_tile {
                   call_.rule->query_factor(), query_);
     Product::pack(memory.grad_out.row(first), memory.grad_out.row(1) - memory.grad_out.row(0), count_,
                   call_.form.value_dim, number(1), grad_out_);
-    fill(grad_query_, delta_ + lanes, number(0));
+    fill(grad_query_, saw_ + lanes, number(0));
   }
 
   /// The natural log-sum-exp of query `i`, and its `delta`. One that saw nothing, or only logits of -inf, has the
-  /// log-sum-exp -inf: 0 in its place makes its weights 0, where -inf - -inf were NaN.
+  /// log-sum-exp -inf.
   void set(std::int64_t i, number lse, number delta) {
+    saw_[i] = lse == -infinity<number> ? number(0) : number(1);
     lse_[i] = lse == -infinity<number> ? number(0) : lse * std::numbers::log2e_v<number>;
     delta_[i] = delta;
+  }
+
+  /// Of what the queries see, takes away what those see whose logits are all masked.
+  void leave_out(range* visible) const {
+    for (std::int64_t i = 0; i < count_; ++i)
+      if (saw_[i] == number(0)) visible[i] = {};
   }
 
   /// Goes over a block of rows. Leaves `P` and `dS` of the pairs of a row and a lane that sees it in the memory, and 0 of
@@ -142,7 +150,7 @@ class gradient_tile {
 
   tile_call<number> call_;
   std::int64_t count_;
-  number *query_, *grad_out_, *grad_query_, *lse_, *delta_;
+  number *query_, *grad_out_, *grad_query_, *lse_, *delta_, *saw_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

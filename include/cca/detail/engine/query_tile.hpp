@@ -80,6 +80,9 @@ class query_tile {
     softmax_.begin();
   }
 
+  /// Of what the queries see, none is left out.
+  void leave_out(range*) const {}
+
   /// Absorbs what the queries see of a block: the four lines of attention, `S = K Q^T`, what happens to scores, the
   /// softmax, `O = O rescale + V^T P`. The first tile of a stack asks for the rows that follow.
   /// `place` is the tile's in the stack, `at` a `score_place`.

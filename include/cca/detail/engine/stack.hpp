@@ -16,6 +16,12 @@ struct stack_queries {
   std::int64_t b, head, heads, first, count;
 };
 
+/// What follows a block in a stack that leaves nothing behind with its rows.
+struct nothing_after_blocks {
+  template <class Visible>
+  void operator()(range, const Visible*) const {}
+};
+
 /// Consecutive queries of one head: tiles that take turns on each block of rows while it is in cache. The unit of work of
 /// both passes; `Tile` says which.
 template <class Tile>
@@ -57,7 +63,10 @@ class stack {
     range any;
     for (std::int64_t c = 0; c < tiles_; ++c) {
       const std::int64_t first = queries_.first + c * lanes, count = at(c).count();
-      seen[c] = {count, [&](std::int64_t i) { return source.visible(queries_.b, queries_.head, first + i); }};
+      seen[c] = {count, [&](range* lane) {
+                   source.visible(queries_.b, queries_.head, {first, first + count}, lane);
+                   at(c).leave_out(lane);
+                 }};
       // A lane without a query would add 0 times the NaN that its weight may be: it is left out like one that sees nothing.
       if (Tile::backward && count % width<T> != 0) seen[c].all[count / width<T>] = {};
       any = hull(any, seen[c].seen_by_any());
