@@ -78,35 +78,36 @@ def main() -> None:
     parser.add_argument("--window", default="1000000", help="the window beyond the length; one within it fails")
     arguments = parser.parse_args()
     check = Check(arguments.program, arguments.prompt_tokens, arguments.new_tokens)
-    folder, wide, narrow = arguments.folder, ["--window", arguments.window], ["--window", "64"]
+    folder = arguments.folder
+    wide, narrow = ["--attention", f"16/{arguments.window}/sinks=0"], ["--attention", "16/64/sinks=0"]
 
-    dense = check.text(folder, "--dense")
+    dense = check.text(folder, "--attention", "dense")
     print(f"dense: {dense!r}")
     check.expect(check.text(folder, *wide) == dense, f"CCA with a window of {arguments.window} writes the dense text")
-    check.expect(check.text(folder, *wide, "--shared-cores") == dense, "and with shared cores")
+    check.expect(check.text(folder, *wide[:1], wide[1] + "/shared/select") == dense, "and with shared cores, selected")
     check.expect(check.text(folder, *narrow) != dense, "CCA with a window of 64 writes another")
 
     drawn = ["--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--seed"]
-    seed_1 = check.text(folder, "--dense", *drawn, "1")
+    seed_1 = check.text(folder, "--attention", "dense", *drawn, "1")
     print(f"drawn: {seed_1!r}")
     check.expect(seed_1 != dense, "drawn tokens write another text")
     check.expect(check.text(folder, *wide, *drawn, "1") == seed_1, "CCA with the wide window draws the dense text")
-    check.expect(check.text(folder, "--dense", *drawn, "1", "--threads", "1") == seed_1, "so does a single thread")
-    check.expect(check.text(folder, "--dense", *drawn, "2") != seed_1, "another seed writes another text")
+    check.expect(check.text(folder, "--attention", "dense", *drawn, "1", "--threads", "1") == seed_1, "so does a single thread")
+    check.expect(check.text(folder, "--attention", "dense", *drawn, "2") != seed_1, "another seed writes another text")
 
     middle = len(dense) // 2
     stop = dense[middle : middle + 12]
-    stopped = check.text(folder, "--dense", "--stop", stop, "--stop", "no such words")
+    stopped = check.text(folder, "--attention", "dense", "--stop", stop, "--stop", "no such words")
     check.expect(stopped == dense[: dense.index(stop)], f"the text ends before {stop!r}")
 
     with tempfile.TemporaryDirectory() as temporary:
         encode = tokenizer(GGUFReader(folder / "model.gguf")).encode
         chat = with_prompt(folder, Path(temporary) / "chat", encode(CHAT).ids)
-        pieces, report = check.pieces(chat, "--dense")
+        pieces, report = check.pieces(chat, "--attention", "dense")
         check.expect("the model ended it with <|im_end|>" in report, f"{b''.join(pieces).decode()!r} ends by itself")
 
         prompt = encode(FRUITS).ids
-        pieces, report = check.pieces(with_prompt(folder, Path(temporary) / "fruits", prompt), "--dense")
+        pieces, report = check.pieces(with_prompt(folder, Path(temporary) / "fruits", prompt), "--attention", "dense")
         text = b"".join(pieces).decode()
         tokens = int(re.search(r"\[(\d+) tokens", report).group(1))
         check.expect(not text.isascii() and len(pieces) > tokens // 2, f"{text!r} comes in {len(pieces)} pieces")

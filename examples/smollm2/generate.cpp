@@ -24,6 +24,7 @@
 
 #include "../common/progress.hpp"
 #include "../common/safetensors.hpp"
+#include "attentions.hpp"
 #include "model.hpp"
 #include "sampler.hpp"
 #include "vocabulary.hpp"
@@ -37,12 +38,9 @@ struct arguments {
   std::string folder;
   std::optional<std::int64_t> prompt_tokens;
   std::int64_t new_tokens = 256;
-  bool dense = false;
+  std::string attention = "16/1024/shared/select";
+  std::int64_t sink_tokens = 4;
   bool compare = false;
-  std::int64_t group_size = 16;
-  std::int64_t window = 1024;
-  std::int64_t sink_tokens = 0;
-  bool shared_cores = false;
   sampling_options sampling;
   std::vector<std::string> stops;
   std::int64_t chunk = 512;
@@ -58,17 +56,10 @@ struct variant {
 };
 
 std::vector<variant> variants(const arguments& arguments) {
-  const variant dense{"dense", {}};
-  const variant core_aware{
-      fmt::format("CCA g={} s={}{}{}", arguments.group_size, arguments.window,
-                  arguments.sink_tokens > 0 ? fmt::format(" m={}", arguments.sink_tokens) : "",
-                  arguments.shared_cores ? ", shared cores" : ""),
-      {.group_size = arguments.group_size,
-       .window = arguments.window,
-       .sink_tokens = arguments.sink_tokens,
-       .core_heads = arguments.shared_cores ? cca::core_heads::per_kv_head : cca::core_heads::per_query_head}};
-  if (arguments.compare) return {dense, core_aware};
-  return {arguments.dense ? dense : core_aware};
+  const auto options = parse_attention("--attention", arguments.attention, arguments.sink_tokens);
+  const variant chosen{name_of(options), options};
+  if (arguments.compare) return {{"dense", {}}, chosen};
+  return {chosen};
 }
 
 /// A text in the making: the model with a cache for each of its layers.
@@ -279,22 +270,12 @@ int main(int argc, char** argv) {
   app.add_option("--new-tokens", arguments.new_tokens, "Tokens to generate at most")
       ->check(CLI::Range(1, most))
       ->capture_default_str();
-  auto* const dense = app.add_flag("--dense", arguments.dense, "Dense attention: the cache keeps everything");
-  app.add_flag("--compare", arguments.compare, "Dense attention first, then CCA")->excludes(dense);
-  app.add_option("--group-size", arguments.group_size, "CCA: tokens per core")
-      ->check(CLI::Range(1, most))
-      ->excludes(dense)
+  app.add_option("--attention", arguments.attention, std::string("What a token sees: ") + attention_forms)
       ->capture_default_str();
-  app.add_option("--window", arguments.window, "CCA: tokens that stay raw")
-      ->check(CLI::Range(1, most))
-      ->excludes(dense)
-      ->capture_default_str();
-  app.add_option("--sink-tokens", arguments.sink_tokens, "CCA: first tokens that stay raw for good")
+  app.add_option("--sink-tokens", arguments.sink_tokens, "First tokens that stay raw beside every window")
       ->check(CLI::Range(0, most))
-      ->excludes(dense)
       ->capture_default_str();
-  app.add_flag("--shared-cores", arguments.shared_cores, "CCA: cores shared by the query heads of a key/value head")
-      ->excludes(dense);
+  app.add_flag("--compare", arguments.compare, "Dense attention first, then this");
   app.add_option("--temperature", sampling.temperature, "0: always the likeliest token")
       ->check(CLI::Range(0.0, 1e6))
       ->capture_default_str();

@@ -13,7 +13,6 @@
 #include <exception>
 #include <fstream>
 #include <optional>
-#include <regex>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -21,6 +20,7 @@
 
 #include "../common/progress.hpp"
 #include "../common/safetensors.hpp"
+#include "attentions.hpp"
 #include "model.hpp"
 
 namespace {
@@ -32,10 +32,24 @@ struct arguments {
   std::string folder;
   std::int64_t tokens = 8192;
   int threads = 2;
-  std::vector<std::string> rows = {"dense",          "4/256",      "16/256",      "32/256",     "4/1024",
-                                   "16/1024",        "32/1024",    "4/2048",      "16/2048",    "32/2048",
-                                   "16/1024/shared", "window/256", "window/1024", "window/2048"};
-  std::int64_t sink_tokens = 0;
+  std::vector<std::string> rows = {"dense",
+                                   "window/256/sinks=0",
+                                   "window/256",
+                                   "16/256",
+                                   "16/256/shared",
+                                   "16/256/shared/sharpen=4",
+                                   "16/256/shared/select",
+                                   "window/1024/sinks=0",
+                                   "window/1024",
+                                   "16/512/shared/select",
+                                   "16/1024/sinks=0",
+                                   "16/1024/shared/sinks=0",
+                                   "16/1024",
+                                   "16/1024/shared",
+                                   "16/1024/shared/select",
+                                   "window/2048",
+                                   "16/1536/shared/select"};
+  std::int64_t sink_tokens = 4;
   std::string logits;
 };
 
@@ -46,51 +60,24 @@ struct row {
   std::int64_t kv_entries;  // that the last token reads: keys, over all heads of a layer
 };
 
-/// Reads "dense", "G/S", "G/S/shared" or "window/S"; beside a window `sink_tokens` tokens stay raw.
 row parse_row(const std::string& text, const config& model, std::int64_t tokens, std::int64_t sink_tokens,
               cca::openmp_executor executor) {
-  static const std::regex core_aware("([1-9][0-9]{0,8})/([1-9][0-9]{0,8})(/shared)?");
-  static const std::regex sliding("window/([1-9][0-9]{0,8})");
+  const cca::options options = parse_attention("--rows", text, sink_tokens);
+  const cca::partition partition = cca::partition_of(options);
   const std::int64_t last = tokens - 1;
-  const std::string sinks = sink_tokens > 0 ? fmt::format(" m={}", sink_tokens) : "";
-  const auto raw_count = [last](const cca::partition& p) { return p.sinks(last).size() + p.raw(last).size(); };
-  std::smatch match;
-
-  if (text == "dense") {
-    return {"dense",
-            [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
-              cca::attention(query, key, value, out, {}, executor);
-            },
-            model.kv_heads * tokens};
-  }
-  if (std::regex_match(text, match, sliding)) {
-    const cca::options options{.window = std::stoll(match[1]), .sink_tokens = sink_tokens};
-    return {fmt::format("window s={}{}", options.window, sinks),
-            [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
-              cca::attention(query, key, value, out, options, executor);
-            },
-            model.kv_heads * raw_count(cca::partition_of(options))};
-  }
-  if (std::regex_match(text, match, core_aware)) {
-    const bool shared = match[3].matched;
-    const cca::options options{.group_size = std::stoll(match[1]),
-                               .window = std::stoll(match[2]),
-                               .sink_tokens = sink_tokens,
-                               .core_heads = shared ? cca::core_heads::per_kv_head : cca::core_heads::per_query_head};
-    const cca::partition partition = cca::partition_of(options);
-    return {
-        fmt::format("CCA g={} s={}{}{}", options.group_size, options.window, sinks, shared ? ", shared cores" : ""),
-        [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
-          cca::attention(query, key, value, out, options, executor);
-        },
-        (shared ? model.kv_heads : model.heads) * partition.core_count(last) + model.kv_heads * raw_count(partition)};
-  }
-  throw std::invalid_argument(fmt::format("--rows: got '{}', wants dense, G/S, G/S/shared or window/S", text));
+  const bool shared = options.core_heads == cca::core_heads::per_kv_head;
+  const cca::range raw = cca::intersection(partition.raw(last), {0, tokens});
+  return {name_of(options),
+          [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
+            cca::attention(query, key, value, out, options, executor);
+          },
+          (shared ? model.kv_heads : model.heads) * partition.core_count(last) +
+              model.kv_heads * (partition.sinks(last).size() + raw.size())};
 }
 
 /// A line of the table, shown at once.
 void print_line(const std::array<std::string, 7>& cells) {
-  fmt::print("| {:<30} | {:>10} | {:>12} | {:>8} | {:>8} | {:>18} | {:>13} |\n", cells[0], cells[1], cells[2], cells[3],
+  fmt::print("| {:<42} | {:>10} | {:>12} | {:>8} | {:>8} | {:>18} | {:>13} |\n", cells[0], cells[1], cells[2], cells[3],
              cells[4], cells[5], cells[6]);
   std::fflush(stdout);
 }
@@ -168,8 +155,7 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--threads", arguments.threads, "Threads")->check(CLI::Range(1, 1024))->capture_default_str();
   app.add_option("--rows", arguments.rows,
-                 "Lines of the table: dense, G/S (group size and window of CCA), G/S/shared (cores shared by the query "
-                 "heads of a key/value head), window/S")
+                 std::string("Lines of the table: ") + attention_forms)
       ->delimiter(',')
       ->capture_default_str();
   app.add_option("--sink-tokens", arguments.sink_tokens, "First tokens that stay raw beside every window")
