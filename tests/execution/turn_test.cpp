@@ -128,7 +128,7 @@ void check_stack(const detail::tile_form& form) {
       });
       turn turn(&before, &mine);
       detail::task_shift<Tile> shift;
-      detail::absorb_in_turn(stack, gradient, 0, 0, 0, turn, shift);
+      detail::absorb_in_turn(stack, detail::ref_of(gradient), 0, 0, 0, turn, shift);
     });
     for (std::int64_t end = 0; end <= rows; end += step) {
       pass_up_to(before, end);
