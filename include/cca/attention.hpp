@@ -21,25 +21,20 @@ namespace cca { inline namespace CCA_TARGET {
 namespace detail {
 
 /// Operands and options of attention.
-template <class Query, class Key, class Value, class Sink>
-void require_attention(const inputs<Query, Key, Value, Sink>& in, const options& options) {
-  require_options<product_type<Query, Key, Value>>(options);
-  require_inputs<compute_type<Query, Key, Value>>(in);
+inline void require_attention(const input_views& in, const options& options) {
+  require_inputs(in);
   require_grouping(options);
   pools(options) ? require_query_for_every_key(in.query, in.key, options) : require_positions(options);
-  if (pools(options) && given(in.key_bias))
-    refuse("key_bias", to_string(in.key_bias.extent), "none: cores stand for several keys, and have no bias of one");
+  if (pools(options)) require_none(in.key_bias, "cores stand for several keys, and have no bias of one");
 }
 
-/// Operands and options of `attend`.
-template <class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class FarBias>
-void require_attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, FarBias>& context,
-                    const options& options) {
-  require_options<product_type<Query, Key, Value, FarKey, FarValue>>(options);
+/// Operands and options of `attend`, which computes in numbers of this many bytes.
+inline void require_attend(const input_views& in, const far_views& context, const options& options,
+                           std::size_t number_size) {
   require_grouping(options);
   require_positions(options);
-  require_inputs<compute_type<Query, Key, Value, FarKey, FarValue>>(in);
-  require_far<compute_type<Query, Key, Value, FarKey, FarValue>>(in, context);
+  require_inputs(in);
+  require_far(in, context, number_size);
   require_no_pooling(options, "the caller pools");
 }
 
@@ -67,7 +62,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
                                          const execution& run = {}) {
   using Element = detail::product_type<Query, Key, Value>;
   detail::require_options<Element>(options);
-  detail::require_sizes(in);
+  detail::require_sizes(detail::named(in));
   return detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
     return detail::cca_plan<Element, Core>(in, options, run).bytes() + detail::scratch_alignment;
   });
@@ -81,9 +76,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
                                          const far_context<FarKey, FarValue, FarBias>& context,
                                          const options& options = {}, const execution& run = {}) {
   detail::require_options<detail::product_type<Query, Key, Value, FarKey, FarValue>>(options);
-  detail::require_sizes(in);
-  detail::require_sizes("far.key", context.key);
-  detail::require_batch("far.key", in.query, context.key);
+  detail::require_sizes(detail::named(in), detail::named(context));
   return detail::attend_plan(in, context, options, run).bytes() + detail::scratch_alignment;
 }
 
@@ -115,8 +108,10 @@ void attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse
   using Element = detail::product_type<Query, Key, Value>;
   using T = compute_type<Element>;
   if constexpr (detail::check_numbers<T, Sink>()) {
-    detail::require_attention(in, options);
-    detail::require_results(in, to);
+    const auto views = detail::named(in);
+    detail::require_options<Element>(options);
+    detail::require_attention(views, options);
+    detail::require_results(views, in.value.dim(), detail::named(to));
 
     detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
       const detail::cca_plan<Element, Core> plan(in, options, run);
@@ -158,13 +153,12 @@ void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey,
             const results<Out, Lse>& to, const options& options = {}, const execution& run = {}) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   if constexpr (detail::check_numbers<T, Sink>()) {
-    detail::require_attend(in, context, options);
-    detail::require_results(in, to,
-                            {{"far.key", context.key},
-                             {"far.value", context.value},
-                             {"far.seen", context.seen},
-                             {"far.bias", context.bias},
-                             {"far.positions", context.positions}});
+    const auto views = detail::named(in);
+    const auto far_rows = detail::named(context);
+    detail::require_options<detail::product_type<Query, Key, Value, FarKey, FarValue>>(options);
+    detail::require_attend(views, far_rows, options, sizeof(T));
+    detail::require_results(views, in.value.dim(), detail::named(to),
+                            {far_rows.key, far_rows.value, far_rows.seen, far_rows.bias, far_rows.positions});
 
     const auto forward = detail::attend_plan(in, context, options, run);
     detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size");

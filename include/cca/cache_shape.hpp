@@ -41,7 +41,7 @@ inline constexpr long double max_elements = 0x1p58L;
 /// The shape with its defaults filled in; refuses one that makes no sense.
 [[nodiscard]] inline cache_shape complete(cache_shape shape) {
   const auto least = [](const char* name, std::int64_t got, std::int64_t wanted) {
-    if (got < wanted) refuse(name, to_string(got), "at least " + to_string(wanted));
+    if (got < wanted) refuse(name, {got}, {"at least ", wanted});
   };
   least("shape.batch", shape.batch, 0);
   least("shape.heads", shape.heads, 1);
@@ -53,7 +53,7 @@ inline constexpr long double max_elements = 0x1p58L;
   least("shape.rewind", shape.rewind, 0);
   if (shape.value_dim == 0) shape.value_dim = shape.dim;
   if (elements(shape, larger<std::int64_t>(shape.capacity, 1)) > max_elements)
-    refuse("shape.capacity", to_string(shape.capacity) + " tokens", "a cache below 2^58 elements");
+    refuse("shape.capacity", {shape.capacity, " tokens"}, {"a cache below 2^58 elements"});
   return shape;
 }
 

@@ -41,7 +41,7 @@ template <executor E>
 std::int64_t concurrency(const E& run) {
   if constexpr (requires { run.concurrency(); }) {
     const auto said = run.concurrency();
-    if (said < 1) refuse("executor", "a concurrency of " + to_string(said), "at least 1");
+    if (said < 1) refuse("executor", {"a concurrency of ", said}, {"at least 1"});
     if (said <= most_workers) return static_cast<std::int64_t>(said);
   }
   return std::clamp<std::int64_t>(std::thread::hardware_concurrency(), 1, most_workers);
@@ -117,7 +117,7 @@ struct openmp_executor {
   /// One call per thread.
   /// @throws std::invalid_argument  for less than one thread
   [[nodiscard]] std::int64_t concurrency() const {
-    if (threads < 1) detail::refuse("openmp_executor.threads", detail::to_string(threads), "at least 1");
+    if (threads < 1) detail::refuse("openmp_executor.threads", {threads}, {"at least 1"});
     return threads;
   }
 

@@ -28,79 +28,95 @@
 namespace cca { inline namespace CCA_TARGET {
 namespace detail {
 
-/// The results that a gradient reads, and the gradients that come in, for the engine. `T` is what is computed in.
+/// What a gradient reads of the forward pass and of what comes in, and what it writes.
+struct read_views {
+  named_view out, lse, grad_out, grad_lse;
+};
+struct gradient_views {
+  output_view query, key, value, far_key, far_value, sink_logits, alibi_slopes, key_bias, far_bias;
+};
+
+template <class Out, class Lse, class GradOut, class GradLse>
+read_views named(const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from) {
+  return {{"out", of.out}, {"lse", of.lse}, {"grad_out", from.grad_out}, {"grad_lse", from.grad_lse}};
+}
+template <class T>
+gradient_views named(const gradients<T>& to) {
+  return {{"grad_query", to.query},
+          {"grad_key", to.key},
+          {"grad_value", to.value},
+          {"grad_far_key", to.far_key},
+          {"grad_far_value", to.far_value},
+          {"grad_sink_logits", to.sink_logits},
+          {"grad_alibi_slopes", to.alibi_slopes},
+          {"grad_key_bias", to.key_bias},
+          {"grad_far_bias", to.far_bias}};
+}
+
+inline void require_read(const input_views& in, const read_views& of) {
+  const std::int64_t heads = in.query.heads(), dim = in.value.dim();
+  require_operand(of.out);
+  require_shape(of.out, heads, dim, in.query);
+  require_operand(of.lse);
+  require_shape(of.lse, heads, 1, in.query);
+  require_operand(of.grad_out);
+  require_shape(of.grad_out, heads, dim, in.query);
+  if (given(of.grad_lse)) {
+    require_operand(of.grad_lse);
+    require_shape(of.grad_lse, heads, 1, in.query);
+  }
+}
+
+/// The same for the engine. `T` is what is computed in.
 template <class T, class Inputs, class Out, class Lse, class GradOut, class GradLse>
-auto checked_results(const Inputs& in, const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from) {
+auto results_of(const Inputs& in, const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from) {
   static_assert(sizeof(Lse) >= sizeof(T),
                 "cca: the weights come from lse: a float one would cost double gradients half of their digits");
-  const std::int64_t heads = in.query.heads(), dim = in.value.dim();
-  require_operand("out", of.out);
-  require_shape("out", of.out, heads, dim, in.query);
-  require_operand("lse", of.lse);
-  require_shape("lse", of.lse, heads, 1, in.query);
-  require_operand("grad_out", from.grad_out);
-  require_shape("grad_out", from.grad_out, heads, dim, in.query);
-  if (given(from.grad_lse)) {
-    require_operand("grad_lse", from.grad_lse);
-    require_shape("grad_lse", from.grad_lse, heads, 1, in.query);
-  }
   using Query = typename decltype(in.query)::element_type;
   return query_results<Query, const Out, const Lse, const GradOut, const GradLse>{in.query, of.out, of.lse,
                                                                                   from.grad_out, from.grad_lse};
 }
 
 /// A gradient is summed where it is written. It has the extents and lengths of its operand.
-template <class T, class Operand>
-void require_gradient(const char* name, const T& gradient, const Operand& operand) {
-  require_output(name, gradient);
-  require_shape(name, gradient, operand.heads(), operand.extent.back(), operand);
+inline void require_gradient(const output_view& gradient, const named_view& operand) {
+  require_output(gradient);
+  require_shape(gradient, operand.heads(), operand.dim(), operand);
 }
 
 /// A gradient that not every caller wants, of an operand that not every caller has.
-template <class T, class Operand>
-void require_optional_gradient(const char* name, const lse_view<T>& gradient, const Operand& operand,
-                               const char* reason) {
-  if (!given(gradient)) return;
-  if (!given(operand)) refuse(name, to_string(gradient.extent), "none: " + text(reason));
-  require_gradient(name, gradient, operand);
+inline void require_optional_gradient(const output_view& gradient, const named_view& operand, const char* reason) {
+  if (!given(operand)) require_none(gradient, reason);
+  if (given(gradient)) require_gradient(gradient, operand);
 }
 
-/// The gradients of inputs, apart from them and from `more` that the call reads. `T` is what is computed in.
-template <class T, class Inputs, class G>
-void require_gradients(const Inputs& in, const gradients<G>& to, std::initializer_list<named_view> more) {
-  require_gradient("grad_query", to.query, in.query);
-  require_gradient("grad_key", to.key, in.key);
-  require_gradient("grad_value", to.value, in.value);
-  require_optional_gradient("grad_sink_logits", to.sink_logits, in.sink_logits, "there are no sinks");
-  require_optional_gradient("grad_alibi_slopes", to.alibi_slopes, in.alibi_slopes, "there are no slopes");
-  require_optional_gradient("grad_key_bias", to.key_bias, in.key_bias, "keys have no bias");
-  const auto require = [&](std::initializer_list<named_view> read) {
-    require_apart({{"grad_query", to.query},
-                   {"grad_key", to.key},
-                   {"grad_value", to.value},
-                   {"grad_far_key", to.far_key},
-                   {"grad_far_value", to.far_value},
-                   {"grad_sink_logits", to.sink_logits},
-                   {"grad_alibi_slopes", to.alibi_slopes},
-                   {"grad_key_bias", to.key_bias},
-                   {"grad_far_bias", to.far_bias}},
+/// The gradients of inputs, apart from them and from `more` that the call reads.
+inline void require_gradients(const input_views& in, const gradient_views& to,
+                              std::initializer_list<named_memory> more) {
+  require_gradient(to.query, in.query);
+  require_gradient(to.key, in.key);
+  require_gradient(to.value, in.value);
+  require_optional_gradient(to.sink_logits, in.sink_logits, "there are no sinks");
+  require_optional_gradient(to.alibi_slopes, in.alibi_slopes, "there are no slopes");
+  require_optional_gradient(to.key_bias, in.key_bias, "keys have no bias");
+  const auto require = [&](std::initializer_list<named_memory> read) {
+    require_apart({to.query, to.key, to.value, to.far_key, to.far_value, to.sink_logits, to.alibi_slopes, to.key_bias,
+                   to.far_bias},
                   read);
   };
-  require({{"query", in.query},
-           {"key", in.key},
-           {"value", in.value},
-           {"sink_logits", in.sink_logits},
-           {"alibi_slopes", in.alibi_slopes},
-           {"key_bias", in.key_bias}});
+  require({in.query, in.key, in.value, in.sink_logits, in.alibi_slopes, in.key_bias});
   require(more);
 }
 
 /// Far gradients where there are no far rows.
-template <class T>
-void require_no_far_gradients(const gradients<T>& to) {
-  if (given(to.far_key)) refuse("grad_far_key", to_string(to.far_key.extent), "none: there is no far context");
-  if (given(to.far_value)) refuse("grad_far_value", to_string(to.far_value.extent), "none: there is no far context");
-  if (given(to.far_bias)) refuse("grad_far_bias", to_string(to.far_bias.extent), "none: there is no far context");
+inline void require_no_far_gradients(const gradient_views& to) {
+  for (const output_view* gradient : {&to.far_key, &to.far_value, &to.far_bias})
+    require_none(*gradient, "there is no far context");
+}
+
+inline void require_far_gradients(const far_views& far_rows, const gradient_views& to) {
+  require_gradient(to.far_key, far_rows.key);
+  require_gradient(to.far_value, far_rows.value);
+  require_optional_gradient(to.far_bias, far_rows.bias, "far rows have no bias");
 }
 
 template <class T>
@@ -129,7 +145,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
                                                   const options& options = {}, const execution& run = {}) {
   using Element = detail::product_type<Query, Key, Value>;
   detail::require_options<Element>(options);
-  detail::require_sizes(in);
+  detail::require_sizes(detail::named(in));
   return detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
     return detail::cca_gradient_plan<Element, Core>(in, options, run).bytes() + detail::scratch_alignment;
   });
@@ -141,9 +157,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 [[nodiscard]] std::size_t gradient_workspace_size(const inputs<Query, Key, Value, Sink>& in,
                                                   const far_context<FarKey, FarValue, FarBias>& context,
                                                   const options& options = {}, const execution& run = {}) {
-  detail::require_sizes(in);
-  detail::require_sizes("far.key", context.key);
-  detail::require_batch("far.key", in.query, context.key);
+  detail::require_sizes(detail::named(in), detail::named(context));
   return detail::attend_backward(in, context, options.unit, run).bytes() + detail::scratch_alignment;
 }
 
@@ -162,13 +176,16 @@ void pool_gradient(const inputs<Query, Key, Value, Sink>& in, const cores<GradCo
                    const options& options, const execution& run = {}) {
   static_assert(std::is_same_v<std::remove_const_t<GradCore>, T>, "cca: gradients of cores are of the gradients' type");
   (void)detail::check_gradients<compute_type<Query, Key, Value>, T>();
-  detail::require_pool(in, options);
-  detail::require_operand("grad_core_key", from.key);
-  detail::require_operand("grad_core_value", from.value);
-  detail::require_cores("grad_core_key", "grad_core_value", in, from, options);
-  detail::require_no_far_gradients(to);
-  detail::require_gradients<compute_type<Query, Key, Value>>(
-      in, to, {{"grad_core_key", from.key}, {"grad_core_value", from.value}});
+  const auto views = detail::named(in);
+  const auto grad = detail::named(to);
+  const detail::named_view grad_key("grad_core_key", from.key), grad_value("grad_core_value", from.value);
+  detail::require_options<detail::product_type<Query, Key, Value>>(options);
+  detail::require_pool(views, options);
+  detail::require_operand(grad_key);
+  detail::require_operand(grad_value);
+  detail::require_cores(views, grad_key, grad_value, options);
+  detail::require_no_far_gradients(grad);
+  detail::require_gradients(views, grad, {grad_key, grad_value});
 
   const auto plan = detail::plan_pooling<T>(in, options, run);
   detail::scratch memory(run.workspace(), plan.bytes(), "gradient_workspace_size");
@@ -200,12 +217,16 @@ void attention_gradient(const inputs<Query, Key, Value, Sink>& in, const results
   using Element = detail::product_type<Query, Key, Value>;
   if constexpr (detail::check_numbers<compute_type<Element>, Sink>() &&
                 detail::check_gradients<compute_type<Element>, T>()) {
-    detail::require_attention(in, options);
-    const auto results = detail::checked_results<compute_type<Element>>(in, of, from);
-    detail::require_no_far_gradients(to);
-    detail::require_gradients<compute_type<Element>>(
-        in, to, {{"out", of.out}, {"lse", of.lse}, {"grad_out", from.grad_out}, {"grad_lse", from.grad_lse}});
+    const auto views = detail::named(in);
+    const auto read = detail::named(of, from);
+    const auto grad = detail::named(to);
+    detail::require_options<Element>(options);
+    detail::require_attention(views, options);
+    detail::require_read(views, read);
+    detail::require_no_far_gradients(grad);
+    detail::require_gradients(views, grad, {read.out, read.lse, read.grad_out, read.grad_lse});
 
+    const auto results = detail::results_of<compute_type<Element>>(in, of, from);
     const bool pooled = detail::pools(options);
     detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
       const detail::cca_gradient_plan<Element, Core> plan(in, options, run);
@@ -244,20 +265,19 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
                      const options& options = {}, const execution& run = {}) {
   using Number = compute_type<Query, Key, Value, FarKey, FarValue>;
   if constexpr (detail::check_numbers<Number, Sink>() && detail::check_gradients<Number, T>()) {
-    detail::require_attend(in, context, options);
-    const auto results = detail::checked_results<Number>(in, of, from);
-    detail::require_gradient("grad_far_key", to.far_key, context.key);
-    detail::require_gradient("grad_far_value", to.far_value, context.value);
-    detail::require_optional_gradient("grad_far_bias", to.far_bias, context.bias, "far rows have no bias");
-    detail::require_gradients<Number>(in, to,
-                                      {{"far.key", context.key},
-                                       {"far.value", context.value},
-                                       {"far.bias", context.bias},
-                                       {"out", of.out},
-                                       {"lse", of.lse},
-                                       {"grad_out", from.grad_out},
-                                       {"grad_lse", from.grad_lse}});
+    const auto views = detail::named(in);
+    const auto far_rows = detail::named(context);
+    const auto read = detail::named(of, from);
+    const auto grad = detail::named(to);
+    detail::require_options<detail::product_type<Query, Key, Value, FarKey, FarValue>>(options);
+    detail::require_attend(views, far_rows, options, sizeof(Number));
+    detail::require_read(views, read);
+    detail::require_far_gradients(far_rows, grad);
+    detail::require_gradients(views, grad,
+                              {far_rows.key, far_rows.value, far_rows.bias, read.out, read.lse, read.grad_out,
+                               read.grad_lse});
 
+    const auto results = detail::results_of<Number>(in, of, from);
     const auto plan = detail::attend_backward(in, context, options.unit, run);
     detail::scratch memory(run.workspace(), plan.bytes(), "gradient_workspace_size");
     for (const auto& sum : {to.key, to.value, to.far_key, to.far_value}) detail::fill_zero(sum, run);

@@ -105,7 +105,7 @@ class kv_cache {
   template <class Query = Element, class Sink = compute_type<Query, Element>, detail::written Out = Element,
             class Lse = compute_type<Query, Element>>
   void attend(const inputs<Query, Element, Element, Sink>& in, const results<Out, Lse>& to, const execution& run = {}) {
-    require_answers(in, to, held_.shape.batch);
+    require_answers(detail::named(in), detail::named(to), held_.shape.batch);
     step(0, in, &to, run);
   }
 
@@ -122,7 +122,7 @@ class kv_cache {
   void attend(std::int64_t b, const inputs<Query, Element, Element, Sink>& in, const results<Out, Lse>& to,
               const execution& run = {}) {
     require_sequence("b", b);
-    require_answers(in, to, 1);
+    require_answers(detail::named(in), detail::named(to), 1);
     step(b, in, &to, run);
   }
 
@@ -138,7 +138,7 @@ class kv_cache {
   template <detail::view_or_mistaken Query, class Key, class Value>
   void append(const Query& query, const Key& key, const Value& value, const execution& run = {}) {
     if constexpr (detail::check_views<Query, Key, Value>() && check_tokens<Key, Value>()) {
-      require_query(query, held_.shape.batch);
+      require_query({"query", query}, held_.shape.batch);
       step<float, compute_type<Element>>(0, inputs{query, key, value}, nullptr, run);
     }
   }
@@ -148,7 +148,7 @@ class kv_cache {
   void append(std::int64_t b, const Query& query, const Key& key, const Value& value, const execution& run = {}) {
     if constexpr (detail::check_views<Query, Key, Value>() && check_tokens<Key, Value>()) {
       require_sequence("b", b);
-      require_query(query, 1);
+      require_query({"query", query}, 1);
       step<float, compute_type<Element>>(b, inputs{query, key, value}, nullptr, run);
     }
   }
@@ -160,9 +160,9 @@ class kv_cache {
   void truncate(std::int64_t b, std::int64_t length) {
     require_sequence("b", b);
     if (!(least_length(b) <= length && length <= held_.at(b).length))
-      detail::refuse("length", detail::to_string(length),
-                     "between " + detail::to_string(least_length(b)) + " and " + detail::to_string(held_.at(b).length) +
-                         ": what earlier queries saw has left the window");
+      detail::refuse("length", {length},
+                     {"between ", least_length(b), " and ", held_.at(b).length,
+                      ": what earlier queries saw has left the window"});
     held_.at(b).length = length;
   }
 
@@ -211,36 +211,29 @@ class kv_cache {
 
   void require_sequence(const char* name, std::int64_t b) const {
     if (!(0 <= b && b < held_.shape.batch))
-      detail::refuse(name, detail::to_string(b), "a sequence in [0, " + detail::to_string(held_.shape.batch) + ")");
+      detail::refuse(name, {b}, {"a sequence in [0, ", held_.shape.batch, ")"});
   }
 
   /// A step has as many new tokens for every sequence.
-  template <class View>
-  static void require_even(const char* name, const View& view) {
+  static void require_even(const detail::named_view& view) {
     if (view.has_lengths())
-      detail::refuse(name, "lengths per sequence",
-                     "as many tokens for each; the calls of one sequence take any number");
+      detail::refuse(view.name, {"lengths per sequence"},
+                     {"as many tokens for each; the calls of one sequence take any number"});
   }
 
-  template <class Query>
-  void require_query(const tensor_view<Query>& query, std::int64_t batch) const {
-    detail::require_operand("query", query);
-    require_even("query", query);
-    detail::require_extents("query", query, {batch, held_.shape.heads, query.length(), held_.shape.dim});
+  void require_query(const detail::named_view& query, std::int64_t batch) const {
+    detail::require_operand(query);
+    require_even(query);
+    detail::require_extents(query, {batch, held_.shape.heads, query.length(), held_.shape.dim});
   }
 
   /// Queries, what belongs to them, and where their answers go.
-  template <class Inputs, class Results>
-  void require_answers(const Inputs& in, const Results& to, std::int64_t batch) const {
-    using Query = typename decltype(in.query)::element_type;
+  void require_answers(const detail::input_views& in, const detail::result_views& to, std::int64_t batch) const {
     require_query(in.query, batch);
-    (void)detail::check_numbers<compute_type<Query, Element>, typename decltype(in.sink_logits)::element_type>();
-    detail::require_sink_logits<compute_type<Query, Element>>(in.query, in.sink_logits);
-    detail::require_alibi_slopes<compute_type<Query, Element>>(in.query, in.alibi_slopes);
-    if (detail::given(in.key_bias))
-      detail::refuse("key_bias", detail::to_string(in.key_bias.extent), "none: a cache keeps no biases of its tokens");
-    detail::require_results(in.query, held_.shape.value_dim, to.out, to.lse);
-    detail::require_results_apart(in, to);
+    detail::require_sink_logits(in.query, in.sink_logits);
+    detail::require_alibi_slopes(in.query, in.alibi_slopes);
+    detail::require_none(in.key_bias, "a cache keeps no biases of its tokens");
+    detail::require_results(in, held_.shape.value_dim, to);
   }
 
   /// The sequences of a step, `count` of them from `first` on, and its new tokens for each.
@@ -249,19 +242,19 @@ class kv_cache {
   };
 
   /// Keys and values of a step, and room for its tokens.
-  template <class Key, class Value>
-  void require_tokens(const step_extent& extent, tensor_view<Key> key, tensor_view<Value> value) const {
+  void require_tokens(const step_extent& extent, const detail::named_view& key,
+                      const detail::named_view& value) const {
     const auto& [first, batch, count] = extent;
-    detail::require_operand("key", key);
-    detail::require_operand("value", value);
-    require_even("key", key);
-    require_even("value", value);
-    detail::require_extents("key", key, {batch, held_.shape.kv_heads, count, held_.shape.dim});
-    detail::require_extents("value", value, {batch, held_.shape.kv_heads, count, held_.shape.value_dim});
+    detail::require_operand(key);
+    detail::require_operand(value);
+    require_even(key);
+    require_even(value);
+    detail::require_extents(key, {batch, held_.shape.kv_heads, count, held_.shape.dim});
+    detail::require_extents(value, {batch, held_.shape.kv_heads, count, held_.shape.value_dim});
     for (std::int64_t b = first; b < first + batch && held_.shape.capacity > 0; ++b)
       if (count > held_.shape.capacity - held_.at(b).length)
-        detail::refuse("key", detail::to_string(count) + " tokens after " + detail::to_string(held_.at(b).length),
-                       "at most the capacity of " + detail::to_string(held_.shape.capacity));
+        detail::refuse("key", {count, " tokens after ", held_.at(b).length},
+                       {"at most the capacity of ", held_.shape.capacity});
   }
 
   /// Everything that can fail comes first; then sink tokens are taken over, groups pooled and queries answered beside what
@@ -270,10 +263,11 @@ class kv_cache {
   void step(std::int64_t first, const Inputs& in, const results<Out, Lse>* to, const execution& run) {
     using Query = std::remove_const_t<typename decltype(in.query)::element_type>;
     using T = compute_type<Query, Element>;
+    (void)detail::check_numbers<T, typename decltype(in.sink_logits)::element_type>();
     using Product = detail::product_type<Query, Element, Core>;
     const step_extent extent{first, in.query.batch(), in.query.length()};
     if (to != nullptr) detail::require_unit<Product>(held_.options);
-    require_tokens(extent, in.key, in.value);
+    require_tokens(extent, {"key", in.key}, {"value", in.value});
     if (extent.tokens == 0) return;
     for (std::int64_t b = first; b < first + extent.count; ++b)
       held_.reserve("key", held_.at(b), held_.at(b).length + extent.tokens);

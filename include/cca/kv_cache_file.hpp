@@ -42,12 +42,10 @@ struct element_code {
   friend bool operator==(const element_code&, const element_code&) = default;
 };
 
-inline text to_string(const element_code& code) {
-  const auto numbers = [&](int shift) {
-    return detail::to_string(code.bytes >> shift & 0xff) + " bytes and " +
-           detail::to_string(code.digits >> shift & 0xff) + " digits";
-  };
-  return "elements of " + numbers(0) + (code.bytes >> 8 > 0 ? ", cores of " + numbers(8) : "");
+inline text to_text(const element_code& code) {
+  text all{"elements of ", code.bytes & 0xff, " bytes and ", code.digits & 0xff, " digits"};
+  if (code.bytes >> 8 > 0) all += {", cores of ", code.bytes >> 8, " bytes and ", code.digits >> 8, " digits"};
+  return all;
 }
 
 /// How a file of a cache begins, whatever its version.
@@ -127,25 +125,25 @@ struct cache_file {
         decode_option(entry.code, option);
         known = true;
       });
-      if (!known) refuse_file("got an option " + text(name) + ", which this version of the library does not have");
+      if (!known) refuse_file({"got an option ", name, ", which this version of the library does not have"});
     }
     return options;
   }
 
   static void require_elements(const element_code& got, const element_code& wanted) {
-    if (got != wanted) refuse_file("got " + to_string(got) + ", wants " + to_string(wanted));
+    if (got != wanted) refuse_file({"got ", to_text(got).c_str(), ", wants ", to_text(wanted).c_str()});
   }
 
   /// A cache of the shape, but without sequences yet: they bring their memory with them.
   template <class Element, class Core>
   static kv_cache<Element, Core> empty_cache(cache_shape shape, options options, matrix_unit unit) {
-    if (shape.batch < 0) refuse_file("got " + to_string(shape.batch) + " sequences, wants none below 0");
+    if (shape.batch < 0) refuse_file({"got ", shape.batch, " sequences, wants none below 0"});
     shape.batch = 0;
     options.unit = unit;
     try {
       return kv_cache<Element, Core>(shape, options);
     } catch (const std::invalid_argument& error) {
-      refuse_file(error.what());
+      refuse_file({error.what()});
     }
   }
 
@@ -191,7 +189,7 @@ struct cache_file {
     if (length < 0 || length > (std::int64_t{1} << 62) || (shape.capacity > 0 && length > shape.capacity) ||
         oldest < first || oldest > larger(first, cache.held_.partition().raw(length).begin) ||
         held.size() > cache.held_.raw_limit())
-      refuse_file("got raw tokens " + to_string(numbers) + " of a sequence, which its window does not admit");
+      refuse_file({"got raw tokens ", numbers, " of a sequence, which its window does not admit"});
 
     auto sequence = cache.held_.new_sequence();
     const std::int64_t cores = cache.held_.group_count(length), sinks = cache.held_.sink_count(length);
@@ -205,7 +203,7 @@ struct cache_file {
     try {
       cache.held_.reserve("shape.capacity", sequence, larger(length, shape.capacity));
     } catch (const std::exception& error) {
-      refuse_file(error.what());
+      refuse_file({error.what()});
     }
     // Heads are worth a loop only where the file brought rows of them.
     for (std::int64_t h = 0; h < cache.held_.core_heads && cores > 0; ++h)
@@ -227,7 +225,7 @@ struct cache_file {
   static aligned_memory read_rows(checked_reader& reader, std::int64_t heads, std::int64_t rows,
                                   const cache_shape& shape) {
     if (elements(heads, rows, shape.dim + shape.value_dim) > max_elements)
-      refuse_file("got " + to_string(rows) + " rows of " + to_string(heads) + " heads, more than memory has");
+      refuse_file({"got ", rows, " rows of ", heads, " heads, more than memory has"});
     return reader.get<Element>(heads * rows * (shape.dim + shape.value_dim));
   }
 
@@ -256,7 +254,7 @@ void save(const kv_cache<Element, Core>& cache, std::ostream& stream) {
   writer.put(options.data(), std::ssize(options));
   writer.end_part();
   for (std::int64_t b = 0; b < cache.shape().batch; ++b) detail::cache_file::save_sequence(cache, b, writer);
-  if (!stream.flush()) detail::refuse_file("cannot be written");
+  if (!stream.flush()) detail::refuse_file({"cannot be written"});
 }
 
 /// Reads a cache from a binary stream, and nothing behind it.
@@ -272,8 +270,8 @@ template <class Element, class Core = Element>
   detail::cache_file_start start;
   const detail::cache_file_start wanted;
   reader.get(&start, 1);
-  if (start.magic != wanted.magic) detail::refuse_file("is not one");
-  if (start.byte_order != wanted.byte_order) detail::refuse_file("was written in another byte order");
+  if (start.magic != wanted.magic) detail::refuse_file({"is not one"});
+  if (start.byte_order != wanted.byte_order) detail::refuse_file({"was written in another byte order"});
   const auto read = [&](const cache_shape& shape, const options& options) {
     auto cache = detail::cache_file::empty_cache<Element, Core>(shape, options, unit);
     for (std::int64_t b = 0; b < shape.batch; ++b) detail::cache_file::load_sequence(cache, reader);
@@ -288,8 +286,7 @@ template <class Element, class Core = Element>
     return read(header.shape, header.options());
   }
   if (start.version != wanted.version)
-    detail::refuse_file("got version " + detail::to_string(start.version) + ", wants 1 or " +
-                        detail::to_string(wanted.version));
+    detail::refuse_file({"got version ", start.version, ", wants 1 or ", wanted.version});
   detail::cache_file_header header;
   reader.get(&header, 1);
   reader.end_part();

@@ -14,6 +14,23 @@
 #include "tensor_view.hpp"
 
 namespace cca { inline namespace CCA_TARGET {
+namespace detail {
+
+/// Two parts of a context and the whole, all of the extents of the first.
+inline void require_parts(const named_view& out_a, const named_view& lse_a, const named_view& out_b,
+                          const named_view& lse_b, const result_views& whole) {
+  for (const named_view* part : {&out_a, &lse_a, &out_b, &lse_b}) require_operand(*part);
+  require_output(whole.out);
+  require_output(whole.lse);
+  const std::int64_t heads = out_a.heads(), dim = out_a.dim();
+  require_shape(lse_a, heads, 1, out_a);
+  require_shape(out_b, heads, dim, out_a);
+  require_shape(lse_b, heads, 1, out_a);
+  require_shape(whole.out, heads, dim, out_a);
+  require_shape(whole.lse, heads, 1, out_a);
+}
+
+}  // namespace detail
 
 /// Joins the results of attention to two disjoint parts of a context into that of the whole:
 /// `out = (e^lse_a out_a + e^lse_b out_b) / (e^lse_a + e^lse_b)`, `lse = log(e^lse_a + e^lse_b)`.
@@ -35,18 +52,8 @@ void merge(const results<A, LseA>& first, const results<B, LseB>& second, const 
   const lse_view<LseA> lse_a = first.lse;
   const lse_view<LseB> lse_b = second.lse;
   const lse_view<Lse> lse = whole.lse;
-  detail::require_operand("out_a", out_a);
-  detail::require_operand("lse_a", lse_a);
-  detail::require_operand("out_b", out_b);
-  detail::require_operand("lse_b", lse_b);
-  detail::require_output("out", out);
-  detail::require_output("lse", lse);
-  const std::int64_t heads = out_a.heads(), dim = out_a.dim();
-  detail::require_shape("lse_a", lse_a, heads, 1, out_a);
-  detail::require_shape("out_b", out_b, heads, dim, out_a);
-  detail::require_shape("lse_b", lse_b, heads, 1, out_a);
-  detail::require_shape("out", out, heads, dim, out_a);
-  detail::require_shape("lse", lse, heads, 1, out_a);
+  detail::require_parts({"out_a", out_a}, {"lse_a", lse_a}, {"out_b", out_b}, {"lse_b", lse_b},
+                        detail::named(whole));
 
   const auto merge_row = [&](std::int64_t b, std::int64_t h, std::int64_t i) {
     constexpr double empty = -std::numeric_limits<double>::infinity(), unit = std::numbers::log2e;
@@ -63,7 +70,7 @@ void merge(const results<A, LseA>& first, const results<B, LseB>& second, const 
                                         (c == empty ? T(0) : share_b * detail::element_cast<T>(row_b[d])));
     *lse.row(b, h, i) = static_cast<Lse>(both.sum == 0 ? empty : both.maximum + detail::log(both.sum));
   };
-  const std::int64_t tasks = out.batch() * heads;
+  const std::int64_t heads = out.heads(), tasks = out.batch() * heads;
   detail::run_tasks(run, detail::worker_count(run, tasks), tasks, [&](std::int64_t, std::int64_t task) {
     const std::int64_t b = task / heads;
     for (std::int64_t i = 0; i < out.length(b); ++i) merge_row(b, task % heads, i);

@@ -124,15 +124,15 @@ constexpr auto enumerators(matrix_unit) { return std::array{"none", "best", "avx
 
 /// The value of an option in words.
 template <class Option>
-text option_text(const Option& option) {
+text_part option_text(const Option& option) {
   if constexpr (std::is_enum_v<Option>) {
     constexpr auto names = enumerators(Option{});
     const auto number = static_cast<std::size_t>(option);
-    return number < names.size() ? names[number] : to_string(static_cast<int>(option));
+    return number < names.size() ? text_part(names[number]) : text_part(static_cast<int>(option));
   } else if constexpr (std::is_same_v<Option, std::int64_t>) {
-    return option == unlimited ? "unlimited" : to_string(option);
+    return option == unlimited ? text_part("unlimited") : text_part(option);
   } else if constexpr (is_real<Option>) {
-    return to_string<double>(option);
+    return static_cast<double>(option);
   } else {
     return option ? option_text(*option) : "none";
   }

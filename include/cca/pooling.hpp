@@ -18,13 +18,11 @@ namespace cca { inline namespace CCA_TARGET {
 namespace detail {
 
 /// Operands and options of `pool`.
-template <class Query, class Key, class Value, class Sink>
-void require_pool(const inputs<Query, Key, Value, Sink>& in, const options& options) {
-  require_options<product_type<Query, Key, Value>>(options);
-  require_operand("query", in.query);
-  require_key_value("key", "value", in.query, in.key, in.value);
+inline void require_pool(const input_views& in, const options& options) {
+  require_operand(in.query);
+  require_key_value(in.query, in.key, in.value);
   require_query_for_every_key(in.query, in.key, options);
-  if (options.group_size < 1) refuse("options.group_size", to_string(options.group_size), "at least 1");
+  if (options.group_size < 1) refuse("options.group_size", {options.group_size}, {"at least 1"});
   require_unset(options, &options::window, "every complete group is pooled");
   require_causal(options, "a group is pooled with its last query");
   require_unset(options, &options::unit, "pooling reads more than it multiplies");
@@ -32,10 +30,9 @@ void require_pool(const inputs<Query, Key, Value, Sink>& in, const options& opti
   require_unset(options, &options::core_bias, "attention adds it");
   if (!uses_query(options.pool))
     require_unset(options, &options::softmax_scale, "the mean and the maximum have no weights");
-  if (given(in.sink_logits)) refuse("sink_logits", to_string(in.sink_logits.extent), "none: they join attention");
-  if (given(in.alibi_slopes))
-    refuse("alibi_slopes", to_string(in.alibi_slopes.extent), "none: the weights of pooling know no distance");
-  if (given(in.key_bias)) refuse("key_bias", to_string(in.key_bias.extent), "none: the weights of pooling have none");
+  require_none(in.sink_logits, "they join attention");
+  require_none(in.alibi_slopes, "the weights of pooling know no distance");
+  require_none(in.key_bias, "the weights of pooling have none");
 }
 
 /// Scratch of pooling all complete groups. `attention` pools those that some query sees, which are fewer: a workspace for
@@ -54,14 +51,13 @@ pool_plan<T> plan_pooling(const inputs<Query, Key, Value, Sink>& in, const optio
           all.table_size()};
 }
 
-/// Cores of every complete group, of these names.
-template <class Inputs, class Cores>
-void require_cores(const char* key_name, const char* value_name, const Inputs& in, const Cores& cores,
-                   const options& options) {
+/// Cores of every complete group.
+inline void require_cores(const input_views& in, const named_view& key, const named_view& value,
+                          const options& options) {
   const std::int64_t heads = core_head_count(options, in.query.heads(), in.key.heads());
-  const auto groups = [&](std::int64_t length) { return partition_of(options).group_count(length); };
-  require_shape(key_name, cores.key, heads, in.key.dim(), in.key, groups);
-  require_shape(value_name, cores.value, heads, in.value.dim(), in.key, groups);
+  const partition groups = partition_of(options);
+  require_shape(key, heads, in.key.dim(), in.key, &groups);
+  require_shape(value, heads, in.value.dim(), in.key, &groups);
 }
 
 }  // namespace detail
@@ -85,12 +81,14 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 void pool(const inputs<Query, Key, Value, Sink>& in, const cores<CoreKey, CoreValue>& to, const options& options,
           const execution& run = {}) {
   using T = compute_type<Query, Key, Value>;
-  detail::require_pool(in, options);
-  detail::require_output("core_key", to.key);
-  detail::require_output("core_value", to.value);
-  detail::require_cores("core_key", "core_value", in, to, options);
-  detail::require_apart({{"core_key", to.key}, {"core_value", to.value}},
-                        {{"query", in.query}, {"key", in.key}, {"value", in.value}});
+  const auto views = detail::named(in);
+  const detail::output_view core_key("core_key", to.key), core_value("core_value", to.value);
+  detail::require_options<detail::product_type<Query, Key, Value>>(options);
+  detail::require_pool(views, options);
+  detail::require_output(core_key);
+  detail::require_output(core_value);
+  detail::require_cores(views, core_key, core_value, options);
+  detail::require_apart({core_key, core_value}, {views.query, views.key, views.value});
 
   const auto plan = detail::plan_pooling<T>(in, options, run);
   detail::scratch memory(run.workspace(), plan.bytes(), "workspace_size");

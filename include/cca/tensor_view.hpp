@@ -68,8 +68,7 @@ struct tensor_view {
   /// @throws std::invalid_argument  where there is not one length for each sequence
   [[nodiscard]] constexpr tensor_view with_lengths(std::span<const std::int64_t> lengths) const {
     if (static_cast<std::int64_t>(lengths.size()) != extent[0])
-      detail::refuse("lengths", detail::to_string(lengths.size()) + " lengths",
-                     "one for each of " + detail::to_string(extent[0]) + " sequences");
+      detail::refuse("lengths", {lengths.size(), " lengths"}, {"one for each of ", extent[0], " sequences"});
     return {data, extent, stride, nullptr, lengths.data()};
   }
 
@@ -85,7 +84,7 @@ struct tensor_view {
   /// @throws std::invalid_argument  where they do not lie in `[0, length)`, or sequences have lengths of their own
   [[nodiscard]] constexpr tensor_view slice(std::int64_t first, std::int64_t count) const requires(Rank >= 3) {
     if (has_lengths())
-      detail::refuse("slice of tokens", "a view with lengths per sequence", "one without, such as `sequence(b)`");
+      detail::refuse("slice of tokens", {"a view with lengths per sequence"}, {"one without, such as `sequence(b)`"});
     return part<2>("slice of tokens", first, count);
   }
 
@@ -102,8 +101,7 @@ struct tensor_view {
   [[nodiscard]] constexpr tensor_view part(const char* what, std::int64_t first, std::int64_t count) const {
     const std::int64_t all = extent[Dimension];
     if (!(0 <= first && first <= all && 0 <= count && count <= all - first))
-      detail::refuse(what, detail::to_string(count) + " from " + detail::to_string(first) + " on",
-                     "a part of [0, " + detail::to_string(all) + ")");
+      detail::refuse(what, {count, " from ", first, " on"}, {"a part of [0, ", all, ")"});
     tensor_view view = *this;
     if (data != nullptr && count > 0) view.data += first * stride[Dimension];
     view.extent[Dimension] = count;
@@ -142,7 +140,7 @@ namespace detail {
 
 /// The longest of the sequences that lie between neighbouring offsets.
 constexpr std::int64_t longest_sequence(std::span<const std::int64_t> offsets) {
-  if (offsets.empty()) refuse("offsets", "none", "batch + 1 of them, the first of which is 0 where nothing precedes");
+  if (offsets.empty()) refuse("offsets", {"none"}, {"batch + 1 of them, the first of which is 0 where nothing precedes"});
   std::int64_t longest = 0;
   for (std::size_t b = 0; b + 1 < offsets.size(); ++b) longest = larger(longest, offsets[b + 1] - offsets[b]);
   return longest;

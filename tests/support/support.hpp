@@ -35,7 +35,7 @@ namespace cca::test {
 /// Numbers as refusals write them.
 template <std::size_t Rank>
 std::string text_of(const std::array<std::int64_t, Rank>& numbers) {
-  return detail::to_string(numbers).c_str();
+  return detail::text{numbers}.c_str();
 }
 
 /// Every test seeds its own: it draws the same numbers whichever tests run beside it.
@@ -200,7 +200,7 @@ inline std::string describe(const sizes& s) {
 inline std::string describe(const options& o) {
   std::ostringstream text;
   detail::for_each_option(o, [&](const char* name, const auto& option) {
-    text << (text.tellp() > 0 ? ", " : "") << name << " " << detail::option_text(option).c_str();
+    text << (text.tellp() > 0 ? ", " : "") << name << " " << detail::text{detail::option_text(option)}.c_str();
   });
   return text.str();
 }

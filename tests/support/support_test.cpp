@@ -112,7 +112,7 @@ TEST(Tensor, ElementsOfAnyLayoutAreDistinct) {
   random_engine random(1);
   for (int i = 0; i < 200; ++i) {
     tensor<double> t({2, 3, 4, 5}, random_layout(random));
-    EXPECT_NO_THROW(detail::require_output("t", t.view()));
+    EXPECT_NO_THROW(detail::require_output({"t", t.view()}));
     double next = 0;
     t.generate([&] { return next++; });
     std::set<double> seen;

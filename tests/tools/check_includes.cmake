@@ -9,7 +9,7 @@ set(order
     detail/base/float_mode.hpp element.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp call.hpp
     # Words that kernels use, and the checks of what callers say.
     detail/base/processor.hpp detail/product/choose_unit.hpp
-    detail/base/validate_views.hpp detail/base/validate.hpp
+    detail/base/validate_options.hpp detail/base/validate_views.hpp detail/base/validate.hpp
     detail/base/scratch.hpp detail/base/turn.hpp detail/base/checked_stream.hpp
     # Vectors.
     detail/simd/arch.hpp detail/simd/simd.hpp detail/simd/convert.hpp detail/simd/transpose.hpp detail/context/row_span.hpp

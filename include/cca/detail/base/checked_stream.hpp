@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <istream>
 #include <ostream>
 #include <stdexcept>
@@ -44,8 +45,10 @@ class checksum {
   std::size_t filled_ = 0;  // bytes of the word
 };
 
-[[noreturn]] inline void refuse_file(const text& what) {
-  throw std::runtime_error(("cca: cache file: " + what).c_str());
+[[noreturn, gnu::cold, gnu::noinline]] inline void refuse_file(std::initializer_list<text_part> what) {
+  text message{"cca: cache file: "};
+  message += what;
+  throw std::runtime_error(message.c_str());
 }
 
 /// Writes parts of a stream, each with a checksum of all so far behind it.
@@ -63,7 +66,7 @@ class checked_writer {
   void end_part() {
     const std::uint64_t sum = sum_.value();
     stream_.write(reinterpret_cast<const char*>(&sum), sizeof sum);
-    if (!stream_) refuse_file("cannot be written");
+    if (!stream_) refuse_file({"cannot be written"});
   }
 
  private:
@@ -104,13 +107,13 @@ class checked_reader {
   void end_part() {
     std::uint64_t sum = 0;
     read(reinterpret_cast<char*>(&sum), sizeof sum);
-    if (sum != sum_.value()) refuse_file("damaged: its checksum does not match");
+    if (sum != sum_.value()) refuse_file({"damaged: its checksum does not match"});
   }
 
  private:
   void read(char* bytes, std::size_t size) {
     stream_.read(bytes, static_cast<std::streamsize>(size));
-    if (static_cast<std::size_t>(stream_.gcount()) != size) refuse_file("ends too early");
+    if (static_cast<std::size_t>(stream_.gcount()) != size) refuse_file({"ends too early"});
   }
 
   std::istream& stream_;

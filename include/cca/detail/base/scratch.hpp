@@ -26,7 +26,7 @@ template <class T, class... Size>
   const long double bytes = (static_cast<long double>(sizeof(T)) * ... * static_cast<long double>(sizes));
   if (bytes == 0) return 0;  // also where another product of the sizes would overflow
   if (!(0 < bytes && bytes < most_bytes))
-    refuse("workspace", "operands that need " + to_string(bytes) + " bytes of it", "fewer than 2^59");
+    refuse("workspace", {"operands that need ", bytes, " bytes of it"}, {"fewer than 2^59"});
   return (std::int64_t{1} * ... * static_cast<std::int64_t>(sizes));
 }
 
@@ -72,8 +72,8 @@ class aligned_memory {
 
   static std::byte* allocate(std::size_t bytes, const char* argument) {
     if (bytes > most_allocated_bytes)
-      refuse(argument, "a call that needs " + to_string(bytes) + " bytes of it",
-             "one from the caller: the library allocates at most 2^40 bytes");
+      refuse(argument, {"a call that needs ", bytes, " bytes of it"},
+             {"one from the caller: the library allocates at most 2^40 bytes"});
     try {
       return static_cast<std::byte*>(::operator new(bytes + scratch_alignment));
     } catch (const std::bad_alloc&) {
@@ -98,8 +98,7 @@ class scratch {
     void* aligned = workspace.data();
     std::size_t space = workspace.size();
     if (std::align(scratch_alignment, bytes, aligned, space) == nullptr)
-      refuse("workspace", to_string(workspace.size()) + " bytes",
-             to_string(bytes + scratch_alignment) + " (see " + size_function + ")");
+      refuse("workspace", {workspace.size(), " bytes"}, {bytes + scratch_alignment, " (see ", size_function, ")"});
     next_ = static_cast<std::byte*>(aligned);
   }
 

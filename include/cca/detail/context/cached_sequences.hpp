@@ -95,8 +95,7 @@ struct cached_sequences {
     const long double bytes = elements(core_heads, cores, dims) * sizeof(Core) +
                               elements(shape.kv_heads, sinks + raw, dims) * sizeof(Element);
     if (bytes > most_allocated_bytes)
-      refuse(argument, to_string(length) + " tokens of " + to_string(bytes) + " bytes",
-             "at most 2^40 bytes per sequence");
+      refuse(argument, {length, " tokens of ", bytes, " bytes"}, {"at most 2^40 bytes per sequence"});
     s.cores.reserve(cores, unlimited);
     if (has_core_biases(options)) s.biases.reserve(cores, unlimited);
     s.sinks.reserve(sinks, options.sink_tokens);
