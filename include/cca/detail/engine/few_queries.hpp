@@ -41,12 +41,6 @@ class partial_result {
     if (rescale != T(1)) scale_row(out(), value_dim_, rescale, out());
   }
 
-  /// Adds `count` rows of values by their weights.
-  template <class Element>
-  void add(const T* weights, row_span<Element> values, std::int64_t count) {
-    add_weighted_rows(weights, values, value_dim_, count, T(1), out());
-  }
-
   /// Joins another part of the same query's context; of a part that has seen nothing only the sum is looked at.
   void merge(const partial_result& other, T unit) {
     row_softmax<T> whole = get();
@@ -88,10 +82,11 @@ class partial_result {
 /// A few queries of one sequence whose heads share rows: each row is read from memory once, and the queries take turns
 /// while it is in the first-level cache. The unit of work of decoding.
 ///
-/// Cost of a row and query: `(dim + value_dim) / width` multiply-adds and a horizontal sum. Where few queries share a
-/// row, reading its `dim + value_dim` elements takes longer. So the keys of a block are scored while the values of the
-/// block before it are added, a slice of the one and a slice of the other in turns: that keeps the processor's own
-/// prefetching of both under way, which starts anew where a whole block of keys is followed by one of values.
+/// Cost of a row and query: `(dim + value_dim) / width` multiply-adds and a horizontal sum. Up to about four queries, reading
+/// the row's `dim + value_dim` elements takes longer; of more, four share each load of it. The keys of a block are scored
+/// while the values of the block before it are added, a slice of the one and a slice of the other in turns: that keeps
+/// the processor's own prefetching of both under way, which starts anew where a whole block of keys is followed by one of
+/// values.
 template <class T>
 class few_queries {
  public:
@@ -144,6 +139,9 @@ class few_queries {
   }
 
  private:
+  /// Queries that share the loads of rows.
+  static constexpr std::int64_t queries_sharing = 4;
+
   /// Rows of keys, or of values, that are read before it is the others' turn: about 4 KiB of them as they are computed
   /// with. (Sums are rounded where a slice ends, so 16 bits have the slices of floats.)
   static constexpr std::int64_t slice_rows(std::int64_t dim, std::int64_t value_dim) {
@@ -175,10 +173,15 @@ class few_queries {
   void score(row_span<Element> rows, range slice, std::int64_t first, range queries) {
     if (slice.empty()) return;
     with_rows(rows, dim_, slice, queries, staged_keys_, [&](const auto& keys) {
-      for (std::int64_t q = queries.begin; q < queries.end; ++q)
-        if (const range seen = intersection(seen_[q], slice); !seen.empty())
-          dot_rows(query_ + q * padded<T>(dim_), keys.from(seen.begin - slice.begin), dim_, seen.size(),
-                   scores_of(q) + seen.begin - first);
+      for_each_sharing(slice, queries, [&](auto n, std::int64_t q, range some) {
+        const T* query = query_ + q * padded<T>(dim_);
+        const auto from = keys.from(some.begin - slice.begin);
+        if constexpr (n() == 1)
+          dot_rows(query, from, dim_, some.size(), scores_of(q) + some.begin - first);
+        else
+          dot_shared_rows<n()>(query, padded<T>(dim_), from, dim_, some.size(), scores_of(q) + some.begin - first,
+                               row_block);
+      });
     });
   }
 
@@ -199,9 +202,32 @@ class few_queries {
   void add(row_span<Element> rows, range slice, std::int64_t first, range queries, const Result& result) {
     if (slice.empty()) return;
     with_rows(rows, value_dim_, slice, queries, staged_values_, [&](const auto& values) {
-      for (std::int64_t q = queries.begin; q < queries.end; ++q)
-        if (const range seen = intersection(seen_[q], slice); !seen.empty())
-          result(q).add(scores_of(q) + seen.begin - first, values.from(seen.begin - slice.begin), seen.size());
+      for_each_sharing(slice, queries, [&](auto n, std::int64_t q, range some) {
+        const T* weights = scores_of(q) + some.begin - first;
+        const auto from = values.from(some.begin - slice.begin);
+        if constexpr (n() == 1)
+          add_weighted_rows(weights, from, value_dim_, some.size(), T(1), result(q).out());
+        else
+          add_shared_rows<n()>(weights, row_block, from, value_dim_, some.size(),
+                               [&](std::int64_t i) { return result(q + i).out(); });
+      });
+    });
+  }
+
+  /// Calls `f(constant n, q, some)` for rows `some` of `rows` that the queries `[q, q + n)` see, so that all rows that a query
+  /// sees are among its own. Queries that see the same rows go together; at their edges each goes by itself.
+  template <class F>
+  void for_each_sharing(range rows, range queries, const F& f) const {
+    for_row_blocks<queries_sharing>(queries.size(), [&](auto n, std::int64_t i) {
+      const std::int64_t q = queries.begin + i;
+      range common = rows;
+      for (std::int64_t k = 0; k < n(); ++k) common = intersection(common, seen_[q + k]);
+      if (common.empty()) common = {rows.end, rows.end};
+      if (!common.empty()) f(n, q, common);
+      for (std::int64_t k = 0; k < n(); ++k)
+        for (const range edge : {range{rows.begin, common.begin}, range{common.end, rows.end}})
+          if (const range some = intersection(seen_[q + k], edge); !some.empty())
+            f(std::integral_constant<std::int64_t, 1>{}, q + k, some);
     });
   }
 
