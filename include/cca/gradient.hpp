@@ -144,6 +144,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
   detail::require_sizes(in);
   detail::require_sizes("far.key", context.key);
   detail::require_batch("far.key", in.query, context.key);
+  detail::require_selection_sizes(context.selected);
   return detail::attend_backward(in, context, options.unit, run).bytes() + detail::scratch_alignment;
 }
 
@@ -253,6 +254,11 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
                                       {{"far.key", context.key},
                                        {"far.value", context.value},
                                        {"far.bias", context.bias},
+                                       {"far.seen", context.seen},
+                                       {"far.positions", context.positions},
+                                       {"far.visible_from", context.visible_from},
+                                       {"far.visible_until", context.visible_until},
+                                       {"far.selected.blocks", context.selected.blocks},
                                        {"out", of.out},
                                        {"lse", of.lse},
                                        {"grad_out", from.grad_out},

@@ -18,6 +18,7 @@
 #include "numbers.hpp"
 #include "refuse.hpp"
 #include "target.hpp"
+#include "validate_selection.hpp"
 #include "validate_views.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -272,6 +273,25 @@ void require_far_terms(const Inputs& in, const Far& far_rows) {
   });
 }
 
+/// Whether a far context has more than counts to say who sees it.
+template <class Far>
+bool says_who_sees(const Far& far_rows) {
+  return given(far_rows.visible_from) || given(far_rows.visible_until) || given(far_rows.selected.blocks);
+}
+
+/// When far rows are visible, and which of them are selected.
+template <class Query, class Far>
+void require_far_visible(const tensor_view<Query>& query, const Far& far_rows) {
+  require_row_numbers("far.visible_from", query, far_rows.visible_from, far_rows.key);
+  require_row_numbers("far.visible_until", query, far_rows.visible_until, far_rows.key);
+  require_selection_sizes(far_rows.selected);
+  if (!given(far_rows.selected.blocks)) return;
+  if (given(far_rows.visible_from) || given(far_rows.visible_until))
+    refuse("far.selected.blocks", to_string(far_rows.selected.blocks.extent),
+           "none: far.visible_from and far.visible_until say who sees a row");
+  require_selection(query, far_rows.key, far_rows.selected);
+}
+
 /// A caller's far context of a call. `T` is what is computed in.
 template <class T, class Inputs, class Far>
 void require_far(const Inputs& in, const Far& far_rows) {
@@ -279,6 +299,8 @@ void require_far(const Inputs& in, const Far& far_rows) {
   if (far_rows.value.dim() != in.value.dim())
     refuse("far.value", "dim " + to_string(far_rows.value.dim()), "the value's dim " + to_string(in.value.dim()));
   const lse_view<const std::int64_t>& seen = far_rows.seen;
+  require_far_visible(in.query, far_rows);
+  if (says_who_sees(far_rows) && !given(seen)) return require_far_terms<T>(in, far_rows);
   require_operand("far.seen", seen);
   require_shape("far.seen", seen, in.query.heads(), 1, in.query);
   for_each_row(seen, [&](std::int64_t b, std::int64_t h, std::int64_t i) {

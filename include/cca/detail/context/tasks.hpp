@@ -48,6 +48,29 @@ class sequence_offsets {
   std::int64_t each_;
 };
 
+/// The `length` queries of a sequence, cut into stacks of at most `lanes`. Queries share what they see in blocks of `block`:
+/// no stack holds queries of two of them. As items of tasks each block begins at a multiple of `lanes`.
+class query_cuts {
+ public:
+  query_cuts(std::int64_t length, std::int64_t block, std::int64_t lanes)
+      : length_(length),
+        block_(smaller(block, larger<std::int64_t>(length, 1))),
+        stride_((block_ + lanes - 1) / lanes * lanes) {}
+
+  [[nodiscard]] std::int64_t items() const {
+    return length_ <= block_ ? length_ : length_ / block_ * stride_ + length_ % block_;
+  }
+
+  /// Those of a task.
+  [[nodiscard]] range queries(range items) const {
+    const std::int64_t block = items.begin / stride_ * block_, first = block + items.begin % stride_;
+    return {first, smaller(first + items.size(), smaller(block + block_, length_))};
+  }
+
+ private:
+  std::int64_t length_, block_, stride_;
+};
+
 /// The items of one sequence, `[0, length)` for every head, cut into tasks of `per_task` items.
 struct sequence_tasks {
   std::int64_t b, length, per_task;

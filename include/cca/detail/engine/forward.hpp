@@ -26,6 +26,9 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// ride in lanes (`stack`), bound by arithmetic.
 inline constexpr std::int64_t most_few_queries = 8;
 
+/// The same of queries that share a list of selected rows, in sequences of many such lists.
+inline constexpr std::int64_t most_few_of_block = 8;
+
 /// Attention of every query over all sources in one softmax: the engine of every entry point. It is told the shapes
 /// first, so that its scratch memory can be part of a caller's workspace. `Element` is the operands' `product_type`.
 ///
@@ -36,20 +39,21 @@ class forward {
 
  public:
   /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
-  /// the sources' heads. `queries(b)` and each of `rows(b)` are how many queries per head, and rows of a source, sequence
-  /// `b` has.
+  /// the sources' heads. `queries(b)` and each of `rows(b)` are how many queries per head sequence `b` has, and how many
+  /// rows of a source a query sees at most. Queries share what they see in blocks of `block`, see `query_cuts`.
   template <class Queries, class... Rows>
-  forward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups, bool staged,
-          std::int64_t workers, const Queries& queries, const Rows&... rows)
-      : all_(all), heads_(heads), form_(form), groups_(head_groups) {
+  forward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups,
+          std::int64_t block, bool staged, std::int64_t workers, const Queries& queries, const Rows&... rows)
+      : all_(all), heads_(heads), form_(form), groups_(head_groups), block_(block), staged_(staged) {
     std::int64_t most_tasks = 0;
     const auto plan = [&]<class Tile>(std::type_identity<Tile>) {
       for (std::int64_t b = 0; b < all_.distinct(); ++b) {
         const sequence s = measured(queries(b), rows(b)...);
-        worker_size_ =
-            larger(worker_size_, s.few() ? few_size(s, staged) : stack<Tile>::size(lanes<Tile>(s), form_, staged));
+        worker_size_ = larger(worker_size_, s.few()       ? few_size(s.queries)
+                                            : s.in_lists() ? few_size(block_) + list_partials()
+                                                           : stack<Tile>::size(lanes<Tile>(s), form_, staged_));
         partials_ = s.few() ? element_count<T>(partials_ + partials_of(s)) : partials_;
-        most_tasks += s.few() ? few_tasks(s) * groups_ : most_stacks(s) * heads_;
+        most_tasks += s.few() ? few_tasks(s) * groups_ : s.in_lists() ? lists(s) * groups_ : most_stacks(s) * heads_;
       }
     };
     of_tile(plan);
@@ -81,7 +85,8 @@ class forward {
           attend_many<query_tile<Product>>(query, out, lse, Product::balances ? rule.balanced() : rule, run, scratch,
                                            stacks, sources...);
         });
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.length(b)...); };
+    if (block_ <= most_few_of_block) attend_lists(query, out, lse, rule.balanced(), run, scratch, stacks, sources...);
+    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
     const auto parts = [&](std::int64_t b) { return few_tasks(measure(b)); };
     const task_list tasks(all_, memory.take<sequence_tasks>(all_.table_size()), groups_, parts,
                           [](std::int64_t) { return 1; });
@@ -93,16 +98,18 @@ class forward {
       if (attend_few(few, query, out, lse, rule.balanced(), headroom, run, scratch, sources...)) return;
   }
 
-  /// How long a sequence is: its queries, per head, and the parts of its context. Those are what few queries' context is
-  /// cut into, and how long it is for many.
+  /// How long a sequence is: its queries, per head, those of them that share lists, and the parts of its context. Those are
+  /// what few queries' context is cut into, and how long it is for many.
   struct sequence {
-    std::int64_t queries, parts;
+    std::int64_t queries, block, parts;
 
-    [[nodiscard]] bool few() const { return queries <= most_few_queries; }
+    [[nodiscard]] bool few() const { return queries <= most_few_queries && queries <= block; }
+    /// Whether the few queries of each list go by themselves.
+    [[nodiscard]] bool in_lists() const { return queries > block && block <= most_few_of_block; }
   };
   template <class... Rows>
-  static sequence measured(std::int64_t queries, Rows... rows) {
-    return {queries, larger<std::int64_t>((count_parts(rows) + ... + 0), 1)};
+  [[nodiscard]] sequence measured(std::int64_t queries, Rows... rows) const {
+    return {queries, block_, larger<std::int64_t>((count_parts(rows) + ... + 0), 1)};
   }
 
   /// What few queries work with beside the scratch of each worker.
@@ -127,22 +134,31 @@ class forward {
   }
   template <class Tile>
   [[nodiscard]] std::int64_t lanes(const sequence& s) const {
-    return Tile::stack_lanes(s.queries, larger(s.queries, s.parts * part_rows), form_);
+    return Tile::stack_lanes(smaller(s.queries, block_), larger(s.queries, s.parts * part_rows), form_);
   }
   /// Stacks of many queries of a head, if every tile were one of its own. How many tiles a stack has depends on the
   /// context, and a workspace is sized for more of that than some entry points have.
   [[nodiscard]] static std::int64_t most_stacks(const sequence& s) {
-    return (s.queries + vectors<T>::lanes - 1) / vectors<T>::lanes;
+    return (query_cuts(s.queries, s.block, vectors<T>::lanes).items() + vectors<T>::lanes - 1) / vectors<T>::lanes;
   }
   /// Tasks of few queries, for each group of heads.
   [[nodiscard]] static std::int64_t few_tasks(const sequence& s) { return s.few() && s.queries > 0 ? s.parts : 0; }
+  /// Lists of a sequence, for each group of heads.
+  [[nodiscard]] static std::int64_t lists(const sequence& s) { return (s.queries + s.block - 1) / s.block; }
   [[nodiscard]] std::int64_t queries_per_group(std::int64_t queries) const {
     return groups_ > 0 ? heads_ / groups_ * queries : 0;
   }
-  [[nodiscard]] std::int64_t few_size(const sequence& s, bool staged) const {
-    const std::int64_t queries = queries_per_group(s.queries);
-    (void)element_count<T>(queries, few_queries<T>::size(1, form_.dim, form_.value_dim, staged));
-    return few_queries<T>::size(queries, form_.dim, form_.value_dim, staged);
+  [[nodiscard]] range heads_of_group(std::int64_t group) const {
+    return {group * heads_ / groups_, (group + 1) * heads_ / groups_};
+  }
+  [[nodiscard]] std::int64_t few_size(std::int64_t queries_per_head) const {
+    const std::int64_t queries = queries_per_group(queries_per_head);
+    (void)element_count<T>(queries, few_queries<T>::size(1, form_.dim, form_.value_dim, staged_));
+    return few_queries<T>::size(queries, form_.dim, form_.value_dim, staged_);
+  }
+  /// What the queries of a list have seen.
+  [[nodiscard]] std::int64_t list_partials() const {
+    return element_count<T>(queries_per_group(block_), partial_result<T>::size(form_.value_dim));
   }
   [[nodiscard]] std::int64_t partials_of(const sequence& s) const {
     return s.few() ? element_count<T>(heads_, s.queries, s.parts, partial_result<T>::size(form_.value_dim)) : 0;
@@ -153,13 +169,16 @@ class forward {
   void attend_many(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
                    const E& run, const worker_scratch<T>& scratch, sequence_tasks* table,
                    const Source&... sources) const {
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.length(b)...); };
+    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
+    const auto cuts = [&](std::int64_t b) { return query_cuts(query.length(b), block_, lanes<Tile>(measure(b))); };
+    const auto many = [&](std::int64_t b) { return !measure(b).few() && !measure(b).in_lists(); };
     const task_list tasks(
-        all_, table, heads_, [&](std::int64_t b) { return measure(b).few() ? 0 : query.length(b); },
+        all_, table, heads_, [&](std::int64_t b) { return many(b) ? cuts(b).items() : 0; },
         [&](std::int64_t b) { return lanes<Tile>(measure(b)); });
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
       const task task = tasks.last_first(i);
-      const std::int64_t b = task.b, h = task.head, first = task.items.begin, count = task.items.size();
+      const range some = cuts(task.b).queries(task.items);
+      const std::int64_t b = task.b, h = task.head, first = some.begin, count = some.size();
       // A mean of finite values is finite: where it is not, it may have overflowed on the way, and is taken again.
       for (const int headroom : {0, most_headroom}) {
         stack<Tile> stack(scratch[worker], {form_, &rule, headroom}, {b, h, heads_, first, count});
@@ -184,12 +203,12 @@ class forward {
   bool attend_few(const few_memory& few, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
                   const score_rule<T>& rule, int headroom, const E& run, const worker_scratch<T>& scratch,
                   const Source&... sources) const {
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.length(b)...); };
+    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
     run_tasks(run, workers_, few.tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = few.tasks[place];
       const std::int64_t b = task.b, part = task.items.begin;
       const sequence s = measure(b);
-      const range heads{task.head * heads_ / groups_, (task.head + 1) * heads_ / groups_};
+      const range heads = heads_of_group(task.head);
       few_queries<T> queries(scratch[worker], queries_per_group(s.queries), form_.dim, form_.value_dim, rule, headroom);
       for (std::int64_t h = heads.begin; h < heads.end; ++h)
         for (std::int64_t i = 0; i < s.queries; ++i) {
@@ -198,11 +217,12 @@ class forward {
         }
       std::int64_t source_part = part;  // counted from the source's first
       const auto absorb = [&](const auto& source) {
-        const std::int64_t parts = count_parts(source.length(b));
+        const std::int64_t parts = count_parts(source.most_seen(b));
         if (source_part >= 0 && source_part < parts)
-          absorb_part(queries, source, rule, b, heads, s.queries, source_part, [&](std::int64_t q) {
-            return few.partial(b, s, heads.begin + q / s.queries, q % s.queries, part);
-          });
+          absorb_few(queries, source, rule, b, heads, {0, s.queries},
+                     {source_part * part_rows, (source_part + 1) * part_rows}, [&](std::int64_t q) {
+                       return few.partial(b, s, heads.begin + q / s.queries, q % s.queries, part);
+                     });
         source_part -= parts;
       };
       (absorb(sources), ...);
@@ -224,6 +244,13 @@ class forward {
     partial_result<T> whole = few.partial(b, s, h, i, 0);
     for (std::int64_t part = 1; part < s.parts; ++part)
       whole.merge(few.partial(b, s, h, i, part), rule.unit_in_base_2());
+    return write(whole, b, h, i, out, lse, rule, headroom);
+  }
+
+  /// Writes the answer of one query.
+  template <class Out, class Lse>
+  bool write(const partial_result<T>& whole, std::int64_t b, std::int64_t h, std::int64_t i, tensor_view<Out> out,
+             lse_view<Lse> lse, const score_rule<T>& rule, int headroom) const {
     const T share = whole.share(rule.sink_sum(b, h, i), rule.unit_in_base_2(), headroom);
     if (headroom == 0) {
       scale_row(whole.out(), form_.value_dim, share, out.row(b, h, i));
@@ -232,30 +259,76 @@ class forward {
     return replace_infinite(whole.out(), 1, form_.value_dim, share, out.row(b, h, i));
   }
 
+  /// A task is the queries of a list, in the heads that share rows, over all sources one after the other.
+  template <class Query, class Out, class Lse, executor E, class... Source>
+  void attend_lists(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
+                    const E& run, const worker_scratch<T>& scratch, sequence_tasks* table,
+                    const Source&... sources) const {
+    const task_list tasks(
+        all_, table, groups_,
+        [&](std::int64_t b) { return measured(query.length(b)).in_lists() ? query.length(b) : 0; },
+        [&](std::int64_t) { return block_; });
+    run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t place) {
+      const task task = tasks.last_first(place);
+      const std::int64_t b = task.b, count = task.items.size();
+      const range heads = heads_of_group(task.head);
+      T* const partials = scratch[worker];
+      const auto result = [&](std::int64_t q) {
+        return partial_result<T>(partials + q * partial_result<T>::size(form_.value_dim), form_.value_dim);
+      };
+      for (const int headroom : {0, most_headroom}) {
+        few_queries<T> queries(partials + list_partials(), queries_per_group(count), form_.dim, form_.value_dim, rule,
+                               headroom);
+        bool finite = true;
+        const auto for_each_query = [&](const auto& f) {
+          for (std::int64_t q = 0; q < heads.size() * count; ++q)
+            f(q, heads.begin + q / count, task.items.begin + q % count);
+        };
+        for_each_query([&](std::int64_t q, std::int64_t h, std::int64_t i) {
+          queries.load(q, query.row(b, h, i));
+          result(q).begin();
+        });
+        (absorb_few(queries, sources, rule, b, heads, task.items, all_rows, result), ...);
+        for_each_query([&](std::int64_t q, std::int64_t h, std::int64_t i) {
+          finite &= write(result(q), b, h, i, out, lse, rule, headroom);
+        });
+        if (finite) break;
+      }
+    });
+  }
+
+  static constexpr range all_rows{0, std::int64_t{1} << 62};
+
+  /// Lets the queries `items` of the heads absorb the rows `part` of what they see of a source, counted from its first.
   template <class Source, class Result>
-  void absorb_part(few_queries<T>& queries, const Source& source, const score_rule<T>& rule, std::int64_t b,
-                   range heads, std::int64_t length, std::int64_t part, const Result& result) const {
-    for (std::int64_t h = heads.begin; h < heads.end; ++h)
-      source.visible(b, h, {0, length}, queries.seen() + (h - heads.begin) * length);
-    range total;  // what some query sees: parts are counted from there
-    for (std::int64_t q = 0; q < heads.size() * length; ++q) total = hull(total, queries.seen()[q]);
-    const range rows{total.begin + part * part_rows, smaller(total.begin + (part + 1) * part_rows, total.end)};
-    if (rows.empty()) return;
+  void absorb_few(few_queries<T>& queries, const Source& source, const score_rule<T>& rule, std::int64_t b, range heads,
+                  range items, range part, const Result& result) const {
     const std::int64_t sharing = heads_ / source.heads;  // they divide `heads`, a group
+    const std::int64_t together = gcd(sharing, heads_ / source.piece_heads), length = items.size();
     const auto place = [&](std::int64_t q, range some) {
       const std::int64_t h = heads.begin + q / length;
-      return score_place{source.terms(b, h), rule.slope(b, h), q % length, some, shift_sums<T>{}};
+      return score_place{source.terms(b, h), rule.slope(b, h), items.begin + q % length, some, shift_sums<T>{}};
     };
-    for (std::int64_t h = heads.begin; h < heads.end; h += sharing) {
-      const std::int64_t first = (h - heads.begin) * length;
-      queries.absorb(source.rows(b, h / sharing), rows, {first, first + sharing * length}, result, place);
+    for (std::int64_t h = heads.begin; h < heads.end; h += together) {
+      const range of{(h - heads.begin) * length, (h - heads.begin + together) * length};
+      std::int64_t before = 0;  // rows of the pieces before
+      source.for_each_piece(b, h, items, [&](range piece) {
+        for (std::int64_t k = 0; k < together; ++k)
+          source.visible(b, h + k, items, piece, queries.seen() + of.begin + k * length);
+        range total;
+        for (std::int64_t q = of.begin; q < of.end; ++q) total = hull(total, queries.seen()[q]);
+        const range rows = intersection(shifted(part, total.begin - before), total);
+        before += total.size();
+        if (!rows.empty()) queries.absorb(source.rows(b, h / sharing), rows, of, result, place);
+      });
     }
   }
 
   sequences all_;
   std::int64_t heads_;
   tile_form form_;
-  std::int64_t groups_, partials_ = 0, workers_ = 1, worker_size_ = 0;
+  std::int64_t groups_, block_, partials_ = 0, workers_ = 1, worker_size_ = 0;
+  bool staged_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

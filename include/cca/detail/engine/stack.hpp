@@ -59,12 +59,22 @@ class stack {
   template <class Source, class After>
   void absorb(const Source& source, const After& after, const shift_sums<T>& sums = {}) {
     if (source.length(queries_.b) == 0) return;
+    source.for_each_piece(queries_.b, queries_.head, {queries_.first, queries_.first + queries_.count},
+                          [&](range piece) { absorb_piece(source, piece, after, sums); });
+  }
+
+  [[nodiscard]] typename Tile::stack_memory& memory() { return memory_; }
+  [[nodiscard]] std::int64_t tiles() const { return tiles_; }
+
+ private:
+  template <class Source, class After>
+  void absorb_piece(const Source& source, range piece, const After& after, const shift_sums<T>& sums) {
     visible_lanes seen[Tile::most];
     range any;
     for (std::int64_t c = 0; c < tiles_; ++c) {
       const std::int64_t first = queries_.first + c * lanes, count = at(c).count();
       seen[c] = {count, [&](range* lane) {
-                   source.visible(queries_.b, queries_.head, {first, first + count}, lane);
+                   source.visible(queries_.b, queries_.head, {first, first + count}, piece, lane);
                    at(c).leave_out(lane);
                  }};
       // A lane without a query would add 0 times the NaN that its weight may be: it is left out like one that sees nothing.
@@ -83,10 +93,6 @@ class stack {
     }
   }
 
-  [[nodiscard]] typename Tile::stack_memory& memory() { return memory_; }
-  [[nodiscard]] std::int64_t tiles() const { return tiles_; }
-
- private:
   [[nodiscard]] Tile at(std::int64_t c) const {
     return Tile(tile_memory_ + c * Tile::size(call_.form), call_, smaller(lanes, queries_.count - c * lanes));
   }
