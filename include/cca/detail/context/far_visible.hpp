@@ -23,10 +23,9 @@ bool comes_and_goes(const Far& context) {
   return context.visible_from.data != nullptr || context.visible_until.data != nullptr;
 }
 
-/// Queries that share a list of selected rows, `[i block, (i + 1) block)`; `unlimited` where nothing is selected.
 template <class Far>
-std::int64_t query_block(const Far& context) {
-  return selects(context) ? context.selected.block_queries : unlimited;
+piece_form pieces_of(const Far& context) {
+  return {selects(context) || comes_and_goes(context), selects(context) ? context.selected.block_queries : unlimited};
 }
 
 /// Of each sequence, the far rows that a query sees, at most.
@@ -71,6 +70,17 @@ class far_visible {
       if (context_.seen.data != nullptr) seen->end = smaller(seen->end, *context_.seen.row(b, h, i));
       if (seen->empty()) *seen = {};
     }
+  }
+
+  [[nodiscard]] bool whole(std::int64_t b, range sharing, range queries, range piece) const {
+    const range positions = shifted(queries, first_(b));
+    const lifetimes of = comes_and_goes(context_) ? lifetimes_of(b, sharing.begin) : lifetimes{};
+    if (of.among(positions, piece.begin) != positions || of.among(positions, piece.end - 1) != positions) return false;
+    if (context_.seen.data == nullptr) return true;
+    for (std::int64_t h = sharing.begin; h < sharing.end; ++h)
+      for (std::int64_t i = queries.begin; i < queries.end; ++i)
+        if (*context_.seen.row(b, h, i) < piece.end) return false;
+    return true;
   }
 
  private:

@@ -48,9 +48,16 @@ struct row_terms {
 ///  - `next(b, h, queries, from)`: the first piece from row `from` on of what some of the queries see of sequence `b`;
 ///    empty behind the last;
 ///  - `ranges(b, h, queries, piece, seen)`: writes what each query sees of a piece;
+///  - `whole(b, heads, queries, piece)`: whether all these queries of heads with the same pieces see all of one;
 ///  - `most(b)`: rows that a query sees, at most; `heads`: how many have pieces of their own, shared evenly by query heads.
 template <class Visible>
 concept sees_pieces = requires(const Visible& visible, range queries) { visible.next(0, 0, queries, 0); };
+
+/// What the engine has to know of pieces before it sees them.
+struct piece_form {
+  bool given = false;              ///< whether some source is seen in pieces
+  std::int64_t block = unlimited;  ///< queries `[i block, (i + 1) block)` share theirs, and are not to ask with others
+};
 
 /// One kind of context: cores, a window, a caller's rows. All of attention is a softmax over a few of them.
 template <class Length, class Rows, class Visible, class Terms>
@@ -93,6 +100,9 @@ class source_ref {
         return of<Source>(s).visible.next(b, h, queries, from);
       };
       most_ = [](const void* s, std::int64_t b) { return of<Source>(s).visible.most(b); };
+      whole_ = [](const void* s, std::int64_t b, range query_heads, range queries, range piece) {
+        return of<Source>(s).visible.whole(b, query_heads, queries, piece);
+      };
     }
   }
 
@@ -102,12 +112,19 @@ class source_ref {
   /// Rows that a query sees, at most.
   [[nodiscard]] std::int64_t most_seen(std::int64_t b) const { return most_ != nullptr ? most_(source_, b) : length(b); }
 
-  /// Calls `f(piece)` for the pieces in which the queries `queries` of query head `h` see the rows, upwards.
+  /// Calls `f(piece, the piece behind it)` for the pieces in which the queries `queries` of query head `h` see the rows,
+  /// upwards. There is an empty one behind the last.
   template <class F>
   void for_each_piece(std::int64_t b, std::int64_t h, range queries, const F& f) const {
-    if (next_ == nullptr) return f(range{0, length(b)});
-    for (range piece = next_(source_, b, h, queries, 0); !piece.empty(); piece = next_(source_, b, h, queries, piece.end))
-      f(piece);
+    if (next_ == nullptr) return f(range{0, length(b)}, range{length(b), length(b)});
+    for (range piece = next_(source_, b, h, queries, 0), next; !piece.empty(); piece = next) {
+      next = next_(source_, b, h, queries, piece.end);
+      f(piece, next);
+    }
+  }
+  /// Whether all queries `queries` of the query heads `query_heads`, whose pieces are the same, see all of a piece.
+  [[nodiscard]] bool seen_whole(std::int64_t b, range query_heads, range queries, range piece) const {
+    return whole_ != nullptr && whole_(source_, b, query_heads, queries, piece);
   }
   /// Writes what each of the queries `queries` of query head `h` sees of a piece.
   void visible(std::int64_t b, std::int64_t h, range queries, range piece, range* seen) const {
@@ -127,6 +144,7 @@ class source_ref {
   row_terms<Bias> (*terms_)(const void*, std::int64_t, std::int64_t);
   range (*next_)(const void*, std::int64_t, std::int64_t, range, std::int64_t) = nullptr;  ///< null: one piece of all rows
   std::int64_t (*most_)(const void*, std::int64_t) = nullptr;
+  bool (*whole_)(const void*, std::int64_t, range, range, range) = nullptr;
 };
 
 template <class Length, class Rows, class Visible, class Terms>

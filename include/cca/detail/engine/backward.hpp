@@ -136,15 +136,14 @@ class backward {
 
  public:
   /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
-  /// the sources' heads. `queries(b)` is how many queries per head sequence `b` has, which share what they see in blocks
-  /// of `block`, see `query_cuts`.
+  /// the sources' heads. `queries(b)` is how many queries per head sequence `b` has.
   template <class Queries>
   backward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups,
-           std::int64_t block, bool staged, std::int64_t workers, const Queries& queries)
-      : all_(all), heads_(heads), form_(form), sharing_(head_groups > 0 ? heads / head_groups : 0), block_(block) {
+           const piece_form& pieces, bool staged, std::int64_t workers, const Queries& queries)
+      : all_(all), heads_(heads), form_(form), sharing_(head_groups > 0 ? heads / head_groups : 0), block_(pieces.block), staged_(staged) {
     for (std::int64_t b = 0; b < all_.distinct(); ++b)
       worker_size_ = larger(worker_size_, of_tile([&]<class Tile>(std::type_identity<Tile>) {
-                              return stack<Tile>::size(lanes(queries(b)), form_, staged);
+                              return stack<Tile>::size(lanes(queries(b)), form_, staged_, false);
                             }));
     stacks_ = task_list::size(
         all_, sharing_ > 0 ? heads : 0, [&](std::int64_t b) { return cuts(queries(b)).items(); },
@@ -212,7 +211,7 @@ class backward {
                  const task& task, turn& turn, T* slope, const Gradient&... gradients) const {
     const range some = cuts(results.query.length(task.b)).queries(task.items);
     const std::int64_t b = task.b, h = task.head, first = some.begin, count = some.size();
-    stack<Tile> stack(scratch, {form_, &rule}, {b, h, heads_, first, count});
+    stack<Tile> stack(scratch, {form_, &rule}, {b, h, heads_, first, count}, staged_);
     auto& memory = stack.memory();
     memory.query.load(count, [&](std::int64_t i) { return results.query.row(b, h, first + i); });
     memory.grad_out.load(count, [&](std::int64_t i) { return results.grad_out.row(b, h, first + i); });
@@ -290,6 +289,7 @@ class backward {
   std::int64_t heads_;
   tile_form form_;
   std::int64_t sharing_, block_, stacks_ = 0, workers_ = 1, worker_size_ = 0;
+  bool staged_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

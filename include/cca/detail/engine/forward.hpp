@@ -17,6 +17,7 @@
 #include "../product/list.hpp"
 #include "../softmax/score_rule.hpp"
 #include "few_queries.hpp"
+#include "gathered_rows.hpp"
 #include "query_tile.hpp"
 #include "stack.hpp"
 
@@ -40,18 +41,24 @@ class forward {
  public:
   /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
   /// the sources' heads. `queries(b)` and each of `rows(b)` are how many queries per head sequence `b` has, and how many
-  /// rows of a source a query sees at most. Queries share what they see in blocks of `block`, see `query_cuts`.
+  /// rows of a source a query sees at most.
   template <class Queries, class... Rows>
   forward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups,
-          std::int64_t block, bool staged, std::int64_t workers, const Queries& queries, const Rows&... rows)
-      : all_(all), heads_(heads), form_(form), groups_(head_groups), block_(block), staged_(staged) {
+          const piece_form& pieces, bool staged, std::int64_t workers, const Queries& queries, const Rows&... rows)
+      : all_(all),
+        heads_(heads),
+        form_(form),
+        groups_(head_groups),
+        block_(pieces.block),
+        pieces_(pieces.given),
+        staged_(staged) {
     std::int64_t most_tasks = 0;
     const auto plan = [&]<class Tile>(std::type_identity<Tile>) {
       for (std::int64_t b = 0; b < all_.distinct(); ++b) {
         const sequence s = measured(queries(b), rows(b)...);
         worker_size_ = larger(worker_size_, s.few()       ? few_size(s.queries)
                                             : s.in_lists() ? few_size(block_) + list_partials()
-                                                           : stack<Tile>::size(lanes<Tile>(s), form_, staged_));
+                                                           : stack<Tile>::size(lanes<Tile>(s), form_, staged_, pieces_));
         partials_ = s.few() ? element_count<T>(partials_ + partials_of(s)) : partials_;
         most_tasks += s.few() ? few_tasks(s) * groups_ : s.in_lists() ? lists(s) * groups_ : most_stacks(s) * heads_;
       }
@@ -154,7 +161,11 @@ class forward {
   [[nodiscard]] std::int64_t few_size(std::int64_t queries_per_head) const {
     const std::int64_t queries = queries_per_group(queries_per_head);
     (void)element_count<T>(queries, few_queries<T>::size(1, form_.dim, form_.value_dim, staged_));
-    return few_queries<T>::size(queries, form_.dim, form_.value_dim, staged_);
+    return few_queries<T>::size(queries, form_.dim, form_.value_dim, staged_) +
+           (pieces_ ? gathered_rows<T>::size(form_.dim, form_.value_dim) : 0);
+  }
+  [[nodiscard]] gathered_rows<T> gathered(T* few, std::int64_t queries) const {
+    return {few + few_queries<T>::size(queries, form_.dim, form_.value_dim, staged_), form_.dim, form_.value_dim};
   }
   /// What the queries of a list have seen.
   [[nodiscard]] std::int64_t list_partials() const {
@@ -181,7 +192,7 @@ class forward {
       const std::int64_t b = task.b, h = task.head, first = some.begin, count = some.size();
       // A mean of finite values is finite: where it is not, it may have overflowed on the way, and is taken again.
       for (const int headroom : {0, most_headroom}) {
-        stack<Tile> stack(scratch[worker], {form_, &rule, headroom}, {b, h, heads_, first, count});
+        stack<Tile> stack(scratch[worker], {form_, &rule, headroom}, {b, h, heads_, first, count}, staged_);
         stack.for_each_tile(
             [&](Tile tile, std::int64_t at) { tile.begin(query.row(b, h, first + at), query.stride[2]); });
         (stack.absorb(sources, nothing_after_blocks{}), ...);
@@ -209,7 +220,9 @@ class forward {
       const std::int64_t b = task.b, part = task.items.begin;
       const sequence s = measure(b);
       const range heads = heads_of_group(task.head);
-      few_queries<T> queries(scratch[worker], queries_per_group(s.queries), form_.dim, form_.value_dim, rule, headroom);
+      const std::int64_t count = queries_per_group(s.queries);
+      few_queries<T> queries(scratch[worker], count, form_.dim, form_.value_dim, rule, headroom);
+      gathered_rows<T> gathered = this->gathered(scratch[worker], count);
       for (std::int64_t h = heads.begin; h < heads.end; ++h)
         for (std::int64_t i = 0; i < s.queries; ++i) {
           queries.load((h - heads.begin) * s.queries + i, query.row(b, h, i));
@@ -219,7 +232,7 @@ class forward {
       const auto absorb = [&](const auto& source) {
         const std::int64_t parts = count_parts(source.most_seen(b));
         if (source_part >= 0 && source_part < parts)
-          absorb_few(queries, source, rule, b, heads, {0, s.queries},
+          absorb_few(queries, gathered, source, rule, b, heads, {0, s.queries},
                      {source_part * part_rows, (source_part + 1) * part_rows}, [&](std::int64_t q) {
                        return few.partial(b, s, heads.begin + q / s.queries, q % s.queries, part);
                      });
@@ -277,8 +290,9 @@ class forward {
         return partial_result<T>(partials + q * partial_result<T>::size(form_.value_dim), form_.value_dim);
       };
       for (const int headroom : {0, most_headroom}) {
-        few_queries<T> queries(partials + list_partials(), queries_per_group(count), form_.dim, form_.value_dim, rule,
-                               headroom);
+        T* const memory = partials + list_partials();
+        few_queries<T> queries(memory, queries_per_group(count), form_.dim, form_.value_dim, rule, headroom);
+        gathered_rows<T> gathered = this->gathered(memory, queries_per_group(count));
         bool finite = true;
         const auto for_each_query = [&](const auto& f) {
           for (std::int64_t q = 0; q < heads.size() * count; ++q)
@@ -288,7 +302,7 @@ class forward {
           queries.load(q, query.row(b, h, i));
           result(q).begin();
         });
-        (absorb_few(queries, sources, rule, b, heads, task.items, all_rows, result), ...);
+        (absorb_few(queries, gathered, sources, rule, b, heads, task.items, all_rows, result), ...);
         for_each_query([&](std::int64_t q, std::int64_t h, std::int64_t i) {
           finite &= write(result(q), b, h, i, out, lse, rule, headroom);
         });
@@ -301,8 +315,8 @@ class forward {
 
   /// Lets the queries `items` of the heads absorb the rows `part` of what they see of a source, counted from its first.
   template <class Source, class Result>
-  void absorb_few(few_queries<T>& queries, const Source& source, const score_rule<T>& rule, std::int64_t b, range heads,
-                  range items, range part, const Result& result) const {
+  void absorb_few(few_queries<T>& queries, gathered_rows<T>& gathered, const Source& source, const score_rule<T>& rule,
+                  std::int64_t b, range heads, range items, range part, const Result& result) const {
     const std::int64_t sharing = heads_ / source.heads;  // they divide `heads`, a group
     const std::int64_t together = gcd(sharing, heads_ / source.piece_heads), length = items.size();
     const auto place = [&](std::int64_t q, range some) {
@@ -312,15 +326,23 @@ class forward {
     for (std::int64_t h = heads.begin; h < heads.end; h += together) {
       const range of{(h - heads.begin) * length, (h - heads.begin + together) * length};
       std::int64_t before = 0;  // rows of the pieces before
-      source.for_each_piece(b, h, items, [&](range piece) {
+      const auto absorb = [&](const auto& head, range piece, std::int64_t, bool whole) {
         for (std::int64_t k = 0; k < together; ++k)
-          source.visible(b, h + k, items, piece, queries.seen() + of.begin + k * length);
+          if (range* const seen = queries.seen() + of.begin + k * length; whole)
+            std::fill_n(seen, length, piece);
+          else
+            source.visible(b, h + k, items, piece, seen);
         range total;
         for (std::int64_t q = of.begin; q < of.end; ++q) total = hull(total, queries.seen()[q]);
         const range rows = intersection(shifted(part, total.begin - before), total);
         before += total.size();
-        if (!rows.empty()) queries.absorb(source.rows(b, h / sharing), rows, of, result, place);
-      });
+        if (!rows.empty()) queries.absorb(head, rows, of, result, place);
+      };
+      const auto outside = [&](std::int64_t waiting, std::int64_t size) {
+        return before + waiting >= part.end || before + waiting + size <= part.begin;
+      };
+      gathered.for_each_piece(source, b, {h, h + together}, items, source.rows(b, h / sharing), !rule.shifts(), outside,
+                              absorb);
     }
   }
 
@@ -328,7 +350,7 @@ class forward {
   std::int64_t heads_;
   tile_form form_;
   std::int64_t groups_, block_, partials_ = 0, workers_ = 1, worker_size_ = 0;
-  bool staged_;
+  bool pieces_, staged_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

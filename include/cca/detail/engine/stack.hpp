@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../../partition.hpp"
@@ -7,6 +8,7 @@
 #include "../context/visible.hpp"
 #include "../simd/simd.hpp"
 #include "../softmax/score_shift.hpp"
+#include "gathered_rows.hpp"
 #include "query_tile.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -31,21 +33,24 @@ class stack {
   static constexpr std::int64_t lanes = Tile::lanes, block_rows = Tile::block_rows;
 
  public:
-  /// Scratch elements for `count` queries; `staged` where rows are converted.
-  static constexpr std::int64_t size(std::int64_t count, const tile_form& form, bool staged) {
+  /// Scratch elements for `count` queries; `staged` where rows are converted, `pieces` where a source has some.
+  static constexpr std::int64_t size(std::int64_t count, const tile_form& form, bool staged, bool pieces) {
     const std::int64_t tiles = (count + lanes - 1) / lanes;
     return tiles * Tile::size(form) + Tile::stack_memory::size(form, tiles) +
-           Tile::staged_block::size(form, block_rows, staged);
+           Tile::staged_block::size(form, block_rows, staged) +
+           (pieces && !Tile::backward ? gathered_rows<T>::size(form.dim, form.value_dim) : 0);
   }
 
-  stack(T* scratch, const tile_call<T>& call, const stack_queries& queries)
+  /// `staged` as for `size`.
+  stack(T* scratch, const tile_call<T>& call, const stack_queries& queries, bool staged)
       : call_(call),
         queries_(queries),
         tiles_((queries.count + lanes - 1) / lanes),
         tile_memory_(scratch),
         memory_(tile_memory_ + tiles_ * Tile::size(call.form), call.form, tiles_),
         block_(tile_memory_ + tiles_ * Tile::size(call.form) + Tile::stack_memory::size(call.form, tiles_), call.form,
-               block_rows) {}
+               block_rows),
+        gathered_(tile_memory_ + size(queries.count, call.form, staged, false), call.form.dim, call.form.value_dim) {}
 
   /// Calls `f(tile, first)` for the tiles, of which query 0 is query `first` of the stack.
   template <class F>
@@ -59,33 +64,43 @@ class stack {
   template <class Source, class After>
   void absorb(const Source& source, const After& after, const shift_sums<T>& sums = {}) {
     if (source.length(queries_.b) == 0) return;
-    source.for_each_piece(queries_.b, queries_.head, {queries_.first, queries_.first + queries_.count},
-                          [&](range piece) { absorb_piece(source, piece, after, sums); });
+    const bool gathers = !Tile::backward && !call_.rule->shifts();
+    const auto terms = source.terms(queries_.b, queries_.head);
+    gathered_.for_each_piece(source, queries_.b, {queries_.head, queries_.head + 1},
+                             {queries_.first, queries_.first + queries_.count},
+                             source.rows(queries_.b, queries_.head / (queries_.heads / source.heads)), gathers,
+                             [](std::int64_t, std::int64_t) { return false; },
+                             [&](const auto& rows, range piece, std::int64_t next, bool whole) {
+                               absorb_piece(source, rows, terms, piece, next, whole, after, sums);
+                             });
   }
 
   [[nodiscard]] typename Tile::stack_memory& memory() { return memory_; }
   [[nodiscard]] std::int64_t tiles() const { return tiles_; }
 
  private:
-  template <class Source, class After>
-  void absorb_piece(const Source& source, range piece, const After& after, const shift_sums<T>& sums) {
+  template <class Source, class Rows, class Terms, class After>
+  void absorb_piece(const Source& source, const Rows& rows, const Terms& terms, range piece, std::int64_t next,
+                    bool whole, const After& after, const shift_sums<T>& sums) {
     visible_lanes seen[Tile::most];
     range any;
     for (std::int64_t c = 0; c < tiles_; ++c) {
       const std::int64_t first = queries_.first + c * lanes, count = at(c).count();
       seen[c] = {count, [&](range* lane) {
-                   source.visible(queries_.b, queries_.head, {first, first + count}, piece, lane);
+                   if (whole)
+                     std::fill_n(lane, count, piece);
+                   else
+                     source.visible(queries_.b, queries_.head, {first, first + count}, piece, lane);
                    at(c).leave_out(lane);
                  }};
       // A lane without a query would add 0 times the NaN that its weight may be: it is left out like one that sees nothing.
       if (Tile::backward && count % width<T> != 0) seen[c].all[count / width<T>] = {};
       any = hull(any, seen[c].seen_by_any());
     }
-    const auto rows = source.rows(queries_.b, queries_.head / (queries_.heads / source.heads));
-    const auto terms = source.terms(queries_.b, queries_.head);
     const T slope = call_.rule->slope(queries_.b, queries_.head);
     for (std::int64_t j = any.begin; j < any.end; j += block_rows - j % block_rows) {
-      block_.stage(rows, {j, smaller(j + block_rows - j % block_rows, any.end)});
+      const std::int64_t end = smaller(j + block_rows - j % block_rows, any.end);
+      block_.stage(rows, {j, end}, end < any.end ? end : next);
       for (std::int64_t c = 0; c < tiles_; ++c)
         at(c).absorb(memory_, block_, seen[c], c,
                      score_place{terms, slope, queries_.first + c * lanes, block_.rows(), sums});
@@ -103,6 +118,7 @@ class stack {
   T* tile_memory_;
   typename Tile::stack_memory memory_;
   typename Tile::staged_block block_;
+  gathered_rows<T> gathered_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail
