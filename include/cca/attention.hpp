@@ -151,7 +151,7 @@ void attention(const Query& query, const Key& key, const Value& value, const Out
 ///
 /// @param in,to,run  as for `attention` without groups, as are errors
 /// @param context  its heads divide the query's; every `seen` lies in `[0, far length]`. The lists of `selected` ascend. What
-///   a query gets does not depend, to the bit, on the lists of others. Where `block_queries` is at most 8 each list goes by
+///   a query gets does not depend, to the bit, on the lists of others. Where `block_queries` is at most 4 each list goes by
 ///   itself with the heads that share rows, otherwise a tile of queries does, which is best filled by 64 and more of them.
 /// @param options  all but `pool`, `core_heads` and `core_bias`: the caller pools, and gives biases with his far context
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,

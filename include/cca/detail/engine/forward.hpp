@@ -28,7 +28,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 inline constexpr std::int64_t most_few_queries = 8;
 
 /// The same of queries that share a list of selected rows, in sequences of many such lists.
-inline constexpr std::int64_t most_few_of_block = 8;
+inline constexpr std::int64_t most_few_of_block = 4;
 
 /// Attention of every query over all sources in one softmax: the engine of every entry point. It is told the shapes
 /// first, so that its scratch memory can be part of a caller's workspace. `Element` is the operands' `product_type`.
