@@ -70,7 +70,7 @@ struct visibility {
   /// Some blocks and then -1 for each block of queries.
   void draw_lists(const problem& p, random_engine& random, bool shared) {
     block_rows = draw_from(random, std::array<std::int64_t, 9>{1, 1, 2, 3, 8, 16, 40, 64, 200});
-    block_queries = draw_from(random, std::array<std::int64_t, 9>{1, 2, 3, 4, 5, 16, 33, 64, 100});
+    block_queries = draw_from(random, std::array<std::int64_t, 12>{1, 1, 1, 1, 2, 3, 4, 5, 16, 33, 64, 100});
     const std::int64_t blocks = (p.far_length + block_rows - 1) / block_rows;
     const std::int64_t most = draw(random, 1, draw(random, 0, 1) == 0 ? 3 : blocks + 1);
     lists = tensor<std::int64_t>({shared ? 1 : p.sizes.batch, draw_divisor(random, heads),
@@ -125,7 +125,7 @@ problem random_problem(random_engine& random, std::int64_t most_queries, std::in
   problem p{.entry = entry::attend, .sizes = {.batch = draw(random, 1, 2)}, .options = {}};
   sizes& s = p.sizes;
   s.kv_heads = draw(random, 1, 2);
-  s.heads = s.kv_heads * draw_from(random, std::array{1, 2, 3});
+  s.heads = s.kv_heads * draw_from(random, std::array{1, 1, 2, 3, 9});
   s.queries = draw(random, 0, 2) == 0 ? draw(random, 1, 9) : draw(random, 1, most_queries);
   s.keys = draw(random, 0, 20);
   s.dim = draw(random, 1, 20);
@@ -167,7 +167,7 @@ TYPED_TEST(Selection, IsSeenByTheRule) {
   for (const kind kind : all_kinds)
     for (int times = 0; times < 60; ++times) {
       problem p = random_problem(random, times % 3 == 0 ? 2 * this->lanes + 7 : 20, times % 5 == 0 ? 300 : 50);
-      p.sizes.batch = p.sizes.kv_heads = 1, p.sizes.heads = std::min<std::int64_t>(p.sizes.heads, 2), p.sizes.keys = 0;
+      p.sizes.batch = p.sizes.kv_heads = 1, p.sizes.keys = 0;
       p.far_heads = draw_divisor(random, p.sizes.heads);
       p.sizes.value_dim = p.far_length;
       const visibility who(p, kind, random);
@@ -373,13 +373,37 @@ TYPED_TEST(Selection, KeepsNaNsFromThoseWhoDoNotSeeThem) {
     }
 }
 
+/// Values whose sum overflows have a mean.
+TYPED_TEST(Selection, HasMeansOfLargeValues) {
+  using T = TypeParam;
+  random_engine random(12);
+  const T large = std::numeric_limits<T>::max() / 2;
+  for (const kind kind : {kind::unsorted, kind::lists, kind::lists, kind::lists, kind::lists, kind::lists})
+    for (const std::int64_t heads : {1, 16}) {
+      const problem p{.entry = entry::attend,
+                      .sizes = {.heads = heads, .queries = this->lanes + 3, .keys = 0, .dim = 4, .value_dim = 3},
+                      .far_length = 100,
+                      .options = {}};
+      const visibility who(p, kind, random);
+      score_call<T> c = call_of<T>(p, {}, who, random);
+      c.memory.operands[4].fill(large);
+      c.forward();
+      for_each_row(c.out().view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+        std::int64_t seen = 0;
+        for (std::int64_t j = 0; j < p.far_length; ++j) seen += who.sees(b, h, i, j);
+        const T got = *c.out().row(b, h, i), wanted = seen > 0 ? large : T(0);
+        ASSERT_LE(std::abs(got - wanted), large / 10000) << label_of(p, who) << ", query " << i;
+      });
+    }
+}
+
 // ------------------------------------------------------------------------------------------------------------- bits
 
 TYPED_TEST(Selection, IsTheSameForAnyExecutor) {
   using T = TypeParam;
   random_engine random(8);
   for (const kind kind : {kind::evicted, kind::lists, kind::lists, kind::lists}) {
-    const problem p = random_problem(random, 3 * this->lanes, 200);
+    const problem p = random_problem(random, this->lanes + 9, 100);
     const visibility who(p, kind, random);
     score_call<T> c = call_of<T>(p, {.sinks = sinks::per_head, .far_bias_heads = 1}, who, random);
     c.forward().gradient();

@@ -23,9 +23,13 @@ bool comes_and_goes(const Far& context) {
   return context.visible_from.data != nullptr || context.visible_until.data != nullptr;
 }
 
-template <class Far>
-piece_form pieces_of(const Far& context) {
-  return {selects(context) || comes_and_goes(context), selects(context) ? context.selected.block_queries : unlimited};
+template <class Inputs, class Far>
+piece_form pieces_of(const Inputs& in, const Far& context) {
+  if (!selects(context)) return {comes_and_goes(context)};
+  piece_form pieces{true, context.selected.block_queries, in.query.heads()};
+  for (const std::int64_t heads : {in.key.heads(), context.key.heads(), context.selected.blocks.heads()})
+    if (heads > 0) pieces.across = gcd(pieces.across, in.query.heads() / heads);
+  return pieces;
 }
 
 /// Of each sequence, the far rows that a query sees, at most.

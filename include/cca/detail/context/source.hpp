@@ -57,6 +57,7 @@ concept sees_pieces = requires(const Visible& visible, range queries) { visible.
 struct piece_form {
   bool given = false;              ///< whether some source is seen in pieces
   std::int64_t block = unlimited;  ///< queries `[i block, (i + 1) block)` share theirs, and are not to ask with others
+  std::int64_t across = 1;         ///< heads that share theirs, and the rows of all sources
 };
 
 /// One kind of context: cores, a window, a caller's rows. All of attention is a softmax over a few of them.

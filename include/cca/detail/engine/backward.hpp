@@ -211,7 +211,7 @@ class backward {
                  const task& task, turn& turn, T* slope, const Gradient&... gradients) const {
     const range some = cuts(results.query.length(task.b)).queries(task.items);
     const std::int64_t b = task.b, h = task.head, first = some.begin, count = some.size();
-    stack<Tile> stack(scratch, {form_, &rule}, {b, h, heads_, first, count}, staged_);
+    stack<Tile> stack(scratch, {form_, &rule}, {{b, h, first}, heads_, count}, staged_);
     auto& memory = stack.memory();
     memory.query.load(count, [&](std::int64_t i) { return results.query.row(b, h, first + i); });
     memory.grad_out.load(count, [&](std::int64_t i) { return results.grad_out.row(b, h, first + i); });

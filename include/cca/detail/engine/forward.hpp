@@ -50,6 +50,7 @@ class forward {
         form_(form),
         groups_(head_groups),
         block_(pieces.block),
+        across_(pieces.across),
         pieces_(pieces.given),
         staged_(staged) {
     std::int64_t most_tasks = 0;
@@ -57,10 +58,10 @@ class forward {
       for (std::int64_t b = 0; b < all_.distinct(); ++b) {
         const sequence s = measured(queries(b), rows(b)...);
         worker_size_ = larger(worker_size_, s.few()       ? few_size(s.queries)
-                                            : s.in_lists() ? few_size(block_) + list_partials()
+                                            : s.in_lists() ? list_size<Tile>()
                                                            : stack<Tile>::size(lanes<Tile>(s), form_, staged_, pieces_));
         partials_ = s.few() ? element_count<T>(partials_ + partials_of(s)) : partials_;
-        most_tasks += s.few() ? few_tasks(s) * groups_ : s.in_lists() ? lists(s) * groups_ : most_stacks(s) * heads_;
+        most_tasks += s.few() ? few_tasks(s) * groups_ : s.in_lists() ? lists(s) * heads_ : most_stacks(s) * heads_;
       }
     };
     of_tile(plan);
@@ -87,12 +88,15 @@ class forward {
               const E& run, scratch& memory, const Source&... sources) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
     sequence_tasks* const stacks = memory.take<sequence_tasks>(all_.table_size());
+    const bool across = goes_across() && !rule.shifts();  // a tile has one slope, and one bias for each row
     with_product<Element, (of_elements<Element, Source> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
-          attend_many<query_tile<Product>>(query, out, lse, Product::balances ? rule.balanced() : rule, run, scratch,
-                                           stacks, sources...);
+          const score_rule<T> scaled = Product::balances ? rule.balanced() : rule;
+          attend_many<query_tile<Product>>(query, out, lse, scaled, run, scratch, stacks, sources...);
+          if (across) attend_across<query_tile<Product>>(query, out, lse, scaled, run, scratch, stacks, sources...);
         });
-    if (block_ <= most_few_of_block) attend_lists(query, out, lse, rule.balanced(), run, scratch, stacks, sources...);
+    if (block_ <= most_few_of_block && !across)
+      attend_lists(query, out, lse, rule.balanced(), run, scratch, stacks, sources...);
     const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
     const auto parts = [&](std::int64_t b) { return few_tasks(measure(b)); };
     const task_list tasks(all_, memory.take<sequence_tasks>(all_.table_size()), groups_, parts,
@@ -150,7 +154,22 @@ class forward {
   }
   /// Tasks of few queries, for each group of heads.
   [[nodiscard]] static std::int64_t few_tasks(const sequence& s) { return s.few() && s.queries > 0 ? s.parts : 0; }
-  /// Lists of a sequence, for each group of heads.
+  /// Whether heads that share rows and lists are enough to fill half a vector of lanes. `few_queries` gets 0.3 of what a
+  /// stack gets that fills them all.
+  [[nodiscard]] bool goes_across() const { return block_ == 1 && 2 * across_ >= width<T>; }
+  /// Heads of a stack.
+  template <class Tile>
+  [[nodiscard]] std::int64_t most_across() const {
+    return Tile::stack_lanes(across_, part_rows, form_);
+  }
+  /// What a task of a list takes, whichever way it goes.
+  template <class Tile>
+  [[nodiscard]] std::int64_t list_size() const {
+    const std::int64_t stack_size =
+        goes_across() ? stack<Tile>::size(smaller(across_, most_across<Tile>()), form_, staged_, pieces_) : 0;
+    return larger(few_size(block_) + list_partials(), stack_size);
+  }
+  /// Lists of a sequence.
   [[nodiscard]] static std::int64_t lists(const sequence& s) { return (s.queries + s.block - 1) / s.block; }
   [[nodiscard]] std::int64_t queries_per_group(std::int64_t queries) const {
     return groups_ > 0 ? heads_ / groups_ * queries : 0;
@@ -189,22 +208,49 @@ class forward {
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
       const task task = tasks.last_first(i);
       const range some = cuts(task.b).queries(task.items);
-      const std::int64_t b = task.b, h = task.head, first = some.begin, count = some.size();
-      // A mean of finite values is finite: where it is not, it may have overflowed on the way, and is taken again.
-      for (const int headroom : {0, most_headroom}) {
-        stack<Tile> stack(scratch[worker], {form_, &rule, headroom}, {b, h, heads_, first, count}, staged_);
-        stack.for_each_tile(
-            [&](Tile tile, std::int64_t at) { tile.begin(query.row(b, h, first + at), query.stride[2]); });
-        (stack.absorb(sources, nothing_after_blocks{}), ...);
-        bool finite = true;
-        stack.for_each_tile([&](Tile tile, std::int64_t at) {
-          finite &= tile.finish(b, h, first + at);
-          tile.write(out.row(b, h, first + at), out.stride[2]);
-          for (std::int64_t q = 0; headroom == 0 && lse.data != nullptr && q < tile.count(); ++q)
-            *lse.row(b, h, first + at + q) = static_cast<Lse>(tile.lse(q, b, h, first + at + q));
-        });
-        if (finite) break;
-      }
+      attend_stack<Tile>({{task.b, task.head, some.begin}, heads_, some.size()}, query, out, lse, rule, scratch[worker],
+                         sources...);
+    });
+  }
+
+  template <class Tile, class Query, class Out, class Lse, class... Source>
+  void attend_stack(const stack_queries& queries, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
+                    const score_rule<T>& rule, T* scratch, const Source&... sources) const {
+    // A mean of finite values is finite: where it is not, it may have overflowed on the way, and is taken again.
+    for (const int headroom : {0, most_headroom}) {
+      stack<Tile> stack(scratch, {form_, &rule, headroom}, queries, staged_);
+      stack.for_each_tile([&](Tile tile, std::int64_t at) {
+        const lane_queries of = queries.lanes.from(at);
+        tile.begin(of.row(query), of.stride(query));
+      });
+      (stack.absorb(sources, nothing_after_blocks{}), ...);
+      bool finite = true;
+      stack.for_each_tile([&](Tile tile, std::int64_t at) {
+        const lane_queries of = queries.lanes.from(at);
+        finite &= tile.finish(of);
+        tile.write(of.row(out), of.stride(out));
+        for (std::int64_t q = 0; headroom == 0 && lse.data != nullptr && q < tile.count(); ++q)
+          *of.from(q).row(lse) = static_cast<Lse>(tile.lse(q, of));
+      });
+      if (finite) break;
+    }
+  }
+
+  /// A task is one query of the heads that share rows and lists, some of them that fit into a stack.
+  template <class Tile, class Query, class Out, class Lse, executor E, class... Source>
+  void attend_across(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
+                     const E& run, const worker_scratch<T>& scratch, sequence_tasks* table,
+                     const Source&... sources) const {
+    const std::int64_t most = most_across<Tile>(), stacks = (across_ + most - 1) / most;
+    const task_list tasks(
+        all_, table, heads_ / across_,
+        [&](std::int64_t b) { return measured(query.length(b)).in_lists() ? query.length(b) * stacks : 0; },
+        [](std::int64_t) { return 1; });
+    run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t place) {
+      const task task = tasks.last_first(place);
+      const std::int64_t head = task.head * across_, first = head + task.items.begin % stacks * most;
+      attend_stack<Tile>({{task.b, first, task.items.begin / stacks, true}, heads_, smaller(most, head + across_ - first)},
+                         query, out, lse, rule, scratch[worker], sources...);
     });
   }
 
@@ -349,7 +395,7 @@ class forward {
   sequences all_;
   std::int64_t heads_;
   tile_form form_;
-  std::int64_t groups_, block_, partials_ = 0, workers_ = 1, worker_size_ = 0;
+  std::int64_t groups_, block_, across_, partials_ = 0, workers_ = 1, worker_size_ = 0;
   bool pieces_, staged_;
 };
 

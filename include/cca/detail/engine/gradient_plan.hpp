@@ -60,7 +60,7 @@ struct attend_gradient_plan {
   template <class Inputs, class Far>
   attend_gradient_plan(const Inputs& in, const Far& context, std::int64_t head_groups, bool staged, matrix_unit unit,
                        const execution& run)
-      : backward(backward_plan<Element>(in.query, in.value.dim(), head_groups, pieces_of(context), staged, unit, run)),
+      : backward(backward_plan<Element>(in.query, in.value.dim(), head_groups, pieces_of(in, context), staged, unit, run)),
         key_bias(sums_of<T>(in.key_bias, in.query.batch(), head_groups)),
         far_bias(sums_of<T>(context.bias, in.query.batch(), head_groups)) {}
 };

@@ -53,7 +53,7 @@ auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<Fa
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
       sequences_of(in.query, in.key, context.key), in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()),
-      pieces_of(context), !in_place<T, Key, Value, FarKey, FarValue>, options.unit, run, sink_counts(in, options),
+      pieces_of(in, context), !in_place<T, Key, Value, FarKey, FarValue>, options.unit, run, sink_counts(in, options),
       most_far_rows(context), lengths_of(in.key));
 }
 

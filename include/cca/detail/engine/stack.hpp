@@ -5,6 +5,7 @@
 
 #include "../../partition.hpp"
 #include "../base/numbers.hpp"
+#include "../context/tasks.hpp"
 #include "../context/visible.hpp"
 #include "../simd/simd.hpp"
 #include "../softmax/score_shift.hpp"
@@ -13,9 +14,10 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-/// Which queries a stack holds: `count` of head `head` of `heads` of sequence `b`, from `first` on.
+/// Which queries a stack holds: the first `count` of these lanes; `heads` are all of the query.
 struct stack_queries {
-  std::int64_t b, head, heads, first, count;
+  lane_queries lanes;
+  std::int64_t heads, count;
 };
 
 /// What follows a block in a stack that leaves nothing behind with its rows.
@@ -63,16 +65,17 @@ class stack {
   /// depend on the stack that it is in. `sums` are for the gradients of what shifts scores.
   template <class Source, class After>
   void absorb(const Source& source, const After& after, const shift_sums<T>& sums = {}) {
-    if (source.length(queries_.b) == 0) return;
+    const std::int64_t b = queries_.lanes.b, head = queries_.lanes.head;
+    if (source.length(b) == 0) return;
     const bool gathers = !Tile::backward && !call_.rule->shifts();
-    const auto terms = source.terms(queries_.b, queries_.head);
-    gathered_.for_each_piece(source, queries_.b, {queries_.head, queries_.head + 1},
-                             {queries_.first, queries_.first + queries_.count},
-                             source.rows(queries_.b, queries_.head / (queries_.heads / source.heads)), gathers,
-                             [](std::int64_t, std::int64_t) { return false; },
-                             [&](const auto& rows, range piece, std::int64_t next, bool whole) {
-                               absorb_piece(source, rows, terms, piece, next, whole, after, sums);
-                             });
+    const auto terms = source.terms(b, head);
+    gathered_.for_each_piece(
+        source, b, queries_.lanes.heads(queries_.count), queries_.lanes.queries(queries_.count),
+        source.rows(b, head / (queries_.heads / source.heads)), gathers,
+        [](std::int64_t, std::int64_t) { return false; },
+        [&](const auto& rows, range piece, std::int64_t next, bool whole) {
+          absorb_piece(source, rows, terms, piece, next, whole, after, sums);
+        });
   }
 
   [[nodiscard]] typename Tile::stack_memory& memory() { return memory_; }
@@ -85,27 +88,35 @@ class stack {
     visible_lanes seen[Tile::most];
     range any;
     for (std::int64_t c = 0; c < tiles_; ++c) {
-      const std::int64_t first = queries_.first + c * lanes, count = at(c).count();
+      const std::int64_t count = at(c).count();
       seen[c] = {count, [&](range* lane) {
                    if (whole)
                      std::fill_n(lane, count, piece);
                    else
-                     source.visible(queries_.b, queries_.head, {first, first + count}, piece, lane);
+                     visible(source, queries_.lanes.from(c * lanes), count, piece, lane);
                    at(c).leave_out(lane);
                  }};
       // A lane without a query would add 0 times the NaN that its weight may be: it is left out like one that sees nothing.
       if (Tile::backward && count % width<T> != 0) seen[c].all[count / width<T>] = {};
       any = hull(any, seen[c].seen_by_any());
     }
-    const T slope = call_.rule->slope(queries_.b, queries_.head);
+    const T slope = call_.rule->slope(queries_.lanes.b, queries_.lanes.head);
     for (std::int64_t j = any.begin; j < any.end; j += block_rows - j % block_rows) {
       const std::int64_t end = smaller(j + block_rows - j % block_rows, any.end);
       block_.stage(rows, {j, end}, end < any.end ? end : next);
       for (std::int64_t c = 0; c < tiles_; ++c)
         at(c).absorb(memory_, block_, seen[c], c,
-                     score_place{terms, slope, queries_.first + c * lanes, block_.rows(), sums});
+                     score_place{terms, slope, queries_.lanes.first + c * lanes, block_.rows(), sums});
       after(block_.rows(), seen);
     }
+  }
+
+  /// What each of the queries sees of a piece.
+  template <class Source>
+  static void visible(const Source& source, const lane_queries& of, std::int64_t count, range piece, range* lane) {
+    const range queries = of.queries(count);
+    for (std::int64_t h = of.heads(count).begin; h < of.heads(count).end; ++h, lane += queries.size())
+      source.visible(of.b, h, queries, piece, lane);
   }
 
   [[nodiscard]] Tile at(std::int64_t c) const {
