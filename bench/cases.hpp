@@ -12,6 +12,7 @@ void add_decode_cases();
 void add_gradient_cases();
 void add_packed_cases();
 void add_score_cases();
+void add_selection_cases();
 void add_unit_cases();
 
 }  // namespace bench

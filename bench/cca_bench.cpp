@@ -278,6 +278,7 @@ int main(int argc, char** argv) {
   bench::add_gradient_cases();
   bench::add_packed_cases();
   bench::add_score_cases();
+  bench::add_selection_cases();
   bench::add_unit_cases();
   benchmark::RunSpecifiedBenchmarks();
 }

@@ -139,12 +139,14 @@ void attention(const Query& query, const Key& key, const Value& value, const Out
 }
 
 /// One softmax over far context that the caller made, by any compressor, and the raw window: query i of head h sees the
-/// far rows `[0, seen(b, h, i))` and the raw tokens that CCA attention with the same options sees: the window, which
+/// far rows `[0, seen(b, h, i))`, or those that are visible at its position or selected for it, and the raw tokens that CCA attention with the same options sees: the window, which
 /// reaches back to the start of a group where `group_size` is above 1, and the sink tokens, the first of `key`. An empty
 /// key and value leave the far context alone.
 ///
 /// @param in,to,run  as for `attention` without groups, as are errors
-/// @param context  its heads divide the query's; every `seen` lies in `[0, far length]`
+/// @param context  its heads divide the query's; every `seen` lies in `[0, far length]`. The lists of `selected` ascend. What
+///   a query gets does not depend, to the bit, on the lists of others. Where `block_queries` is at most 4 each list goes by
+///   itself with the heads that share rows, otherwise a tile of queries does, which is best filled by 64 and more of them.
 /// @param options  all but `pool`, `core_heads` and `core_bias`: the caller pools, and gives biases with his far context
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
           class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>,
@@ -158,7 +160,8 @@ void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey,
     detail::require_options<detail::product_type<Query, Key, Value, FarKey, FarValue>>(options);
     detail::require_attend(views, far_rows, options, sizeof(T));
     detail::require_results(views, in.value.dim(), detail::named(to),
-                            {far_rows.key, far_rows.value, far_rows.seen, far_rows.bias, far_rows.positions});
+                            {far_rows.key, far_rows.value, far_rows.seen, far_rows.bias, far_rows.positions,
+                             far_rows.visible_from, far_rows.visible_until, far_rows.blocks});
 
     const auto forward = detail::attend_plan(in, context, options, run);
     detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size");

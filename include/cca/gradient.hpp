@@ -274,8 +274,9 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
     detail::require_read(views, read);
     detail::require_far_gradients(far_rows, grad);
     detail::require_gradients(views, grad,
-                              {far_rows.key, far_rows.value, far_rows.bias, read.out, read.lse, read.grad_out,
-                               read.grad_lse});
+                              {far_rows.key, far_rows.value, far_rows.bias, far_rows.seen, far_rows.positions,
+                               far_rows.visible_from, far_rows.visible_until, far_rows.blocks, read.out, read.lse,
+                               read.grad_out, read.grad_lse});
 
     const auto results = detail::results_of<Number>(in, of, from);
     const auto plan = detail::attend_backward(in, context, options.unit, run);

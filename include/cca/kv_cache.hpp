@@ -278,7 +278,7 @@ class kv_cache {
     const auto rows = held_.rows_of_step(first, extent.count, extent.tokens);
     const auto each = [](std::int64_t count) { return [count](std::int64_t) { return count; }; };
     const auto forward =
-        detail::plan<Product>({extent.count, true}, in.query, held_.shape.value_dim, held_.shape.kv_heads,
+        detail::plan<Product>({extent.count, true}, in.query, held_.shape.value_dim, held_.shape.kv_heads, {},
                               !detail::in_place<T, Element, Core>, held_.options.unit, run, each(rows.sinks),
                               each(rows.cores), each(rows.raw), each(rows.raw), each(rows.fresh));
     detail::scratch memory = take_workspace(pooler.bytes() + forward.bytes());

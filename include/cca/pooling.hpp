@@ -55,9 +55,9 @@ pool_plan<T> plan_pooling(const inputs<Query, Key, Value, Sink>& in, const optio
 inline void require_cores(const input_views& in, const named_view& key, const named_view& value,
                           const options& options) {
   const std::int64_t heads = core_head_count(options, in.query.heads(), in.key.heads());
-  const partition groups = partition_of(options);
-  require_shape(key, heads, in.key.dim(), in.key, &groups);
-  require_shape(value, heads, in.value.dim(), in.key, &groups);
+  const auto groups = [partition = partition_of(options)](std::int64_t length) { return partition.group_count(length); };
+  require_shape(key, heads, in.key.dim(), in.key, groups);
+  require_shape(value, heads, in.value.dim(), in.key, groups);
 }
 
 }  // namespace detail

@@ -126,11 +126,23 @@ inputs<Query, Key, Value, Sink> sequence_of(const inputs<Query, Key, Value, Sink
           sequence_of(in.key_bias, b)};
 }
 
+/// Sequence `b` of lists of selected rows.
+inline far_selection sequence_of(far_selection selected, std::int64_t b) {
+  if (selected.blocks.data != nullptr) selected.blocks = selected.blocks.sequence(b % selected.blocks.batch());
+  return selected;
+}
+
 /// Sequence `b` of a far context.
 template <class Key, class Value, class Bias>
 far_context<Key, Value, Bias> sequence_of(const far_context<Key, Value, Bias>& context, std::int64_t b) {
-  return {context.key.sequence(b), context.value.sequence(b), context.seen.sequence(b), sequence_of(context.bias, b),
-          sequence_of(context.positions, b)};
+  return {context.key.sequence(b),
+          context.value.sequence(b),
+          sequence_of(context.seen, b),
+          sequence_of(context.bias, b),
+          sequence_of(context.positions, b),
+          sequence_of(context.visible_from, b),
+          sequence_of(context.visible_until, b),
+          sequence_of(context.selected, b)};
 }
 
 /// Whether some of these views have lengths per sequence.
@@ -303,6 +315,16 @@ inline row_numbers first_rows(std::int64_t count) {
   return rows;
 }
 
+/// Those of `rows` that a condition holds for.
+template <class Condition>
+row_numbers rows_where(std::int64_t count, const Condition& holds) {
+  row_numbers rows(count);
+  std::int64_t some = 0;
+  for (std::int64_t j = 0; j < count; ++j)
+    if (holds(j)) rows(some++) = j;
+  return rows.head(some);
+}
+
 /// `|t - position|` of the query at `t` and these rows.
 template <class Scalar>
 vector<Scalar> distances(const row_terms<Scalar>& terms, std::int64_t b, std::int64_t h, std::int64_t t,
@@ -349,17 +371,46 @@ row_terms<Scalar> core_terms(const options& options, const tensor<Scalar>& of, s
           biases<Scalar>(view, heads)};
 }
 
-/// The keys or the values that a query sees: the first `pooled` far rows, then those of `tokens`.
+/// The keys or the values that a query sees: the far rows `pooled`, then those of `tokens`.
 template <class Scalar>
-matrix<Scalar> seen_rows(const matrix<Scalar>& far_rows, std::int64_t pooled, const matrix<Scalar>& rows,
+matrix<Scalar> seen_rows(const matrix<Scalar>& far_rows, const row_numbers& pooled, const matrix<Scalar>& rows,
                          const row_numbers& tokens) {
-  matrix<Scalar> seen(pooled + tokens.size(), rows.cols());
-  seen.topRows(pooled) = far_rows.topRows(pooled);
-  for (std::int64_t i = 0; i < tokens.size(); ++i) seen.row(pooled + i) = rows.row(tokens(i));
+  matrix<Scalar> seen(pooled.size() + tokens.size(), rows.cols());
+  for (std::int64_t i = 0; i < pooled.size(); ++i) seen.row(i) = far_rows.row(pooled(i));
+  for (std::int64_t i = 0; i < tokens.size(); ++i) seen.row(pooled.size() + i) = rows.row(tokens(i));
   return seen;
 }
 
-/// Attention of every query to the far rows `[0, seen(b, h, i))` and the tokens `raw(i)`, in one softmax.
+namespace detail {
+
+/// Rows that a query sees: those of these numbers, or the first ones.
+inline row_numbers rows_of(const row_numbers& rows) { return rows; }
+inline row_numbers rows_of(std::int64_t count) { return first_rows(count); }
+
+/// The far rows that query i of head h sees, at position t: what none of `seen`, `visible_from`, `visible_until` and
+/// `selected` keeps from it.
+template <class Inputs, class Far>
+auto far_rows(const Inputs& in, const Far& context, const options& options) {
+  const std::int64_t first = cca::detail::first_position(options, in.query.length(), in.key.length());
+  return [context, heads = in.query.heads(), first](std::int64_t b, std::int64_t h, std::int64_t i) {
+    const auto& [blocks, block_rows, block_queries] = context.selected;
+    const std::int64_t t = first + i, most = blocks.data ? blocks.dim() : 0;
+    const std::int64_t* list =
+        blocks.data ? blocks.row(b % blocks.batch(), h / (heads / blocks.heads()), i / block_queries) : nullptr;
+    const auto row_block = [rows = block_rows](std::int64_t j) { return j / rows; };
+    return rows_where(context.key.length(), [&](std::int64_t j) {
+      if (context.seen.data && j >= *context.seen.row(b, h, i)) return false;
+      if (context.visible_from.data && t < shared(context.visible_from, heads, b, h, j)) return false;
+      if (context.visible_until.data && t >= shared(context.visible_until, heads, b, h, j)) return false;
+      return list == nullptr || std::find(list, list + most, row_block(j)) != list + most;
+    });
+  };
+}
+
+}  // namespace detail
+
+/// Attention of every query to the far rows `seen(b, h, i)`, of these numbers or so many first ones, and the tokens
+/// `raw(i)`, in one softmax.
 template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class Seen,
           class Raw>
 result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, tensor_view<FarKey> far_key,
@@ -379,11 +430,10 @@ result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, tensor_view<Far
       const matrix<Scalar> k = head<Scalar>(in.key, b, kv_head), v = head<Scalar>(in.value, b, kv_head);
       const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
-        const std::int64_t pooled = seen(b, h, i);
-        const row_numbers tokens = raw(i);
+        const row_numbers pooled = detail::rows_of(seen(b, h, i)), tokens = raw(i);
         const matrix<Scalar> keys = seen_rows(fk, pooled, k, tokens), values = seen_rows(fv, pooled, v, tokens);
         vector<Scalar> weights = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
-        shift(weights.head(pooled), in.alibi_slopes, far_at, b, h, first + i, first_rows(pooled));
+        shift(weights.head(pooled.size()), in.alibi_slopes, far_at, b, h, first + i, pooled);
         shift(weights.tail(tokens.size()), in.alibi_slopes, raw_at, b, h, first + i, tokens);
         *result.lse.view().row(b, h, i) = softmax(weights, sink_logit<Scalar>(in.sink_logits, b, h, i));
         Eigen::Map<vector<Scalar>>(result.out.view().row(b, h, i), value_dim) = values.transpose() * weights;
@@ -394,11 +444,8 @@ result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, tensor_view<Far
 
 /// The tokens among the first `length` that the query at `t` sees raw: the first ones, and those of its window.
 inline row_numbers raw_tokens(const partition& partition, std::int64_t t, std::int64_t length) {
-  row_numbers tokens(length);
-  std::int64_t count = 0;
-  for (std::int64_t j = 0; j < length; ++j)
-    if (partition.sinks(t).contains(j) || partition.raw(t).contains(j)) tokens(count++) = j;
-  return tokens.head(count);
+  return rows_where(length,
+                    [&](std::int64_t j) { return partition.sinks(t).contains(j) || partition.raw(t).contains(j); });
 }
 
 namespace detail {
@@ -449,10 +496,8 @@ result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, const far_conte
     return detail::each_alone<Scalar>(in.query, in.value.dim(), [&](std::int64_t b) {
       return attend<Scalar>(detail::sequence_of(in, b), detail::sequence_of(context, b), options);
     });
-  return attend<Scalar>(
-      in, context.key, context.value, options,
-      [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *context.seen.row(b, h, i); },
-      detail::raw_tokens(in.query, in.key, options), far_terms<Scalar>(in, context));
+  return attend<Scalar>(in, context.key, context.value, options, detail::far_rows(in, context, options),
+                        detail::raw_tokens(in.query, in.key, options), far_terms<Scalar>(in, context));
 }
 
 }}}  // namespace cca::CCA_TARGET::reference

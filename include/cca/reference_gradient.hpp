@@ -189,9 +189,9 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
       const matrix<Scalar> k = head<Scalar>(in.key, b, kv_head), v = head<Scalar>(in.value, b, kv_head);
       const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
-        const std::int64_t pooled = seen(b, h, i);
-        const row_numbers tokens = raw(i), pooled_rows = first_rows(pooled);
-        const matrix<Scalar> keys = seen_rows(fk, pooled, k, tokens), values = seen_rows(fv, pooled, v, tokens);
+        const row_numbers tokens = raw(i), pooled_rows = detail::rows_of(seen(b, h, i));
+        const std::int64_t pooled = pooled_rows.size();
+        const matrix<Scalar> keys = seen_rows(fk, pooled_rows, k, tokens), values = seen_rows(fv, pooled_rows, v, tokens);
         const vector<Scalar> capped = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
         vector<Scalar> logits = capped;
         shift(logits.head(pooled), in.alibi_slopes, far_at, b, h, first + i, pooled_rows);
@@ -214,8 +214,10 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
         if (cap > 0) ds.array() *= 1 - (capped / cap).array().square();
         const matrix<Scalar> grad_keys = scale * ds * q.row(i), grad_values = weights * grad_rows.row(i);
         head(grad.query, b, h).row(i) = scale * ds.transpose() * keys;
-        head(grad.far_key, b, far_head).topRows(pooled) += grad_keys.topRows(pooled);
-        head(grad.far_value, b, far_head).topRows(pooled) += grad_values.topRows(pooled);
+        for (std::int64_t place = 0; place < pooled; ++place) {
+          head(grad.far_key, b, far_head).row(pooled_rows(place)) += grad_keys.row(place);
+          head(grad.far_value, b, far_head).row(pooled_rows(place)) += grad_values.row(place);
+        }
         for (std::int64_t place = 0; place < tokens.size(); ++place) {
           head(grad.key, b, kv_head).row(tokens(place)) += grad_keys.row(pooled + place);
           head(grad.value, b, kv_head).row(tokens(place)) += grad_values.row(pooled + place);
@@ -287,10 +289,9 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in,
                                      detail::sequence_of(from, b), options);
     });
   }
-  return attend_gradient<Scalar>(
-      in, context.key, context.value, from, options,
-      [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *context.seen.row(b, h, i); },
-      detail::raw_tokens(in.query, in.key, options), far_terms<Scalar>(in, context), context.bias.extent);
+  return attend_gradient<Scalar>(in, context.key, context.value, from, options, detail::far_rows(in, context, options),
+                                 detail::raw_tokens(in.query, in.key, options), far_terms<Scalar>(in, context),
+                                 context.bias.extent);
 }
 
 }}}  // namespace cca::CCA_TARGET::reference

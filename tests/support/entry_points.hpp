@@ -112,6 +112,8 @@ struct arguments {
   lse_view<const T> sinks{}, slopes{}, key_bias{}, far_bias{};
   lse_view<T> grad_sinks{}, grad_slopes{}, grad_key_bias{}, grad_far_bias{};
   lse_view<const std::int64_t> positions{};  // of far rows
+  lse_view<const std::int64_t> visible_from{}, visible_until{};
+  far_selection selected{};
 };
 
 /// The first operands as those of attention.
@@ -123,7 +125,8 @@ inputs<T> inputs_of(const arguments<T>& a) {
 /// The operands behind them as far context.
 template <class T>
 far_context<T> far_of(const arguments<T>& a) {
-  return {a.operands[3], a.operands[4], a.seen, a.far_bias, a.positions};
+  return {a.operands[3], a.operands[4],  a.seen,          a.far_bias,
+          a.positions,   a.visible_from, a.visible_until, a.selected};
 }
 
 /// An executor that is chosen at run time.

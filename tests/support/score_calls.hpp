@@ -58,6 +58,7 @@ struct score_call {
   score_terms terms;
   optional_operand<T> sinks, slopes, key_bias, far_bias;
   tensor<std::int64_t, 3> positions;
+  std::function<void(test::arguments<T>&)> adjust = [](test::arguments<T>&) {};  // the arguments of all its calls
 
   score_call(const problem& p, const score_terms& of, random_engine& random)
       : memory(
@@ -81,7 +82,7 @@ struct score_call {
   score_call(const problem& p, test::sinks kind, random_engine& random)
       : score_call(p, score_terms{.sinks = kind}, random) {}
 
-  [[nodiscard]] arguments<T> gradient_arguments() {
+  [[nodiscard]] test::arguments<T> gradient_arguments() {
     arguments<T> a = memory.arguments();
     sinks.put(a.sinks, a.grad_sinks);
     slopes.put(a.slopes, a.grad_slopes);
@@ -89,6 +90,7 @@ struct score_call {
     far_bias.put(a.far_bias, a.grad_far_bias);
     if (terms.slopes && terms.positions && memory.problem.entry == entry::attend)
       a.positions = std::as_const(positions).view();
+    adjust(a);
     return a;
   }
 

@@ -7,12 +7,18 @@
 namespace cca::test {
 
 template <class Element>
+far_context<Element> far_of(const unit_arguments<Element>& a) {
+  return {a.operands[3], a.operands[4],  a.seen,          a.far_bias,
+          a.positions,   a.visible_from, a.visible_until, a.selected};
+}
+
+template <class Element>
 void call(const problem& p, const unit_arguments<Element>& a, const any_executor& run) {
   const auto& in = a.operands;
   const inputs<Element> operands{in[0], in[1], in[2], a.sinks, a.slopes, a.key_bias};
   const cca::results<float> to{a.results[0], without_dim(a.results[1])};
   if (p.entry == entry::attend)
-    attend(operands, far_context{in[3], in[4], a.seen, a.far_bias, a.positions}, to, p.options, run);
+    attend(operands, far_of(a), to, p.options, run);
   else if (p.entry == entry::attention)
     attention(operands, to, p.options, run);
   else
@@ -29,7 +35,7 @@ void call_gradient(const problem& p, const unit_arguments<Element>& a, const any
   gradients<float> to{grad[0], grad[1], grad[2], {}, {}, a.grad_sinks, a.grad_slopes, a.grad_key_bias, a.grad_far_bias};
   if (p.entry == entry::attend) to.far_key = grad[3], to.far_value = grad[4];
   if (p.entry == entry::attend)
-    attend_gradient(operands, far_context{in[3], in[4], a.seen, a.far_bias, a.positions}, of, from, to, p.options, run);
+    attend_gradient(operands, far_of(a), of, from, to, p.options, run);
   else if (p.entry == entry::attention)
     attention_gradient(operands, of, from, to, p.options, run);
   else

@@ -21,7 +21,8 @@ struct unit_arguments {
   lse_view<const float> grad_lse{};
   lse_view<const float> sinks{}, slopes{}, key_bias{}, far_bias{};
   lse_view<float> grad_sinks{}, grad_slopes{}, grad_key_bias{}, grad_far_bias{};
-  lse_view<const std::int64_t> positions{};
+  lse_view<const std::int64_t> positions{}, visible_from{}, visible_until{};
+  far_selection selected{};
 };
 
 /// Calls one of `unit_entries`.

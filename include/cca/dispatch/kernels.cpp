@@ -44,7 +44,9 @@ inputs<T> inputs_of(const plain::call<T>& c) {
 }
 template <class T>
 far_context<T> far_of(const plain::call<T>& c) {
-  return {typed(c.far_key), typed(c.far_value), typed(c.seen), typed(c.far_bias), typed(c.far_positions)};
+  return {typed(c.far_key),       typed(c.far_value),    typed(c.seen),
+          typed(c.far_bias),      typed(c.far_positions), typed(c.visible_from),
+          typed(c.visible_until), {typed(c.selected), c.selected_rows, c.selected_queries}};
 }
 template <class T>
 results<T> results_of(const plain::call<T>& c) {

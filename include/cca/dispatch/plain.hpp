@@ -70,7 +70,9 @@ struct call {
   operand query, key, value;  // inputs
   lse_operand sink_logits, alibi_slopes, key_bias;
   operand far_key, far_value;  // far context
-  view<const std::int64_t, 3> seen, far_positions;
+  view<const std::int64_t, 3> seen, far_positions, visible_from, visible_until;
+  view<const std::int64_t> selected;
+  std::int64_t selected_rows, selected_queries;
   lse_operand far_bias;
   view<T> out;  // results
   view<number, 3> lse;

@@ -70,6 +70,11 @@ void put(plain::call<T>& to, const far_context<T>& context) {
   to.seen = to_plain(context.seen);
   to.far_bias = to_plain(context.bias);
   to.far_positions = to_plain(context.positions);
+  to.visible_from = to_plain(context.visible_from);
+  to.visible_until = to_plain(context.visible_until);
+  to.selected = to_plain(context.selected.blocks);
+  to.selected_rows = context.selected.block_rows;
+  to.selected_queries = context.selected.block_queries;
 }
 template <class T>
 void put(plain::call<T>& to, const results<T>& results) {

@@ -13,6 +13,7 @@
 #include "refuse.hpp"
 #include "target.hpp"
 #include "validate_options.hpp"
+#include "validate_selection.hpp"
 #include "validate_views.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -22,7 +23,8 @@ struct input_views {
   named_view query, key, value, sink_logits, alibi_slopes, key_bias;
 };
 struct far_views {
-  named_view key, value, seen, bias, positions;
+  named_view key, value, seen, bias, positions, visible_from, visible_until, blocks;
+  far_selection selected;
 };
 struct result_views {
   output_view out, lse;
@@ -45,7 +47,11 @@ far_views named(const far_context<T...>& far) {
           {"far.value", far.value},
           {"far.seen", far.seen},
           {"far.bias", far.bias},
-          {"far.positions", far.positions}};
+          {"far.positions", far.positions},
+          {"far.visible_from", far.visible_from},
+          {"far.visible_until", far.visible_until},
+          {"far.selected.blocks", far.selected.blocks},
+          far.selected};
 }
 template <class... T>
 result_views named(const results<T...>& to) {
@@ -64,6 +70,7 @@ inline void require_sizes(const input_views& in, const far_views& far_rows) {
   require_sizes(in);
   require_sizes(far_rows.key);
   require_batch(in.query, far_rows.key);
+  require_selection_sizes(far_rows.blocks, far_rows.selected);
 }
 
 /// `heads` key/value heads serve `query_heads`: head `h` uses `h / (query_heads / heads)`.
@@ -201,14 +208,29 @@ inline void require_far_terms(const input_views& in, const far_views& far_rows, 
   });
 }
 
+/// When far rows are visible, and which of them are selected.
+inline void require_far_visible(const named_view& query, const far_views& far_rows) {
+  require_row_numbers(query, far_rows.visible_from, far_rows.key);
+  require_row_numbers(query, far_rows.visible_until, far_rows.key);
+  require_selection_sizes(far_rows.blocks, far_rows.selected);
+  if (!given(far_rows.blocks)) return;
+  if (given(far_rows.visible_from) || given(far_rows.visible_until))
+    require_none(far_rows.blocks, "far.visible_from and far.visible_until say who sees a row");
+  require_selection(query, far_rows.key, far_rows.blocks, far_rows.selected);
+}
+
 /// A caller's far context of a call, which computes in numbers of this many bytes.
 inline void require_far(const input_views& in, const far_views& far_rows, std::size_t number_size) {
   require_key_value(in.query, far_rows.key, far_rows.value);
   if (far_rows.value.dim() != in.value.dim())
     refuse("far.value", {"dim ", far_rows.value.dim()}, {"the value's dim ", in.value.dim()});
+  require_far_visible(in.query, far_rows);
   const named_view& seen = far_rows.seen;
-  require_operand(seen);
-  require_shape(seen, in.query.heads(), 1, in.query);
+  const bool counts = given(seen) || !(given(far_rows.visible_from) || given(far_rows.visible_until) || given(far_rows.blocks));
+  if (counts) {
+    require_operand(seen);
+    require_shape(seen, in.query.heads(), 1, in.query);
+  }
   for_each_number(seen, [&](std::int64_t count, std::int64_t b, std::int64_t h, std::int64_t i) {
     if (!(0 <= count && count <= far_rows.key.length(b)))
       refuse("far.seen", {count, " at ", std::array{b, h, i}}, {"a count in [0, ", far_rows.key.length(b), "]"});

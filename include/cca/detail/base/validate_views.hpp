@@ -173,15 +173,19 @@ inline void require_extents(const named_view& view, const std::array<std::int64_
   if (view.extent != wanted) refuse(view.name, {view.extents()}, {"extents ", {wanted.data(), view.dimensions}});
 }
 
-/// `[batch, heads, length(b), dim]` for the sequences of another view, or as many tokens as those have groups.
-inline void require_shape(const named_view& view, std::int64_t heads, std::int64_t dim, const named_view& like,
-                          const partition* groups = nullptr) {
-  const auto count = [&](std::int64_t length) { return groups != nullptr ? groups->group_count(length) : length; };
+/// `[batch, heads, count(length(b)), dim]` for the sequences of another view.
+template <class Count>
+void require_shape(const named_view& view, std::int64_t heads, std::int64_t dim, const named_view& like,
+                   const Count& count) {
   const bool each = view.has_lengths() || like.has_lengths();
   require_extents(view, {like.batch(), heads, each ? view.length() : count(like.length()), dim});
   for (std::int64_t b = 0; b < (each ? view.batch() : 0); ++b)
     if (view.length(b) != count(like.length(b)))
       refuse(view.name, {"length ", view.length(b), " of sequence ", b}, {"length ", count(like.length(b))});
+}
+
+inline void require_shape(const named_view& view, std::int64_t heads, std::int64_t dim, const named_view& like) {
+  require_shape(view, heads, dim, like, [](std::int64_t length) { return length; });
 }
 
 /// Where a view begins, by its name; null where there is nothing.

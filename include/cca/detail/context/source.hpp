@@ -44,13 +44,29 @@ struct row_terms {
   std::int64_t bias_stride = 0;
 };
 
+/// Who sees rows in pieces, half-open ranges of which every query sees one range:
+///  - `next(b, h, queries, from)`: the first piece from row `from` on of what some of the queries see of sequence `b`;
+///    empty behind the last;
+///  - `ranges(b, h, queries, piece, seen)`: writes what each query sees of a piece;
+///  - `whole(b, heads, queries, piece)`: whether all these queries of heads with the same pieces see all of one;
+///  - `most(b)`: rows that a query sees, at most; `heads`: how many have pieces of their own, shared evenly by query heads.
+template <class Visible>
+concept sees_pieces = requires(const Visible& visible, range queries) { visible.next(0, 0, queries, 0); };
+
+/// What the engine has to know of pieces before it sees them.
+struct piece_form {
+  bool given = false;              ///< whether some source is seen in pieces
+  std::int64_t block = unlimited;  ///< queries `[i block, (i + 1) block)` share theirs, and are not to ask with others
+  std::int64_t across = 1;         ///< heads that share theirs, and the rows of all sources
+};
+
 /// One kind of context: cores, a window, a caller's rows. All of attention is a softmax over a few of them.
 template <class Length, class Rows, class Visible, class Terms>
 struct source {
   std::int64_t heads;  ///< query heads share them evenly
   Length length;       ///< `length(b)`: rows of sequence `b`, at most
   Rows rows;           ///< `rows(b, head)`: the `context_rows` of sequence `b`
-  Visible visible;     ///< `visible(b, h, i)`: the half-open range of rows that query `i` of query head `h` sees
+  Visible visible;     ///< `visible(b, h, i)`: the half-open range of rows that query `i` of query head `h` sees; or pieces
   Terms terms;         ///< `terms(b, h)`: the `row_terms` of sequence `b` for query head `h`
 };
 
@@ -63,6 +79,7 @@ template <class Key, class Value, class Bias>
 class source_ref {
  public:
   std::int64_t heads;
+  std::int64_t piece_heads = 1;  ///< that have pieces of their own
 
   template <class Source>
   explicit source_ref(const Source& source)
@@ -70,17 +87,49 @@ class source_ref {
         source_(&source),
         length_([](const void* s, std::int64_t b) { return of<Source>(s).length(b); }),
         rows_([](const void* s, std::int64_t b, std::int64_t head) { return of<Source>(s).rows(b, head); }),
-        visible_([](const void* s, std::int64_t b, std::int64_t h, range queries, range* seen) {
-          for (std::int64_t i = queries.begin; i < queries.end; ++i) *seen++ = of<Source>(s).visible(b, h, i);
+        visible_([](const void* s, std::int64_t b, std::int64_t h, range queries, [[maybe_unused]] range piece, range* seen) {
+          const auto& visible = of<Source>(s).visible;
+          if constexpr (sees_pieces<decltype(source.visible)>)
+            visible.ranges(b, h, queries, piece, seen);
+          else
+            for (std::int64_t i = queries.begin; i < queries.end; ++i) *seen++ = visible(b, h, i);
         }),
-        terms_([](const void* s, std::int64_t b, std::int64_t h) { return of<Source>(s).terms(b, h); }) {}
+        terms_([](const void* s, std::int64_t b, std::int64_t h) { return of<Source>(s).terms(b, h); }) {
+    if constexpr (sees_pieces<decltype(source.visible)>) {
+      piece_heads = source.visible.heads;
+      next_ = [](const void* s, std::int64_t b, std::int64_t h, range queries, std::int64_t from) {
+        return of<Source>(s).visible.next(b, h, queries, from);
+      };
+      most_ = [](const void* s, std::int64_t b) { return of<Source>(s).visible.most(b); };
+      whole_ = [](const void* s, std::int64_t b, range query_heads, range queries, range piece) {
+        return of<Source>(s).visible.whole(b, query_heads, queries, piece);
+      };
+    }
+  }
 
   [[nodiscard]] std::int64_t length(std::int64_t b) const { return length_(source_, b); }
   [[nodiscard]] context_rows<Key, Value> rows(std::int64_t b, std::int64_t head) const { return rows_(source_, b, head); }
   [[nodiscard]] row_terms<Bias> terms(std::int64_t b, std::int64_t h) const { return terms_(source_, b, h); }
-  /// Writes what each of the queries `queries` of query head `h` sees.
-  void visible(std::int64_t b, std::int64_t h, range queries, range* seen) const {
-    visible_(source_, b, h, queries, seen);
+  /// Rows that a query sees, at most.
+  [[nodiscard]] std::int64_t most_seen(std::int64_t b) const { return most_ != nullptr ? most_(source_, b) : length(b); }
+
+  /// Calls `f(piece, the piece behind it)` for the pieces in which the queries `queries` of query head `h` see the rows,
+  /// upwards. There is an empty one behind the last.
+  template <class F>
+  void for_each_piece(std::int64_t b, std::int64_t h, range queries, const F& f) const {
+    if (next_ == nullptr) return f(range{0, length(b)}, range{length(b), length(b)});
+    for (range piece = next_(source_, b, h, queries, 0), next; !piece.empty(); piece = next) {
+      next = next_(source_, b, h, queries, piece.end);
+      f(piece, next);
+    }
+  }
+  /// Whether all queries `queries` of the query heads `query_heads`, whose pieces are the same, see all of a piece.
+  [[nodiscard]] bool seen_whole(std::int64_t b, range query_heads, range queries, range piece) const {
+    return whole_ != nullptr && whole_(source_, b, query_heads, queries, piece);
+  }
+  /// Writes what each of the queries `queries` of query head `h` sees of a piece.
+  void visible(std::int64_t b, std::int64_t h, range queries, range piece, range* seen) const {
+    visible_(source_, b, h, queries, piece, seen);
   }
 
  private:
@@ -92,8 +141,11 @@ class source_ref {
   const void* source_;
   std::int64_t (*length_)(const void*, std::int64_t);
   context_rows<Key, Value> (*rows_)(const void*, std::int64_t, std::int64_t);
-  void (*visible_)(const void*, std::int64_t, std::int64_t, range, range*);
+  void (*visible_)(const void*, std::int64_t, std::int64_t, range, range, range*);
   row_terms<Bias> (*terms_)(const void*, std::int64_t, std::int64_t);
+  range (*next_)(const void*, std::int64_t, std::int64_t, range, std::int64_t) = nullptr;  ///< null: one piece of all rows
+  std::int64_t (*most_)(const void*, std::int64_t) = nullptr;
+  bool (*whole_)(const void*, std::int64_t, range, range, range) = nullptr;
 };
 
 template <class Length, class Rows, class Visible, class Terms>

@@ -7,6 +7,7 @@
 #include "../../partition.hpp"
 #include "../../tensor_view.hpp"
 #include "../base/numbers.hpp"
+#include "far_visible.hpp"
 #include "source.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -56,23 +57,11 @@ auto raw_source(const Inputs& in, const options& options) {
   return token_source(in, options, [](const partition& p, std::int64_t t) { return p.raw(t); });
 }
 
-/// The far part `[0, seen)` of a caller's rows or of cores.
-template <class Key, class Value, class Seen, class Terms>
-auto far_source(tensor_view<Key> key, tensor_view<Value> value, Seen seen, Terms terms) {
-  return view_source(
-      key, value,
-      [seen](std::int64_t b, std::int64_t h, std::int64_t i) {
-        return range{0, seen(b, h, i)};
-      },
-      terms);
-}
-
 /// A caller's far rows.
 template <class Inputs, class Key, class Value, class Bias>
 auto seen_source(const Inputs& in, const far_context<Key, Value, Bias>& context, const options& options) {
-  return far_source(
-      context.key, context.value,
-      [seen = context.seen](std::int64_t b, std::int64_t h, std::int64_t i) { return *seen.row(b, h, i); },
+  return view_source(
+      context.key, context.value, far_visible(context, in.query.heads(), first_positions(in, options)),
       [at = context.positions, bias = context.bias, heads = in.query.heads(), first = first_positions(in, options)](
           std::int64_t b, std::int64_t h) {
         return row_terms<Bias>{
@@ -84,10 +73,10 @@ auto seen_source(const Inputs& in, const far_context<Key, Value, Bias>& context,
 template <class T, class Bias>
 auto core_source(const cores<T>& rows, tensor_view<const Bias, 3> bias, const options& options, std::int64_t heads) {
   const partition partition = partition_of(options);
-  return far_source(
+  return view_source(
       rows.key, rows.value,
       [partition, key = rows.key](std::int64_t b, std::int64_t, std::int64_t t) {
-        return smaller(partition.core_count(t), key.length(b));
+        return range{0, smaller(partition.core_count(t), key.length(b))};
       },
       terms_of([partition](std::int64_t) { return core_positions(partition, 0); }, bias, heads));
 }

@@ -14,6 +14,30 @@ struct task {
   bool leads = false;  ///< the first of its chain
 };
 
+/// Queries side by side in lanes: from query `first` of head `head` of sequence `b` on those behind it, or, `across` heads,
+/// the same query of the heads behind.
+struct lane_queries {
+  std::int64_t b, head, first;
+  bool across = false;
+
+  [[nodiscard]] std::int64_t head_of(std::int64_t lane) const { return across ? head + lane : head; }
+  [[nodiscard]] std::int64_t query_of(std::int64_t lane) const { return across ? first : first + lane; }
+  /// Those from a lane on.
+  [[nodiscard]] lane_queries from(std::int64_t lane) const { return {b, head_of(lane), query_of(lane), across}; }
+  /// The heads and the queries of `count` lanes.
+  [[nodiscard]] range heads(std::int64_t count) const { return {head, across ? head + count : head + 1}; }
+  [[nodiscard]] range queries(std::int64_t count) const { return {first, across ? first + 1 : first + count}; }
+  /// Of a view of queries, the row of the first lane and what leads to that of the next.
+  template <class View>
+  [[nodiscard]] auto row(const View& view) const {
+    return view.row(b, head, first);
+  }
+  template <class View>
+  [[nodiscard]] std::int64_t stride(const View& view) const {
+    return view.stride[across ? 1 : 2];
+  }
+};
+
 /// The sequences of a batch. Where all are alike, one stands for all: what is planned for each of them then takes no longer
 /// for a large batch.
 struct sequences {
@@ -46,6 +70,29 @@ class sequence_offsets {
  private:
   const std::int64_t* table_;
   std::int64_t each_;
+};
+
+/// The `length` queries of a sequence, cut into stacks of at most `lanes`. Queries share what they see in blocks of `block`:
+/// no stack holds queries of two of them. As items of tasks each block begins at a multiple of `lanes`.
+class query_cuts {
+ public:
+  query_cuts(std::int64_t length, std::int64_t block, std::int64_t lanes)
+      : length_(length),
+        block_(smaller(block, larger<std::int64_t>(length, 1))),
+        stride_((block_ + lanes - 1) / lanes * lanes) {}
+
+  [[nodiscard]] std::int64_t items() const {
+    return length_ <= block_ ? length_ : length_ / block_ * stride_ + length_ % block_;
+  }
+
+  /// Those of a task.
+  [[nodiscard]] range queries(range items) const {
+    const std::int64_t block = items.begin / stride_ * block_, first = block + items.begin % stride_;
+    return {first, smaller(first + items.size(), smaller(block + block_, length_))};
+  }
+
+ private:
+  std::int64_t length_, block_, stride_;
 };
 
 /// The items of one sequence, `[0, length)` for every head, cut into tasks of `per_task` items.

@@ -138,15 +138,16 @@ class backward {
   /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
   /// the sources' heads. `queries(b)` is how many queries per head sequence `b` has.
   template <class Queries>
-  backward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups, bool staged,
-           std::int64_t workers, const Queries& queries)
-      : all_(all), heads_(heads), form_(form), sharing_(head_groups > 0 ? heads / head_groups : 0) {
+  backward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups,
+           const piece_form& pieces, bool staged, std::int64_t workers, const Queries& queries)
+      : all_(all), heads_(heads), form_(form), sharing_(head_groups > 0 ? heads / head_groups : 0), block_(pieces.block), staged_(staged) {
     for (std::int64_t b = 0; b < all_.distinct(); ++b)
       worker_size_ = larger(worker_size_, of_tile([&]<class Tile>(std::type_identity<Tile>) {
-                              return stack<Tile>::size(lanes(queries(b)), form_, staged);
+                              return stack<Tile>::size(lanes(queries(b)), form_, staged_, false);
                             }));
-    stacks_ =
-        task_list::size(all_, sharing_ > 0 ? heads : 0, queries, [&](std::int64_t b) { return lanes(queries(b)); });
+    stacks_ = task_list::size(
+        all_, sharing_ > 0 ? heads : 0, [&](std::int64_t b) { return cuts(queries(b)).items(); },
+        [&](std::int64_t b) { return lanes(queries(b)); });
     workers_ = std::clamp<std::int64_t>(stacks_, 1, workers);
   }
 
@@ -172,7 +173,7 @@ class backward {
     std::uninitialized_value_construct_n(passed, stacks_);
     const task_list tasks(
         all_, memory.take<sequence_tasks>(all_.table_size()), heads_,
-        [&](std::int64_t b) { return results.query.length(b); },
+        [&](std::int64_t b) { return cuts(results.query.length(b)).items(); },
         [&](std::int64_t b) { return lanes(results.query.length(b)); }, sharing_);
     T* slopes = memory.take<T>(stacks_);
     if (to.alibi_slopes.data == nullptr) slopes = nullptr;
@@ -199,15 +200,18 @@ class backward {
 
   /// Queries of a stack, of a sequence with `queries` of them per head.
   [[nodiscard]] std::int64_t lanes(std::int64_t queries) const {
-    return of_tile([&]<class Tile>(std::type_identity<Tile>) { return Tile::stack_lanes(queries, form_); });
+    return of_tile(
+        [&]<class Tile>(std::type_identity<Tile>) { return Tile::stack_lanes(smaller(queries, block_), form_); });
   }
+  [[nodiscard]] query_cuts cuts(std::int64_t queries) const { return {queries, block_, lanes(queries)}; }
 
   /// Goes backward with the queries of a task. Where it is asked for, `slope` gets their share of minus a slope's gradient.
   template <class Tile, class Results, class... Gradient>
   void run_stack(const Results& results, tensor_view<T> grad_query, const score_rule<T>& rule, T* scratch,
                  const task& task, turn& turn, T* slope, const Gradient&... gradients) const {
-    const std::int64_t b = task.b, h = task.head, first = task.items.begin, count = task.items.size();
-    stack<Tile> stack(scratch, {form_, &rule}, {b, h, heads_, first, count});
+    const range some = cuts(results.query.length(task.b)).queries(task.items);
+    const std::int64_t b = task.b, h = task.head, first = some.begin, count = some.size();
+    stack<Tile> stack(scratch, {form_, &rule}, {{b, h, first}, heads_, count}, staged_);
     auto& memory = stack.memory();
     memory.query.load(count, [&](std::int64_t i) { return results.query.row(b, h, first + i); });
     memory.grad_out.load(count, [&](std::int64_t i) { return results.grad_out.row(b, h, first + i); });
@@ -284,7 +288,8 @@ class backward {
   sequences all_;
   std::int64_t heads_;
   tile_form form_;
-  std::int64_t sharing_, stacks_ = 0, workers_ = 1, worker_size_ = 0;
+  std::int64_t sharing_, block_, stacks_ = 0, workers_ = 1, worker_size_ = 0;
+  bool staged_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

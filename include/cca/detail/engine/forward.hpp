@@ -17,6 +17,7 @@
 #include "../product/list.hpp"
 #include "../softmax/score_rule.hpp"
 #include "few_queries.hpp"
+#include "gathered_rows.hpp"
 #include "query_tile.hpp"
 #include "stack.hpp"
 
@@ -26,6 +27,9 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// the two cross was measured: of 12, 14 and 16 queries after 32K keys, `few_queries` takes 0.86, 1.14 and 0.98 of the time
 /// of a stack with AVX-512, 0.94, 1.18 and 1.20 with AVX2.
 inline constexpr std::int64_t most_few_queries = 12;
+
+/// The same of queries that share a list of selected rows, in sequences of many such lists.
+inline constexpr std::int64_t most_few_of_block = 4;
 
 /// Attention of every query over all sources in one softmax: the engine of every entry point. It is told the shapes
 /// first, so that its scratch memory can be part of a caller's workspace. `Element` is the operands' `product_type`.
@@ -37,20 +41,28 @@ class forward {
 
  public:
   /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
-  /// the sources' heads. `queries(b)` and each of `rows(b)` are how many queries per head, and rows of a source, sequence
-  /// `b` has.
+  /// the sources' heads. `queries(b)` and each of `rows(b)` are how many queries per head sequence `b` has, and how many
+  /// rows of a source a query sees at most.
   template <class Queries, class... Rows>
-  forward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups, bool staged,
-          std::int64_t workers, const Queries& queries, const Rows&... rows)
-      : all_(all), heads_(heads), form_(form), groups_(head_groups) {
+  forward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups,
+          const piece_form& pieces, bool staged, std::int64_t workers, const Queries& queries, const Rows&... rows)
+      : all_(all),
+        heads_(heads),
+        form_(form),
+        groups_(head_groups),
+        block_(pieces.block),
+        across_(pieces.across),
+        pieces_(pieces.given),
+        staged_(staged) {
     std::int64_t most_tasks = 0;
     const auto plan = [&]<class Tile>(std::type_identity<Tile>) {
       for (std::int64_t b = 0; b < all_.distinct(); ++b) {
         const sequence s = measured(queries(b), rows(b)...);
-        worker_size_ =
-            larger(worker_size_, s.few() ? few_size(s, staged) : stack<Tile>::size(lanes<Tile>(s), form_, staged));
+        worker_size_ = larger(worker_size_, s.few()       ? few_size(s.queries)
+                                            : s.in_lists() ? list_size<Tile>()
+                                                           : stack<Tile>::size(lanes<Tile>(s), form_, staged_, pieces_));
         partials_ = s.few() ? element_count<T>(partials_ + partials_of(s)) : partials_;
-        most_tasks += s.few() ? few_tasks(s) * groups_ : most_stacks(s) * heads_;
+        most_tasks += s.few() ? few_tasks(s) * groups_ : s.in_lists() ? lists(s) * heads_ : most_stacks(s) * heads_;
       }
     };
     of_tile(plan);
@@ -77,12 +89,16 @@ class forward {
               const E& run, scratch& memory, const Source&... sources) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
     sequence_tasks* const stacks = memory.take<sequence_tasks>(all_.table_size());
+    const bool across = goes_across() && !rule.shifts();  // a tile has one slope, and one bias for each row
     with_product<Element, (of_elements<Element, Source> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
-          attend_many<query_tile<Product>>(query, out, lse, Product::balances ? rule.balanced() : rule, run, scratch,
-                                           stacks, sources...);
+          const score_rule<T> scaled = Product::balances ? rule.balanced() : rule;
+          attend_many<query_tile<Product>>(query, out, lse, scaled, run, scratch, stacks, sources...);
+          if (across) attend_across<query_tile<Product>>(query, out, lse, scaled, run, scratch, stacks, sources...);
         });
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.length(b)...); };
+    if (block_ <= most_few_of_block && !across)
+      attend_lists(query, out, lse, rule.balanced(), run, scratch, stacks, sources...);
+    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
     const auto parts = [&](std::int64_t b) { return few_tasks(measure(b)); };
     const task_list tasks(all_, memory.take<sequence_tasks>(all_.table_size()), groups_, parts,
                           [](std::int64_t) { return 1; });
@@ -94,16 +110,18 @@ class forward {
       if (attend_few(few, query, out, lse, rule.balanced(), headroom, run, scratch, sources...)) return;
   }
 
-  /// How long a sequence is: its queries, per head, and the parts of its context. Those are what few queries' context is
-  /// cut into, and how long it is for many.
+  /// How long a sequence is: its queries, per head, those of them that share lists, and the parts of its context. Those are
+  /// what few queries' context is cut into, and how long it is for many.
   struct sequence {
-    std::int64_t queries, parts;
+    std::int64_t queries, block, parts;
 
-    [[nodiscard]] bool few() const { return queries <= most_few_queries; }
+    [[nodiscard]] bool few() const { return queries <= most_few_queries && queries <= block; }
+    /// Whether the few queries of each list go by themselves.
+    [[nodiscard]] bool in_lists() const { return queries > block && block <= most_few_of_block; }
   };
   template <class... Rows>
-  static sequence measured(std::int64_t queries, Rows... rows) {
-    return {queries, larger<std::int64_t>((count_parts(rows) + ... + 0), 1)};
+  [[nodiscard]] sequence measured(std::int64_t queries, Rows... rows) const {
+    return {queries, block_, larger<std::int64_t>((count_parts(rows) + ... + 0), 1)};
   }
 
   /// What few queries work with beside the scratch of each worker.
@@ -128,22 +146,50 @@ class forward {
   }
   template <class Tile>
   [[nodiscard]] std::int64_t lanes(const sequence& s) const {
-    return Tile::stack_lanes(s.queries, larger(s.queries, s.parts * part_rows), form_);
+    return Tile::stack_lanes(smaller(s.queries, block_), larger(s.queries, s.parts * part_rows), form_);
   }
   /// Stacks of many queries of a head, if every tile were one of its own. How many tiles a stack has depends on the
   /// context, and a workspace is sized for more of that than some entry points have.
   [[nodiscard]] static std::int64_t most_stacks(const sequence& s) {
-    return (s.queries + vectors<T>::lanes - 1) / vectors<T>::lanes;
+    return (query_cuts(s.queries, s.block, vectors<T>::lanes).items() + vectors<T>::lanes - 1) / vectors<T>::lanes;
   }
   /// Tasks of few queries, for each group of heads.
   [[nodiscard]] static std::int64_t few_tasks(const sequence& s) { return s.few() && s.queries > 0 ? s.parts : 0; }
+  /// Whether heads that share rows and lists are enough to fill half a vector of lanes. `few_queries` gets 0.3 of what a
+  /// stack gets that fills them all.
+  [[nodiscard]] bool goes_across() const { return block_ == 1 && 2 * across_ >= width<T>; }
+  /// Heads of a stack.
+  template <class Tile>
+  [[nodiscard]] std::int64_t most_across() const {
+    return Tile::stack_lanes(across_, part_rows, form_);
+  }
+  /// What a task of a list takes, whichever way it goes.
+  template <class Tile>
+  [[nodiscard]] std::int64_t list_size() const {
+    const std::int64_t stack_size =
+        goes_across() ? stack<Tile>::size(smaller(across_, most_across<Tile>()), form_, staged_, pieces_) : 0;
+    return larger(few_size(block_) + list_partials(), stack_size);
+  }
+  /// Lists of a sequence.
+  [[nodiscard]] static std::int64_t lists(const sequence& s) { return (s.queries + s.block - 1) / s.block; }
   [[nodiscard]] std::int64_t queries_per_group(std::int64_t queries) const {
     return groups_ > 0 ? heads_ / groups_ * queries : 0;
   }
-  [[nodiscard]] std::int64_t few_size(const sequence& s, bool staged) const {
-    const std::int64_t queries = queries_per_group(s.queries);
-    (void)element_count<T>(queries, few_queries<T>::size(1, form_.dim, form_.value_dim, staged));
-    return few_queries<T>::size(queries, form_.dim, form_.value_dim, staged);
+  [[nodiscard]] range heads_of_group(std::int64_t group) const {
+    return {group * heads_ / groups_, (group + 1) * heads_ / groups_};
+  }
+  [[nodiscard]] std::int64_t few_size(std::int64_t queries_per_head) const {
+    const std::int64_t queries = queries_per_group(queries_per_head);
+    (void)element_count<T>(queries, few_queries<T>::size(1, form_.dim, form_.value_dim, staged_));
+    return few_queries<T>::size(queries, form_.dim, form_.value_dim, staged_) +
+           (pieces_ ? gathered_rows<T>::size(form_.dim, form_.value_dim) : 0);
+  }
+  [[nodiscard]] gathered_rows<T> gathered(T* few, std::int64_t queries) const {
+    return {few + few_queries<T>::size(queries, form_.dim, form_.value_dim, staged_), form_.dim, form_.value_dim};
+  }
+  /// What the queries of a list have seen.
+  [[nodiscard]] std::int64_t list_partials() const {
+    return element_count<T>(queries_per_group(block_), partial_result<T>::size(form_.value_dim));
   }
   [[nodiscard]] std::int64_t partials_of(const sequence& s) const {
     return s.few() ? element_count<T>(heads_, s.queries, s.parts, partial_result<T>::size(form_.value_dim)) : 0;
@@ -154,28 +200,58 @@ class forward {
   void attend_many(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
                    const E& run, const worker_scratch<T>& scratch, sequence_tasks* table,
                    const Source&... sources) const {
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.length(b)...); };
+    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
+    const auto cuts = [&](std::int64_t b) { return query_cuts(query.length(b), block_, lanes<Tile>(measure(b))); };
+    const auto many = [&](std::int64_t b) { return !measure(b).few() && !measure(b).in_lists(); };
     const task_list tasks(
-        all_, table, heads_, [&](std::int64_t b) { return measure(b).few() ? 0 : query.length(b); },
+        all_, table, heads_, [&](std::int64_t b) { return many(b) ? cuts(b).items() : 0; },
         [&](std::int64_t b) { return lanes<Tile>(measure(b)); });
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
       const task task = tasks.last_first(i);
-      const std::int64_t b = task.b, h = task.head, first = task.items.begin, count = task.items.size();
-      // A mean of finite values is finite: where it is not, it may have overflowed on the way, and is taken again.
-      for (const int headroom : {0, most_headroom}) {
-        stack<Tile> stack(scratch[worker], {form_, &rule, headroom}, {b, h, heads_, first, count});
-        stack.for_each_tile(
-            [&](Tile tile, std::int64_t at) { tile.begin(query.row(b, h, first + at), query.stride[2]); });
-        (stack.absorb(sources, nothing_after_blocks{}), ...);
-        bool finite = true;
-        stack.for_each_tile([&](Tile tile, std::int64_t at) {
-          finite &= tile.finish(b, h, first + at);
-          tile.write(out.row(b, h, first + at), out.stride[2]);
-          for (std::int64_t q = 0; headroom == 0 && lse.data != nullptr && q < tile.count(); ++q)
-            *lse.row(b, h, first + at + q) = static_cast<Lse>(tile.lse(q, b, h, first + at + q));
-        });
-        if (finite) break;
-      }
+      const range some = cuts(task.b).queries(task.items);
+      attend_stack<Tile>({{task.b, task.head, some.begin}, heads_, some.size()}, query, out, lse, rule, scratch[worker],
+                         sources...);
+    });
+  }
+
+  template <class Tile, class Query, class Out, class Lse, class... Source>
+  void attend_stack(const stack_queries& queries, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
+                    const score_rule<T>& rule, T* scratch, const Source&... sources) const {
+    // A mean of finite values is finite: where it is not, it may have overflowed on the way, and is taken again.
+    for (const int headroom : {0, most_headroom}) {
+      stack<Tile> stack(scratch, {form_, &rule, headroom}, queries, staged_);
+      stack.for_each_tile([&](Tile tile, std::int64_t at) {
+        const lane_queries of = queries.lanes.from(at);
+        tile.begin(of.row(query), of.stride(query));
+      });
+      (stack.absorb(sources, nothing_after_blocks{}), ...);
+      bool finite = true;
+      stack.for_each_tile([&](Tile tile, std::int64_t at) {
+        const lane_queries of = queries.lanes.from(at);
+        finite &= tile.finish(of);
+        tile.write(of.row(out), of.stride(out));
+        for (std::int64_t q = 0; headroom == 0 && lse.data != nullptr && q < tile.count(); ++q)
+          *of.from(q).row(lse) = static_cast<Lse>(tile.lse(q, of));
+      });
+      if (finite) break;
+    }
+  }
+
+  /// A task is one query of the heads that share rows and lists, some of them that fit into a stack.
+  template <class Tile, class Query, class Out, class Lse, executor E, class... Source>
+  void attend_across(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
+                     const E& run, const worker_scratch<T>& scratch, sequence_tasks* table,
+                     const Source&... sources) const {
+    const std::int64_t most = most_across<Tile>(), stacks = (across_ + most - 1) / most;
+    const task_list tasks(
+        all_, table, heads_ / across_,
+        [&](std::int64_t b) { return measured(query.length(b)).in_lists() ? query.length(b) * stacks : 0; },
+        [](std::int64_t) { return 1; });
+    run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t place) {
+      const task task = tasks.last_first(place);
+      const std::int64_t head = task.head * across_, first = head + task.items.begin % stacks * most;
+      attend_stack<Tile>({{task.b, first, task.items.begin / stacks, true}, heads_, smaller(most, head + across_ - first)},
+                         query, out, lse, rule, scratch[worker], sources...);
     });
   }
 
@@ -185,13 +261,15 @@ class forward {
   bool attend_few(const few_memory& few, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
                   const score_rule<T>& rule, int headroom, const E& run, const worker_scratch<T>& scratch,
                   const Source&... sources) const {
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.length(b)...); };
+    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
     run_tasks(run, workers_, few.tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = few.tasks[place];
       const std::int64_t b = task.b, part = task.items.begin;
       const sequence s = measure(b);
-      const range heads{task.head * heads_ / groups_, (task.head + 1) * heads_ / groups_};
-      few_queries<T> queries(scratch[worker], queries_per_group(s.queries), form_.dim, form_.value_dim, rule, headroom);
+      const range heads = heads_of_group(task.head);
+      const std::int64_t count = queries_per_group(s.queries);
+      few_queries<T> queries(scratch[worker], count, form_.dim, form_.value_dim, rule, headroom);
+      gathered_rows<T> gathered = this->gathered(scratch[worker], count);
       for (std::int64_t h = heads.begin; h < heads.end; ++h)
         for (std::int64_t i = 0; i < s.queries; ++i) {
           queries.load((h - heads.begin) * s.queries + i, query.row(b, h, i));
@@ -199,11 +277,12 @@ class forward {
         }
       std::int64_t source_part = part;  // counted from the source's first
       const auto absorb = [&](const auto& source) {
-        const std::int64_t parts = count_parts(source.length(b));
+        const std::int64_t parts = count_parts(source.most_seen(b));
         if (source_part >= 0 && source_part < parts)
-          absorb_part(queries, source, rule, b, heads, s.queries, source_part, [&](std::int64_t q) {
-            return few.partial(b, s, heads.begin + q / s.queries, q % s.queries, part);
-          });
+          absorb_few(queries, gathered, source, rule, b, heads, {0, s.queries},
+                     {source_part * part_rows, (source_part + 1) * part_rows}, [&](std::int64_t q) {
+                       return few.partial(b, s, heads.begin + q / s.queries, q % s.queries, part);
+                     });
         source_part -= parts;
       };
       (absorb(sources), ...);
@@ -225,6 +304,13 @@ class forward {
     partial_result<T> whole = few.partial(b, s, h, i, 0);
     for (std::int64_t part = 1; part < s.parts; ++part)
       whole.merge(few.partial(b, s, h, i, part), rule.unit_in_base_2());
+    return write(whole, b, h, i, out, lse, rule, headroom);
+  }
+
+  /// Writes the answer of one query.
+  template <class Out, class Lse>
+  bool write(const partial_result<T>& whole, std::int64_t b, std::int64_t h, std::int64_t i, tensor_view<Out> out,
+             lse_view<Lse> lse, const score_rule<T>& rule, int headroom) const {
     const T share = whole.share(rule.sink_sum(b, h, i), rule.unit_in_base_2(), headroom);
     if (headroom == 0) {
       scale_row(whole.out(), form_.value_dim, share, out.row(b, h, i));
@@ -233,30 +319,85 @@ class forward {
     return replace_infinite(whole.out(), 1, form_.value_dim, share, out.row(b, h, i));
   }
 
+  /// A task is the queries of a list, in the heads that share rows, over all sources one after the other.
+  template <class Query, class Out, class Lse, executor E, class... Source>
+  void attend_lists(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
+                    const E& run, const worker_scratch<T>& scratch, sequence_tasks* table,
+                    const Source&... sources) const {
+    const task_list tasks(
+        all_, table, groups_,
+        [&](std::int64_t b) { return measured(query.length(b)).in_lists() ? query.length(b) : 0; },
+        [&](std::int64_t) { return block_; });
+    run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t place) {
+      const task task = tasks.last_first(place);
+      const std::int64_t b = task.b, count = task.items.size();
+      const range heads = heads_of_group(task.head);
+      T* const partials = scratch[worker];
+      const auto result = [&](std::int64_t q) {
+        return partial_result<T>(partials + q * partial_result<T>::size(form_.value_dim), form_.value_dim);
+      };
+      for (const int headroom : {0, most_headroom}) {
+        T* const memory = partials + list_partials();
+        few_queries<T> queries(memory, queries_per_group(count), form_.dim, form_.value_dim, rule, headroom);
+        gathered_rows<T> gathered = this->gathered(memory, queries_per_group(count));
+        bool finite = true;
+        const auto for_each_query = [&](const auto& f) {
+          for (std::int64_t q = 0; q < heads.size() * count; ++q)
+            f(q, heads.begin + q / count, task.items.begin + q % count);
+        };
+        for_each_query([&](std::int64_t q, std::int64_t h, std::int64_t i) {
+          queries.load(q, query.row(b, h, i));
+          result(q).begin();
+        });
+        (absorb_few(queries, gathered, sources, rule, b, heads, task.items, all_rows, result), ...);
+        for_each_query([&](std::int64_t q, std::int64_t h, std::int64_t i) {
+          finite &= write(result(q), b, h, i, out, lse, rule, headroom);
+        });
+        if (finite) break;
+      }
+    });
+  }
+
+  static constexpr range all_rows{0, std::int64_t{1} << 62};
+
+  /// Lets the queries `items` of the heads absorb the rows `part` of what they see of a source, counted from its first.
   template <class Source, class Result>
-  void absorb_part(few_queries<T>& queries, const Source& source, const score_rule<T>& rule, std::int64_t b,
-                   range heads, std::int64_t length, std::int64_t part, const Result& result) const {
-    for (std::int64_t h = heads.begin; h < heads.end; ++h)
-      source.visible(b, h, {0, length}, queries.seen() + (h - heads.begin) * length);
-    range total;  // what some query sees: parts are counted from there
-    for (std::int64_t q = 0; q < heads.size() * length; ++q) total = hull(total, queries.seen()[q]);
-    const range rows{total.begin + part * part_rows, smaller(total.begin + (part + 1) * part_rows, total.end)};
-    if (rows.empty()) return;
+  void absorb_few(few_queries<T>& queries, gathered_rows<T>& gathered, const Source& source, const score_rule<T>& rule,
+                  std::int64_t b, range heads, range items, range part, const Result& result) const {
     const std::int64_t sharing = heads_ / source.heads;  // they divide `heads`, a group
+    const std::int64_t together = gcd(sharing, heads_ / source.piece_heads), length = items.size();
     const auto place = [&](std::int64_t q, range some) {
       const std::int64_t h = heads.begin + q / length;
-      return score_place{source.terms(b, h), rule.slope(b, h), q % length, some, shift_sums<T>{}};
+      return score_place{source.terms(b, h), rule.slope(b, h), items.begin + q % length, some, shift_sums<T>{}};
     };
-    for (std::int64_t h = heads.begin; h < heads.end; h += sharing) {
-      const std::int64_t first = (h - heads.begin) * length;
-      queries.absorb(source.rows(b, h / sharing), rows, {first, first + sharing * length}, result, place);
+    for (std::int64_t h = heads.begin; h < heads.end; h += together) {
+      const range of{(h - heads.begin) * length, (h - heads.begin + together) * length};
+      std::int64_t before = 0;  // rows of the pieces before
+      const auto absorb = [&](const auto& head, range piece, std::int64_t, bool whole) {
+        for (std::int64_t k = 0; k < together; ++k)
+          if (range* const seen = queries.seen() + of.begin + k * length; whole)
+            std::fill_n(seen, length, piece);
+          else
+            source.visible(b, h + k, items, piece, seen);
+        range total;
+        for (std::int64_t q = of.begin; q < of.end; ++q) total = hull(total, queries.seen()[q]);
+        const range rows = intersection(shifted(part, total.begin - before), total);
+        before += total.size();
+        if (!rows.empty()) queries.absorb(head, rows, of, result, place);
+      };
+      const auto outside = [&](std::int64_t waiting, std::int64_t size) {
+        return before + waiting >= part.end || before + waiting + size <= part.begin;
+      };
+      gathered.for_each_piece(source, b, {h, h + together}, items, source.rows(b, h / sharing), !rule.shifts(), outside,
+                              absorb);
     }
   }
 
   sequences all_;
   std::int64_t heads_;
   tile_form form_;
-  std::int64_t groups_, partials_ = 0, workers_ = 1, worker_size_ = 0;
+  std::int64_t groups_, block_, across_, partials_ = 0, workers_ = 1, worker_size_ = 0;
+  bool pieces_, staged_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -25,9 +25,9 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// `Element` is the operands' `product_type`.
 template <class Element, class Query>
 backward<Element> backward_plan(const tensor_view<Query>& query, std::int64_t value_dim, std::int64_t head_groups,
-                                bool staged, matrix_unit unit, const execution& run) {
+                                const piece_form& pieces, bool staged, matrix_unit unit, const execution& run) {
   const tile_form form{query.dim(), value_dim, chosen_unit<Element>(unit)};
-  return {sequences_of(query), query.heads(), form, head_groups, staged, run.concurrency(), lengths_of(query)};
+  return {sequences_of(query), query.heads(), form, head_groups, pieces, staged, run.concurrency(), lengths_of(query)};
 }
 
 /// Sums of the gradients of biases that may be given.
@@ -60,7 +60,7 @@ struct attend_gradient_plan {
   template <class Inputs, class Far>
   attend_gradient_plan(const Inputs& in, const Far& context, std::int64_t head_groups, bool staged, matrix_unit unit,
                        const execution& run)
-      : backward(backward_plan<Element>(in.query, in.value.dim(), head_groups, staged, unit, run)),
+      : backward(backward_plan<Element>(in.query, in.value.dim(), head_groups, pieces_of(in, context), staged, unit, run)),
         key_bias(sums_of<T>(in.key_bias, in.query.batch(), head_groups)),
         far_bias(sums_of<T>(context.bias, in.query.batch(), head_groups)) {}
 };
@@ -86,8 +86,8 @@ struct cca_gradient_plan {
   cca_gradient_plan(const inputs<Query, Key, Value, Sink>& in, const options& options, const execution& run)
       : cores(in, options),
         pooler(plan_pooling<T>(in, options, run)),
-        backward(backward_plan<Element>(in.query, cores.value_dim, in.key.heads(), !in_place<T, Key, Value, Core>,
-                                        options.unit, run)),
+        backward(backward_plan<Element>(in.query, cores.value_dim, in.key.heads(), {},
+                                        !in_place<T, Key, Value, Core>, options.unit, run)),
         key_bias(sums_of<T>(in.key_bias, in.query.batch(), in.key.heads())) {
     if (cores.biased) core_bias = {cores.all.batch, in.key.heads(), cores.heads, cores.longest};
   }

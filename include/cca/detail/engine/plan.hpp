@@ -32,13 +32,13 @@ decltype(auto) with_core_type(matrix_unit unit, const F& f) {
 }
 
 /// The engine for these queries and sources, of whose heads `head_groups` is the greatest common divisor and `rows(b)` the
-/// rows. `Element` is the operands' `product_type`.
+/// rows that a query sees, at most. `Element` is the operands' `product_type`.
 template <class Element, class Query, class... Rows>
 forward<Element> plan(const sequences& all, const tensor_view<Query>& query, std::int64_t value_dim,
-                      std::int64_t head_groups, bool staged, matrix_unit unit, const execution& run,
-                      const Rows&... rows) {
+                      std::int64_t head_groups, const piece_form& pieces, bool staged, matrix_unit unit,
+                      const execution& run, const Rows&... rows) {
   const tile_form form{query.dim(), value_dim, chosen_unit<Element>(unit)};
-  return {all, query.heads(), form, head_groups, staged, run.concurrency(), lengths_of(query), rows...};
+  return {all, query.heads(), form, head_groups, pieces, staged, run.concurrency(), lengths_of(query), rows...};
 }
 
 /// Whether what is planned for one of the sequences of these views holds for all.
@@ -53,8 +53,8 @@ auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<Fa
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
       sequences_of(in.query, in.key, context.key), in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()),
-      !in_place<T, Key, Value, FarKey, FarValue>, options.unit, run, sink_counts(in, options), lengths_of(context.key),
-      lengths_of(in.key));
+      pieces_of(in, context), !in_place<T, Key, Value, FarKey, FarValue>, options.unit, run, sink_counts(in, options),
+      most_far_rows(context), lengths_of(in.key));
 }
 
 /// The cores of sequence `b` that some query sees: none where nothing is pooled.
@@ -152,7 +152,7 @@ struct cca_plan {
   cca_plan(const inputs<Query, Key, Value, Sink>& in, const options& options, const execution& run)
       : cores(in, options),
         pooler(plan_pooling<T>(in, options, run)),
-        forward(plan<Element>(sequences_of(in.query, in.key), in.query, cores.value_dim, in.key.heads(),
+        forward(plan<Element>(sequences_of(in.query, in.key), in.query, cores.value_dim, in.key.heads(), {},
                               !in_place<T, Key, Value, Core>, options.unit, run, sink_counts(in, options),
                               core_counts(in, options), lengths_of(in.key))) {}
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../base/numbers.hpp"
+#include "../context/tasks.hpp"
 #include "../simd/dot.hpp"
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
@@ -100,10 +101,9 @@ class query_tile {
     });
   }
 
-  /// Makes the means of the values, 0 where nothing was seen, of queries from `first` on of head `h` of sequence `b`.
-  /// Returns whether all are finite.
-  bool finish(std::int64_t b, std::int64_t h, std::int64_t first) {
-    softmax_.finish(count_, b, h, first);
+  /// Makes the means of the values, 0 where nothing was seen, of these queries. Returns whether all are finite.
+  bool finish(const lane_queries& of) {
+    softmax_.finish(count_, of);
     finite_check<number> finite;
     for (std::int64_t lane = 0; lane < lanes; lane += width<number>) {
       const auto share = vec<number>::load_aligned(softmax_.shares() + lane);
@@ -124,10 +124,8 @@ class query_tile {
       replace_infinite(out_ + i, lanes, call_.form.value_dim, number(1), out + i * stride);
   }
 
-  /// The natural log-sum-exp of query `i`, -inf where nothing was seen: query `q` of head `h` of sequence `b`.
-  [[nodiscard]] number lse(std::int64_t i, std::int64_t b, std::int64_t h, std::int64_t q) const {
-    return softmax_.lse(i, b, h, q);
-  }
+  /// The natural log-sum-exp of query `i` of these, -inf where nothing was seen.
+  [[nodiscard]] number lse(std::int64_t i, const lane_queries& of) const { return softmax_.lse(i, of); }
 
  private:
   tile_call<number> call_;

@@ -1,19 +1,23 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../../partition.hpp"
 #include "../base/numbers.hpp"
+#include "../context/tasks.hpp"
 #include "../context/visible.hpp"
 #include "../simd/simd.hpp"
 #include "../softmax/score_shift.hpp"
+#include "gathered_rows.hpp"
 #include "query_tile.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-/// Which queries a stack holds: `count` of head `head` of `heads` of sequence `b`, from `first` on.
+/// Which queries a stack holds: the first `count` of these lanes; `heads` are all of the query.
 struct stack_queries {
-  std::int64_t b, head, heads, first, count;
+  lane_queries lanes;
+  std::int64_t heads, count;
 };
 
 /// What follows a block in a stack that leaves nothing behind with its rows.
@@ -31,21 +35,24 @@ class stack {
   static constexpr std::int64_t lanes = Tile::lanes, block_rows = Tile::block_rows;
 
  public:
-  /// Scratch elements for `count` queries; `staged` where rows are converted.
-  static constexpr std::int64_t size(std::int64_t count, const tile_form& form, bool staged) {
+  /// Scratch elements for `count` queries; `staged` where rows are converted, `pieces` where a source has some.
+  static constexpr std::int64_t size(std::int64_t count, const tile_form& form, bool staged, bool pieces) {
     const std::int64_t tiles = (count + lanes - 1) / lanes;
     return tiles * Tile::size(form) + Tile::stack_memory::size(form, tiles) +
-           Tile::staged_block::size(form, block_rows, staged);
+           Tile::staged_block::size(form, block_rows, staged) +
+           (pieces && !Tile::backward ? gathered_rows<T>::size(form.dim, form.value_dim) : 0);
   }
 
-  stack(T* scratch, const tile_call<T>& call, const stack_queries& queries)
+  /// `staged` as for `size`.
+  stack(T* scratch, const tile_call<T>& call, const stack_queries& queries, bool staged)
       : call_(call),
         queries_(queries),
         tiles_((queries.count + lanes - 1) / lanes),
         tile_memory_(scratch),
         memory_(tile_memory_ + tiles_ * Tile::size(call.form), call.form, tiles_),
         block_(tile_memory_ + tiles_ * Tile::size(call.form) + Tile::stack_memory::size(call.form, tiles_), call.form,
-               block_rows) {}
+               block_rows),
+        gathered_(tile_memory_ + size(queries.count, call.form, staged, false), call.form.dim, call.form.value_dim) {}
 
   /// Calls `f(tile, first)` for the tiles, of which query 0 is query `first` of the stack.
   template <class F>
@@ -58,35 +65,60 @@ class stack {
   /// depend on the stack that it is in. `sums` are for the gradients of what shifts scores.
   template <class Source, class After>
   void absorb(const Source& source, const After& after, const shift_sums<T>& sums = {}) {
-    if (source.length(queries_.b) == 0) return;
-    visible_lanes seen[Tile::most];
-    range any;
-    for (std::int64_t c = 0; c < tiles_; ++c) {
-      const std::int64_t first = queries_.first + c * lanes, count = at(c).count();
-      seen[c] = {count, [&](range* lane) {
-                   source.visible(queries_.b, queries_.head, {first, first + count}, lane);
-                   at(c).leave_out(lane);
-                 }};
-      // A lane without a query would add 0 times the NaN that its weight may be: it is left out like one that sees nothing.
-      if (Tile::backward && count % width<T> != 0) seen[c].all[count / width<T>] = {};
-      any = hull(any, seen[c].seen_by_any());
-    }
-    const auto rows = source.rows(queries_.b, queries_.head / (queries_.heads / source.heads));
-    const auto terms = source.terms(queries_.b, queries_.head);
-    const T slope = call_.rule->slope(queries_.b, queries_.head);
-    for (std::int64_t j = any.begin; j < any.end; j += block_rows - j % block_rows) {
-      block_.stage(rows, {j, smaller(j + block_rows - j % block_rows, any.end)});
-      for (std::int64_t c = 0; c < tiles_; ++c)
-        at(c).absorb(memory_, block_, seen[c], c,
-                     score_place{terms, slope, queries_.first + c * lanes, block_.rows(), sums});
-      after(block_.rows(), seen);
-    }
+    const std::int64_t b = queries_.lanes.b, head = queries_.lanes.head;
+    if (source.length(b) == 0) return;
+    const bool gathers = !Tile::backward && !call_.rule->shifts();
+    const auto terms = source.terms(b, head);
+    gathered_.for_each_piece(
+        source, b, queries_.lanes.heads(queries_.count), queries_.lanes.queries(queries_.count),
+        source.rows(b, head / (queries_.heads / source.heads)), gathers,
+        [](std::int64_t, std::int64_t) { return false; },
+        [&](const auto& rows, range piece, std::int64_t next, bool whole) {
+          absorb_piece(source, rows, terms, piece, next, whole, after, sums);
+        });
   }
 
   [[nodiscard]] typename Tile::stack_memory& memory() { return memory_; }
   [[nodiscard]] std::int64_t tiles() const { return tiles_; }
 
  private:
+  template <class Source, class Rows, class Terms, class After>
+  void absorb_piece(const Source& source, const Rows& rows, const Terms& terms, range piece, std::int64_t next,
+                    bool whole, const After& after, const shift_sums<T>& sums) {
+    visible_lanes seen[Tile::most];
+    range any;
+    for (std::int64_t c = 0; c < tiles_; ++c) {
+      const std::int64_t count = at(c).count();
+      seen[c] = {count, [&](range* lane) {
+                   if (whole)
+                     std::fill_n(lane, count, piece);
+                   else
+                     visible(source, queries_.lanes.from(c * lanes), count, piece, lane);
+                   at(c).leave_out(lane);
+                 }};
+      // A lane without a query would add 0 times the NaN that its weight may be: it is left out like one that sees nothing.
+      if (Tile::backward && count % width<T> != 0) seen[c].all[count / width<T>] = {};
+      any = hull(any, seen[c].seen_by_any());
+    }
+    const T slope = call_.rule->slope(queries_.lanes.b, queries_.lanes.head);
+    for (std::int64_t j = any.begin; j < any.end; j += block_rows - j % block_rows) {
+      const std::int64_t end = smaller(j + block_rows - j % block_rows, any.end);
+      block_.stage(rows, {j, end}, end < any.end ? end : next);
+      for (std::int64_t c = 0; c < tiles_; ++c)
+        at(c).absorb(memory_, block_, seen[c], c,
+                     score_place{terms, slope, queries_.lanes.first + c * lanes, block_.rows(), sums});
+      after(block_.rows(), seen);
+    }
+  }
+
+  /// What each of the queries sees of a piece.
+  template <class Source>
+  static void visible(const Source& source, const lane_queries& of, std::int64_t count, range piece, range* lane) {
+    const range queries = of.queries(count);
+    for (std::int64_t h = of.heads(count).begin; h < of.heads(count).end; ++h, lane += queries.size())
+      source.visible(of.b, h, queries, piece, lane);
+  }
+
   [[nodiscard]] Tile at(std::int64_t c) const {
     return Tile(tile_memory_ + c * Tile::size(call_.form), call_, smaller(lanes, queries_.count - c * lanes));
   }
@@ -97,6 +129,7 @@ class stack {
   T* tile_memory_;
   typename Tile::stack_memory memory_;
   typename Tile::staged_block block_;
+  gathered_rows<T> gathered_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -116,9 +116,10 @@ struct sixteen_bits {
           keys_(scratch, form.dim),
           values_(scratch + row_chunks<Element>::size(rows, form.dim), rows, form.value_dim) {}
 
-    void stage(const context_rows<Element, Element>& head, range rows) {
+    void stage(const context_rows<Element, Element>& head, range rows, std::int64_t following) {
       head_ = head;
       rows_ = rows;
+      following_ = following - rows.begin;
       keys_.stage({head.key, head.key_stride}, rows);
       values_.stage({head.value, head.value_stride}, rows);
     }
@@ -127,10 +128,10 @@ struct sixteen_bits {
     [[nodiscard]] element_rows keys(std::int64_t j) const { return keys_.chunk(j); }
     [[nodiscard]] columns_from value_columns(std::int64_t j) const { return {&values_, j}; }
 
-    /// Asks for the memory of row `j`, which may lie beyond the block.
-    void ask_for(std::int64_t j) const {
-      prefetch_row(row_span<Element>{head_.key, head_.key_stride}, j, form_.dim);
-      prefetch_row(row_span<Element>{head_.value, head_.value_stride}, j, form_.value_dim);
+    /// As in `vectors`.
+    void ask_behind(std::int64_t j) const {
+      prefetch_row(row_span<Element>{head_.key, head_.key_stride}, j + following_, form_.dim);
+      prefetch_row(row_span<Element>{head_.value, head_.value_stride}, j + following_, form_.value_dim);
     }
 
    private:
@@ -139,6 +140,7 @@ struct sixteen_bits {
     column_chunks<Element> values_;
     context_rows<Element, Element> head_{};
     range rows_;
+    std::int64_t following_ = 0;
   };
 
   /// Keys as rows and as columns, values as rows.
@@ -156,7 +158,7 @@ struct sixteen_bits {
               scratch + row_chunks<Element>::size(rows, form.dim) + row_chunks<Element>::size(rows, form.value_dim),
               rows, form.dim) {}
 
-    void stage(const context_rows<Element, Element>& head, range rows) {
+    void stage(const context_rows<Element, Element>& head, range rows, std::int64_t) {
       rows_ = rows;
       keys_.stage({head.key, head.key_stride}, rows);
       values_.stage({head.value, head.value_stride}, rows);
@@ -350,7 +352,7 @@ struct sixteen_bits {
   static void score(const stack_memory& memory, const staged_block& block, const whole_part& part,
                     const tile_form& form, const float* packed, const score_block<float> to, bool first) {
     for (std::int64_t j = part.rows.begin; j < part.rows.end; j += chunk_rows) {
-      for (std::int64_t i = j; first && i < j + chunk_rows; ++i) block.ask_for(i + shape::block);
+      for (std::int64_t i = j; first && i < j + chunk_rows; ++i) block.ask_behind(i);
       multiply<Element>(memory.unit, block.keys(j), {reinterpret_cast<const packed_pair*>(packed), lanes},
                         to.at(j - part.rows.begin, 0), lanes, chunk_rows, lanes, form.dim);
     }

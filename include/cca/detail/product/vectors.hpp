@@ -60,11 +60,12 @@ struct vectors {
     staged_block(T* scratch, const tile_form& form, std::int64_t rows)
         : form_(form), staged_keys_(scratch), staged_values_(scratch + rows * form.dim) {}
 
-    /// Takes in the rows `rows` of a head.
+    /// Takes in the rows `rows` of a head, which the rows from `following` on follow.
     template <class Key, class Value>
-    void stage(const context_rows<Key, Value>& head, range rows) {
+    void stage(const context_rows<Key, Value>& head, range rows, std::int64_t following) {
       const std::int64_t j = rows.begin, count = rows.size();
       rows_ = rows;
+      following_ = following - j;
       keys_ = detail::stage(head.key + j * head.key_stride, head.key_stride, form_.dim, count, staged_keys_);
       values_ =
           detail::stage(head.value + j * head.value_stride, head.value_stride, form_.value_dim, count, staged_values_);
@@ -79,10 +80,10 @@ struct vectors {
     [[nodiscard]] row_span<T> value_columns(std::int64_t j) const { return values(j); }
     /// @}
 
-    /// Asks for the memory of row `j`, which may lie beyond the block.
-    void ask_for(std::int64_t j) const {
-      prefetch_row(keys_, j - rows_.begin, form_.dim);
-      prefetch_row(values_, j - rows_.begin, form_.value_dim);
+    /// Asks for the memory of a row that follows, in the place of row `j`: it may be none.
+    void ask_behind(std::int64_t j) const {
+      prefetch_row(keys_, j - rows_.begin + following_, form_.dim);
+      prefetch_row(values_, j - rows_.begin + following_, form_.value_dim);
     }
 
    private:
@@ -90,6 +91,7 @@ struct vectors {
     T *staged_keys_, *staged_values_;
     row_span<T> keys_, values_;
     range rows_;
+    std::int64_t following_ = 0;
   };
 
   using staged_gradient_block = staged_block;
@@ -299,7 +301,7 @@ struct vectors {
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n] = vec<T>(-infinity<T>); });
     for_row_blocks<shape::template rows_of<N>>(part.rows.size(), [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
       constexpr std::int64_t R = rows();
-      for (std::int64_t r = 0; r < (asks ? R : 0); ++r) block.ask_for(part.rows.begin + j + r + shape::block);
+      for (std::int64_t r = 0; r < (asks ? R : 0); ++r) block.ask_behind(part.rows.begin + j + r);
       vec<T> sum[extent(R)][extent(N)];
       multiply(sum, keys.row(j), keys.stride, adjacent{}, packed + part.first * W, lanes, form.dim);
       unroll<R>([&](auto r) CCA_INLINE_LAMBDA {

@@ -5,6 +5,7 @@
 #include <numbers>
 
 #include "../base/numbers.hpp"
+#include "../context/tasks.hpp"
 #include "../context/visible.hpp"
 #include "../simd/simd.hpp"
 #include "row_softmax.hpp"
@@ -80,9 +81,9 @@ class lane_softmax {
   /// By how much each lane shrinks what it had before the last `absorb`.
   [[nodiscard]] const T* rescale() const { return rescale_; }
 
-  /// Makes the shares of `count` queries, of which query 0 is query `first` of head `h` of sequence `b`. A sink is one more
-  /// row, of value 0: it joins the sum and nothing else.
-  void finish(std::int64_t count, std::int64_t b, std::int64_t h, std::int64_t first) {
+  /// Makes the shares of the first `count` of these queries. A sink is one more row, of value 0: it joins the sum and nothing
+  /// else.
+  void finish(std::int64_t count, const lane_queries& of) {
     const vec<T> zero(T(0)), one(T(1));
     for (std::int64_t lane = 0; lane < lanes_; lane += W) {
       const vec<T> stored = vec<T>::load_aligned(stored_ + lane);
@@ -92,16 +93,16 @@ class lane_softmax {
     for (std::int64_t i = 0; rule_->has_sinks() && i < count; ++i) {
       exponential_sum<T> whole = total(i);
       const T own = whole.sum;
-      stored_[i] *= own * whole.join(rule_->sink_sum(b, h, first + i)).first * whole.inverse();
+      stored_[i] *= own * whole.join(rule_->sink_sum(of.b, of.head_of(i), of.query_of(i))).first * whole.inverse();
     }
   }
 
   /// After `finish`: what turns a lane's sum of weighted values into their mean.
   [[nodiscard]] const T* shares() const { return stored_; }
 
-  /// The natural log-sum-exp of lane `i`, that of query `q` of head `h` of sequence `b`.
-  [[nodiscard]] T lse(std::int64_t i, std::int64_t b, std::int64_t h, std::int64_t q) const {
-    return rule_->log(total(i), b, h, q);
+  /// The natural log-sum-exp of lane `i` of these queries.
+  [[nodiscard]] T lse(std::int64_t i, const lane_queries& of) const {
+    return rule_->log(total(i), of.b, of.head_of(i), of.query_of(i));
   }
 
  private:
