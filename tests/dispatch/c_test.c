@@ -517,7 +517,7 @@ static void test_options(void) {
 }
 
 static void test_refusals(void) {
-  for (int fault = 0; fault < 22; ++fault) {
+  for (int fault = 0; fault < 23; ++fault) {
     example e;
     set_up(&e);
     connect(&e);
@@ -554,6 +554,11 @@ static void test_refusals(void) {
         e.call.key_lengths = &counts(2, long_offsets)->dl;
         e.call.key_begins = &counts(3, falling)->dl;
         text = "key_begins: got [3], wants 2 of them";
+        break;
+      case 22:
+        e.call.key_lengths = &counts(2, falling)->dl;
+        e.call.key_lengths->shape[0] = -1;
+        text = "key_lengths: got extents [-1], wants none below 0";
         break;
       case 18: e.call.threads = -1, text = "threads: got -1"; break;
       case 19: e.call.lse = e.call.out, text = "lse: got 4 dimensions, wants 3"; break;
