@@ -3,7 +3,9 @@
 import copy
 import ctypes
 import io
+import pathlib
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -34,6 +36,21 @@ def test_against_the_textbook():
 
 def test_every_option_is_in_the_hints():
     assert set(cca.Options.__annotations__) == set(_library.OPTIONS)
+
+
+@pytest.mark.parametrize("struct", [_library.Options, _library.Call, _library.CacheShape, _library.CacheCounts])
+def test_structures_are_those_of_the_header(struct):
+    """Their members, in order, with their types."""
+    name = struct.__doc__
+    header = (pathlib.Path(__file__).parents[3] / "include/cca/dispatch/cca.h").read_text(encoding="utf-8")
+    body = re.search(rf"typedef struct {name} {{(.*?)}} {name};", re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL), re.DOTALL)
+    members = []
+    for declaration in body[1].split(";")[:-1]:
+        kind, star, names = re.fullmatch(r"(?:const )?(\w+)(\*?) (.*)", " ".join(declaration.split())).groups()
+        members += [(member.strip(), "pointer" if star else kind) for member in names.split(",")]
+    assert [x for x, _ in members] == [x for x, _ in struct._fields_]
+    sizes = {"size_t": 8, "int64_t": 8, "double": 8, "int32_t": 4, "pointer": 8}
+    assert [sizes[kind] for _, kind in members] == [ctypes.sizeof(kind) for _, kind in struct._fields_]
 
 
 def test_pool_attend_and_merge_make_up_attention():

@@ -23,6 +23,12 @@ def options_of(**more):
     return OPTIONS | more
 
 
+def test_every_option_is_in_the_schema():
+    assert set(cca.torch._OPTION_NAMES) == {*cca.Options.__annotations__, "threads"}
+    for argument in torch.ops.cca.attention.default._schema.arguments[-len(cca.torch._OPTION_NAMES) :]:
+        assert argument.default_value == cca.torch._OPTION_DEFAULTS.get(argument.name, 0)
+
+
 @pytest.mark.parametrize("layout", ["bhld", "blhd"])
 def test_dense_is_that_of_pytorch(layout):
     q, k, v = operands()
