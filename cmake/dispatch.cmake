@@ -1,5 +1,5 @@
-# cca::dispatch: the kernels for several instruction sets, and what chooses among them at run time. Built only where a
-# target links it. For the project and for its installed package alike: the sources lie beside the headers and are
+# cca::dispatch: the kernels for several instruction sets, and what chooses among them at run time; cca::c: a shared library
+# of it for C. Built only where a target links them. For the project and for its installed package alike: the sources lie beside the headers and are
 # compiled as the user's program is, so that the package depends on no processor, compiler or standard library.
 
 # What an object may use: choose.cpp asks the processor for each of these features.
@@ -30,6 +30,7 @@ function(cca_add_dispatch include_dir)
   add_library(cca_dispatch STATIC EXCLUDE_FROM_ALL ${source_dir}/choose.cpp)
   add_library(cca::dispatch ALIAS cca_dispatch)
   target_link_libraries(cca_dispatch PUBLIC cca::cca)
+  set_target_properties(cca_dispatch PROPERTIES POSITION_INDEPENDENT_CODE ON)
   foreach(architecture IN LISTS architectures)
     set(name cca_dispatch_${architecture})
     add_library(${name} OBJECT EXCLUDE_FROM_ALL ${source_dir}/kernels.cpp)
@@ -53,4 +54,37 @@ function(cca_add_dispatch include_dir)
       VERBATIM)
     target_sources(cca_dispatch PRIVATE ${hidden})
   endforeach()
+endfunction()
+
+# cca_add_c(folder of the headers): defines cca::c, libcca with the functions of cca/dispatch/cca.h and no other symbol, or
+# says why not.
+function(cca_add_c include_dir)
+  if(TARGET cca::c OR NOT TARGET cca::dispatch)
+    return()
+  endif()
+  find_path(dlpack_INCLUDE_DIR dlpack/dlpack.h)
+  mark_as_advanced(dlpack_INCLUDE_DIR)
+  if(NOT dlpack_INCLUDE_DIR)
+    message(STATUS "cca: no cca::c, which needs the header of DLPack (libdlpack-dev)")
+    return()
+  endif()
+
+  set(source_dir ${include_dir}/cca/dispatch)
+  file(STRINGS ${include_dir}/cca/version.hpp version REGEX "^#define CCA_VERSION_(MAJOR|MINOR|PATCH) [0-9]+$")
+  list(TRANSFORM version REPLACE "[^0-9]" "")
+  list(JOIN version . version)
+  string(REGEX MATCH "^[0-9]+\\.[0-9]+" minor_version ${version})
+
+  add_library(cca_c SHARED EXCLUDE_FROM_ALL ${source_dir}/cca.cpp)
+  add_library(cca::c ALIAS cca_c)
+  # Before 1.0 a new minor version may break its users.
+  set_target_properties(cca_c PROPERTIES OUTPUT_NAME cca VERSION ${version} SOVERSION ${minor_version})
+  target_include_directories(cca_c SYSTEM PUBLIC ${dlpack_INCLUDE_DIR})
+  target_include_directories(cca_c INTERFACE ${include_dir})
+  find_package(Threads REQUIRED)
+  target_link_libraries(cca_c PRIVATE cca::dispatch Threads::Threads)
+  # The script leaves what the C++ compiler makes hidden, and the other option the tables of kernels.
+  target_link_options(cca_c PRIVATE -Wl,--exclude-libs,ALL -Wl,--no-undefined
+                                    -Wl,--version-script=${source_dir}/cca.map)
+  set_target_properties(cca_c PROPERTIES LINK_DEPENDS ${source_dir}/cca.map)
 endfunction()

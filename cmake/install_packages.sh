@@ -5,7 +5,7 @@ set -euo pipefail
 
 command -v apt-get >/dev/null || exit 0
 
-wanted=(g++ ninja-build libeigen3-dev libxsimd-dev libgtest-dev libbenchmark-dev "$@")
+wanted=(g++ ninja-build libeigen3-dev libxsimd-dev libdlpack-dev libgtest-dev libbenchmark-dev "$@")
 # Not as a package, since newer ones than the distribution's are common.
 command -v cmake >/dev/null || wanted+=(cmake)
 

@@ -35,7 +35,8 @@ set(order
     # The textbook and the whole.
     reference.hpp reference_gradient.hpp cca.hpp
     # Compiled kernels behind the same functions.
-    dispatch/plain.hpp dispatch/to_plain.hpp dispatch/kv_cache.hpp dispatch.hpp)
+    dispatch/plain.hpp dispatch/to_plain.hpp dispatch/kv_cache.hpp dispatch.hpp
+    dispatch/c_tensors.hpp dispatch/c_arguments.hpp)
 
 # Where what is not ours comes in.
 set(home_of_xsimd detail/simd/arch.hpp)

@@ -9,7 +9,7 @@ cmake/install_packages.sh qemu-user
 
 preset=${1:-release}
 cmake --preset "$preset"
-cmake --build --preset "$preset" --target baseline.dispatch_test dispatch_element_test
+cmake --build --preset "$preset" --target baseline.dispatch_test dispatch_element_test c_test
 
 passed=0 failed=0
 # on PROCESSOR ARCHITECTURE
@@ -24,6 +24,11 @@ on() {
       failed=$((failed + 1))
     fi
   done
+  if qemu-x86_64 -cpu "$1" "build/$preset/tests/c_test" 2> >(grep -v 'warning: TCG' >&2) | grep ", $2: 0 failures"; then
+    passed=$((passed + 1))
+  else
+    failed=$((failed + 1))
+  fi
 }
 on core2duo sse2
 on Nehalem sse4_2

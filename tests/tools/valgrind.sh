@@ -27,5 +27,16 @@ for test in fuzz merge pooling attend kv_cache kv_cache_file; do
   fi
 done
 
+# The library of C functions, whose kernels are chosen when it runs.
+echo "== c_test"
+cmake -S . -B $build.c -G Ninja -DCMAKE_BUILD_TYPE=Release "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -g1" -DCCA_TEST_ARCHS=avx2 \
+  -DCCA_BUILD_TESTS=ON -DCCA_BUILD_BENCHMARKS=OFF -DCCA_BUILD_EXAMPLES=OFF
+cmake --build $build.c --target c_test
+if valgrind --quiet --error-exitcode=1 --leak-check=full "$build.c/tests/c_test"; then
+  passed=$((passed + 1))
+else
+  failed=$((failed + 1))
+fi
+
 echo "$passed passed, $failed failed"
 ((failed == 0))

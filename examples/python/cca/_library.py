@@ -1,0 +1,324 @@
+"""libcca by ctypes: the structures of cca/dispatch/cca.h, and tensors as it takes them. ctypes releases the interpreter's
+lock while a function of the library runs."""
+
+import ctypes
+import functools
+import operator
+import os
+import pathlib
+import sys
+
+# The type codes of DLPack.
+INT, FLOAT, BFLOAT = 0, 2, 4
+READ_ONLY = 1
+
+
+class DataType(ctypes.Structure):
+    """DLDataType"""
+
+    _fields_ = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+
+
+class Tensor(ctypes.Structure):
+    """DLTensor"""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("dtype", DataType),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class VersionedTensor(ctypes.Structure):
+    """DLManagedTensorVersioned"""
+
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", Tensor),
+    ]
+
+
+class ExchangeApi(ctypes.Structure):
+    """DLPackExchangeAPI, as far as it is used."""
+
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("previous", ctypes.c_void_p),
+        ("allocate", ctypes.c_void_p),
+        ("managed_from_object", ctypes.c_void_p),
+        ("managed_to_object", ctypes.c_void_p),
+        ("tensor_from_object", ctypes.c_void_p),
+    ]
+
+
+class Options(ctypes.Structure):
+    """cca_options"""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("group_size", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("sink_tokens", ctypes.c_int64),
+        ("lookahead", ctypes.c_int64),
+        ("prefix", ctypes.c_int64),
+        ("pool", ctypes.c_int32),
+        ("core_heads", ctypes.c_int32),
+        ("core_bias", ctypes.c_int32),
+        ("unit", ctypes.c_int32),
+        ("softmax_scale", ctypes.POINTER(ctypes.c_double)),
+        ("pooling_scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        ("first_position", ctypes.POINTER(ctypes.c_int64)),
+    ]
+
+
+TENSORS = (
+    "query key value sink_logits alibi_slopes key_bias query_lengths query_begins query_offsets key_lengths key_begins "
+    "key_offsets far_lengths far_begins far_offsets far_key far_value seen far_bias far_positions out lse out_a lse_a out_b lse_b core_key core_value "
+    "grad_out grad_lse grad_core_key grad_core_value grad_query grad_key grad_value grad_far_key grad_far_value "
+    "grad_sink_logits grad_alibi_slopes grad_key_bias grad_far_bias"
+).split()
+
+
+class Call(ctypes.Structure):
+    """cca_call"""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        *((name, ctypes.c_void_p) for name in TENSORS),
+        ("options", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
+        ("parallel_for", ctypes.c_void_p),
+        ("parallel_for_self", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_size", ctypes.c_size_t),
+    ]
+
+
+class CacheShape(ctypes.Structure):
+    """cca_cache_shape"""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "dim", "value_dim", "capacity", "rewind")),
+    ]
+
+
+class CacheCounts(ctypes.Structure):
+    """cca_cache_counts"""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("length", "cores", "raw", "least_length")]
+
+
+WRITE = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+READ = WRITE
+
+# CCA_LIBRARY is for tests of a library that was built elsewhere.
+library = ctypes.CDLL(os.environ.get("CCA_LIBRARY") or str(pathlib.Path(__file__).parent / "libcca.so"))
+library.cca_error.restype = library.cca_version.restype = library.cca_architecture.restype = ctypes.c_char_p
+for _name in (
+    "cca_attention cca_attend cca_pool cca_merge cca_attention_gradient cca_attend_gradient cca_pool_gradient"
+).split():
+    getattr(library, _name).argtypes = [ctypes.c_void_p]
+library.cca_cache_make.argtypes = [ctypes.c_void_p, ctypes.c_void_p, DataType, ctypes.c_void_p]
+library.cca_cache_free.argtypes = [ctypes.c_void_p]
+library.cca_cache_free.restype = None
+for _name in ("cca_cache_attend", "cca_cache_append"):
+    getattr(library, _name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+library.cca_cache_truncate.argtypes = library.cca_cache_fork.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+library.cca_cache_reset.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+library.cca_cache_get_shape.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+library.cca_cache_get_counts.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+library.cca_cache_get_bytes.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+library.cca_cache_save.argtypes = [ctypes.c_void_p, WRITE, ctypes.c_void_p]
+library.cca_cache_load.argtypes = [ctypes.c_void_p, DataType, ctypes.c_int32, READ, ctypes.c_void_p]
+
+
+def check(status):
+    """Raises what a status of the library means."""
+    if status == 0:
+        return
+    text = library.cca_error().decode()
+    raise {1: ValueError, 2: MemoryError}.get(status, RuntimeError)(text)
+
+
+# How a type of tensors is exported: its own fast way, or the protocol of DLPack.
+
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.argtypes, _pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
+_capsule_name = ctypes.pythonapi.PyCapsule_GetName
+_capsule_name.argtypes, _capsule_name.restype = [ctypes.py_object], ctypes.c_char_p
+_TENSOR_AT = VersionedTensor.tensor.offset
+
+
+def _from_capsule(capsule, name, written):
+    """The address of the tensor in a capsule, which stays the capsule's."""
+    kind = _capsule_name(capsule)
+    address = _pointer(capsule, kind)
+    if kind != b"dltensor_versioned":
+        return address
+    managed = VersionedTensor.from_address(address)
+    if managed.major > 1:
+        raise ValueError(f"cca: {name}: got version {managed.major} of DLPack, wants 0 or 1")
+    if written and managed.flags & READ_ONLY:
+        raise ValueError(f"cca: {name}: got a read-only tensor, wants one that can be written")
+    return address + _TENSOR_AT
+
+
+def _by_protocol(x, name, written):
+    """(address of a DLTensor, what has to live as long as it)"""
+    try:
+        try:
+            capsule = x.__dlpack__(max_version=(1, 1))
+        except TypeError:  # an older producer
+            capsule = x.__dlpack__()
+    except (BufferError, RuntimeError) as error:
+        raise _refusal(x, name, error) from None
+    return _from_capsule(capsule, name, written), capsule
+
+
+_ARRAY_TYPES = {"float32": FLOAT, "float64": FLOAT, "float16": FLOAT, "bfloat16": BFLOAT, "int64": INT}
+
+
+def _by_array(x, name, written):
+    """NumPy's, which exports no bfloat16 and, before 2.1, nothing that is read-only."""
+    if written and not x.flags.writeable:
+        raise ValueError(f"cca: {name}: got a read-only array, wants one that can be written")
+    if x.flags.writeable and x.dtype.kind != "V":
+        return _by_protocol(x, name, written)
+    if x.dtype.name not in _ARRAY_TYPES or any(stride % x.itemsize for stride in x.strides):
+        raise ValueError(f"cca: {name}: got {x.dtype.name} with strides {x.strides}, wants whole elements of a known type")
+    extents, count = ctypes.c_int64 * x.ndim, x.ndim
+    shape, strides = extents(*x.shape), extents(*(stride // x.itemsize for stride in x.strides))
+    dtype = DataType(_ARRAY_TYPES[x.dtype.name], 8 * x.itemsize, 1)
+    tensor = Tensor(x.ctypes.data, 1, 0, count, dtype, shape, strides, 0)
+    return ctypes.addressof(tensor), (tensor, x)
+
+
+def _by_exchange(api, x, name, written):
+    """PyTorch's, where it has DLPack's interface for C: a tenth of the time."""
+    tensor = Tensor()
+    try:
+        api(x, ctypes.addressof(tensor))
+    except (BufferError, RuntimeError) as error:
+        raise _refusal(x, name, error) from None
+    return ctypes.addressof(tensor), tensor
+
+
+def _refusal(x, name, error):
+    """Of a tensor that its library does not export."""
+    device = getattr(x, "device", "cpu")
+    if getattr(device, "type", "cpu") != "cpu":
+        return ValueError(f"cca: {name}: got a tensor on {device}, wants one on the cpu")
+    return ValueError(f"cca: {name}: {str(error).splitlines()[0]}")
+
+
+def _exporter_of(kind):
+    api = getattr(kind, "__dlpack_c_exchange_api__", None)
+    if api is not None and type(api).__name__ == "PyCapsule":
+        table = ExchangeApi.from_address(_pointer(api, b"dlpack_exchange_api"))
+        if table.major == 1 and table.tensor_from_object:
+            function = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)(table.tensor_from_object)
+            return functools.partial(_by_exchange, function)
+    if kind.__module__ == "numpy":
+        return _by_array
+    if hasattr(kind, "__dlpack__"):
+        return _by_protocol
+    return None
+
+
+_exporters = {}
+
+
+def export(x, name, written=False):
+    """What the library sees of a tensor: (address of a DLTensor, what has to live as long as it)."""
+    kind = type(x)
+    exporter = _exporters.get(kind)
+    if exporter is None:
+        exporter = _exporters[kind] = _exporter_of(kind)
+        if exporter is None:
+            del _exporters[kind]
+            raise TypeError(f"cca: {name}: got {kind.__name__}, wants a tensor: NumPy's, PyTorch's, or any that has __dlpack__")
+    if getattr(x, "is_sparse", False) or getattr(x, "is_quantized", False):
+        raise ValueError(f"cca: {name}: got a sparse or quantized tensor, wants a dense one")
+    return exporter(x, name, written)
+
+
+ENUMS = {
+    "pool": ("last_query", "mean", "max", "select"),
+    "core_heads": ("per_query_head", "per_kv_head"),
+    "core_bias": ("none", "entropy"),
+    "unit": ("none", "best", "avx512_bf16", "amx"),
+}
+UNLIMITED = 2**63 - 1
+OPTIONS = [name for name, _ in Options._fields_[1:]]
+
+
+def _int64(name, value):
+    """ctypes would cut off what does not fit."""
+    value = operator.index(value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"cca: {name}: got {value}, wants a number of 64 bits")
+    return value
+
+
+@functools.lru_cache(maxsize=256)
+def options_of(items):
+    """The structure of options for `tuple(options.items())`."""
+    options = Options(ctypes.sizeof(Options), window=UNLIMITED, pooling_scale=1.0)
+    for name, value in items:
+        if name not in OPTIONS:
+            raise TypeError(f"cca: options: got {name}, wants one of {', '.join(OPTIONS)}")
+        if name in ENUMS:
+            if value not in ENUMS[name]:
+                raise ValueError(f"cca: options.{name}: got {value}, wants one of {', '.join(ENUMS[name])}")
+            value = ENUMS[name].index(value)
+        elif value is None:
+            if name not in ("softmax_scale", "first_position", "window"):
+                raise ValueError(f"cca: options.{name}: got None, wants a number")
+            if name != "window":
+                continue
+            value = UNLIMITED
+        elif name == "softmax_scale":
+            value = ctypes.pointer(ctypes.c_double(value))
+        elif name == "first_position":
+            value = ctypes.pointer(ctypes.c_int64(_int64(name, value)))
+        elif name not in ("pooling_scale", "softcap"):
+            value = _int64(name, value)
+        setattr(options, name, value)
+    return options
+
+
+def run(function, read, written, options, threads):
+    """Calls a function of the library.
+
+    read, written: tensors by their names in cca_call; None is not given. options: a dictionary."""
+    arguments = Call(ctypes.sizeof(Call), threads=threads)
+    kept = []
+    for tensors, is_written in ((read, False), (written, True)):
+        for name, x in tensors.items():
+            if x is not None:
+                address, keeper = export(x, name, is_written)
+                setattr(arguments, name, address)
+                kept.append(keeper)
+    if options:
+        arguments.options = ctypes.addressof(options_of(tuple(options.items())))
+    check(function(ctypes.addressof(arguments)))
+
+
+def default_threads():
+    """PyTorch's number where it is loaded, else that of the processors that this process may use."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return torch.get_num_threads()
+    return len(os.sched_getaffinity(0))

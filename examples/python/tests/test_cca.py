@@ -1,0 +1,260 @@
+"""cca for NumPy's arrays and for what speaks DLPack."""
+
+import copy
+import ctypes
+import io
+import pathlib
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+import cca
+from cca import _library
+
+OPTIONS = {"group_size": 3, "window": 4}
+
+
+def operands(dtype=np.float64, length=19):
+    rng = np.random.default_rng(1)
+    return tuple(rng.normal(size=(2, heads, length, dim)).astype(dtype) for heads, dim in ((4, 5), (2, 5), (2, 3)))
+
+
+def dense(q, k, v):
+    k, v = (np.repeat(x, 2, 1) for x in (k, v))
+    scores = np.einsum("bhid,bhjd->bhij", q, k) / q.shape[-1] ** 0.5
+    scores[..., np.triu(np.ones(scores.shape[-2:], bool), 1)] = -np.inf
+    weights = np.exp(scores)
+    return np.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdims=True), v)
+
+
+def test_against_the_textbook():
+    q, k, v = operands()
+    assert np.abs(cca.attention(q, k, v) - dense(q, k, v)).max() < 1e-12
+
+
+def test_every_option_is_in_the_hints():
+    assert set(cca.Options.__annotations__) == set(_library.OPTIONS)
+
+
+@pytest.mark.parametrize("struct", [_library.Options, _library.Call, _library.CacheShape, _library.CacheCounts])
+def test_structures_are_those_of_the_header(struct):
+    """Their members, in order, with their types."""
+    name = struct.__doc__
+    header = (pathlib.Path(__file__).parents[3] / "include/cca/dispatch/cca.h").read_text(encoding="utf-8")
+    body = re.search(rf"typedef struct {name} {{(.*?)}} {name};", re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL), re.DOTALL)
+    members = []
+    for declaration in body[1].split(";")[:-1]:
+        kind, star, names = re.fullmatch(r"(?:const )?(\w+)(\*?) (.*)", " ".join(declaration.split())).groups()
+        members += [(member.strip(), "pointer" if star else kind) for member in names.split(",")]
+    assert [x for x, _ in members] == [x for x, _ in struct._fields_]
+    sizes = {"size_t": 8, "int64_t": 8, "double": 8, "int32_t": 4, "pointer": 8}
+    assert [sizes[kind] for _, kind in members] == [ctypes.sizeof(kind) for _, kind in struct._fields_]
+
+
+def test_pool_attend_and_merge_make_up_attention():
+    q, k, v = operands()
+    want, want_lse = cca.attention(q, k, v, return_lse=True, **OPTIONS)
+    cores = cca.pool(q, k, v, group_size=3)
+    assert cores[0].shape == (2, 4, 6, 5) and cores[1].shape == (2, 4, 6, 3)
+    seen = np.maximum(0, np.arange(1, 20) - 4) // 3 * np.ones((2, 4, 1), np.int64)
+    out, lse = cca.attend(q, k, v, *cores, seen, return_lse=True, **OPTIONS)
+    assert np.abs(out - want).max() < 1e-12 and np.abs(lse - want_lse).max() < 1e-12
+    far = cca.attend(q, k[:, :, :0], v[:, :, :0], *cores, seen, return_lse=True, **OPTIONS)
+    near = cca.attend(q, k, v, *(x[:, :, :0] for x in cores), 0 * seen, return_lse=True, **OPTIONS)
+    assert np.abs(cca.merge(*far, *near)[0] - want).max() < 1e-12
+
+
+def test_gradients():
+    q, k, v = operands()
+    out, lse = cca.attention(q, k, v, return_lse=True, **OPTIONS)
+    rng = np.random.default_rng(2)
+    grad_out, grad_lse = rng.normal(size=out.shape), rng.normal(size=lse.shape)
+    gradients = cca.attention_gradient(q, k, v, out, lse, grad_out, grad_lse, **OPTIONS)
+    for x, gradient in zip((q, k, v), gradients):
+        place = (1, 1, 7, 2)
+        difference = 0
+        for side in (1, -1):
+            x[place] += side * 1e-5
+            o, e = cca.attention(q, k, v, return_lse=True, **OPTIONS)
+            difference += side * ((o * grad_out).sum() + (e * grad_lse).sum()) / 2e-5
+            x[place] -= side * 1e-5
+        assert abs(difference - gradient[place]) < 1e-7
+    cores = cca.pool(q, k, v, group_size=3)
+    seen = np.maximum(0, np.arange(1, 20) - 4) // 3 * np.ones((2, 4, 1), np.int64)
+    direct = cca.attend_gradient(q, k, v, *cores, seen, out, lse, grad_out, grad_lse, **OPTIONS)
+    pooled = cca.pool_gradient(q, k, v, direct.far_key, direct.far_value, group_size=3)
+    for whole, a, b in zip(gradients[:3], direct, pooled):
+        assert np.abs(whole - a - b).max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, "bfloat16"])
+def test_elements(dtype):
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    q, k, v = operands(dtype)
+    out, lse = cca.attention(q, k, v, return_lse=True)
+    assert out.dtype == q.dtype and lse.dtype == np.float32
+    want = dense(*(x.astype(np.float64) for x in (q, k, v)))
+    assert np.abs(out.astype(np.float64) - want).max() < {4: 1e-6, 2: 1e-2}[q.dtype.itemsize]
+
+
+def test_strides_are_taken_as_they_are():
+    q, k, v = operands()
+    want = cca.attention(q, k, v, **OPTIONS)
+    blhd = [x.swapaxes(1, 2).copy().swapaxes(1, 2) for x in (q, k, v)]
+    backwards = [x[:, ::-1].copy()[:, ::-1] for x in (q, k, v)]
+    wide = [np.concatenate([x, x], -1)[..., : x.shape[-1]] for x in (q, k, v)]
+    out = np.full((2, 19, 4, 3), np.nan).swapaxes(1, 2)
+    for operand in (blhd, backwards, wide):
+        assert cca.attention(*operand, out=out, **OPTIONS) is out
+        assert np.array_equal(out, want)
+        out[...] = np.nan
+    one = np.broadcast_to(k[:1], k.shape)
+    assert np.array_equal(cca.attention(q, one, v), cca.attention(q, one.copy(), v))
+
+
+class Foreign:
+    """A tensor of a library that nobody knows, by an older or a newer protocol."""
+
+    def __init__(self, x, versioned):
+        self.x, self.versioned, self.shape, self.dtype = x, versioned, x.shape, x.dtype
+
+    def __dlpack__(self, **options):
+        if options and not self.versioned:
+            raise TypeError("max_version")
+        return self.x.__dlpack__(**options)
+
+
+@pytest.mark.parametrize("versioned", [False, True])
+def test_foreign_tensors(versioned):
+    q, k, v = operands()
+    foreign = [Foreign(x, versioned) for x in (q, k, v)]
+    assert np.array_equal(cca.attention(*foreign, **OPTIONS), cca.attention(q, k, v, **OPTIONS))
+
+
+def test_a_read_only_flag_is_believed():
+    q, k, v = operands()
+    out = np.zeros((2, 4, 19, 3))
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="cca: out: got a read-only array"):
+        cca.attention(q, k, v, out=out)
+    if np.lib.NumpyVersion(np.__version__) >= "2.1.0":
+        with pytest.raises(ValueError, match="cca: out: got a read-only tensor"):
+            cca.attention(q, k, v, out=Foreign(out, True))
+    want = cca.attention(q, k, v)
+    q.flags.writeable = False
+    assert np.array_equal(cca.attention(q, k, v), want)
+    assert not out.any()
+
+
+def test_lengths_and_offsets():
+    q, k, v = operands()
+    lengths = [7, 19]
+    out = cca.attention(q, k, v, query_lengths=lengths, key_lengths=lengths, **OPTIONS)
+    packed = [np.concatenate([x[b : b + 1, :, :n] for b, n in enumerate(lengths)], 2) for x in (q, k, v)]
+    offsets = np.cumsum([0, *lengths], dtype=np.int32)
+    in_rows = cca.attention(*packed, query_offsets=offsets, key_offsets=offsets, **OPTIONS)
+    for b, n in enumerate(lengths):
+        alone = cca.attention(*(x[b : b + 1, :, :n] for x in (q, k, v)), **OPTIONS)
+        assert np.array_equal(out[b : b + 1, :, :n], alone)
+        assert np.array_equal(in_rows[:, :, offsets[b] : offsets[b + 1]], alone)
+    assert not out[0, :, 7:].any()
+
+
+def test_threads_change_no_bit():
+    q, k, v = operands()
+    want = cca.attention(q, k, v, threads=1, **OPTIONS)
+    for threads in (2, 7):
+        assert np.array_equal(cca.attention(q, k, v, threads=threads, **OPTIONS), want)
+
+
+def cache_of(**more):
+    return cca.KvCache(batch=2, heads=4, kv_heads=2, dim=5, value_dim=3, dtype="float64", **OPTIONS, **more)
+
+
+def test_cache():
+    q, k, v = operands()
+    want = cca.attention(q, k, v, **OPTIONS)
+    cache = cache_of(rewind=2)
+
+    def part(first, last):
+        return (x[:, :, first:last] for x in (q, k, v))
+
+    assert np.abs(cache.attend(*part(0, 10)) - want[:, :, :10]).max() < 1e-12
+    cache.append(*part(3, 5))
+    for b in range(2):
+        cache.truncate(b, 10)
+    file = io.BytesIO()
+    cache.save(file)
+    file.seek(0)
+    for other in (cca.KvCache.load(file, "float64"), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache):
+        got = np.concatenate([other.attend(*part(i, i + 1)) for i in range(10, 19)], 2)
+        assert np.abs(got - want[:, :, 10:]).max() < 1e-12
+    assert cache.length() == 19 and cache.core_count() == 6 and cache.nbytes > 0
+    cache.reset(0)
+    assert (cache.length(0), cache.length(1)) == (0, 19)
+    cache.fork(1, 0)
+    assert cache.length(0) == 19 and cache.shape.rewind == 2
+    with pytest.raises(ValueError, match="cca: length: got 1, wants between"):
+        cache.truncate(0, 1)
+    with pytest.raises(ValueError, match=r"cca: query: got \[1, 4, 1, 5\]"):
+        cache.attend(*(x[:1, :, :1] for x in (q, k, v)))
+    with pytest.raises(ValueError, match="cca: query: got float32, wants float64"):
+        cache.attend(*(x[:, :, :1].astype(np.float32) for x in (q, k, v)))
+    with pytest.raises(RuntimeError, match="file"):
+        cca.KvCache.load(io.BytesIO(b"no cache at all, but as long as the start of one is"), "float64")
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda q, k, v: (q.astype(np.int64), k, v), "query: got int64, wants float32"),
+        (lambda q, k, v: (q, k.astype(np.float32), v), "key: got float32, wants float64"),
+        (lambda q, k, v: (q, k, v[..., ::-1]), "value: got strides"),
+        (lambda q, k, v: (q, k[:, :1][0], v), "key: got 3 dimensions, wants 4"),
+        (lambda q, k, v: (q, k[..., :0], v), "key: got dim 0"),
+        (lambda q, k, v: (q, k, v[:, :, :3]), "value: got"),
+        (lambda q, k, v: (q.astype(complex), k, v), "query: got complex128"),
+    ],
+)
+def test_refusals(change, text):
+    with pytest.raises(ValueError, match="^cca: " + text.replace("[", r"\[")):
+        cca.attention(*change(*operands()))
+
+
+@pytest.mark.parametrize(
+    "options, error, text",
+    [
+        ({"groupsize": 3}, TypeError, "got groupsize, wants one of group_size"),
+        ({"group_size": -1, "window": 3}, ValueError, "options.group_size: got -1"),
+        ({"window": 2**63}, ValueError, "window: got 9223372036854775808, wants a number of 64 bits"),
+        ({"window": 2.5}, TypeError, "float"),
+        ({"pool": "mode"}, ValueError, "options.pool: got mode, wants one of last_query"),
+        ({"softcap": None}, ValueError, "options.softcap: got None"),
+    ],
+)
+def test_refused_options(options, error, text):
+    with pytest.raises(error, match=text):
+        cca.attention(*operands(), **options)
+
+
+def test_what_is_no_tensor():
+    q, k, v = operands()
+    with pytest.raises(TypeError, match="cca: key: got list, wants a tensor"):
+        cca.attention(q, k.tolist(), v)
+
+
+def test_capsules_by_hand():
+    """NULL strides and an offset in bytes, as DLPack allows them."""
+    x = np.random.default_rng(3).normal(size=(1, 1, 4, 2))
+    shape = (ctypes.c_int64 * 4)(1, 1, 4, 2)
+    tensor = _library.Tensor(x.ctypes.data - 64, 1, 0, 4, _library.DataType(2, 64, 1), shape, None, 64)
+    address = ctypes.addressof(tensor)
+    out = np.empty_like(x)
+    call = _library.Call(ctypes.sizeof(_library.Call), query=address, key=address, value=address)
+    call.out, keeper = _library.export(out, "out", True)
+    _library.check(_library.library.cca_attention(ctypes.addressof(call)))
+    assert np.array_equal(out, cca.attention(x, x, x))
+    del keeper

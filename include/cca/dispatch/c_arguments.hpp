@@ -1,0 +1,285 @@
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+#include <span>
+#include <string_view>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "../dispatch.hpp"
+#include "c_tensors.hpp"
+#include "cca.h"
+
+// The arguments of the C interface as those of cca::dispatch. What a caller got wrong is refused by the name that it has in
+// cca.h, the kernels' own checks come after.
+
+namespace cca { inline namespace CCA_TARGET { namespace detail {
+
+/// A structure of cca.h as the caller knows it: what his version of it lacks is as in `defaults`.
+template <class Struct>
+Struct complete_struct(const char* name, const Struct* from, Struct defaults) {
+  if (from == nullptr) refuse(name, "NULL", "a structure");
+  if (from->struct_size < sizeof(std::size_t) || from->struct_size > sizeof(Struct))
+    refuse(name + text(".struct_size"), to_string(from->struct_size),
+           "at most " + to_string(sizeof(Struct)) + ", the size in the library's cca.h");
+  std::memcpy(&defaults, from, from->struct_size);
+  return defaults;
+}
+
+/// Calls `f(name, member)` for each option, in the order of `for_each_option`.
+template <class F>
+constexpr void for_each_c_option(const cca_options& all, const F& f) {
+  f("group_size", all.group_size);
+  f("window", all.window);
+  f("sink_tokens", all.sink_tokens);
+  f("lookahead", all.lookahead);
+  f("prefix", all.prefix);
+  f("pool", all.pool);
+  f("core_heads", all.core_heads);
+  f("core_bias", all.core_bias);
+  f("softmax_scale", all.softmax_scale);
+  f("pooling_scale", all.pooling_scale);
+  f("softcap", all.softcap);
+  f("first_position", all.first_position);
+  f("unit", all.unit);
+}
+
+/// Whether the two lists name the same: an option that the C interface lacks does not compile.
+constexpr bool has_every_option() {
+  std::array<std::string_view, option_count()> names{};
+  std::size_t count = 0, same = 0;
+  const options defaults;
+  for_each_option(defaults, [&](const char* name, const auto&) { names[count++] = name; });
+  count = 0;
+  for_each_c_option(CCA_OPTIONS, [&](const char* name, const auto&) {
+    same += count < names.size() && names[count] == name;
+    ++count;
+  });
+  return same == names.size() && count == names.size();
+}
+static_assert(has_every_option(), "cca.h has other options than options.hpp, or in another order");
+
+inline options options_of(const cca_options* from) {
+  if (from == nullptr) return {};
+  const cca_options given = complete_struct<cca_options>("options", from, CCA_OPTIONS);
+  std::array<option_code, option_count()> codes;
+  option_code* code = codes.data();
+  for_each_c_option(given, [&](const char*, const auto& member) {
+    if constexpr (std::is_pointer_v<std::remove_cvref_t<decltype(member)>>)
+      *code++ = member != nullptr ? encode_option(*member) : option_code{0, 0};
+    else
+      *code++ = encode_option(member);
+  });
+  options to;
+  code = codes.data();
+  for_each_option(to, [&](const char*, auto& option) { decode_option(*code++, option); });
+  return to;
+}
+
+/// As many threads as a caller says, made for the call.
+struct made_threads {
+  std::int64_t count;
+
+  [[nodiscard]] std::int64_t concurrency() const { return count; }
+
+  template <class F>
+  void operator()(std::int64_t n, const F& f) const {
+    std::atomic<std::int64_t> next{0};
+    first_failure failure;
+    const auto work = [&] {
+      for (std::int64_t i; (i = next.fetch_add(1)) < n;) failure.attempt([&] { f(i); });
+    };
+    std::vector<std::jthread> helpers;
+    failure.attempt([&] {
+      helpers.reserve(static_cast<std::size_t>(smaller(count, n)));
+      for (std::int64_t helper = 1; helper < smaller(count, n); ++helper) helpers.emplace_back(work);
+    });
+    work();
+    helpers.clear();  // joins
+    failure.rethrow();
+  }
+};
+
+/// A caller's own. No exception goes through his code.
+struct callers_threads {
+  std::int64_t count;
+  cca_parallel_for* run;
+  void* self;
+
+  [[nodiscard]] std::int64_t concurrency() const { return count; }
+
+  template <class F>
+  void operator()(std::int64_t n, const F& f) const {
+    struct context : first_failure {
+      const F* f;
+    } all;
+    all.f = &f;
+    run(
+        self, n,
+        [](void* context_of_call, std::int64_t i) {
+          auto& c = *static_cast<context*>(context_of_call);
+          c.attempt([&] { (*c.f)(i); });
+        },
+        &all);
+    all.rethrow();
+  }
+};
+
+using place = const DLTensor* cca_call::*;
+
+/// The tensors of a call by their names.
+struct named_place {
+  const char* name;
+  place at;
+};
+inline constexpr named_place all_tensors[] = {
+#define CCA_TENSOR(name) {#name, &cca_call::name}
+    CCA_TENSOR(query), CCA_TENSOR(key), CCA_TENSOR(value), CCA_TENSOR(sink_logits), CCA_TENSOR(alibi_slopes),
+    CCA_TENSOR(key_bias), CCA_TENSOR(query_lengths), CCA_TENSOR(query_begins), CCA_TENSOR(query_offsets),
+    CCA_TENSOR(key_lengths), CCA_TENSOR(key_begins), CCA_TENSOR(key_offsets), CCA_TENSOR(far_lengths),
+    CCA_TENSOR(far_begins), CCA_TENSOR(far_offsets), CCA_TENSOR(far_key), CCA_TENSOR(far_value), CCA_TENSOR(seen),
+    CCA_TENSOR(far_bias), CCA_TENSOR(far_positions), CCA_TENSOR(out), CCA_TENSOR(lse), CCA_TENSOR(out_a),
+    CCA_TENSOR(lse_a), CCA_TENSOR(out_b), CCA_TENSOR(lse_b), CCA_TENSOR(core_key), CCA_TENSOR(core_value),
+    CCA_TENSOR(grad_out), CCA_TENSOR(grad_lse), CCA_TENSOR(grad_core_key), CCA_TENSOR(grad_core_value),
+    CCA_TENSOR(grad_query), CCA_TENSOR(grad_key), CCA_TENSOR(grad_value), CCA_TENSOR(grad_far_key),
+    CCA_TENSOR(grad_far_value), CCA_TENSOR(grad_sink_logits), CCA_TENSOR(grad_alibi_slopes),
+    CCA_TENSOR(grad_key_bias), CCA_TENSOR(grad_far_bias)
+#undef CCA_TENSOR
+};
+// Every tensor that the structure has: from the query to the options there is nothing else.
+static_assert(std::size(all_tensors) * sizeof(void*) == offsetof(cca_call, options) - offsetof(cca_call, query));
+
+inline const char* name_of(place at) {
+  for (const auto& tensor : all_tensors)
+    if (tensor.at == at) return tensor.name;
+  return "?";
+}
+
+/// The arguments of one call. Each is taken once, by who has a use for it; what is left at the end has none.
+class arguments {
+ public:
+  explicit arguments(const cca_call* call)
+      : call_(complete_struct("call", call, cca_call{})),
+        queries_(take_ranges(&cca_call::query_lengths, &cca_call::query_begins, &cca_call::query_offsets)),
+        keys_(take_ranges(&cca_call::key_lengths, &cca_call::key_begins, &cca_call::key_offsets)),
+        far_(take_ranges(&cca_call::far_lengths, &cca_call::far_begins, &cca_call::far_offsets)) {}
+  arguments(const arguments&) = delete;  // views refer to the ranges
+
+  [[nodiscard]] bool has(place at) const { return call_.*at != nullptr; }
+
+  /// The elements of a tensor that has to be there.
+  [[nodiscard]] DLDataType elements(place at) const {
+    if (!has(at)) refuse(name_of(at), "NULL", "a tensor");
+    return (call_.*at)->dtype;
+  }
+
+  template <class T>
+  inputs<T> take_inputs() {
+    inputs<T> in = take_tokens<T>();
+    in.sink_logits = per_query<const compute_type<T>>(&cca_call::sink_logits);
+    in.alibi_slopes = of<const compute_type<T>, 3>(&cca_call::alibi_slopes, {});
+    in.key_bias = of<const compute_type<T>, 3>(&cca_call::key_bias, keys_);
+    return in;
+  }
+  /// Query, key and value alone.
+  template <class T>
+  inputs<T> take_tokens() {
+    return {of<const T, 4>(&cca_call::query, queries_), of<const T, 4>(&cca_call::key, keys_),
+            of<const T, 4>(&cca_call::value, keys_)};
+  }
+  template <class T>
+  far_context<T> take_far() {
+    return {of<const T, 4>(&cca_call::far_key, far_), of<const T, 4>(&cca_call::far_value, far_),
+            of<const std::int64_t, 3>(&cca_call::seen, queries_),
+            of<const compute_type<T>, 3>(&cca_call::far_bias, far_),
+            of<const std::int64_t, 3>(&cca_call::far_positions, far_)};
+  }
+  template <class T, class Lse = compute_type<T>>
+  results<T, Lse> take_results(place out = &cca_call::out, place lse = &cca_call::lse) {
+    return {of<T, 4>(out, queries_), of<Lse, 3>(lse, queries_)};
+  }
+  template <class T>
+  results<const T, const compute_type<T>> take_read(place out = &cca_call::out, place lse = &cca_call::lse) {
+    return take_results<const T, const compute_type<T>>(out, lse);
+  }
+  template <class T>
+  incoming<T> take_incoming() {
+    return {of<const T, 4>(&cca_call::grad_out, queries_),
+            of<const compute_type<T>, 3>(&cca_call::grad_lse, queries_)};
+  }
+  template <class T>
+  cores<T> take_cores(place key, place value) {
+    return {of<T, 4>(key, far_), of<T, 4>(value, far_)};
+  }
+  /// `T` is what gradients are of.
+  template <class T>
+  gradients<T> take_gradients() {
+    return {of<T, 4>(&cca_call::grad_query, queries_),
+            of<T, 4>(&cca_call::grad_key, keys_),
+            of<T, 4>(&cca_call::grad_value, keys_),
+            of<T, 4>(&cca_call::grad_far_key, far_),
+            of<T, 4>(&cca_call::grad_far_value, far_),
+            per_query<T>(&cca_call::grad_sink_logits),
+            of<T, 3>(&cca_call::grad_alibi_slopes, {}),
+            of<T, 3>(&cca_call::grad_key_bias, keys_),
+            of<T, 3>(&cca_call::grad_far_bias, far_)};
+  }
+
+  /// For functions that have no use for them.
+  void refuse_options(const char* reason) const {
+    if (call_.options != nullptr) refuse("options", "a structure", "none: " + text(reason));
+  }
+  void refuse_workspace(const char* reason) const {
+    if (call_.workspace != nullptr) refuse("workspace", "memory", "none: " + text(reason));
+  }
+
+  /// Options and execution of the call, for `f(options, execution)`. Refuses what nobody took.
+  template <class F>
+  auto run(const F& f) const {
+    for (const auto& tensor : all_tensors)
+      if (has(tensor.at)) refuse(tensor.name, "a tensor", "none: this function has no use for it");
+    const options options = options_of(call_.options);
+    const std::span memory(static_cast<std::byte*>(call_.workspace), call_.workspace_size);
+    if (call_.threads < 0) refuse("threads", to_string(call_.threads), "at least 0");
+    if (call_.parallel_for != nullptr) {
+      if (call_.threads == 0) refuse("threads", "0", "how many tasks parallel_for runs at once");
+      const callers_threads threads{call_.threads, call_.parallel_for, call_.parallel_for_self};
+      return f(options, execution{threads, memory});
+    }
+    const made_threads threads{call_.threads > 1 ? call_.threads : 1};
+    return f(options, execution{threads, memory});
+  }
+
+ private:
+  const DLTensor* take(place at) { return std::exchange(call_.*at, nullptr); }
+
+  token_ranges take_ranges(place lengths, place begins, place offsets) {
+    const auto named = [&](place at) { return named_tensor{name_of(at), take(at)}; };
+    return ranges_of(named(lengths), named(begins), named(offsets));
+  }
+
+  template <class T, std::size_t Rank>
+  tensor_view<T, Rank> of(place at, const token_ranges& sequences) {
+    const DLTensor* tensor = take(at);
+    if (tensor == nullptr) return {};
+    return with_sequences(name_of(at), view_of<T, Rank>(name_of(at), *tensor), sequences);
+  }
+  /// One number per head, or per query.
+  template <class T>
+  tensor_view<T, 3> per_query(place at) {
+    const bool per_head = has(at) && ((call_.*at)->ndim != 3 || (call_.*at)->shape[2] == 1);
+    return of<T, 3>(at, per_head ? token_ranges{} : queries_);
+  }
+
+  cca_call call_;
+  token_ranges queries_, keys_, far_;
+};
+
+}}}  // namespace cca::CCA_TARGET::detail
