@@ -4,7 +4,7 @@
     cca.hf.register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="cca")
     model.config.cca = {"group_size": 16, "window": 1024, "sink_tokens": 4, "dense_layers": [0, 1]}
-    model.generate(**inputs, cache=cca.hf.Cache(model.config))  # past_key_values= in releases before 5.20
+    model.generate(**inputs, cache=cca.hf.Cache(model.config))  # past_key_values= in releases before 5.24
 
 Without settings attention is what the model was made with: dense, or a sliding window where the layer has one. Settings are
 those of the model's config (of its text model, where there are several) or, in their place, of `with cca.hf.settings(..)`.
@@ -178,7 +178,7 @@ def _options(module, causal, scaling, sliding_window, softcap):
         return options | {"lookahead": UNLIMITED, "first_position": 0}
     if sliding_window is not None:
         return options | {"window": sliding_window}
-    return options if module.layer_idx in dense else options | given
+    return options if getattr(module, "layer_idx", None) in dense else options | given
 
 
 def attention_forward(

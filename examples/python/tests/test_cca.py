@@ -244,6 +244,8 @@ def test_what_is_no_tensor():
     q, k, v = operands()
     with pytest.raises(TypeError, match="cca: key: got list, wants a tensor"):
         cca.attention(q, k.tolist(), v)
+    with pytest.raises(TypeError, match="cca: value: got MaskedArray, wants a tensor"):
+        cca.attention(q, k, np.ma.masked_array(v, v > 1))
 
 
 def test_capsules_by_hand():

@@ -83,6 +83,7 @@ def test_dense_is_eager(name):
 
 
 @torch.no_grad()
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", CONFIGS)
 def test_generate_is_eager(name):
     ids, mask = padded("left")
@@ -180,6 +181,7 @@ def test_gradients_are_eager(name):
 
 
 @torch.no_grad()
+@pytest.mark.heavy
 def test_assisted_decoding_gives_the_same_text():
     model, assistant = model_of("llama"), model_of("llama")
     torch.nn.init.normal_(assistant.lm_head.weight, std=0.3, generator=torch.Generator().manual_seed(9))
@@ -194,6 +196,7 @@ def test_assisted_decoding_gives_the_same_text():
 
 
 @torch.no_grad()
+@pytest.mark.heavy
 def test_beams_are_eager():
     ids, mask = padded("left")
     more = dict(attention_mask=mask, max_new_tokens=10, do_sample=False, num_beams=3)
@@ -226,6 +229,7 @@ def test_rows_are_selected_and_repeated():
 
 
 @torch.no_grad()
+@pytest.mark.heavy
 def test_crops():
     model, ids = model_of("llama"), tokens(2)
     model.config.cca = CORES

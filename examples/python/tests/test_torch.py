@@ -158,6 +158,7 @@ def test_padding_is_zero_and_changes_nothing():
         (lambda q, k, v: (q.to("meta"), k, v), "query: got a tensor on meta, wants one on the cpu"),
         (lambda q, k, v: (q, k[..., ::2].repeat(1, 1, 1, 2)[..., :5], v[..., ::2]), "value: got strides"),
         (lambda q, k, v: (q, k.to_sparse(), v), "key: got a sparse"),
+        (lambda q, k, v: (q, torch.imag(torch.complex(k, k).conj()), v), "key: got a sparse, quantized or negated"),
         (lambda q, k, v: (q[:, :3], k, v), "key: got 2 heads, wants a divisor of the 3 query heads"),
         (lambda q, k, v: (q, k[..., :0], v), "key: got dim 0"),
     ],
