@@ -25,10 +25,10 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// A structure of cca.h as the caller knows it: what his version of it lacks is as in `defaults`.
 template <class Struct>
 Struct complete_struct(const char* name, const Struct* from, Struct defaults) {
-  if (from == nullptr) refuse(name, "NULL", "a structure");
+  if (from == nullptr) refuse(name, {"NULL"}, {"a structure"});
   if (from->struct_size < sizeof(std::size_t) || from->struct_size > sizeof(Struct))
-    refuse(name + text(".struct_size"), to_string(from->struct_size),
-           "at most " + to_string(sizeof(Struct)) + ", the size in the library's cca.h");
+    refuse(text{name, ".struct_size"}.c_str(), {from->struct_size},
+           {"at most ", sizeof(Struct), ", the size in the library's cca.h"});
   std::memcpy(&defaults, from, from->struct_size);
   return defaults;
 }
@@ -176,7 +176,7 @@ class arguments {
 
   /// The elements of a tensor that has to be there.
   [[nodiscard]] DLDataType elements(place at) const {
-    if (!has(at)) refuse(name_of(at), "NULL", "a tensor");
+    if (!has(at)) refuse(name_of(at), {"NULL"}, {"a tensor"});
     return (call_.*at)->dtype;
   }
 
@@ -234,22 +234,22 @@ class arguments {
 
   /// For functions that have no use for them.
   void refuse_options(const char* reason) const {
-    if (call_.options != nullptr) refuse("options", "a structure", "none: " + text(reason));
+    if (call_.options != nullptr) refuse("options", {"a structure"}, {"none: ", reason});
   }
   void refuse_workspace(const char* reason) const {
-    if (call_.workspace != nullptr) refuse("workspace", "memory", "none: " + text(reason));
+    if (call_.workspace != nullptr) refuse("workspace", {"memory"}, {"none: ", reason});
   }
 
   /// Options and execution of the call, for `f(options, execution)`. Refuses what nobody took.
   template <class F>
   auto run(const F& f) const {
     for (const auto& tensor : all_tensors)
-      if (has(tensor.at)) refuse(tensor.name, "a tensor", "none: this function has no use for it");
+      if (has(tensor.at)) refuse(tensor.name, {"a tensor"}, {"none: this function has no use for it"});
     const options options = options_of(call_.options);
     const std::span memory(static_cast<std::byte*>(call_.workspace), call_.workspace_size);
-    if (call_.threads < 0) refuse("threads", to_string(call_.threads), "at least 0");
+    if (call_.threads < 0) refuse("threads", {call_.threads}, {"at least 0"});
     if (call_.parallel_for != nullptr) {
-      if (call_.threads == 0) refuse("threads", "0", "how many tasks parallel_for runs at once");
+      if (call_.threads == 0) refuse("threads", {"0"}, {"how many tasks parallel_for runs at once"});
       const callers_threads threads{call_.threads, call_.parallel_for, call_.parallel_for_self};
       return f(options, execution{threads, memory});
     }

@@ -25,9 +25,13 @@ constexpr DLDataType data_type() {
 }
 inline text type_text(const DLDataType& type) {
   constexpr const char* names[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
-  const text name = type.code < std::size(names) ? names[type.code] : "type " + to_string(unsigned{type.code}) + " of ";
-  const text lanes = type.lanes == 1 ? "" : " in " + to_string(unsigned{type.lanes}) + " lanes";
-  return name + to_string(unsigned{type.bits}) + lanes;
+  text name{};
+  if (type.code < std::size(names))
+    name += {names[type.code], type.bits};
+  else
+    name += {"type ", type.code, " of ", type.bits};
+  if (type.lanes != 1) name += {" in ", type.lanes, " lanes"};
+  return name;
 }
 template <class T>
 bool is_of(const DLDataType& type) {
@@ -42,7 +46,7 @@ auto with_element(const char* name, const DLDataType& type, const F& f) {
   if (is_of<double>(type)) return f(std::type_identity<double>{});
   if (is_of<Eigen::bfloat16>(type)) return f(std::type_identity<Eigen::bfloat16>{});
   if (is_of<Eigen::half>(type)) return f(std::type_identity<Eigen::half>{});
-  refuse(name, type_text(type), "float32, float64, bfloat16 or float16");
+  refuse(name, {type_text(type).c_str()}, {"float32, float64, bfloat16 or float16"});
 }
 
 /// Sequences of their own lengths, as `tensor_view` has them.
@@ -53,26 +57,23 @@ struct token_ranges {
   std::vector<std::int64_t> computed_ends{};  ///< of begins and lengths
 };
 
-inline text extents_text(const DLTensor& t) {
-  text list = "[";
-  for (int i = 0; i < t.ndim && i < 8; ++i) list += (i ? ", " : "") + to_string(t.shape[i]);
-  return list + "]";
-}
+/// The first of its extents, for a refusal.
+inline text_part extents_of(const DLTensor& t) { return {t.shape, static_cast<std::size_t>(smaller(t.ndim, 8))}; }
 
 /// A tensor whose shape and memory can be looked at. `T` are its elements.
 template <class T>
 T* checked_data(const char* name, const DLTensor& t) {
   const int device = static_cast<int>(t.device.device_type);
   if (device != kDLCPU && device != kDLCUDAHost && device != kDLROCMHost)
-    refuse(name, "memory of DLPack's device type " + to_string(device), "memory of the processor");
-  if (!is_of<T>(t.dtype)) refuse(name, type_text(t.dtype), type_text(data_type<T>()));
-  if (t.ndim < 0 || (t.ndim > 0 && t.shape == nullptr)) refuse(name, "no shape", "extents");
+    refuse(name, {"memory of DLPack's device type ", device}, {"memory of the processor"});
+  if (!is_of<T>(t.dtype)) refuse(name, {type_text(t.dtype).c_str()}, {type_text(data_type<T>()).c_str()});
+  if (t.ndim < 0 || (t.ndim > 0 && t.shape == nullptr)) refuse(name, {"no shape"}, {"extents"});
   for (int i = 0; i < t.ndim; ++i)
-    if (t.shape[i] < 0) refuse(name, "extents " + extents_text(t), "none below 0");
+    if (t.shape[i] < 0) refuse(name, {"extents ", extents_of(t)}, {"none below 0"});
   if (t.data == nullptr) return nullptr;
   const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(t.data) + t.byte_offset;
   if (address % (t.dtype.bits / 8u) != 0)
-    refuse(name, "an address that ends with " + to_string(address % 16), "a multiple of its elements' size");
+    refuse(name, {"an address that ends with ", address % 16}, {"a multiple of its elements' size"});
   return reinterpret_cast<T*>(address);
 }
 
@@ -84,7 +85,7 @@ std::array<std::int64_t, Rank> strides_of(const char* name, const DLTensor& t) {
   for (std::size_t i = Rank; i-- > 0;) {
     strides[i] = t.strides != nullptr ? t.strides[i] : compact;
     if (__builtin_mul_overflow(compact, larger<std::int64_t>(t.shape[i], 1), &compact))
-      refuse(name, "extents " + extents_text(t), "fewer than 2^62 bytes of elements");
+      refuse(name, {"extents ", extents_of(t)}, {"fewer than 2^62 bytes of elements"});
   }
   return strides;
 }
@@ -95,7 +96,7 @@ tensor_view<T, Rank> view_of(const char* name, const DLTensor& t) {
   if (Rank == 3 && t.ndim == 1)  // one number per head
     return {data, {1, t.shape[0], 1}, {0, strides_of<1>(name, t)[0], 1}};
   if (t.ndim != static_cast<int>(Rank))
-    refuse(name, to_string(t.ndim) + " dimensions", to_string(Rank) + (Rank == 3 ? ", or 1 for a number per head" : ""));
+    refuse(name, {t.ndim, " dimensions"}, {Rank, Rank == 3 ? ", or 1 for a number per head" : ""});
   tensor_view<T, Rank> view{data, {}, strides_of<Rank>(name, t)};
   for (std::size_t i = 0; i < Rank; ++i) view.extent[i] = t.shape[i];
   // What steps over a single element is of no account, and not kept by those who make tensors.
@@ -109,11 +110,10 @@ tensor_view<T, Rank> with_sequences(const char* name, tensor_view<T, Rank> view,
   if (of.ends == nullptr) return view;
   if (!of.packed && view.batch() != of.batch) return view;  // numbers for all sequences have no lengths, the rest is refused
   if (of.packed && view.batch() != 1)
-    refuse(name, "a batch of " + to_string(view.batch()), "1, with sequences at offsets");
+    refuse(name, {"a batch of ", view.batch()}, {"1, with sequences at offsets"});
   for (std::int64_t b = 0; b < of.batch; ++b)
     if (of.ends[b] > view.length())
-      refuse(name, "sequence " + to_string(b) + " up to token " + to_string(of.ends[b]),
-             "at most the length of " + to_string(view.length()));
+      refuse(name, {"sequence ", b, " up to token ", of.ends[b]}, {"at most the length of ", view.length()});
   if (of.packed) {
     view.extent[0] = of.batch;
     view.extent[2] = of.longest;
@@ -127,11 +127,11 @@ tensor_view<T, Rank> with_sequences(const char* name, tensor_view<T, Rank> view,
 /// The numbers of a tensor of one dimension, as many as `count` if that is not negative.
 inline std::span<const std::int64_t> numbers_of(const char* name, const DLTensor& t, std::int64_t count = -1) {
   const std::int64_t* data = checked_data<std::int64_t>(name, t);
-  if (t.ndim != 1) refuse(name, to_string(t.ndim) + " dimensions", "1");
+  if (t.ndim != 1) refuse(name, {t.ndim, " dimensions"}, {"1"});
   if (t.strides != nullptr && t.shape[0] > 1 && t.strides[0] != 1)
-    refuse(name, "a stride of " + to_string(t.strides[0]), "1");
-  if (count >= 0 && t.shape[0] != count) refuse(name, extents_text(t), to_string(count) + " of them");
-  if (data == nullptr && t.shape[0] > 0) refuse(name, "a null pointer", "elements " + extents_text(t));
+    refuse(name, {"a stride of ", t.strides[0]}, {"1"});
+  if (count >= 0 && t.shape[0] != count) refuse(name, {extents_of(t)}, {count, " of them"});
+  if (data == nullptr && t.shape[0] > 0) refuse(name, {"a null pointer"}, {"elements ", extents_of(t)});
   static constexpr std::int64_t none = 0;
   return {data != nullptr ? data : &none, static_cast<std::size_t>(t.shape[0])};
 }
@@ -150,11 +150,11 @@ struct named_tensor {
 /// The sequences of lengths, and begins where they are given, or of offsets.
 inline token_ranges ranges_of(const named_tensor& lengths, const named_tensor& begins, const named_tensor& offsets) {
   token_ranges to;
-  if (begins.given() && !lengths.given()) refuse(begins.name, "begins", "lengths beside them");
+  if (begins.given() && !lengths.given()) refuse(begins.name, {"begins"}, {"lengths beside them"});
   if (offsets.given()) {
-    if (lengths.given()) refuse(offsets.name, "offsets", "none beside lengths");
+    if (lengths.given()) refuse(offsets.name, {"offsets"}, {"none beside lengths"});
     const auto all = offsets.numbers();
-    if (all.empty()) refuse(offsets.name, "none", "batch + 1 of them");
+    if (all.empty()) refuse(offsets.name, {"none"}, {"batch + 1 of them"});
     to = {all.data(), all.data() + 1, std::ssize(all) - 1, longest_sequence(all), true};
   } else if (lengths.given()) {
     const auto all = lengths.numbers();
@@ -164,7 +164,7 @@ inline token_ranges ranges_of(const named_tensor& lengths, const named_tensor& b
     for (std::size_t b = 0; b < all.size(); ++b) {
       std::int64_t end = 0;
       if (__builtin_add_overflow(to.begins[b], all[b], &end))
-        refuse(begins.name, to_string(to.begins[b]), "a token of the row");
+        refuse(begins.name, {to.begins[b]}, {"a token of the row"});
       to.computed_ends.push_back(end);
     }
     if (!all.empty()) to.ends = to.computed_ends.data();

@@ -72,7 +72,7 @@ cca_status with_arguments(const cca_call* call, place first, const F& f) noexcep
 template <class Cache, class F>
 cca_status with_cache(Cache* cache, const F& f) noexcept {
   return guarded([&] {
-    if (cache == nullptr) refuse("cache", "NULL", "a cache");
+    if (cache == nullptr) refuse("cache", {"NULL"}, {"a cache"});
     std::visit(f, cache->any);
   });
 }
