@@ -106,7 +106,7 @@ void check_stack(const detail::tile_form& form) {
   const tensor<Element> query = random_tensor(queries, form.dim), key = random_tensor(rows, form.dim);
   const tensor<Element> value = random_tensor(rows, form.value_dim), grad_out = random_tensor(queries, form.value_dim);
   const detail::score_rule<T> rule;
-  const auto size = static_cast<std::size_t>(detail::stack<Tile>::size(queries, form, false));
+  const auto size = static_cast<std::size_t>(detail::stack<Tile>::size(queries, form, false, false));
   const detail::aligned_memory memory(size * sizeof(T));
   counter before{0}, mine{0};
   const watched_rows grad_key(rows, before, mine), grad_value(rows, before, mine);
@@ -119,7 +119,7 @@ void check_stack(const detail::tile_form& form) {
   const detail::source_gradient gradient{source, grad_key.view<T>(form.dim), grad_value.view<T>(form.value_dim)};
   {
     const std::jthread task([&] {
-      detail::stack<Tile> stack(reinterpret_cast<T*>(memory.data()), {form, &rule}, {0, 0, 1, 0, queries});
+      detail::stack<Tile> stack(reinterpret_cast<T*>(memory.data()), {form, &rule}, {{0, 0, 0}, 1, queries}, false);
       stack.memory().query.load(queries, [&](std::int64_t i) { return query.row(0, 0, i); });
       stack.memory().grad_out.load(queries, [&](std::int64_t i) { return grad_out.row(0, 0, i); });
       stack.for_each_tile([&](Tile tile, std::int64_t first) {
