@@ -230,7 +230,8 @@ struct textbook {
             add_to_sink(-*grad_lse.row(b, h, i));
             continue;
           }
-          const matrix keys = reference::seen_rows(fk, far, k, near), values = reference::seen_rows(fv, far, v, near);
+          const matrix keys = reference::seen_rows(fk, far_rows, k, near);
+          const matrix values = reference::seen_rows(fv, far_rows, v, near);
           const auto round = [](float x) { return rounded<Element>(x); };
           const vector capped = reference::scores<float>(keys, vector(q.row(i)), o);
           vector of_far = capped.head(far), of_near = capped.tail(near.size()), logits(count);

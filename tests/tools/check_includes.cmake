@@ -9,13 +9,14 @@ set(order
     detail/base/float_mode.hpp element.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp call.hpp
     # Words that kernels use, and the checks of what callers say.
     detail/base/processor.hpp detail/product/choose_unit.hpp
-    detail/base/validate_options.hpp detail/base/validate_views.hpp detail/base/validate.hpp
+    detail/base/validate_options.hpp detail/base/validate_views.hpp detail/base/validate_selection.hpp
+    detail/base/validate.hpp
     detail/base/scratch.hpp detail/base/turn.hpp detail/base/checked_stream.hpp
     # Vectors.
     detail/simd/arch.hpp detail/simd/simd.hpp detail/simd/convert.hpp detail/simd/transpose.hpp detail/context/row_span.hpp
-    detail/simd/dot.hpp detail/simd/register_block.hpp
+    detail/simd/register_block.hpp detail/simd/dot.hpp
     # Who sees which rows, and which task does what.
-    detail/context/source.hpp detail/context/sources.hpp detail/context/visible.hpp detail/context/row_store.hpp
+    detail/context/source.hpp detail/context/far_visible.hpp detail/context/sources.hpp detail/context/visible.hpp detail/context/row_store.hpp
     detail/context/tasks.hpp
     # From scores to weights.
     detail/softmax/row_softmax.hpp detail/softmax/score_shift.hpp detail/softmax/score_rule.hpp detail/softmax/lane_softmax.hpp
@@ -27,7 +28,7 @@ set(order
     detail/pool/group_rows.hpp detail/pool/last_query.hpp detail/pool/max.hpp detail/pool/mean.hpp detail/pool/select.hpp
     detail/pool/pooler.hpp
     # The kernels of queries, and the engines around them.
-    detail/engine/query_tile.hpp detail/engine/stack.hpp detail/engine/few_queries.hpp detail/engine/forward.hpp
+    detail/engine/gathered_rows.hpp detail/engine/query_tile.hpp detail/engine/stack.hpp detail/engine/few_queries.hpp detail/engine/forward.hpp
     detail/engine/gradient_tile.hpp detail/engine/backward.hpp detail/engine/bias_sums.hpp
     # What users call.
     pooling.hpp detail/engine/plan.hpp attention.hpp merge.hpp detail/engine/gradient_plan.hpp gradient.hpp cache_shape.hpp

@@ -13,8 +13,17 @@
 #include "../simd/dot.hpp"
 #include "../softmax/row_softmax.hpp"
 #include "../softmax/score_rule.hpp"
+#include "gathered_rows.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
+
+/// Queries, per head, up to which they share rows along the dim (`few_queries`); more of them ride in lanes (`stack`). Where
+/// the two cross was measured: of 12, 14 and 16 queries after 32K keys, `few_queries` takes 0.86, 1.14 and 0.98 of the time
+/// of a stack with AVX-512, 0.94, 1.18 and 1.20 with AVX2.
+inline constexpr std::int64_t most_few_queries = 12;
+
+/// The same of queries that share a list of selected rows, in sequences of many such lists.
+inline constexpr std::int64_t most_few_of_block = 4;
 
 /// Rows of context that a task of decoding takes in. A long context is cut there whatever the number of threads, so that
 /// results do not depend on it.
@@ -79,6 +88,20 @@ class partial_result {
   std::int64_t value_dim_;
 };
 
+/// Where few queries are: the queries `queries` of each of the heads `heads`, of all of the query's, of sequence `b`, one head
+/// after the other.
+struct few_places {
+  std::int64_t b, all_heads;
+  range heads, queries;
+
+  [[nodiscard]] std::int64_t count() const { return heads.size() * queries.size(); }
+  [[nodiscard]] std::int64_t head(std::int64_t q) const { return heads.begin + q / queries.size(); }
+  [[nodiscard]] std::int64_t query(std::int64_t q) const { return queries.begin + q % queries.size(); }
+};
+
+/// Of what queries see, all.
+inline constexpr range all_rows{0, std::int64_t{1} << 62};
+
 /// A few queries of one sequence whose heads share rows: each row is read from memory once, and the queries take turns
 /// while it is in the first-level cache. The unit of work of decoding.
 ///
@@ -90,13 +113,17 @@ class partial_result {
 template <class T>
 class few_queries {
  public:
-  static constexpr std::int64_t size(std::int64_t queries, std::int64_t dim, std::int64_t value_dim, bool staged) {
+  /// Scratch elements; `staged` where rows are converted, `pieces` where a source has some.
+  static constexpr std::int64_t size(std::int64_t queries, std::int64_t dim, std::int64_t value_dim, bool staged,
+                                     bool pieces) {
     return ranges_size(queries) + queries * (padded<T>(dim) + row_block) +
-           (staged ? slice_rows(dim, value_dim) * (dim + value_dim) : 0);
+           (staged ? slice_rows(dim, value_dim) * (dim + value_dim) : 0) +
+           (pieces ? gathered_rows<T>::size(dim, value_dim) : 0);
   }
 
-  few_queries(T* scratch, std::int64_t queries, std::int64_t dim, std::int64_t value_dim, const score_rule<T>& rule,
-              int headroom)
+  /// `staged` as for `size`.
+  few_queries(T* scratch, std::int64_t queries, std::int64_t dim, std::int64_t value_dim, bool staged,
+              const score_rule<T>& rule, int headroom)
       : dim_(dim),
         value_dim_(value_dim),
         rule_(&rule),
@@ -105,7 +132,8 @@ class few_queries {
         query_(scratch + ranges_size(queries)),
         scores_(query_ + queries * padded<T>(dim)),
         staged_keys_(scores_ + queries * row_block),
-        staged_values_(staged_keys_ + slice_rows(dim, value_dim) * dim) {}
+        staged_values_(staged_keys_ + slice_rows(dim, value_dim) * dim),
+        gathered_(scratch + size(queries, dim, value_dim, staged, false), dim, value_dim) {}
 
   /// Loads query `q`, `dim` elements.
   template <class Query>
@@ -115,14 +143,47 @@ class few_queries {
     fill(to + dim_, to + padded<T>(dim_), T(0));
   }
 
-  /// Which rows of the next head each query sees, to be written.
-  [[nodiscard]] range* seen() const { return seen_; }
+  /// Lets the queries, which are at `places`, absorb the rows `part` of what they see of a source, counted from its first.
+  /// `result(q)` is a `partial_result`.
+  template <class Source, class Result>
+  void absorb(const Source& source, const few_places& places, range part, const Result& result) {
+    const range heads = places.heads, queries = places.queries;
+    const std::int64_t b = places.b, sharing = places.all_heads / source.heads;  // they divide `heads`, a group
+    const std::int64_t together = gcd(sharing, places.all_heads / source.piece_heads);
+    const auto place = [&](std::int64_t q, range some) {
+      const std::int64_t h = places.head(q);
+      return score_place{source.terms(places.b, h), rule_->slope(places.b, h), places.query(q), some, shift_sums<T>{}};
+    };
+    for (std::int64_t h = heads.begin; h < heads.end; h += together) {
+      const range of = {(h - heads.begin) * queries.size(), (h - heads.begin + together) * queries.size()};
+      std::int64_t before = 0;  // rows of the pieces before
+      const auto outside = [&](std::int64_t waiting, std::int64_t size) {
+        return before + waiting >= part.end || before + waiting + size <= part.begin;
+      };
+      gathered_.for_each_piece(
+          source, b, {h, h + together}, queries, source.rows(b, h / sharing), !rule_->shifts(), outside,
+          [&](const auto& head, range piece, std::int64_t, bool whole) {
+            range total;
+            for (std::int64_t q = of.begin; q < of.end; q += places.queries.size()) {
+              if (whole)
+                std::fill_n(seen_ + q, places.queries.size(), piece);
+              else
+                source.visible(places.b, places.head(q), places.queries, piece, seen_ + q);
+            }
+            for (std::int64_t q = of.begin; q < of.end; ++q) total = hull(total, seen_[q]);
+            const range rows = intersection(shifted(part, total.begin - before), total);
+            before += total.size();
+            if (!rows.empty()) absorb_rows(head, rows, of, result, place);
+          });
+    }
+  }
 
+ private:
   /// Lets the queries `queries` absorb what they see of the rows `rows` of a head. `result(q)` is a `partial_result`,
   /// `place(q, some)` the `score_place` of a query and some of the rows.
   template <class Key, class Value, class Result, class Place>
-  void absorb(const context_rows<Key, Value>& head, range rows, range queries, const Result& result,
-              const Place& place) {
+  void absorb_rows(const context_rows<Key, Value>& head, range rows, range queries, const Result& result,
+                   const Place& place) {
     const std::int64_t step = slice_rows(dim_, value_dim_);
     const row_span<Key> keys{head.key, head.key_stride};
     const row_span<Value> values{head.value, head.value_stride};
@@ -138,7 +199,6 @@ class few_queries {
     }
   }
 
- private:
   /// Queries that share the loads of rows.
   static constexpr std::int64_t queries_sharing = 4;
 
@@ -238,6 +298,7 @@ class few_queries {
   int headroom_;
   range* seen_;  // per query
   T *query_, *scores_, *staged_keys_, *staged_values_;
+  gathered_rows<T> gathered_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

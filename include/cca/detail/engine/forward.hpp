@@ -17,19 +17,10 @@
 #include "../product/list.hpp"
 #include "../softmax/score_rule.hpp"
 #include "few_queries.hpp"
-#include "gathered_rows.hpp"
 #include "query_tile.hpp"
 #include "stack.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
-
-/// Queries, per head, up to which they share rows along the dim (`few_queries`); more of them ride in lanes (`stack`). Where
-/// the two cross was measured: of 12, 14 and 16 queries after 32K keys, `few_queries` takes 0.86, 1.14 and 0.98 of the time
-/// of a stack with AVX-512, 0.94, 1.18 and 1.20 with AVX2.
-inline constexpr std::int64_t most_few_queries = 12;
-
-/// The same of queries that share a list of selected rows, in sequences of many such lists.
-inline constexpr std::int64_t most_few_of_block = 4;
 
 /// Attention of every query over all sources in one softmax: the engine of every entry point. It is told the shapes
 /// first, so that its scratch memory can be part of a caller's workspace. `Element` is the operands' `product_type`.
@@ -180,12 +171,8 @@ class forward {
   }
   [[nodiscard]] std::int64_t few_size(std::int64_t queries_per_head) const {
     const std::int64_t queries = queries_per_group(queries_per_head);
-    (void)element_count<T>(queries, few_queries<T>::size(1, form_.dim, form_.value_dim, staged_));
-    return few_queries<T>::size(queries, form_.dim, form_.value_dim, staged_) +
-           (pieces_ ? gathered_rows<T>::size(form_.dim, form_.value_dim) : 0);
-  }
-  [[nodiscard]] gathered_rows<T> gathered(T* few, std::int64_t queries) const {
-    return {few + few_queries<T>::size(queries, form_.dim, form_.value_dim, staged_), form_.dim, form_.value_dim};
+    (void)element_count<T>(queries, few_queries<T>::size(1, form_.dim, form_.value_dim, staged_, pieces_));
+    return few_queries<T>::size(queries, form_.dim, form_.value_dim, staged_, pieces_);
   }
   /// What the queries of a list have seen.
   [[nodiscard]] std::int64_t list_partials() const {
@@ -267,9 +254,9 @@ class forward {
       const std::int64_t b = task.b, part = task.items.begin;
       const sequence s = measure(b);
       const range heads = heads_of_group(task.head);
-      const std::int64_t count = queries_per_group(s.queries);
-      few_queries<T> queries(scratch[worker], count, form_.dim, form_.value_dim, rule, headroom);
-      gathered_rows<T> gathered = this->gathered(scratch[worker], count);
+      few_queries<T> queries(scratch[worker], queries_per_group(s.queries), form_.dim, form_.value_dim, staged_, rule,
+                             headroom);
+      const few_places places{b, heads_, heads, {0, s.queries}};
       for (std::int64_t h = heads.begin; h < heads.end; ++h)
         for (std::int64_t i = 0; i < s.queries; ++i) {
           queries.load((h - heads.begin) * s.queries + i, query.row(b, h, i));
@@ -279,10 +266,9 @@ class forward {
       const auto absorb = [&](const auto& source) {
         const std::int64_t parts = count_parts(source.most_seen(b));
         if (source_part >= 0 && source_part < parts)
-          absorb_few(queries, gathered, source, rule, b, heads, {0, s.queries},
-                     {source_part * part_rows, (source_part + 1) * part_rows}, [&](std::int64_t q) {
-                       return few.partial(b, s, heads.begin + q / s.queries, q % s.queries, part);
-                     });
+          queries.absorb(source, places, {source_part * part_rows, (source_part + 1) * part_rows}, [&](std::int64_t q) {
+            return few.partial(b, s, places.head(q), places.query(q), part);
+          });
         source_part -= parts;
       };
       (absorb(sources), ...);
@@ -330,67 +316,26 @@ class forward {
         [&](std::int64_t) { return block_; });
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = tasks.last_first(place);
-      const std::int64_t b = task.b, count = task.items.size();
-      const range heads = heads_of_group(task.head);
+      const std::int64_t b = task.b;
+      const few_places places{b, heads_, heads_of_group(task.head), task.items};
       T* const partials = scratch[worker];
       const auto result = [&](std::int64_t q) {
         return partial_result<T>(partials + q * partial_result<T>::size(form_.value_dim), form_.value_dim);
       };
       for (const int headroom : {0, most_headroom}) {
-        T* const memory = partials + list_partials();
-        few_queries<T> queries(memory, queries_per_group(count), form_.dim, form_.value_dim, rule, headroom);
-        gathered_rows<T> gathered = this->gathered(memory, queries_per_group(count));
-        bool finite = true;
-        const auto for_each_query = [&](const auto& f) {
-          for (std::int64_t q = 0; q < heads.size() * count; ++q)
-            f(q, heads.begin + q / count, task.items.begin + q % count);
-        };
-        for_each_query([&](std::int64_t q, std::int64_t h, std::int64_t i) {
-          queries.load(q, query.row(b, h, i));
+        few_queries<T> queries(partials + list_partials(), places.count(), form_.dim, form_.value_dim, staged_, rule,
+                               headroom);
+        for (std::int64_t q = 0; q < places.count(); ++q) {
+          queries.load(q, query.row(b, places.head(q), places.query(q)));
           result(q).begin();
-        });
-        (absorb_few(queries, gathered, sources, rule, b, heads, task.items, all_rows, result), ...);
-        for_each_query([&](std::int64_t q, std::int64_t h, std::int64_t i) {
-          finite &= write(result(q), b, h, i, out, lse, rule, headroom);
-        });
+        }
+        (queries.absorb(sources, places, all_rows, result), ...);
+        bool finite = true;
+        for (std::int64_t q = 0; q < places.count(); ++q)
+          finite &= write(result(q), b, places.head(q), places.query(q), out, lse, rule, headroom);
         if (finite) break;
       }
     });
-  }
-
-  static constexpr range all_rows{0, std::int64_t{1} << 62};
-
-  /// Lets the queries `items` of the heads absorb the rows `part` of what they see of a source, counted from its first.
-  template <class Source, class Result>
-  void absorb_few(few_queries<T>& queries, gathered_rows<T>& gathered, const Source& source, const score_rule<T>& rule,
-                  std::int64_t b, range heads, range items, range part, const Result& result) const {
-    const std::int64_t sharing = heads_ / source.heads;  // they divide `heads`, a group
-    const std::int64_t together = gcd(sharing, heads_ / source.piece_heads), length = items.size();
-    const auto place = [&](std::int64_t q, range some) {
-      const std::int64_t h = heads.begin + q / length;
-      return score_place{source.terms(b, h), rule.slope(b, h), items.begin + q % length, some, shift_sums<T>{}};
-    };
-    for (std::int64_t h = heads.begin; h < heads.end; h += together) {
-      const range of{(h - heads.begin) * length, (h - heads.begin + together) * length};
-      std::int64_t before = 0;  // rows of the pieces before
-      const auto absorb = [&](const auto& head, range piece, std::int64_t, bool whole) {
-        for (std::int64_t k = 0; k < together; ++k)
-          if (range* const seen = queries.seen() + of.begin + k * length; whole)
-            std::fill_n(seen, length, piece);
-          else
-            source.visible(b, h + k, items, piece, seen);
-        range total;
-        for (std::int64_t q = of.begin; q < of.end; ++q) total = hull(total, queries.seen()[q]);
-        const range rows = intersection(shifted(part, total.begin - before), total);
-        before += total.size();
-        if (!rows.empty()) queries.absorb(head, rows, of, result, place);
-      };
-      const auto outside = [&](std::int64_t waiting, std::int64_t size) {
-        return before + waiting >= part.end || before + waiting + size <= part.begin;
-      };
-      gathered.for_each_piece(source, b, {h, h + together}, items, source.rows(b, h / sharing), !rule.shifts(), outside,
-                              absorb);
-    }
   }
 
   sequences all_;
