@@ -310,4 +310,18 @@ TEST(CallRefusals, OptionalArgumentsThatDoNotFit) {
             std::string::npos);
 }
 
+TEST(Call, SequencesMayAllBeEmptyWhereverTheyBegin) {
+  random_engine random(1);
+  all_arguments<float> a(random);
+  const std::vector<std::int64_t> none(static_cast<std::size_t>(a.s.batch), 0);
+  const auto without_tokens = [&](auto view) {
+    view.begins = view.ends = none.data();
+    return view;
+  };
+  a.out.fill(7);
+  attention(without_tokens(std::as_const(a.query).view()), without_tokens(std::as_const(a.key).view()),
+            without_tokens(std::as_const(a.value).view()), without_tokens(a.out.view()));
+  EXPECT_EQ(*a.out.row(0, 0, 0), 7);
+}
+
 }}  // namespace cca::test

@@ -142,7 +142,7 @@ inline void require_disjoint_sequences(const named_view& view) {
 /// stride, each dimension has to step over all that the smaller ones reach; every permuted or padded layout does.
 inline void require_output(const output_view& view) {
   require_operand(view);
-  if (view.empty()) return;
+  if (view.empty() || tokens_of(view).empty()) return;
   std::array<std::int64_t, 4> extents = view.extent;
   extents[2] = tokens_of(view).size();
   if (view.begins != nullptr && view.stride[0] == 0) {
