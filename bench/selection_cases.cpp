@@ -1,5 +1,5 @@
-// Index-selected attention: causal attention to blocks of the keys that a list of each block of queries selects, its own
-// among them. Its counters:
+// Index-selected attention: causal attention to blocks of the keys that a list of each block of queries selects, its
+// own among them. Its counters:
 //   flop/s, peak  as of other cases: of the pairs that are seen
 //   of_dense      its fraction of the peak by that of dense attention of the same heads, in turns with it
 
@@ -119,7 +119,10 @@ struct selection_gradients {
   tensor<float> grad_out, query, key, value, none{1, 1, 0, 1};
 
   explicit selection_gradients(const selection_call& call)
-      : grad_out(call.data.out.extent), query(call.data.query.extent), key(call.data.key.extent), value(call.data.value.extent) {
+      : grad_out(call.data.out.extent),
+        query(call.data.query.extent),
+        key(call.data.key.extent),
+        value(call.data.value.extent) {
     fill(grad_out, 4);
   }
 
