@@ -139,14 +139,15 @@ void attention(const Query& query, const Key& key, const Value& value, const Out
 }
 
 /// One softmax over far context that the caller made, by any compressor, and the raw window: query i of head h sees the
-/// far rows `[0, seen(b, h, i))`, or those that are visible at its position or selected for it, and the raw tokens that CCA attention with the same options sees: the window, which
-/// reaches back to the start of a group where `group_size` is above 1, and the sink tokens, the first of `key`. An empty
-/// key and value leave the far context alone.
+/// far rows `[0, seen(b, h, i))`, or those that are visible at its position or selected for it, and the raw tokens that
+/// CCA attention with the same options sees: the window, which reaches back to the start of a group where `group_size`
+/// is above 1, and the sink tokens, the first of `key`. An empty key and value leave the far context alone.
 ///
 /// @param in,to,run  as for `attention` without groups, as are errors
-/// @param context  its heads divide the query's; every `seen` lies in `[0, far length]`. The lists of `selected` ascend. What
-///   a query gets does not depend, to the bit, on the lists of others. Where `block_queries` is at most 4 each list goes by
-///   itself with the heads that share rows, otherwise a tile of queries does, which is best filled by 64 and more of them.
+/// @param context  its heads divide the query's; every `seen` lies in `[0, far length]`. The lists of `selected`
+///   ascend. What a query gets does not depend, to the bit, on the lists of others. Where `block_queries` is at most 4
+///   each list goes by itself with the heads that share rows, otherwise a tile of queries does, which is best filled by
+///   64 and more of them.
 /// @param options  all but `pool`, `core_heads` and `core_bias`: the caller pools, and gives biases with his far context
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
           class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>,

@@ -184,25 +184,26 @@ struct cores {
 template <class K, class V>
 cores(tensor_view<K>, tensor_view<V>) -> cores<K, V>;
 
-/// Which far rows queries see, as lists of blocks of rows: index-selected attention (DeepSeek-V3.2, MInference, MoBA, Quest).
-/// The far rows are then mostly raw keys and values. A call costs what is selected.
+/// Which far rows queries see, as lists of blocks of rows: index-selected attention (DeepSeek-V3.2, MInference, MoBA,
+/// Quest). The far rows are then mostly raw keys and values. A call costs what is selected.
 struct far_selection {
-  /// `[1 or batch, a divisor of the query heads, blocks of queries, most]`: the numbers of the blocks of rows that a block of
-  /// queries sees, ascending, and -1 in the places behind them. The last extent is adjacent in memory. Where sequences have
-  /// lengths of their own, so have the blocks of their queries. Without data there is no selection.
+  /// `[1 or batch, a divisor of the query heads, blocks of queries, most]`: the numbers of the blocks of rows that a
+  /// block of queries sees, ascending, and -1 in the places behind them. The last extent is adjacent in memory. Where
+  /// sequences have lengths of their own, so have the blocks of their queries. Without data there is no selection.
   tensor_view<const std::int64_t> blocks{};
   std::int64_t block_rows = 1;     ///< block c is the far rows `[c block_rows, (c + 1) block_rows)`, up to the last one
   std::int64_t block_queries = 1;  ///< list q is for the queries `[q block_queries, (q + 1) block_queries)` of the call
 };
 
-/// Far context that any compressor made: `attend` puts it before the window in one softmax. A query sees the rows that all
-/// of `seen`, `visible_from` and `visible_until`, or `selected` let it see: what is not given leaves them all.
+/// Far context that any compressor made: `attend` puts it before the window in one softmax. A query sees the rows that
+/// all of `seen`, `visible_from` and `visible_until`, or `selected` let it see: what is not given leaves them all.
 template <class Key = float, class Value = Key, class Bias = compute_type<Key, Value>>
 struct far_context {
   static_assert(detail::check_elements<Key, Value, Bias>());
   tensor_view<const Key> key;         ///< `[batch, far heads, far length, dim]`, heads a divisor of the query's
   tensor_view<const Value> value;     ///< `[batch, far heads, far length, value dim]`
-  /// `[batch, query heads, query length]`: the query sees far rows `[0, seen)`. May be missing where others say who sees what.
+  /// `[batch, query heads, query length]`: the query sees far rows `[0, seen)`. May be missing where others say who
+  /// sees what.
   lse_view<const std::int64_t> seen{};
   /// A bias per far row, `[1 or batch, a divisor of the query heads, far length]`, of the type that is computed in; without
   /// data there is none. -inf masks the row.
@@ -210,9 +211,9 @@ struct far_context {
   /// Positions of the far rows, for `alibi_slopes`: of the same extents, in `[-2^61, 2^61]`; without data there are none.
   lse_view<const std::int64_t> positions{};
   /// @{
-  /// Far row j is seen by the queries at the positions `[visible_from(j), visible_until(j))`: of the same extents as `bias`,
-  /// each with or without the other, in any order. (It costs least where both never decrease, for then every query sees
-  /// neighbouring rows; otherwise rows are gone through in runs in which they do not.)
+  /// Far row j is seen by the queries at the positions `[visible_from(j), visible_until(j))`: of the same extents as
+  /// `bias`, each with or without the other, in any order. (It costs least where both never decrease, for then every
+  /// query sees neighbouring rows; otherwise rows are gone through in runs in which they do not.)
   lse_view<const std::int64_t> visible_from{}, visible_until{};
   /// @}
   /// Which rows are seen; not beside `visible_from` and `visible_until`.

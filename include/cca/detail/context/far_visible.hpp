@@ -42,7 +42,8 @@ auto most_far_rows(const Far& context) {
   };
 }
 
-/// Who sees the rows of a far context, in pieces (`sees_pieces`). Queries that ask together share a list of selected rows.
+/// Who sees the rows of a far context, in pieces (`sees_pieces`). Queries that ask together share a list of selected
+/// rows.
 template <class Far, class First>
 class far_visible {
  public:
@@ -127,8 +128,9 @@ class far_visible {
     return {shared_row(from, b, h, query_heads_), shared_row(until, b, h, query_heads_), from.stride[2], until.stride[2]};
   }
 
-  /// Neighbouring rows that some query at these positions sees, as long as both bounds, among the positions, never decrease:
-  /// then each query sees one range of them. What happens before or behind the positions does not end a piece.
+  /// Neighbouring rows that some query at these positions sees, as long as both bounds, among the positions, never
+  /// decrease: then each query sees one range of them. What happens before or behind the positions does not end a
+  /// piece.
   [[nodiscard]] range next_run(std::int64_t b, std::int64_t h, range positions, std::int64_t from) const {
     const lifetimes of = lifetimes_of(b, h);
     const std::int64_t length = context_.key.length(b);

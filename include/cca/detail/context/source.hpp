@@ -49,7 +49,8 @@ struct row_terms {
 ///    empty behind the last;
 ///  - `ranges(b, h, queries, piece, seen)`: writes what each query sees of a piece;
 ///  - `whole(b, heads, queries, piece)`: whether all these queries of heads with the same pieces see all of one;
-///  - `most(b)`: rows that a query sees, at most; `heads`: how many have pieces of their own, shared evenly by query heads.
+///  - `most(b)`: rows that a query sees, at most; `heads`: how many have pieces of their own, shared evenly by query
+///    heads.
 template <class Visible>
 concept sees_pieces = requires(const Visible& visible, range queries) { visible.next(0, 0, queries, 0); };
 
@@ -113,8 +114,8 @@ class source_ref {
   /// Rows that a query sees, at most.
   [[nodiscard]] std::int64_t most_seen(std::int64_t b) const { return most_ != nullptr ? most_(source_, b) : length(b); }
 
-  /// Calls `f(piece, the piece behind it)` for the pieces in which the queries `queries` of query head `h` see the rows,
-  /// upwards. There is an empty one behind the last.
+  /// Calls `f(piece, the piece behind it)` for the pieces in which the queries `queries` of query head `h` see the
+  /// rows, upwards. There is an empty one behind the last.
   template <class F>
   void for_each_piece(std::int64_t b, std::int64_t h, range queries, const F& f) const {
     if (next_ == nullptr) return f(range{0, length(b)}, range{length(b), length(b)});

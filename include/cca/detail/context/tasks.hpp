@@ -14,8 +14,8 @@ struct task {
   bool leads = false;  ///< the first of its chain
 };
 
-/// Queries side by side in lanes: from query `first` of head `head` of sequence `b` on those behind it, or, `across` heads,
-/// the same query of the heads behind.
+/// Queries side by side in lanes: from query `first` of head `head` of sequence `b` on those behind it, or, `across`
+/// heads, the same query of the heads behind.
 struct lane_queries {
   std::int64_t b, head, first;
   bool across = false;
@@ -72,8 +72,8 @@ class sequence_offsets {
   std::int64_t each_;
 };
 
-/// The `length` queries of a sequence, cut into stacks of at most `lanes`. Queries share what they see in blocks of `block`:
-/// no stack holds queries of two of them. As items of tasks each block begins at a multiple of `lanes`.
+/// The `length` queries of a sequence, cut into stacks of at most `lanes`. Queries share what they see in blocks of
+/// `block`: no stack holds queries of two of them. As items of tasks each block begins at a multiple of `lanes`.
 class query_cuts {
  public:
   query_cuts(std::int64_t length, std::int64_t block, std::int64_t lanes)

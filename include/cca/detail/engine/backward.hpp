@@ -140,7 +140,12 @@ class backward {
   template <class Queries>
   backward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups,
            const piece_form& pieces, bool staged, std::int64_t workers, const Queries& queries)
-      : all_(all), heads_(heads), form_(form), sharing_(head_groups > 0 ? heads / head_groups : 0), block_(pieces.block), staged_(staged) {
+      : all_(all),
+        heads_(heads),
+        form_(form),
+        sharing_(head_groups > 0 ? heads / head_groups : 0),
+        block_(pieces.block),
+        staged_(staged) {
     for (std::int64_t b = 0; b < all_.distinct(); ++b)
       worker_size_ = larger(worker_size_, of_tile([&]<class Tile>(std::type_identity<Tile>) {
                               return stack<Tile>::size(lanes(queries(b)), form_, staged_, false);

@@ -88,8 +88,8 @@ class partial_result {
   std::int64_t value_dim_;
 };
 
-/// Where few queries are: the queries `queries` of each of the heads `heads`, of all of the query's, of sequence `b`, one head
-/// after the other.
+/// Where few queries are: the queries `queries` of each of the heads `heads`, of all of the query's, of sequence `b`,
+/// one head after the other.
 struct few_places {
   std::int64_t b, all_heads;
   range heads, queries;
@@ -143,8 +143,8 @@ class few_queries {
     fill(to + dim_, to + padded<T>(dim_), T(0));
   }
 
-  /// Lets the queries, which are at `places`, absorb the rows `part` of what they see of a source, counted from its first.
-  /// `result(q)` is a `partial_result`.
+  /// Lets the queries, which are at `places`, absorb the rows `part` of what they see of a source, counted from its
+  /// first. `result(q)` is a `partial_result`.
   template <class Source, class Result>
   void absorb(const Source& source, const few_places& places, range part, const Result& result) {
     const range heads = places.heads, queries = places.queries;

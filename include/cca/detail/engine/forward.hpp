@@ -32,8 +32,8 @@ class forward {
 
  public:
   /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
-  /// the sources' heads. `queries(b)` and each of `rows(b)` are how many queries per head sequence `b` has, and how many
-  /// rows of a source a query sees at most.
+  /// the sources' heads. `queries(b)` and each of `rows(b)` are how many queries per head sequence `b` has, and how
+  /// many rows of a source a query sees at most.
   template <class Queries, class... Rows>
   forward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups,
           const piece_form& pieces, bool staged, std::int64_t workers, const Queries& queries, const Rows&... rows)
@@ -101,8 +101,8 @@ class forward {
       if (attend_few(few, query, out, lse, rule.balanced(), headroom, run, scratch, sources...)) return;
   }
 
-  /// How long a sequence is: its queries, per head, those of them that share lists, and the parts of its context. Those are
-  /// what few queries' context is cut into, and how long it is for many.
+  /// How long a sequence is: its queries, per head, those of them that share lists, and the parts of its context. Those
+  /// are what few queries' context is cut into, and how long it is for many.
   struct sequence {
     std::int64_t queries, block, parts;
 
@@ -146,8 +146,8 @@ class forward {
   }
   /// Tasks of few queries, for each group of heads.
   [[nodiscard]] static std::int64_t few_tasks(const sequence& s) { return s.few() && s.queries > 0 ? s.parts : 0; }
-  /// Whether heads that share rows and lists are enough to fill half a vector of lanes. `few_queries` gets 0.3 of what a
-  /// stack gets that fills them all.
+  /// Whether heads that share rows and lists are enough to fill half a vector of lanes. `few_queries` gets 0.3 of what
+  /// a stack gets that fills them all.
   [[nodiscard]] bool goes_across() const { return block_ == 1 && 2 * across_ >= width<T>; }
   /// Heads of a stack.
   template <class Tile>

@@ -23,11 +23,11 @@ class gathered_rows {
   gathered_rows(T* scratch, std::int64_t dim, std::int64_t value_dim)
       : keys_(scratch), values_(scratch + most * dim), dim_(dim), value_dim_(value_dim) {}
 
-  /// Goes through what the queries `queries` of the heads `heads`, whose rows and pieces are the same, see of a source. Calls
-  /// `f(rows, piece, next, whole)` for its pieces as they lie, and where `gathers` for copies of short ones that all of these
-  /// queries see, as a piece that begins with row 0: `whole` is then true, and the rows have no terms. Behind a piece those
-  /// from row `next` on are expected. A piece is not copied if `outside(count, size)` holds, of its size and of how many rows
-  /// wait for `f`.
+  /// Goes through what the queries `queries` of the heads `heads`, whose rows and pieces are the same, see of a source.
+  /// Calls `f(rows, piece, next, whole)` for its pieces as they lie, and where `gathers` for copies of short ones that
+  /// all of these queries see, as a piece that begins with row 0: `whole` is then true, and the rows have no terms.
+  /// Behind a piece those from row `next` on are expected. A piece is not copied if `outside(count, size)` holds, of
+  /// its size and of how many rows wait for `f`.
   template <class Source, class Key, class Value, class Outside, class F>
   void for_each_piece(const Source& source, std::int64_t b, range heads, range queries,
                       const context_rows<Key, Value>& rows, bool gathers, const Outside& outside, const F& f) {

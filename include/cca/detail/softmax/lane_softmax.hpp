@@ -81,8 +81,8 @@ class lane_softmax {
   /// By how much each lane shrinks what it had before the last `absorb`.
   [[nodiscard]] const T* rescale() const { return rescale_; }
 
-  /// Makes the shares of the first `count` of these queries. A sink is one more row, of value 0: it joins the sum and nothing
-  /// else.
+  /// Makes the shares of the first `count` of these queries. A sink is one more row, of value 0: it joins the sum and
+  /// nothing else.
   void finish(std::int64_t count, const lane_queries& of) {
     const vec<T> zero(T(0)), one(T(1));
     for (std::int64_t lane = 0; lane < lanes_; lane += W) {
