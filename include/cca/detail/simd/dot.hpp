@@ -202,9 +202,7 @@ void add_shared_rows(const T* weights, std::int64_t weight_stride, row_span<Elem
     constexpr std::int64_t N = n();
     const std::int64_t d = first * W;
     vec<T> sum[extent(Queries)][extent(N)];
-    unroll<Queries * N>([&](auto i) CCA_INLINE_LAMBDA {
-      sum[i / N][i % N] = vec<T>::load_unaligned(to[i / N] + d + i % N * W);
-    });
+    unroll<Queries * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
     for (std::int64_t j = 0; j < count; ++j) {
       vec<T> row[extent(N)];
       unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
@@ -216,8 +214,10 @@ void add_shared_rows(const T* weights, std::int64_t weight_stride, row_span<Elem
         unroll<N>([&](auto i) CCA_INLINE_LAMBDA { sum[q][i] = fma<T>(weight, row[i], sum[q][i]); });
       });
     }
+    // Sums of some rows each, and then of those: rounding errors of long rows stay small.
     unroll<Queries * N>([&](auto i) CCA_INLINE_LAMBDA {
-      sum[i / N][i % N].store_unaligned(to[i / N] + d + i % N * W);
+      T* s = to[i / N] + d + i % N * W;
+      (vec<T>::load_unaligned(s) + sum[i / N][i % N]).store_unaligned(s);
     });
   });
   for (std::int64_t q = 0; full < dim && q < Queries; ++q)
