@@ -104,10 +104,12 @@ auto textbook(const tensor<T>& queries, const std::vector<std::int64_t>& positio
   const cca::partition partition = cca::partition_of(options);
   const std::int64_t dim = key.dim();
   std::pair<tensor<Scalar>, tensor<Scalar>> cores{{1, 1, 0, dim}, {1, 1, 0, value.dim()}};
-  if (with_cores) cores = cca::reference::pool<Scalar>(query, key, value, options);
+  cca::reference::converter<Scalar> numbers;
+  const cca::reference::operands<Scalar> all{numbers(query), numbers(key), numbers(value)};
+  if (with_cores) cores = cca::reference::pool(all, options);
   const auto position = [&](std::int64_t i) { return positions[static_cast<std::size_t>(i)]; };
   return cca::reference::attend<Scalar>(
-             cca::inputs{queries.view(), key, value}, cores.first.view(), cores.second.view(), options,
+             {numbers(queries.view()), all.key, all.value}, cores.first.view(), cores.second.view(), options,
              [&](std::int64_t, std::int64_t, std::int64_t i) {
                return with_cores ? partition.core_count(position(i)) : std::int64_t{0};
              },

@@ -53,13 +53,15 @@ tensor<Scalar> textbook_of(const cca::inputs<float>& in, const cca::options& opt
                            const std::vector<std::int64_t>& rows) {
   namespace reference = cca::reference;
   const cca::partition partition = cca::partition_of(options);
-  const auto cores = reference::pool<Scalar>(in.query, in.key, in.value, options);
-  const auto biases = reference::core_biases<Scalar>(in.query, in.key, options);
+  reference::converter<Scalar> numbers;
+  const reference::operands<Scalar> all = numbers(in);
+  const auto cores = reference::pool(all, options);
+  const auto biases = reference::core_biases(all, options);
   tensor<Scalar> out(1, 1, static_cast<std::int64_t>(rows.size()), in.value.dim());
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const std::int64_t t = rows[i];
-    cca::inputs<float> one = in;
-    one.query = in.query.slice(t, 1);
+    reference::operands<Scalar> one = all;
+    one.query = all.query.slice(t, 1);
     cca::options at = options;
     at.first_position = t;
     const auto answer = reference::attend<Scalar>(

@@ -2,7 +2,6 @@
 
 #include <Eigen/Core>
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -11,9 +10,9 @@
 #include <vector>
 
 #include "call.hpp"
-#include "element.hpp"
 #include "options.hpp"
 #include "partition.hpp"
+#include "reference_operands.hpp"
 #include "tensor_view.hpp"
 
 /// The textbook: attention and its gradients as their formulas read, one query after the other, O(length^2). In double it
@@ -21,27 +20,6 @@
 /// hides nothing: shapes and options are those of the entry points of the same name, which do the validation. Sequences with
 /// lengths of their own are taken one after the other; in tensors of results zeros follow the rows of a shorter one.
 namespace cca { inline namespace CCA_TARGET { namespace reference {
-
-/// A tensor that owns its elements, `[batch][heads][length][dim]` in memory.
-template <class Scalar>
-struct tensor {
-  std::array<std::int64_t, 4> extent{};  ///< `[batch, heads, length, dim]`
-  std::vector<Scalar> data;              ///< in this order
-
-  /// @{
-  /// Of zeros.
-  tensor() = default;
-  tensor(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d)
-      : extent{b, h, s, d}, data(static_cast<std::size_t>(b * h * s * d)) {}
-  explicit tensor(const std::array<std::int64_t, 4>& e) : tensor(e[0], e[1], e[2], e[3]) {}
-  /// @}
-
-  /// @{
-  /// All of it.
-  [[nodiscard]] auto view() { return bhsd(data.data(), extent[0], extent[1], extent[2], extent[3]); }
-  [[nodiscard]] auto view() const { return bhsd(data.data(), extent[0], extent[1], extent[2], extent[3]); }
-  /// @}
-};
 
 /// What attention computes.
 template <class Scalar>
@@ -58,11 +36,11 @@ template <class Scalar>
 using vector = Eigen::Matrix<Scalar, Eigen::Dynamic, 1>;
 
 /// One head of a view, `[length, dim]`.
-template <class Scalar, class T>
-matrix<Scalar> head(tensor_view<T> view, std::int64_t b, std::int64_t h) {
+template <class Scalar>
+matrix<Scalar> head(tensor_view<const Scalar> view, std::int64_t b, std::int64_t h) {
   matrix<Scalar> rows(view.length(), view.dim());
   for (std::int64_t i = 0; i < view.length(); ++i)
-    for (std::int64_t d = 0; d < view.dim(); ++d) rows(i, d) = static_cast<Scalar>(view.row(b, h, i)[d]);
+    for (std::int64_t d = 0; d < view.dim(); ++d) rows(i, d) = view.row(b, h, i)[d];
   return rows;
 }
 
@@ -73,11 +51,11 @@ Eigen::Map<matrix<Scalar>> head(tensor<Scalar>& tensor, std::int64_t b, std::int
 }
 
 /// The mean of the query heads that share the cores of head `h`.
-template <class Scalar, class T>
-matrix<Scalar> mean_query(tensor_view<T> query, std::int64_t b, std::int64_t h, std::int64_t sharing) {
+template <class Scalar>
+matrix<Scalar> mean_query(tensor_view<const Scalar> query, std::int64_t b, std::int64_t h, std::int64_t sharing) {
   matrix<Scalar> mean = matrix<Scalar>::Zero(query.length(), query.dim());
   for (std::int64_t i = h * sharing; i < (h + 1) * sharing; ++i)
-    mean += head<Scalar>(query, b, i) / static_cast<Scalar>(sharing);
+    mean += head(query, b, i) / static_cast<Scalar>(sharing);
   return mean;
 }
 
@@ -109,60 +87,9 @@ vector<Scalar> pooling_weights(const Keys& keys, const Query& last, Scalar scale
 
 namespace detail {
 
-/// Sequence `b` of numbers that may be given, for each sequence or for all.
-template <class T>
-lse_view<T> sequence_of(const lse_view<T>& numbers, std::int64_t b) {
-  return numbers.data == nullptr ? numbers : numbers.sequence(b % numbers.batch());
-}
-
-/// Sequence `b` of what attention reads.
-template <class Query, class Key, class Value, class Sink>
-inputs<Query, Key, Value, Sink> sequence_of(const inputs<Query, Key, Value, Sink>& in, std::int64_t b) {
-  return {in.query.sequence(b),
-          in.key.sequence(b),
-          in.value.sequence(b),
-          sequence_of(in.sink_logits, b),
-          sequence_of(in.alibi_slopes, b),
-          sequence_of(in.key_bias, b)};
-}
-
-/// Sequence `b` of lists of selected rows.
-inline far_selection sequence_of(far_selection selected, std::int64_t b) {
-  if (selected.blocks.data != nullptr) selected.blocks = selected.blocks.sequence(b % selected.blocks.batch());
-  return selected;
-}
-
-/// Sequence `b` of a far context.
-template <class Key, class Value, class Bias>
-far_context<Key, Value, Bias> sequence_of(const far_context<Key, Value, Bias>& context, std::int64_t b) {
-  return {context.key.sequence(b),
-          context.value.sequence(b),
-          sequence_of(context.seen, b),
-          sequence_of(context.bias, b),
-          sequence_of(context.positions, b),
-          sequence_of(context.visible_from, b),
-          sequence_of(context.visible_until, b),
-          sequence_of(context.selected, b)};
-}
-
-/// Whether some of these views have lengths per sequence.
-template <class... View>
-bool have_lengths(const View&... views) {
-  return (views.has_lengths() || ...);
-}
-
-/// Adds what was computed of sequence `b` alone to the rows of that sequence.
-template <class Scalar>
-void add_sequence(const tensor<Scalar>& one, std::int64_t b, tensor<Scalar>& all) {
-  for (std::int64_t h = 0; h < one.extent[1]; ++h)
-    for (std::int64_t i = 0; i < one.extent[2]; ++i)
-      for (std::int64_t d = 0; d < one.extent[3]; ++d)
-        all.view().row(b % all.extent[0], h, i)[d] += one.view().row(0, h, i)[d];
-}
-
 /// The results of `f(b)` of each sequence.
-template <class Scalar, class Query, class F>
-result<Scalar> each_alone(const tensor_view<Query>& query, std::int64_t value_dim, const F& f) {
+template <class Scalar, class F>
+result<Scalar> each_alone(const tensor_view<const Scalar>& query, std::int64_t value_dim, const F& f) {
   result<Scalar> all{{query.batch(), query.heads(), query.length(), value_dim},
                      {query.batch(), query.heads(), query.length(), 1}};
   for (std::int64_t b = 0; b < query.batch(); ++b) {
@@ -191,9 +118,9 @@ std::int64_t selected_token(const Keys& keys, const Query& last, Scalar scale) {
 /// Keys and values of the cores of every complete group. `core_k = sum_j w_j k_j` with
 /// `w = softmax_j(pooling_scale * scale * q_last . k_j)`, and alike for the values; or the group's mean or maximum, or the
 /// token of the largest weight.
-template <class Scalar, class Query, class Key, class Value>
-std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                                               const options& options) {
+template <class Scalar>
+std::pair<tensor<Scalar>, tensor<Scalar>> pool(const operands<Scalar>& in, const options& options) {
+  const auto &query = in.query, &key = in.key, &value = in.value;
   const partition partition = partition_of(options);
   const auto scale = static_cast<Scalar>(cca::detail::pooling_scale(options, key.dim()));
   const std::int64_t heads = cca::detail::core_head_count(options, query.heads(), key.heads());
@@ -203,7 +130,7 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
                                                   {key.batch(), heads, groups, value.dim()}};
   if (detail::have_lengths(query, key, value)) {
     for (std::int64_t b = 0; b < key.batch(); ++b) {
-      const auto one = pool<Scalar>(query.sequence(b), key.sequence(b), value.sequence(b), options);
+      const auto one = pool(detail::sequence_of(in, b), options);
       detail::add_sequence(one.first, b, cores.first);
       detail::add_sequence(one.second, b, cores.second);
     }
@@ -212,8 +139,8 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
   for (std::int64_t b = 0; b < key.batch(); ++b)
     for (std::int64_t h = 0; h < heads; ++h) {
       const std::int64_t kv_head = h / (heads / key.heads());
-      const matrix<Scalar> keys = head<Scalar>(key, b, kv_head), values = head<Scalar>(value, b, kv_head);
-      const matrix<Scalar> queries = mean_query<Scalar>(query, b, h, sharing);
+      const matrix<Scalar> keys = head(key, b, kv_head), values = head(value, b, kv_head);
+      const matrix<Scalar> queries = mean_query(query, b, h, sharing);
       for (std::int64_t c = 0; c < groups; ++c) {
         const range group = partition.group(c);
         const auto k = keys.middleRows(group.begin, group.size()), v = values.middleRows(group.begin, group.size());
@@ -241,11 +168,17 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(tensor_view<Query> query, tensor_
     }
   return cores;
 }
+template <class Scalar, class Query, class Key, class Value>
+auto pool(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value, const options& options) {
+  converter<Scalar> numbers;
+  return pool(operands<Scalar>{numbers(query), numbers(key), numbers(value)}, options);
+}
 
 /// Biases of the cores of every complete group, `[batch, core heads, groups, 1]`: the entropy of the weights,
 /// `-sum_j w_j log w_j`; nothing where the options ask for none.
-template <class Scalar, class Query, class Key>
-tensor<Scalar> core_biases(tensor_view<Query> query, tensor_view<Key> key, const options& options) {
+template <class Scalar>
+tensor<Scalar> core_biases(const operands<Scalar>& in, const options& options) {
+  const auto &query = in.query, &key = in.key;
   if (options.core_bias == core_bias::none) return {};
   const partition partition = partition_of(options);
   const auto scale = static_cast<Scalar>(cca::detail::pooling_scale(options, key.dim()));
@@ -253,8 +186,8 @@ tensor<Scalar> core_biases(tensor_view<Query> query, tensor_view<Key> key, const
   tensor<Scalar> biases(key.batch(), heads, partition.group_count(key.length()), 1);
   for (std::int64_t b = 0; b < key.batch(); ++b)
     for (std::int64_t h = 0; h < heads; ++h) {
-      const matrix<Scalar> keys = head<Scalar>(key, b, h / (heads / key.heads())),
-                           queries = mean_query<Scalar>(query, b, h, query.heads() / heads);
+      const matrix<Scalar> keys = head(key, b, h / (heads / key.heads())),
+                           queries = mean_query(query, b, h, query.heads() / heads);
       for (std::int64_t c = 0; c < biases.extent[2]; ++c) {
         const range group = partition.group(c);
         Scalar& bias = *biases.view().row(b, h, c);
@@ -270,18 +203,18 @@ tensor<Scalar> core_biases(tensor_view<Query> query, tensor_view<Key> key, const
 }
 
 /// Scores of a query and keys: `x = scale q . k`, and with a softcap `cap tanh(x / cap)` in its place.
-template <class Scalar, class Keys, class Row>
-vector<Scalar> scores(const Keys& keys, const Row& query, const options& options) {
+template <class Scalar>
+vector<Scalar> scores(const matrix<Scalar>& keys, const vector<Scalar>& query, const options& options) {
   const vector<Scalar> x = static_cast<Scalar>(cca::detail::softmax_scale(options, keys.cols())) * (keys * query);
   const auto cap = static_cast<Scalar>(options.softcap);
   return cap > 0 ? vector<Scalar>(cap * (x / cap).array().tanh()) : x;
 }
 
 /// The sink logit of query `i`; where there is none, that of no weight.
-template <class Scalar, class Sink>
-Scalar sink_logit(const lse_view<Sink>& sinks, std::int64_t b, std::int64_t h, std::int64_t i) {
+template <class Scalar>
+Scalar sink_logit(const lse_view<const Scalar>& sinks, std::int64_t b, std::int64_t h, std::int64_t i) {
   if (sinks.data == nullptr) return -std::numeric_limits<Scalar>::infinity();
-  return static_cast<Scalar>(*sinks.row(b % sinks.batch(), h, i % sinks.length()));
+  return *sinks.row(b % sinks.batch(), h, i % sinks.length());
 }
 
 /// What is known of rows beside their keys and values: their positions, and biases.
@@ -298,11 +231,11 @@ const T& shared(const lse_view<const T>& view, std::int64_t heads, std::int64_t 
 }
 
 /// Those of such views.
-template <class Scalar, class Bias>
-std::function<Scalar(std::int64_t, std::int64_t, std::int64_t)> biases(lse_view<const Bias> view, std::int64_t heads) {
+template <class Scalar>
+std::function<Scalar(std::int64_t, std::int64_t, std::int64_t)> biases(lse_view<const Scalar> view,
+                                                                       std::int64_t heads) {
   if (view.data == nullptr) return {};
-  return
-      [=](std::int64_t b, std::int64_t h, std::int64_t j) { return static_cast<Scalar>(shared(view, heads, b, h, j)); };
+  return [=](std::int64_t b, std::int64_t h, std::int64_t j) { return shared(view, heads, b, h, j); };
 }
 
 /// Numbers of rows.
@@ -336,26 +269,26 @@ vector<Scalar> distances(const row_terms<Scalar>& terms, std::int64_t b, std::in
 }
 
 /// Adds to the scores of rows what is not of their keys: `x -= slope |t - position|`, `x += bias`.
-template <class Scalar, class Scores, class Sink>
-void shift(Scores&& scores, const lse_view<const Sink>& slopes, const row_terms<Scalar>& terms, std::int64_t b,
+template <class Scalar, class Scores>
+void shift(Scores&& scores, const lse_view<const Scalar>& slopes, const row_terms<Scalar>& terms, std::int64_t b,
            std::int64_t h, std::int64_t t, const row_numbers& rows) {
   if (slopes.data != nullptr)
-    scores -= static_cast<Scalar>(*slopes.row(b % slopes.batch(), h, 0)) * distances(terms, b, h, t, rows);
+    scores -= *slopes.row(b % slopes.batch(), h, 0) * distances(terms, b, h, t, rows);
   for (std::int64_t i = 0; i < rows.size() && terms.bias; ++i) scores(i) += terms.bias(b, h, rows(i));
 }
 
 /// Of the raw tokens of a call.
-template <class Scalar, class Inputs>
-row_terms<Scalar> raw_terms(const Inputs& in) {
-  return {[](std::int64_t, std::int64_t, std::int64_t j) { return j; }, biases<Scalar>(in.key_bias, in.query.heads())};
+template <class Scalar>
+row_terms<Scalar> raw_terms(const operands<Scalar>& in) {
+  return {[](std::int64_t, std::int64_t, std::int64_t j) { return j; }, biases(in.key_bias, in.query.heads())};
 }
 
 /// Of a caller's far rows.
-template <class Scalar, class Inputs, class Far>
-row_terms<Scalar> far_terms(const Inputs& in, const Far& context) {
-  row_terms<Scalar> terms{{}, biases<Scalar>(context.bias, in.query.heads())};
+template <class Scalar>
+row_terms<Scalar> far_terms(const far_operands<Scalar>& context, std::int64_t query_heads) {
+  row_terms<Scalar> terms{{}, biases(context.bias, query_heads)};
   if (context.positions.data != nullptr)
-    terms.position = [positions = context.positions, heads = in.query.heads()](
+    terms.position = [positions = context.positions, heads = query_heads](
                          std::int64_t b, std::int64_t h, std::int64_t j) { return shared(positions, heads, b, h, j); };
   return terms;
 }
@@ -368,7 +301,7 @@ row_terms<Scalar> core_terms(const options& options, const tensor<Scalar>& of, s
   return {[partition = partition_of(options)](std::int64_t, std::int64_t, std::int64_t c) {
             return partition.group(c).end - 1;
           },
-          biases<Scalar>(view, heads)};
+          biases(view, heads)};
 }
 
 /// The keys or the values that a query sees: the far rows `pooled`, then those of `tokens`.
@@ -381,16 +314,97 @@ matrix<Scalar> seen_rows(const matrix<Scalar>& far_rows, const row_numbers& pool
   return seen;
 }
 
-namespace detail {
+/// The far rows that query `i` sees.
+using seen_rows_of = std::function<row_numbers(std::int64_t b, std::int64_t h, std::int64_t i)>;
+/// The tokens that query `i` sees raw.
+using raw_tokens_of = std::function<row_numbers(std::int64_t i)>;
 
-/// Rows that a query sees: those of these numbers, or the first ones.
-inline row_numbers rows_of(const row_numbers& rows) { return rows; }
-inline row_numbers rows_of(std::int64_t count) { return first_rows(count); }
+/// Attention of every query to the far rows `seen(b, h, i)` and the tokens `raw(i)`, in one softmax.
+template <class Scalar>
+result<Scalar> attend(const operands<Scalar>& in, tensor_view<const Scalar> far_key,
+                      tensor_view<const Scalar> far_value, const options& options, const seen_rows_of& seen,
+                      const raw_tokens_of& raw, const row_terms<Scalar>& far_at = {}) {
+  const auto& query = in.query;
+  const std::int64_t first = cca::detail::first_position(options, query.length(), in.key.length());
+  const row_terms<Scalar> raw_at = raw_terms(in);
+  const std::int64_t value_dim = in.value.dim();
+  result<Scalar> result{{query.batch(), query.heads(), query.length(), value_dim},
+                        {query.batch(), query.heads(), query.length(), 1}};
+  for (std::int64_t b = 0; b < query.batch(); ++b)
+    for (std::int64_t h = 0; h < query.heads(); ++h) {
+      const std::int64_t kv_head = h / (query.heads() / in.key.heads()),
+                         far_head = h / (query.heads() / far_key.heads());
+      const matrix<Scalar> q = head(query, b, h);
+      const matrix<Scalar> k = head(in.key, b, kv_head), v = head(in.value, b, kv_head);
+      const matrix<Scalar> fk = head(far_key, b, far_head), fv = head(far_value, b, far_head);
+      for (std::int64_t i = 0; i < query.length(); ++i) {
+        const row_numbers pooled = seen(b, h, i), tokens = raw(i);
+        const matrix<Scalar> keys = seen_rows(fk, pooled, k, tokens), values = seen_rows(fv, pooled, v, tokens);
+        vector<Scalar> weights = scores(keys, vector<Scalar>(q.row(i)), options);
+        shift(weights.head(pooled.size()), in.alibi_slopes, far_at, b, h, first + i, pooled);
+        shift(weights.tail(tokens.size()), in.alibi_slopes, raw_at, b, h, first + i, tokens);
+        *result.lse.view().row(b, h, i) = softmax(weights, sink_logit(in.sink_logits, b, h, i));
+        Eigen::Map<vector<Scalar>>(result.out.view().row(b, h, i), value_dim) = values.transpose() * weights;
+      }
+    }
+  return result;
+}
+
+/// The tokens among the first `length` that the query at `t` sees raw: the first ones, and those of its window.
+inline row_numbers raw_tokens(const partition& partition, std::int64_t t, std::int64_t length) {
+  return rows_where(length,
+                    [&](std::int64_t j) { return partition.sinks(t).contains(j) || partition.raw(t).contains(j); });
+}
+
+/// Those of each of the last `queries` queries, or of those from the options' first position on, to `keys` tokens.
+inline raw_tokens_of raw_tokens(const options& options, std::int64_t queries, std::int64_t keys) {
+  const std::int64_t first = cca::detail::first_position(options, queries, keys);
+  return [partition = partition_of(options), first, keys](std::int64_t i) {
+    return raw_tokens(partition, first + i, keys);
+  };
+}
+
+/// None of the far rows.
+inline row_numbers none_seen(std::int64_t, std::int64_t, std::int64_t) { return {}; }
+
+/// The raw part of attention alone: the window, or with the default options every token up to the query's own.
+template <class Scalar>
+result<Scalar> local_attention(const operands<Scalar>& in, const options& options) {
+  if (detail::have_lengths(in.query, in.key))
+    return detail::each_alone(in.query, in.value.dim(),
+                              [&](std::int64_t b) { return local_attention(detail::sequence_of(in, b), options); });
+  return attend(in, in.key, in.value, options, none_seen, raw_tokens(options, in.query.length(), in.key.length()));
+}
+template <class Scalar, class Query, class Key, class Value, class Sink>
+result<Scalar> local_attention(const inputs<Query, Key, Value, Sink>& in, const options& options) {
+  converter<Scalar> numbers;
+  return local_attention(numbers(in), options);
+}
+
+/// `cca::attention`: cores, where something is pooled, then raw tokens.
+template <class Scalar>
+result<Scalar> attention(const operands<Scalar>& in, const options& options) {
+  if (!cca::detail::pools(options)) return local_attention(in, options);
+  if (detail::have_lengths(in.query, in.key))
+    return detail::each_alone(in.query, in.value.dim(),
+                              [&](std::int64_t b) { return attention(detail::sequence_of(in, b), options); });
+  const auto cores = pool(in, options);
+  const tensor<Scalar> biases = core_biases(in, options);
+  return attend(
+      in, cores.first.view(), cores.second.view(), options,
+      [&](std::int64_t, std::int64_t, std::int64_t t) { return first_rows(partition_of(options).core_count(t)); },
+      raw_tokens(options, in.query.length(), in.key.length()), core_terms(options, biases, in.query.heads()));
+}
+template <class Scalar, class Query, class Key, class Value, class Sink>
+result<Scalar> attention(const inputs<Query, Key, Value, Sink>& in, const options& options) {
+  converter<Scalar> numbers;
+  return attention(numbers(in), options);
+}
 
 /// The far rows that query i of head h sees, at position t: what none of `seen`, `visible_from`, `visible_until` and
 /// `selected` keeps from it.
-template <class Inputs, class Far>
-auto far_rows(const Inputs& in, const Far& context, const options& options) {
+template <class Scalar>
+seen_rows_of far_rows(const operands<Scalar>& in, const far_operands<Scalar>& context, const options& options) {
   const std::int64_t first = cca::detail::first_position(options, in.query.length(), in.key.length());
   return [context, heads = in.query.heads(), first](std::int64_t b, std::int64_t h, std::int64_t i) {
     const auto& [blocks, block_rows, block_queries] = context.selected;
@@ -407,97 +421,21 @@ auto far_rows(const Inputs& in, const Far& context, const options& options) {
   };
 }
 
-}  // namespace detail
-
-/// Attention of every query to the far rows `seen(b, h, i)`, of these numbers or so many first ones, and the tokens
-/// `raw(i)`, in one softmax.
-template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class Seen,
-          class Raw>
-result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, tensor_view<FarKey> far_key,
-                      tensor_view<FarValue> far_value, const options& options, const Seen& seen, const Raw& raw,
-                      const row_terms<Scalar>& far_at = {}) {
-  const auto& query = in.query;
-  const std::int64_t first = cca::detail::first_position(options, query.length(), in.key.length());
-  const row_terms<Scalar> raw_at = raw_terms<Scalar>(in);
-  const std::int64_t value_dim = in.value.dim();
-  result<Scalar> result{{query.batch(), query.heads(), query.length(), value_dim},
-                        {query.batch(), query.heads(), query.length(), 1}};
-  for (std::int64_t b = 0; b < query.batch(); ++b)
-    for (std::int64_t h = 0; h < query.heads(); ++h) {
-      const std::int64_t kv_head = h / (query.heads() / in.key.heads()),
-                         far_head = h / (query.heads() / far_key.heads());
-      const matrix<Scalar> q = head<Scalar>(query, b, h);
-      const matrix<Scalar> k = head<Scalar>(in.key, b, kv_head), v = head<Scalar>(in.value, b, kv_head);
-      const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
-      for (std::int64_t i = 0; i < query.length(); ++i) {
-        const row_numbers pooled = detail::rows_of(seen(b, h, i)), tokens = raw(i);
-        const matrix<Scalar> keys = seen_rows(fk, pooled, k, tokens), values = seen_rows(fv, pooled, v, tokens);
-        vector<Scalar> weights = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
-        shift(weights.head(pooled.size()), in.alibi_slopes, far_at, b, h, first + i, pooled);
-        shift(weights.tail(tokens.size()), in.alibi_slopes, raw_at, b, h, first + i, tokens);
-        *result.lse.view().row(b, h, i) = softmax(weights, sink_logit<Scalar>(in.sink_logits, b, h, i));
-        Eigen::Map<vector<Scalar>>(result.out.view().row(b, h, i), value_dim) = values.transpose() * weights;
-      }
-    }
-  return result;
-}
-
-/// The tokens among the first `length` that the query at `t` sees raw: the first ones, and those of its window.
-inline row_numbers raw_tokens(const partition& partition, std::int64_t t, std::int64_t length) {
-  return rows_where(length,
-                    [&](std::int64_t j) { return partition.sinks(t).contains(j) || partition.raw(t).contains(j); });
-}
-
-namespace detail {
-
-template <class Query, class Key>
-auto raw_tokens(const tensor_view<Query>& query, const tensor_view<Key>& key, const options& options) {
-  const std::int64_t first = cca::detail::first_position(options, query.length(), key.length());
-  return [partition = partition_of(options), first, length = key.length()](std::int64_t i) {
-    return reference::raw_tokens(partition, first + i, length);
-  };
-}
-
-}  // namespace detail
-
-/// The raw part of attention alone: the window, or with the default options every token up to the query's own.
-template <class Scalar, class Query, class Key, class Value, class Sink>
-result<Scalar> local_attention(const inputs<Query, Key, Value, Sink>& in, const options& options) {
-  if (detail::have_lengths(in.query, in.key))
-    return detail::each_alone<Scalar>(in.query, in.value.dim(), [&](std::int64_t b) {
-      return local_attention<Scalar>(detail::sequence_of(in, b), options);
-    });
-  return attend<Scalar>(
-      in, in.key, in.value, options, [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; },
-      detail::raw_tokens(in.query, in.key, options));
-}
-
-/// `cca::attention`: cores, where something is pooled, then raw tokens.
-template <class Scalar, class Query, class Key, class Value, class Sink>
-result<Scalar> attention(const inputs<Query, Key, Value, Sink>& in, const options& options) {
-  if (!cca::detail::pools(options)) return local_attention<Scalar>(in, options);
-  if (detail::have_lengths(in.query, in.key))
-    return detail::each_alone<Scalar>(in.query, in.value.dim(), [&](std::int64_t b) {
-      return attention<Scalar>(detail::sequence_of(in, b), options);
-    });
-  const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
-  const tensor<Scalar> biases = core_biases<Scalar>(in.query, in.key, options);
-  return attend<Scalar>(
-      in, cores.first.view(), cores.second.view(), options,
-      [&](std::int64_t, std::int64_t, std::int64_t t) { return partition_of(options).core_count(t); },
-      detail::raw_tokens(in.query, in.key, options), core_terms(options, biases, in.query.heads()));
-}
-
 /// `cca::attend`: the caller's far rows, then raw tokens.
+template <class Scalar>
+result<Scalar> attend(const operands<Scalar>& in, const far_operands<Scalar>& context, const options& options) {
+  if (detail::have_lengths(in.query, in.key, context.key))
+    return detail::each_alone(in.query, in.value.dim(), [&](std::int64_t b) {
+      return attend(detail::sequence_of(in, b), detail::sequence_of(context, b), options);
+    });
+  return attend(in, context.key, context.value, options, far_rows(in, context, options),
+                raw_tokens(options, in.query.length(), in.key.length()), far_terms(context, in.query.heads()));
+}
 template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class Bias>
 result<Scalar> attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey, FarValue, Bias>& context,
                       const options& options) {
-  if (detail::have_lengths(in.query, in.key, context.key))
-    return detail::each_alone<Scalar>(in.query, in.value.dim(), [&](std::int64_t b) {
-      return attend<Scalar>(detail::sequence_of(in, b), detail::sequence_of(context, b), options);
-    });
-  return attend<Scalar>(in, context.key, context.value, options, detail::far_rows(in, context, options),
-                        detail::raw_tokens(in.query, in.key, options), far_terms<Scalar>(in, context));
+  converter<Scalar> numbers;
+  return attend(numbers(in), numbers(context), options);
 }
 
 }}}  // namespace cca::CCA_TARGET::reference

@@ -39,12 +39,6 @@ void add_max_gradient(const Rows& rows, const Core& grad_core, Gradient&& grad) 
   }
 }
 
-/// Sequence `b` of the gradients that come in.
-template <class GradOut, class GradLse>
-incoming<GradOut, GradLse> sequence_of(const incoming<GradOut, GradLse>& from, std::int64_t b) {
-  return {from.grad_out.sequence(b), from.grad_lse.data == nullptr ? from.grad_lse : from.grad_lse.sequence(b)};
-}
-
 /// The gradients `f(b)` of each sequence, added up in tensors of these extents.
 template <class Scalar, class F>
 gradient<Scalar> each_alone(gradient<Scalar> sum, std::int64_t batch, const F& f) {
@@ -59,20 +53,20 @@ gradient<Scalar> each_alone(gradient<Scalar> sum, std::int64_t batch, const F& f
 }
 
 /// Zeros of the extents of numbers that may be given.
-template <class Scalar, class Numbers>
-tensor<Scalar> zeros_of_numbers(const Numbers& numbers) {
+template <class Scalar>
+tensor<Scalar> zeros_of_numbers(const lse_view<const Scalar>& numbers) {
   const auto& [batch, heads, length] = numbers.extent;
   return {batch, heads, length, 1};
 }
 
 /// Zeros of the extents of inputs.
-template <class Scalar, class Query, class Key, class Value, class Sink>
-gradient<Scalar> zeros_of(const inputs<Query, Key, Value, Sink>& in) {
+template <class Scalar>
+gradient<Scalar> zeros_of(const operands<Scalar>& in) {
   gradient<Scalar> zeros{tensor<Scalar>(in.query.extent), tensor<Scalar>(in.key.extent), tensor<Scalar>(in.value.extent),
                          {}, {}};
-  zeros.sink_logits = zeros_of_numbers<Scalar>(in.sink_logits);
-  zeros.alibi_slopes = zeros_of_numbers<Scalar>(in.alibi_slopes);
-  zeros.key_bias = zeros_of_numbers<Scalar>(in.key_bias);
+  zeros.sink_logits = zeros_of_numbers(in.sink_logits);
+  zeros.alibi_slopes = zeros_of_numbers(in.alibi_slopes);
+  zeros.key_bias = zeros_of_numbers(in.key_bias);
   return zeros;
 }
 
@@ -101,26 +95,26 @@ void add_selected_gradient(std::int64_t selected, const Core& grad_core, Gradien
 /// `dw_j = dc_k . k_j + dc_v . v_j`, `dl_j = w_j (dw_j - sum_i w_i dw_i)`; `dk_j = w_j dc_k + scale dl_j q_last`,
 /// `dv_j = w_j dc_v`, `dq_last = scale sum_j dl_j k_j`, shared by the query heads whose mean `q_last` is. With `db` that of
 /// a bias, the entropy of the weights, `dl_j -= db w_j (l_j - sum_i w_i l_i)`. Of a selected token `dk = dc_k`, `dv = dc_v`.
-template <class Scalar, class Query, class Key, class Value, class CoreKey, class CoreValue>
-gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                               tensor_view<CoreKey> grad_core_key, tensor_view<CoreValue> grad_core_value,
-                               const options& options, const lse_view<const Scalar>& grad_core_bias = {}) {
+template <class Scalar>
+gradient<Scalar> pool_gradient(const operands<Scalar>& in, tensor_view<const Scalar> grad_core_key,
+                               tensor_view<const Scalar> grad_core_value, const options& options,
+                               const lse_view<const Scalar>& grad_core_bias = {}) {
+  const auto &query = in.query, &key = in.key, &value = in.value;
   const partition partition = partition_of(options);
   const auto scale = static_cast<Scalar>(cca::detail::pooling_scale(options, key.dim()));
   const std::int64_t heads = grad_core_key.heads(), sharing = query.heads() / (std::max<std::int64_t>)(heads, 1);
   gradient<Scalar> grad{tensor<Scalar>(query.extent), tensor<Scalar>(key.extent), tensor<Scalar>(value.extent), {}, {}};
   if (detail::have_lengths(query, key, value))
-    return detail::each_alone<Scalar>(grad, key.batch(), [&](std::int64_t b) {
-      return pool_gradient<Scalar>(query.sequence(b), key.sequence(b), value.sequence(b), grad_core_key.sequence(b),
-                                   grad_core_value.sequence(b), options);
+    return detail::each_alone(grad, key.batch(), [&](std::int64_t b) {
+      return pool_gradient(detail::sequence_of(in, b), grad_core_key.sequence(b), grad_core_value.sequence(b), options);
     });
   for (std::int64_t b = 0; b < key.batch(); ++b)
     for (std::int64_t h = 0; h < heads; ++h) {
       const std::int64_t kv_head = h / (heads / key.heads());
-      const matrix<Scalar> queries = mean_query<Scalar>(query, b, h, sharing);
-      const matrix<Scalar> keys = head<Scalar>(key, b, kv_head), values = head<Scalar>(value, b, kv_head);
-      const matrix<Scalar> core_keys = head<Scalar>(grad_core_key, b, h),
-                           core_values = head<Scalar>(grad_core_value, b, h);
+      const matrix<Scalar> queries = mean_query(query, b, h, sharing);
+      const matrix<Scalar> keys = head(key, b, kv_head), values = head(value, b, kv_head);
+      const matrix<Scalar> core_keys = head(grad_core_key, b, h),
+                           core_values = head(grad_core_value, b, h);
       for (std::int64_t c = 0; c < grad_core_key.length(); ++c) {
         const range group = partition.group(c);
         const auto k = keys.middleRows(group.begin, group.size()), v = values.middleRows(group.begin, group.size());
@@ -157,22 +151,29 @@ gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, t
     }
   return grad;
 }
+template <class Scalar, class Query, class Key, class Value, class CoreKey, class CoreValue>
+gradient<Scalar> pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
+                               tensor_view<CoreKey> grad_core_key, tensor_view<CoreValue> grad_core_value,
+                               const options& options) {
+  converter<Scalar> numbers;
+  return pool_gradient<Scalar>(operands<Scalar>{numbers(query), numbers(key), numbers(value)}, numbers(grad_core_key),
+                               numbers(grad_core_value), options);
+}
 
 /// Of `attend`: with `dO` and `dlse` the gradients of the output and of the log-sum-exp, `P = exp(S - lse)`,
 /// `dV = P^T dO`, `dP = dO V^T`, `delta = rowsum(P dP) - dlse`, `dS = P (dP - delta)`, with a softcap times
 /// `1 - (X / cap)^2`; `dQ = scale dS K`, `dK = scale dS^T Q`. A sink logit: `-exp(sink - lse) delta`, of all queries that it
 /// is for; a bias: `dS` before the softcap's factor, of all queries and heads that see it; a slope: minus that times
 /// the distances, of all rows. No `grad_lse`: 0.
-template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class GradOut,
-          class GradLse, class Seen, class Raw>
-gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tensor_view<FarKey> far_key,
-                                 tensor_view<FarValue> far_value, const incoming<GradOut, GradLse>& from,
-                                 const options& options, const Seen& seen, const Raw& raw,
+template <class Scalar>
+gradient<Scalar> attend_gradient(const operands<Scalar>& in, tensor_view<const Scalar> far_key,
+                                 tensor_view<const Scalar> far_value, const incoming_numbers<Scalar>& from,
+                                 const options& options, const seen_rows_of& seen, const raw_tokens_of& raw,
                                  const row_terms<Scalar>& far_at = {},
                                  const std::array<std::int64_t, 3>& far_biases = {}) {
   const auto& query = in.query;
   const std::int64_t first = cca::detail::first_position(options, query.length(), in.key.length());
-  const row_terms<Scalar> raw_at = raw_terms<Scalar>(in);
+  const row_terms<Scalar> raw_at = raw_terms(in);
   const std::array<std::int64_t, 3>& sinks = in.sink_logits.extent;
   const auto numbers = [](const std::array<std::int64_t, 3>& e) { return tensor<Scalar>(e[0], e[1], e[2], 1); };
   const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, query.dim()));
@@ -185,25 +186,25 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
     for (std::int64_t h = 0; h < query.heads(); ++h) {
       const std::int64_t kv_head = h / (query.heads() / in.key.heads()),
                          far_head = h / (query.heads() / far_key.heads());
-      const matrix<Scalar> q = head<Scalar>(query, b, h), grad_rows = head<Scalar>(from.grad_out, b, h);
-      const matrix<Scalar> k = head<Scalar>(in.key, b, kv_head), v = head<Scalar>(in.value, b, kv_head);
-      const matrix<Scalar> fk = head<Scalar>(far_key, b, far_head), fv = head<Scalar>(far_value, b, far_head);
+      const matrix<Scalar> q = head(query, b, h), grad_rows = head(from.grad_out, b, h);
+      const matrix<Scalar> k = head(in.key, b, kv_head), v = head(in.value, b, kv_head);
+      const matrix<Scalar> fk = head(far_key, b, far_head), fv = head(far_value, b, far_head);
       for (std::int64_t i = 0; i < query.length(); ++i) {
-        const row_numbers tokens = raw(i), pooled_rows = detail::rows_of(seen(b, h, i));
+        const row_numbers tokens = raw(i), pooled_rows = seen(b, h, i);
         const std::int64_t pooled = pooled_rows.size();
         const matrix<Scalar> keys = seen_rows(fk, pooled_rows, k, tokens), values = seen_rows(fv, pooled_rows, v, tokens);
-        const vector<Scalar> capped = scores<Scalar>(keys, vector<Scalar>(q.row(i)), options);
+        const vector<Scalar> capped = scores(keys, vector<Scalar>(q.row(i)), options);
         vector<Scalar> logits = capped;
         shift(logits.head(pooled), in.alibi_slopes, far_at, b, h, first + i, pooled_rows);
         shift(logits.tail(tokens.size()), in.alibi_slopes, raw_at, b, h, first + i, tokens);
-        const Scalar sink = sink_logit<Scalar>(in.sink_logits, b, h, i);
+        const Scalar sink = sink_logit(in.sink_logits, b, h, i);
         vector<Scalar> weights = logits;
         const Scalar lse = softmax(weights, sink);
         if (lse == -std::numeric_limits<Scalar>::infinity()) continue;  // all are masked
         weights = (logits.array() - lse).exp();  // with the rounding of lse, which is what the forward pass leaves
         const vector<Scalar> dp = values * grad_rows.row(i).transpose();
         const Scalar delta =
-            weights.dot(dp) - (from.grad_lse.data ? static_cast<Scalar>(*from.grad_lse.row(b, h, i)) : Scalar(0));
+            weights.dot(dp) - (from.grad_lse.data ? *from.grad_lse.row(b, h, i) : Scalar(0));
         vector<Scalar> ds = weights.cwiseProduct((dp.array() - delta).matrix());
         if (in.alibi_slopes.data)
           *grad.alibi_slopes.view().row(b % grad.alibi_slopes.extent[0], h, 0) -=
@@ -230,41 +231,46 @@ gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in, tens
 }
 
 /// Of the raw part of attention.
-template <class Scalar, class Query, class Key, class Value, class Sink, class GradOut, class GradLse>
-gradient<Scalar> local_attention_gradient(const inputs<Query, Key, Value, Sink>& in,
-                                          const incoming<GradOut, GradLse>& from, const options& options) {
+template <class Scalar>
+gradient<Scalar> local_attention_gradient(const operands<Scalar>& in, const incoming_numbers<Scalar>& from,
+                                          const options& options) {
   if (detail::have_lengths(in.query, in.key))
-    return detail::each_alone<Scalar>(detail::zeros_of<Scalar>(in), in.query.batch(), [&](std::int64_t b) {
-      return local_attention_gradient<Scalar>(detail::sequence_of(in, b), detail::sequence_of(from, b), options);
+    return detail::each_alone(detail::zeros_of(in), in.query.batch(), [&](std::int64_t b) {
+      return local_attention_gradient(detail::sequence_of(in, b), detail::sequence_of(from, b), options);
     });
-  gradient<Scalar> grad = attend_gradient<Scalar>(
-      in, in.key, in.value, from, options, [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; },
-      detail::raw_tokens(in.query, in.key, options));
+  gradient<Scalar> grad = attend_gradient(in, in.key, in.value, from, options, none_seen,
+                                          raw_tokens(options, in.query.length(), in.key.length()));
   grad.far_key = grad.far_value = {};
   return grad;
 }
+template <class Scalar, class Query, class Key, class Value, class Sink, class GradOut, class GradLse>
+gradient<Scalar> local_attention_gradient(const inputs<Query, Key, Value, Sink>& in,
+                                          const incoming<GradOut, GradLse>& from, const options& options) {
+  converter<Scalar> numbers;
+  return local_attention_gradient(numbers(in), numbers(from), options);
+}
 
 /// Of `attention`: that of attending to the cores and the raw tokens, and through the cores that of pooling.
-template <class Scalar, class Query, class Key, class Value, class Sink, class GradOut, class GradLse>
-gradient<Scalar> attention_gradient(const inputs<Query, Key, Value, Sink>& in, const incoming<GradOut, GradLse>& from,
+template <class Scalar>
+gradient<Scalar> attention_gradient(const operands<Scalar>& in, const incoming_numbers<Scalar>& from,
                                     const options& options) {
-  if (!cca::detail::pools(options)) return local_attention_gradient<Scalar>(in, from, options);
+  if (!cca::detail::pools(options)) return local_attention_gradient(in, from, options);
   if (detail::have_lengths(in.query, in.key))
-    return detail::each_alone<Scalar>(detail::zeros_of<Scalar>(in), in.query.batch(), [&](std::int64_t b) {
-      return attention_gradient<Scalar>(detail::sequence_of(in, b), detail::sequence_of(from, b), options);
+    return detail::each_alone(detail::zeros_of(in), in.query.batch(), [&](std::int64_t b) {
+      return attention_gradient(detail::sequence_of(in, b), detail::sequence_of(from, b), options);
     });
   const partition partition = partition_of(options);
-  const auto cores = pool<Scalar>(in.query, in.key, in.value, options);
-  const tensor<Scalar> biases = core_biases<Scalar>(in.query, in.key, options);
-  gradient<Scalar> grad = attend_gradient<Scalar>(
+  const auto cores = pool(in, options);
+  const tensor<Scalar> biases = core_biases(in, options);
+  gradient<Scalar> grad = attend_gradient(
       in, cores.first.view(), cores.second.view(), from, options,
-      [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); },
-      detail::raw_tokens(in.query, in.key, options), core_terms(options, biases, in.query.heads()),
+      [&](std::int64_t, std::int64_t, std::int64_t t) { return first_rows(partition.core_count(t)); },
+      raw_tokens(options, in.query.length(), in.key.length()), core_terms(options, biases, in.query.heads()),
       {biases.extent[0], biases.extent[1], biases.extent[2]});
   auto grad_core_key = grad.far_key.view(), grad_core_value = grad.far_value.view();
   grad_core_key.extent[2] = grad_core_value.extent[2] = partition.core_count(in.key.length() - 1);  // those seen
   const gradient<Scalar> pooled = pool_gradient<Scalar>(
-      in.query, in.key, in.value, grad_core_key, grad_core_value, options,
+      in, grad_core_key, grad_core_value, options,
       bhs(std::as_const(grad.far_bias).data.data(), biases.extent[0], biases.extent[1], biases.extent[2]));
   for (const auto part : {&gradient<Scalar>::query, &gradient<Scalar>::key, &gradient<Scalar>::value})
     std::transform((pooled.*part).data.begin(), (pooled.*part).data.end(), (grad.*part).data.begin(),
@@ -272,26 +278,39 @@ gradient<Scalar> attention_gradient(const inputs<Query, Key, Value, Sink>& in, c
   grad.far_key = grad.far_value = grad.far_bias = {};
   return grad;
 }
+template <class Scalar, class Query, class Key, class Value, class Sink, class GradOut, class GradLse>
+gradient<Scalar> attention_gradient(const inputs<Query, Key, Value, Sink>& in, const incoming<GradOut, GradLse>& from,
+                                    const options& options) {
+  converter<Scalar> numbers;
+  return attention_gradient(numbers(in), numbers(from), options);
+}
 
 /// Of `attend` to the caller's far rows.
+template <class Scalar>
+gradient<Scalar> attend_gradient(const operands<Scalar>& in, const far_operands<Scalar>& context,
+                                 const incoming_numbers<Scalar>& from, const options& options) {
+  if (detail::have_lengths(in.query, in.key, context.key)) {
+    gradient<Scalar> zeros = detail::zeros_of(in);
+    zeros.far_key = tensor<Scalar>(context.key.extent);
+    zeros.far_value = tensor<Scalar>(context.value.extent);
+    zeros.far_bias = detail::zeros_of_numbers(context.bias);
+    return detail::each_alone(zeros, in.query.batch(), [&](std::int64_t b) {
+      return attend_gradient(detail::sequence_of(in, b), detail::sequence_of(context, b), detail::sequence_of(from, b),
+                             options);
+    });
+  }
+  return attend_gradient(
+      in, context.key, context.value, from, options,
+      far_rows(in, context, options), raw_tokens(options, in.query.length(), in.key.length()), far_terms(context, in.query.heads()),
+      context.bias.extent);
+}
 template <class Scalar, class Query, class Key, class Value, class Sink, class FarKey, class FarValue, class Bias,
           class GradOut, class GradLse>
 gradient<Scalar> attend_gradient(const inputs<Query, Key, Value, Sink>& in,
                                  const far_context<FarKey, FarValue, Bias>& context,
                                  const incoming<GradOut, GradLse>& from, const options& options) {
-  if (detail::have_lengths(in.query, in.key, context.key)) {
-    gradient<Scalar> zeros = detail::zeros_of<Scalar>(in);
-    zeros.far_key = tensor<Scalar>(context.key.extent);
-    zeros.far_value = tensor<Scalar>(context.value.extent);
-    zeros.far_bias = detail::zeros_of_numbers<Scalar>(context.bias);
-    return detail::each_alone<Scalar>(zeros, in.query.batch(), [&](std::int64_t b) {
-      return attend_gradient<Scalar>(detail::sequence_of(in, b), detail::sequence_of(context, b),
-                                     detail::sequence_of(from, b), options);
-    });
-  }
-  return attend_gradient<Scalar>(in, context.key, context.value, from, options, detail::far_rows(in, context, options),
-                                 detail::raw_tokens(in.query, in.key, options), far_terms<Scalar>(in, context),
-                                 context.bias.extent);
+  converter<Scalar> numbers;
+  return attend_gradient(numbers(in), numbers(context), numbers(from), options);
 }
 
 }}}  // namespace cca::CCA_TARGET::reference

@@ -297,9 +297,13 @@ TYPED_TEST(LengthsOfSinks, AreThoseOfTheQueries) {
 
 // ------------------------------------------------------------------------------------------------------- the reference
 
-/// The textbook takes one sequence after the other.
-TEST(LengthsOfTheTextbook, AreThoseOfEachSequence) {
-  using Pass = backward_pass<double>;
+template <class T>
+class LengthsOfTheTextbook : public testing::Test {};
+TYPED_TEST_SUITE(LengthsOfTheTextbook, precisions);
+
+/// The textbook takes one sequence after the other, of numbers in double, which those of floats become first.
+TYPED_TEST(LengthsOfTheTextbook, AreThoseOfEachSequence) {
+  using Pass = backward_pass<TypeParam>;
   random_engine random(9);
   const std::vector<lengths> all{{7, 7, 3}, {0, 0, 2}, {25, 25, 0}, {1, 1, 4}};
   for (const entry entry : gradient_entries) {
@@ -307,9 +311,9 @@ TEST(LengthsOfTheTextbook, AreThoseOfEachSequence) {
     p.far_heads = 2;
     alone<Pass> want(p, all, random);
     const together<Pass> got(want, [&] { return draw_from(random, all_ragged_layouts); });
-    const arguments<double> a = got.arguments();
+    const arguments<TypeParam> a = got.arguments();
     const auto gradient = textbook_gradient<double>(p, a);
-    const auto forward = [&](const arguments<double>& in) {
+    const auto forward = [&](const arguments<TypeParam>& in) {
       if (entry == entry::pool)
         return reference::pool<double>(in.operands[0], in.operands[1], in.operands[2], p.options);
       const auto r = entry == entry::attend      ? reference::attend<double>(inputs_of(in), far_of(in), p.options)
@@ -319,7 +323,7 @@ TEST(LengthsOfTheTextbook, AreThoseOfEachSequence) {
     };
     const auto result = forward(a);
     for (std::int64_t b = 0; b < want.count(); ++b) {
-      const arguments<double> one = want.memories[static_cast<std::size_t>(b)].arguments();
+      const arguments<TypeParam> one = want.memories[static_cast<std::size_t>(b)].arguments();
       const auto alone_gradient = textbook_gradient<double>(p, one);
       const auto alone_result = forward(one);
       const auto expect_same = [&](const reference::tensor<double>& of_all, const reference::tensor<double>& of_one) {

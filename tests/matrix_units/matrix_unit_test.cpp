@@ -145,36 +145,38 @@ struct textbook {
 
   textbook(const unit_call<Element>& c, tensor_view<const Element> grad_out, lse_view<const float> grad_lse)
       : result{{c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries, c.p.sizes.value_dim},
-               {c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries, 1}},
-        call_(c) {
-    const auto query = c.operand(0), key = c.operand(1), value = c.operand(2);
+               {c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries, 1}} {
+    reference::converter<float> numbers;
+    const reference::operands<float> in = numbers(c.in());
+    const reference::incoming_numbers<float> from = numbers(incoming{grad_out, grad_lse});
     const options& o = c.p.options;
     std::pair<reference::tensor<float>, reference::tensor<float>> cores;
     if (c.p.entry == entry::attention) {
-      cores = reference::pool<float>(query, key, value, o);
+      cores = reference::pool(in, o);
       cores = {rounded<Element>(cores.first), rounded<Element>(cores.second)};
     }
     const partition partition = partition_of(o);
-    const auto raw = reference::detail::raw_tokens(query, key, o);
-    const auto none = [](std::int64_t, std::int64_t, std::int64_t) { return std::int64_t{0}; };
-    const auto biases = reference::core_biases<float>(query, key, o);
-    if (c.p.entry == entry::attend)
+    const auto raw = reference::raw_tokens(o, in.query.length(), in.key.length());
+    const auto biases = reference::core_biases(in, o);
+    if (c.p.entry == entry::attend) {
+      const reference::far_operands<float> far = numbers(c.far_rows());
+      go(in, far.key, far.value, from, o, reference::far_rows(in, far, o), raw,
+         reference::far_terms(far, in.query.heads()), far.bias.extent);
+    } else if (c.p.entry == entry::attention) {
       go(
-          query, key, value, c.operand(3), c.operand(4), grad_out, grad_lse, o,
-          [&](std::int64_t b, std::int64_t h, std::int64_t i) { return *c.seen.row(b, h, i); }, raw,
-          reference::far_terms<float>(c.in(), c.far_rows()), c.far_rows().bias.extent);
-    else if (c.p.entry == entry::attention)
-      go(query, key, value, std::as_const(cores.first).view(), std::as_const(cores.second).view(), grad_out, grad_lse,
-         o, [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); }, raw,
-         reference::core_terms(o, biases, query.heads()), {biases.extent[0], biases.extent[1], biases.extent[2]});
-    else
-      go(query, key, value, key, value, grad_out, grad_lse, o, none, raw, {}, {});
+          in, cores.first.view(), cores.second.view(), from, o,
+          [&](std::int64_t, std::int64_t, std::int64_t t) { return reference::first_rows(partition.core_count(t)); }, raw,
+          reference::core_terms(o, biases, in.query.heads()),
+          {biases.extent[0], biases.extent[1], biases.extent[2]});
+    } else {
+      go(in, in.key, in.value, from, o, reference::none_seen, raw, {}, {});
+    }
     if (c.p.entry != entry::attention) return;
     auto core_key = grad.far_key.view(), core_value = grad.far_value.view();
-    core_key.extent[2] = core_value.extent[2] = partition.core_count(key.length() - 1);
+    core_key.extent[2] = core_value.extent[2] = partition.core_count(in.key.length() - 1);
     const lse_view<const float> grad_bias =
         bhs(std::as_const(grad.far_bias).data.data(), biases.extent[0], biases.extent[1], biases.extent[2]);
-    const auto pooled = reference::pool_gradient<float>(query, key, value, core_key, core_value, o, grad_bias);
+    const auto pooled = reference::pool_gradient<float>(in, core_key, core_value, o, grad_bias);
     for (const auto part :
          {&reference::gradient<float>::query, &reference::gradient<float>::key, &reference::gradient<float>::value})
       for (std::size_t i = 0; i < (grad.*part).data.size(); ++i) (grad.*part).data[i] += (pooled.*part).data[i];
@@ -184,16 +186,14 @@ struct textbook {
   using matrix = reference::matrix<float>;
   using vector = reference::vector<float>;
 
-  const unit_call<Element>& call_;
-
-  template <class Query, class Key, class Far, class Seen, class Raw>
-  void go(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Key> value, tensor_view<Far> far_key,
-          tensor_view<Far> far_value, tensor_view<const Element> grad_out, lse_view<const float> grad_lse,
-          const options& o, const Seen& seen, const Raw& raw, const reference::row_terms<float>& far_terms,
+  void go(const reference::operands<float>& in, tensor_view<const float> far_key, tensor_view<const float> far_value,
+          const reference::incoming_numbers<float>& from, const options& o, const reference::seen_rows_of& seen,
+          const reference::raw_tokens_of& raw, const reference::row_terms<float>& far_terms,
           const std::array<std::int64_t, 3>& far_biases) {
     using reference::head;
-    const inputs<Element> in = call_.in();
-    const auto near_terms = reference::raw_terms<float>(in);
+    const auto &query = in.query, &key = in.key, &value = in.value;
+    const auto& [grad_out, grad_lse] = from;
+    const auto near_terms = reference::raw_terms(in);
     const std::int64_t first = detail::first_position(o, query.length(), key.length());
     const auto numbers = [](const std::array<std::int64_t, 3>& e) {
       return reference::tensor<float>(e[0], e[1], e[2], 1);
@@ -212,15 +212,14 @@ struct textbook {
     for (std::int64_t b = 0; b < query.batch(); ++b)
       for (std::int64_t h = 0; h < query.heads(); ++h) {
         const std::int64_t kv = h / (query.heads() / key.heads()), fh = h / (query.heads() / far_key.heads());
-        const matrix q = head<float>(query, b, h), k = head<float>(key, b, kv), v = head<float>(value, b, kv);
-        const matrix fk = head<float>(far_key, b, fh), fv = head<float>(far_value, b, fh);
-        const matrix dout = head<float>(grad_out, b, h);
+        const matrix q = head(query, b, h), k = head(key, b, kv), v = head(value, b, kv);
+        const matrix fk = head(far_key, b, fh), fv = head(far_value, b, fh);
+        const matrix dout = head(grad_out, b, h);
         for (std::int64_t i = 0; i < query.length(); ++i) {
-          const std::int64_t far = seen(b, h, i);
-          const reference::row_numbers near = raw(i), far_rows = reference::first_rows(far);
-          const std::int64_t count = far + near.size();
+          const reference::row_numbers near = raw(i), far_rows = seen(b, h, i);
+          const std::int64_t far = far_rows.size(), count = far + near.size();
           float& lse = *result.lse.view().row(b, h, i);
-          const float sink = reference::sink_logit<float>(in.sink_logits, b, h, i);
+          const float sink = reference::sink_logit(in.sink_logits, b, h, i);
           const auto add_to_sink = [&](float delta) {
             if (in.sink_logits.data != nullptr)
               *grad.sink_logits.view().row(b % sink_extent[0], h, i % sink_extent[2]) -= std::exp(sink - lse) * delta;
@@ -233,7 +232,7 @@ struct textbook {
           const matrix keys = reference::seen_rows(fk, far_rows, k, near);
           const matrix values = reference::seen_rows(fv, far_rows, v, near);
           const auto round = [](float x) { return rounded<Element>(x); };
-          const vector capped = reference::scores<float>(keys, vector(q.row(i)), o);
+          const vector capped = reference::scores(keys, vector(q.row(i)), o);
           vector of_far = capped.head(far), of_near = capped.tail(near.size()), logits(count);
           reference::shift(of_far, in.alibi_slopes, far_terms, b, h, first + i, far_rows);
           reference::shift(of_near, in.alibi_slopes, near_terms, b, h, first + i, near);

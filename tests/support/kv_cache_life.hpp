@@ -26,15 +26,17 @@ reference::tensor<Scalar> last_rows(const reference::tensor<Scalar>& all, std::i
 template <class Core, class T>
 auto textbook_of(const token_views<T>& whole, std::int64_t count, const options& options) {
   return [=]<class Scalar>() {
-    auto cores = reference::pool<Scalar>(whole.query, whole.key, whole.value, options);
+    reference::converter<Scalar> numbers;
+    const reference::operands<Scalar> in = numbers(inputs{whole.query, whole.key, whole.value});
+    auto cores = reference::pool(in, options);
     if constexpr (std::is_same_v<Scalar, T>)
       for (reference::tensor<Scalar>* rows : {&cores.first, &cores.second})
         for (Scalar& x : rows->data) x = static_cast<Scalar>(static_cast<Core>(x));
     const partition partition = partition_of(options);
-    const auto biases = reference::core_biases<Scalar>(whole.query, whole.key, options);
+    const auto biases = reference::core_biases(in, options);
     const auto all = reference::attend<Scalar>(
-        inputs{whole.query, whole.key, whole.value}, cores.first.view(), cores.second.view(), options,
-        [&](std::int64_t, std::int64_t, std::int64_t t) { return partition.core_count(t); },
+        in, cores.first.view(), cores.second.view(), options,
+        [&](std::int64_t, std::int64_t, std::int64_t t) { return reference::first_rows(partition.core_count(t)); },
         [&](std::int64_t t) { return reference::raw_tokens(partition, t, whole.key.length()); },
         reference::core_terms(options, biases, whole.query.heads()));
     return reference::result<Scalar>{last_rows(all.out, count), last_rows(all.lse, count)};

@@ -26,6 +26,8 @@
 #include <utility>
 #include <vector>
 
+#include "textbook_instances.hpp"
+
 #if defined(EIGEN_VECTORIZE)
 #error "include support.hpp before Eigen"
 #endif

@@ -34,7 +34,7 @@ set(order
     pooling.hpp detail/engine/plan.hpp attention.hpp merge.hpp detail/engine/gradient_plan.hpp gradient.hpp cache_shape.hpp
     detail/context/cached_sequences.hpp kv_cache.hpp kv_cache_file.hpp
     # The textbook and the whole.
-    reference.hpp reference_gradient.hpp cca.hpp
+    reference_operands.hpp reference.hpp reference_gradient.hpp cca.hpp
     # Compiled kernels behind the same functions.
     dispatch/plain.hpp dispatch/to_plain.hpp dispatch/kv_cache.hpp dispatch.hpp
     dispatch/c_tensors.hpp dispatch/c_arguments.hpp)

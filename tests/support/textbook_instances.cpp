@@ -1,0 +1,2 @@
+#define CCA_TEST_INSTANCE template
+#include "support.hpp"
