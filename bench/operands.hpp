@@ -111,7 +111,7 @@ auto textbook(const tensor<T>& queries, const std::vector<std::int64_t>& positio
   return cca::reference::attend<Scalar>(
              {numbers(queries.view()), all.key, all.value}, cores.first.view(), cores.second.view(), options,
              [&](std::int64_t, std::int64_t, std::int64_t i) {
-               return with_cores ? partition.core_count(position(i)) : std::int64_t{0};
+               return cca::reference::first_rows(with_cores ? partition.core_count(position(i)) : 0);
              },
              [&](std::int64_t i) { return cca::reference::raw_tokens(partition, position(i), key.length()); })
       .out;

@@ -66,7 +66,7 @@ tensor<Scalar> textbook_of(const cca::inputs<float>& in, const cca::options& opt
     at.first_position = t;
     const auto answer = reference::attend<Scalar>(
         one, cores.first.view(), cores.second.view(), at,
-        [&](std::int64_t, std::int64_t, std::int64_t) { return partition.core_count(t); },
+        [&](std::int64_t, std::int64_t, std::int64_t) { return reference::first_rows(partition.core_count(t)); },
         [&](std::int64_t) { return reference::raw_tokens(partition, t, in.key.length()); },
         reference::core_terms(options, biases, 1));
     std::copy(answer.out.data.begin(), answer.out.data.end(), out.view().row(0, 0, static_cast<std::int64_t>(i)));

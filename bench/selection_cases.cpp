@@ -95,8 +95,9 @@ tensor<Scalar> textbook_of(const selection_call& call, const std::vector<std::in
   for (std::size_t i = 0; i < rows.size(); ++i) {
     cca::inputs<float> one = call.in;
     one.query = call.in.query.slice_heads(call.c.heads - 1, 1).slice(rows[i], 1);
+    cca::reference::converter<Scalar> numbers;
     const auto answer = cca::reference::attend<Scalar>(
-        one, call.context.key, call.context.value, {},
+        numbers(one), numbers(call.context.key), numbers(call.context.value), {},
         [&](std::int64_t, std::int64_t, std::int64_t) { return call.rows_of(rows[i]); },
         [](std::int64_t) { return cca::reference::first_rows(0); });
     std::copy(answer.out.data.begin(), answer.out.data.end(), out.view().row(0, 0, static_cast<std::int64_t>(i)));
