@@ -77,7 +77,9 @@ class far_visible {
     }
   }
 
+  /// Never where there is one piece, for whose copy no memory is planned (`pieces_of`).
   [[nodiscard]] bool whole(std::int64_t b, range sharing, range queries, range piece) const {
+    if (!selects(context_) && !comes_and_goes(context_)) return false;
     const range positions = shifted(queries, first_(b));
     const lifetimes of = comes_and_goes(context_) ? lifetimes_of(b, sharing.begin) : lifetimes{};
     if (of.among(positions, piece.begin) != positions || of.among(positions, piece.end - 1) != positions) return false;
