@@ -39,7 +39,7 @@ class partial_result {
 
   void begin() {
     put({});
-    fill_n(out(), value_dim_, T(0));
+    fill_n(out(), padded<T>(value_dim_), T(0));
   }
 
   /// Turns `count` scores into weights, and shrinks what was added before to match.
@@ -56,7 +56,11 @@ class partial_result {
     const row_softmax<T> part = other.get();
     if (part.sum == T(0)) return;
     const auto [first, second] = whole.join(part, unit);
-    for (std::int64_t d = 0; d < value_dim_; ++d) out()[d] = out()[d] * first + other.out()[d] * second;
+    // Vectors, of which no compiler chooses what it makes one operation of.
+    for (std::int64_t d = 0; d < value_dim_; d += width<T>) {
+      const vec<T> more = vec<T>(second) * vec<T>::load_aligned(other.out() + d);
+      fma<T>(vec<T>::load_aligned(out() + d), vec<T>(first), more).store_aligned(out() + d);
+    }
     put(whole);
   }
 
@@ -72,7 +76,7 @@ class partial_result {
   [[nodiscard]] exponential_sum<T> total(T unit, int headroom) const {
     const row_softmax<T> softmax = get();
     if (softmax.sum == T(0)) return {};
-    return {softmax.maximum * unit, detail::ldexp(softmax.sum, headroom)};
+    return {product(softmax.maximum, unit), detail::ldexp(softmax.sum, headroom)};
   }
 
   /// The weighted sum of the values.
@@ -274,20 +278,18 @@ class few_queries {
     });
   }
 
-  /// Calls `f(constant n, q, some)` for rows `some` of `rows` that the queries `[q, q + n)` see, so that all rows that a query
-  /// sees are among its own. Queries that see the same rows go together; at their edges each goes by itself.
+  /// Calls `f(constant n, q, some)` for the rows `some` of `rows` that the queries `[q, q + n)` see. Those that see the same of
+  /// them go together, otherwise each goes by itself: to the bit it gets the same, whatever its neighbours see.
   template <class F>
   void for_each_sharing(range rows, range queries, const F& f) const {
     for_row_blocks<queries_sharing>(queries.size(), [&](auto n, std::int64_t i) {
       const std::int64_t q = queries.begin + i;
-      range common = rows;
-      for (std::int64_t k = 0; k < n(); ++k) common = intersection(common, seen_[q + k]);
-      if (common.empty()) common = {rows.end, rows.end};
-      if (!common.empty()) f(n, q, common);
-      for (std::int64_t k = 0; k < n(); ++k)
-        for (const range edge : {range{rows.begin, common.begin}, range{common.end, rows.end}})
-          if (const range some = intersection(seen_[q + k], edge); !some.empty())
-            f(std::integral_constant<std::int64_t, 1>{}, q + k, some);
+      const auto of = [&](std::int64_t k) { return intersection(seen_[q + k], rows); };
+      bool same = true;
+      for (std::int64_t k = 1; k < n(); ++k) same &= of(k) == of(0);
+      if (same && !of(0).empty()) return f(n, q, of(0));
+      for (std::int64_t k = 0; !same && k < n(); ++k)
+        if (!of(k).empty()) f(std::integral_constant<std::int64_t, 1>{}, q + k, of(k));
     });
   }
 

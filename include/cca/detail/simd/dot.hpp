@@ -80,24 +80,22 @@ CCA_INLINE void reduce_add_each(const vec<T>* x, T* to) {
   total.store_unaligned(to);
 }
 
-/// The sum of its lanes is `query . key`, of a key row that others follow in steps of `stride`. Two sums are enough: the
-/// processor is at the next rows meanwhile.
+/// The sum of its lanes is `query . key`, of a key row that others follow in steps of `stride`. One sum is enough: the
+/// processor is at the next rows meanwhile. It is that of `dot_shared_rows`, to the bit.
 template <class T, class Element>
 CCA_INLINE vec<T> dot_lanes(const T* query, const Element* key, std::int64_t stride, std::int64_t dim) {
-  constexpr std::int64_t W = width<T>, sums = 2, steps = 4;
+  constexpr std::int64_t W = width<T>, steps = 4;
   const std::int64_t full = dim - dim % W, ahead = rows_ahead<Element>(dim);
-  vec<T> sum[sums];
-  unroll<sums>([&](auto i) CCA_INLINE_LAMBDA { sum[i] = vec<T>(T(0)); });
+  vec<T> sum(T(0));
   const auto add = [&](std::int64_t d, auto i) CCA_INLINE_LAMBDA {
     if (i % vectors_asked<T, Element> == 0) prefetch(key, ahead, stride, d);
-    vec<T>& s = sum[i % sums];
-    s = fma<T>(load_as<T>(key + d), vec<T>::load_aligned(query + d), s);
+    sum = fma<T>(load_as<T>(key + d), vec<T>::load_aligned(query + d), sum);
   };
   std::int64_t d = 0;
   for (; d + steps * W <= full; d += steps * W) unroll<steps>([&](auto i) CCA_INLINE_LAMBDA { add(d + i * W, i); });
   for (; d < full; d += W) add(d, std::integral_constant<std::int64_t, 0>{});
-  if (full < dim) sum[1] = fma<T>(load_as<T>(key + full, dim - full), vec<T>::load_aligned(query + full), sum[1]);
-  return sum[0] + sum[1];
+  if (full < dim) sum = fma<T>(load_as<T>(key + full, dim - full), vec<T>::load_aligned(query + full), sum);
+  return sum;
 }
 
 /// `logits[j] = query . key_j` for j in `[0, count)`. `query` is padded with zeros to a multiple of the vector width.
@@ -112,7 +110,14 @@ void dot_rows(const T* query, row_span<Element> keys, std::int64_t dim, std::int
     unroll<n>([&](auto i) CCA_INLINE_LAMBDA { dots[i] = dot_lanes(query, keys.row(j + i), keys.stride, dim); });
     reduce_add_each<T>(dots, logits + j);
   }
-  for (; j < count; ++j) logits[j] = reduce_add<T>(dot_lanes(query, keys.row(j), keys.stride, dim));
+  if (j == count) return;
+  vec<T> dots[extent(n)];
+  unroll<n>([&](auto i) CCA_INLINE_LAMBDA {
+    dots[i] = j + i < count ? dot_lanes(query, keys.row(j + i), keys.stride, dim) : vec<T>(T(0));
+  });
+  T last[extent(n)];
+  reduce_add_each<T>(dots, last);
+  copy_n(last, count - j, logits + j);
 }
 
 /// Rows of a register block of `Queries` queries that share them: 4 x 4 accumulators of 32 registers, 4 x 2 of 16.

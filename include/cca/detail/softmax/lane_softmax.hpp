@@ -109,7 +109,7 @@ class lane_softmax {
   /// What lane `i` has seen, in base 2.
   [[nodiscard]] exponential_sum<T> total(std::int64_t i) const {
     if (sum_[i] == T(0)) return {};
-    return {maximum_[i] * rule_->unit_in_base_2(), detail::ldexp(sum_[i], headroom_)};
+    return {product(maximum_[i], rule_->unit_in_base_2()), detail::ldexp(sum_[i], headroom_)};
   }
 
   static void add(T* sum, vec<T> rescale, vec<T> more) {

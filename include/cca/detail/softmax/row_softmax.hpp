@@ -14,6 +14,21 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// numbers fit then. Weights below 2^-86 of the largest are lost, which no sum of 2^40 of them would show.
 inline constexpr int most_headroom = 40;
 
+/// @{
+/// `a * b + c` as vectors compute it, and `a * b`. A compiler may make one operation of a product and a sum, or not, where
+/// both are written out: of these it cannot choose, so that results are the same to the bit wherever they are inlined.
+template <class T>
+T multiply_add(T a, T b, T c) {
+  T sum;
+  store_partial(&sum, fma<T>(vec<T>(a), vec<T>(b), vec<T>(c)), 1);
+  return sum;
+}
+template <class T>
+T product(T a, T b) {
+  return multiply_add(a, b, T(0));
+}
+/// @}
+
 /// `sum * 2^maximum`: a sum of exponentials of logits.
 template <class T>
 struct exponential_sum {
@@ -30,7 +45,7 @@ struct exponential_sum {
     const T raised = is_nan(maximum) || maximum > other.maximum ? maximum : other.maximum;  // a NaN stays
     const T base = raised == -infinity<T> ? T(0) : raised;
     const shares s{exp2((maximum - base) * unit), exp2((other.maximum - base) * unit)};
-    sum = sum * s.first + other.sum * s.second;
+    sum = multiply_add(sum, s.first, product(other.sum, s.second));
     maximum = raised;
     return s;
   }

@@ -56,7 +56,7 @@ struct score_rule {
   /// The sink of query `i` of head `h` of sequence `b` as a sum of exponentials; nothing where there are none.
   [[nodiscard]] exponential_sum<T> sink_sum(std::int64_t b, std::int64_t h, std::int64_t i) const {
     if (!has_sinks()) return {};
-    return {sink(b, h, i) * std::numbers::log2e_v<T>, T(1)};
+    return {product(sink(b, h, i), std::numbers::log2e_v<T>), T(1)};
   }
   /// The sink logit of query `i` of head `h` of sequence `b`.
   [[nodiscard]] T sink(std::int64_t b, std::int64_t h, std::int64_t i) const {
