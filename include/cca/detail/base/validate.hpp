@@ -42,16 +42,16 @@ input_views named(const inputs<T...>& in) {
           {"key_bias", in.key_bias}};
 }
 template <class... T>
-far_views named(const far_context<T...>& far) {
-  return {{"far.key", far.key},
-          {"far.value", far.value},
-          {"far.seen", far.seen},
-          {"far.bias", far.bias},
-          {"far.positions", far.positions},
-          {"far.visible_from", far.visible_from},
-          {"far.visible_until", far.visible_until},
-          {"far.selected.blocks", far.selected.blocks},
-          far.selected};
+far_views named(const far_context<T...>& context) {
+  return {{"far.key", context.key},
+          {"far.value", context.value},
+          {"far.seen", context.seen},
+          {"far.bias", context.bias},
+          {"far.positions", context.positions},
+          {"far.visible_from", context.visible_from},
+          {"far.visible_until", context.visible_until},
+          {"far.selected.blocks", context.selected.blocks},
+          context.selected};
 }
 template <class... T>
 result_views named(const results<T...>& to) {
