@@ -32,7 +32,6 @@ struct source_gradient {
   Source source;
   tensor_view<T> key, value;
   tensor_view<T, 3> bias{};
-
 };
 
 template <class Source, class T>

@@ -129,7 +129,7 @@ struct sixteen_bits {
     [[nodiscard]] columns_from value_columns(std::int64_t j) const { return {&values_, j}; }
 
     /// As in `vectors`.
-    void ask_behind(std::int64_t j) const {
+    CCA_INLINE void ask_behind(std::int64_t j) const {
       prefetch_row(row_span<Element>{head_.key, head_.key_stride}, j + following_, form_.dim);
       prefetch_row(row_span<Element>{head_.value, head_.value_stride}, j + following_, form_.value_dim);
     }

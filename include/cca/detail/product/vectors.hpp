@@ -80,8 +80,9 @@ struct vectors {
     [[nodiscard]] row_span<T> value_columns(std::int64_t j) const { return values(j); }
     /// @}
 
-    /// Asks for the memory of a row that follows, in the place of row `j`: it may be none.
-    void ask_behind(std::int64_t j) const {
+    /// Asks for the memory of a row that follows, in the place of row `j`: it may be none. (Inline: for g++ a function that only
+    /// asks for memory does nothing, and its calls go. 64 queries after 32K keys took 8.0 ms for 6.2.)
+    CCA_INLINE void ask_behind(std::int64_t j) const {
       prefetch_row(keys_, j - rows_.begin + following_, form_.dim);
       prefetch_row(values_, j - rows_.begin + following_, form_.value_dim);
     }
