@@ -9,11 +9,11 @@
 
 namespace policies {
 
-/// Block selection: every query sees the tokens of a few blocks of its past, which it chooses by what stands for a block.
-/// All keys and values are kept; what falls is what a step reads.
+/// Block selection: every query sees the tokens of a few blocks of its past, which it chooses by what stands for a
+/// block. All keys and values are kept; what falls is what a step reads.
 
-/// Quest, Tang et al., arXiv 2406.10774: the elementwise least and greatest key of a block (a page) bound every product with
-/// its keys, `q . k <= sum_d max(q_d min_d, q_d max_d)`.
+/// Quest, Tang et al., arXiv 2406.10774: the elementwise least and greatest key of a block (a page) bound every
+/// product with its keys, `q . k <= sum_d max(q_d min_d, q_d max_d)`.
 template <class T>
 struct quest_bounds {
   rows<T> least, most;  ///< `[key/value heads][complete blocks][dim]`

@@ -1,5 +1,5 @@
-// H2O token by token, SnapKV over a prompt and what follows, and gradients given what was evicted, beside their definitions
-// in double.
+// H2O token by token, SnapKV over a prompt and what follows, and gradients given what was evicted, beside their
+// definitions in double.
 #include "heavy_hitters.hpp"
 
 #include <algorithm>
@@ -15,8 +15,8 @@ const std::int64_t length = 80, heads = 4, kv_heads = 2, dim = 8, value_dim = 6;
 
 /// Answers where query t of head h sees the tokens `kept(h, t)`, and what it gives to each of them is told to `given`.
 template <class Kept, class Given>
-rows<double> definition(const rows<double>& query, const rows<double>& key, const rows<double>& value,
-                        const Kept& kept, const Given& given) {
+rows<double> definition(const rows<double>& query, const rows<double>& key, const rows<double>& value, const Kept& kept,
+                        const Given& given) {
   rows<double> out(heads, length, value_dim);
   for (std::int64_t t = 0; t < length; ++t)
     for (std::int64_t h = 0; h < heads; ++h) {
@@ -48,9 +48,8 @@ rows<double> h2o(const rows<double>& query, const rows<double>& key, const rows<
     auto& set = cache[policies::index(h / 2)];
     if (h % 2 == 0 || set.size() < policies::index(heavy + recent)) return;
     const auto end = std::find_if(set.begin(), set.end(), [&](std::int64_t j) { return j > t + 1 - recent; });
-    set.erase(std::min_element(set.begin(), end, [&](std::int64_t a, std::int64_t b) {
-      return *mass.row(h / 2, a) < *mass.row(h / 2, b);
-    }));
+    set.erase(std::min_element(
+        set.begin(), end, [&](std::int64_t a, std::int64_t b) { return *mass.row(h / 2, a) < *mass.row(h / 2, b); }));
   };
   return definition(query, key, value, kept, given);
 }
@@ -93,10 +92,11 @@ int main() {
 
   // SnapKV: dense attention over a prompt, whose last queries choose.
   const std::int64_t prompt = 60, last = 8, width = 5, kept = 12;
-  policies::kernels::attention<double>({operand(query).slice(0, prompt), operand(key).slice(0, prompt), operand(value).slice(0, prompt)},
-                                       {out.view().slice(0, prompt), lse.numbers().slice(0, prompt)});
-  const policies::evictions snap =
-      policies::snapkv(operand(query), operand(key), cca::lse_view<const double>(lse.numbers()).slice(0, prompt), last, width, kept);
+  policies::kernels::attention<double>(
+      {operand(query).slice(0, prompt), operand(key).slice(0, prompt), operand(value).slice(0, prompt)},
+      {out.view().slice(0, prompt), lse.numbers().slice(0, prompt)});
+  const policies::evictions snap = policies::snapkv(
+      operand(query), operand(key), cca::lse_view<const double>(lse.numbers()).slice(0, prompt), last, width, kept);
   policies::attend_far(operand(query), snap.over(operand(key), operand(value), heads), {out.view()});
   rows<double> mass(kv_heads, prompt, 1);
   const auto dense = [](std::int64_t, std::int64_t t) {
@@ -128,6 +128,7 @@ int main() {
                        static_cast<double>(cache.bytes()) / static_cast<double>(kv_heads));
   const auto snap_rows = static_cast<double>(kept + last + length - prompt);
   textbook::print_cost("SnapKV, last token", snap_rows, snap_rows * row_bytes);
-  textbook::print_cost("dense attention, last token", static_cast<double>(length), static_cast<double>(length) * row_bytes);
+  textbook::print_cost("dense attention, last token", static_cast<double>(length),
+                       static_cast<double>(length) * row_bytes);
   return checks.failures();
 }

@@ -4,35 +4,16 @@
 #include <cstdint>
 #include <vector>
 
+#include "evictions.hpp"
 #include "kernels.hpp"
 #include "mass.hpp"
 
 namespace policies {
 
-/// Until when each token is seen, where caches evict: token j of a head of keys is seen by the queries at the positions
-/// `[j, until(j))`. With it a whole sequence is attended to at once, and has its gradient.
-struct evictions {
-  rows<std::int64_t> until;        ///< `[key/value heads][tokens]`, `cca::unlimited` for those that stay
-  std::vector<std::int64_t> seen;  ///< `[tokens]`: the tokens up to the query's own
-
-  evictions(std::int64_t kv_heads, std::int64_t length) : until(kv_heads, length, 1) {
-    std::fill(until.data.begin(), until.data.end(), cca::unlimited);
-    for (std::int64_t t = 0; t < length; ++t) seen.push_back(t + 1);
-  }
-
-  /// For `attend_far` and `attend_far_gradient`. No gradient goes through the choice of what is evicted.
-  template <class T>
-  [[nodiscard]] cca::far_context<T> over(view<const T> key, view<const T> value, std::int64_t heads) const {
-    cca::far_context<T> context{.key = key, .value = value};
-    context.seen = same_for_heads(seen, heads);
-    context.visible_until = until.numbers();
-    return context;
-  }
-};
-
-/// SnapKV, Li et al., arXiv 2404.14469: the last queries of a prompt choose what is kept of it. What they gave to each token
-/// before them, summed and smoothed by a maximum over `width` neighbours, is largest for the `kept` tokens that later queries
-/// see, besides the last ones themselves. A head of keys goes by the sum of the query heads that share it.
+/// SnapKV, Li et al., arXiv 2404.14469: the last queries of a prompt choose what is kept of it. What they gave to
+/// each token before them, summed and smoothed by a maximum over `width` neighbours, is largest for the `kept` tokens
+/// that later queries see, besides the last ones themselves. A head of keys goes by the sum of the query heads that
+/// share it.
 ///
 /// @param query,key  of a prompt and more tokens
 /// @param lse  of dense attention over the prompt, whose length it has
@@ -55,9 +36,10 @@ template <class T>
   return result;
 }
 
-/// H2O, the heavy-hitter oracle, Zhang et al., arXiv 2306.14048: a cache of fixed size that keeps the latest tokens and those
-/// that got most attention. When it is full, the token of the least accumulated attention leaves it, the latest excepted.
-/// Attention is that of the cache's own answers, and a head of keys goes by the sum of the query heads that share it.
+/// H2O, the heavy-hitter oracle, Zhang et al., arXiv 2306.14048: a cache of fixed size that keeps the latest tokens
+/// and those that got most attention. When it is full, the token of the least accumulated attention leaves it, the
+/// latest excepted. Attention is that of the cache's own answers, and a head of keys goes by the sum of the query
+/// heads that share it.
 template <class T>
 class heavy_hitters {
  public:
@@ -102,7 +84,8 @@ class heavy_hitters {
   [[nodiscard]] std::int64_t least_of(std::int64_t h) const {
     std::int64_t least = -1;
     for (std::int64_t i = 0; i < key_.length; ++i)
-      if (*position_.row(h, i) + recent_ <= length_ && (least < 0 || *mass_.row(h, i) < *mass_.row(h, least))) least = i;
+      if (*position_.row(h, i) + recent_ <= length_ && (least < 0 || *mass_.row(h, i) < *mass_.row(h, least)))
+        least = i;
     return least;
   }
 

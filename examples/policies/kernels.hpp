@@ -5,8 +5,8 @@
 #include <span>
 #include <vector>
 
-// The functions that policies are built on: those of cca::dispatch, whose kernels are compiled once for all programs, or
-// the headers alone.
+// The functions that policies are built on: those of cca::dispatch, whose kernels are compiled once for all programs,
+// or the headers alone.
 #ifdef CCA_POLICIES_DISPATCH
 #include <cca/dispatch.hpp>
 namespace policies {

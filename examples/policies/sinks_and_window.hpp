@@ -8,8 +8,8 @@
 
 namespace policies {
 
-/// How many sink tokens have left the window of the queries at the positions `[first, first + count)`: those that a query
-/// sees beside its window.
+/// How many sink tokens have left the window of the queries at the positions `[first, first + count)`: those that a
+/// query sees beside its window.
 [[nodiscard]] inline std::vector<std::int64_t> sinks_beside_window(std::int64_t first, std::int64_t count,
                                                                    std::int64_t sinks, std::int64_t window) {
   std::vector<std::int64_t> seen;
@@ -18,16 +18,16 @@ namespace policies {
   return seen;
 }
 
-/// Operands, or with elements that are not constant their gradients, where a model turns a token's query otherwise for the
-/// sink tokens than for the window.
+/// Operands, or with elements that are not constant their gradients, where a model turns a token's query otherwise
+/// for the sink tokens than for the window.
 template <class T>
 struct two_queries {
   view<T> query, key, value;                 ///< of the window
   view<T> sink_query, sink_key, sink_value;  ///< of the sink tokens
 };
 
-/// One softmax over both: `softmax([q_sink K_sink ; q K_window])`. Each part is attended to by itself, and `merge` joins
-/// them by their log-sum-exps.
+/// One softmax over both: `softmax([q_sink K_sink ; q K_window])`. Each part is attended to by itself, and `merge`
+/// joins them by their log-sum-exps.
 template <class T>
 void attend_sinks_and_window(const two_queries<const T>& in, std::int64_t window, const cca::results<T>& to) {
   using part = cca::results<const T, const T>;
@@ -40,8 +40,8 @@ void attend_sinks_and_window(const two_queries<const T>& in, std::int64_t window
   kernels::merge(part{sink_out.view(), sink_lse.numbers()}, part{out.view(), lse.numbers()}, to);
 }
 
-/// Its gradients, written whole. A weight is `exp(score - lse)` with the `lse` of both parts, so the gradient of each part
-/// takes the merged results as its own.
+/// Its gradients, written whole. A weight is `exp(score - lse)` with the `lse` of both parts, so the gradient of each
+/// part takes the merged results as its own.
 template <class T>
 void sinks_and_window_gradient(const two_queries<const T>& in, std::int64_t window, const cca::results<T>& of,
                                view<const T> grad_out, const two_queries<T>& to) {

@@ -8,7 +8,8 @@
 
 int main() {
   const std::int64_t length = 90, prompt = 40, heads = 4, kv_heads = 2, dim = 8, value_dim = 6, sinks = 4, window = 12;
-  const auto query = textbook::random_rows(heads, length, dim, 1), key = textbook::random_rows(kv_heads, length, dim, 2),
+  const auto query = textbook::random_rows(heads, length, dim, 1),
+             key = textbook::random_rows(kv_heads, length, dim, 2),
              value = textbook::random_rows(kv_heads, length, value_dim, 3);
 
   policies::rows<double> out(heads, length, value_dim), wanted = out;
