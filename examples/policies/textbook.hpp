@@ -116,7 +116,7 @@ class checks {
 
 /// What a policy costs beside dense attention.
 inline void print_cost(const char* what, double scores, double kept_bytes) {
-  std::printf("%-28s %9.1f scores per query and head, %9.0f bytes per key/value head\n", what, scores, kept_bytes);
+  std::printf("%-28s scores per query and head: %7.1f, bytes per key/value head: %7.0f\n", what, scores, kept_bytes);
 }
 
 }  // namespace textbook
