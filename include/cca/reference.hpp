@@ -355,7 +355,8 @@ result<Scalar> attend(const operands<Scalar>& in, tensor_view<const Scalar> far_
 /// The tokens among the first `length` that the query at `t` sees raw: the first ones, and those of its window.
 inline row_numbers raw_tokens(const partition& partition, std::int64_t t, std::int64_t length) {
   const range sinks = partition.sinks(t), window = partition.raw(t);
-  return rows_where(length, [&](std::int64_t j) { return sinks.contains(j) || window.contains(j); });
+  const std::int64_t end = (std::min)(length, (std::max)(sinks.end, window.end));
+  return rows_where(end, [&](std::int64_t j) { return sinks.contains(j) || window.contains(j); });
 }
 
 /// Those of each of the last `queries` queries, or of those from the options' first position on, to `keys` tokens.
