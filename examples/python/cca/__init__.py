@@ -183,13 +183,18 @@ def _is_torch(x):
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+_operators_of = {}
+"""cca.torch by the types of its tensors, as far as they have been seen."""
+
+
 def _operators(x):
     """The module of PyTorch's operators where a tensor is PyTorch's, else None."""
-    if not _is_torch(x):
-        return None
-    if "cca.torch" not in sys.modules:
-        from . import torch  # noqa: F401
-    return sys.modules["cca.torch"]
+    found = _operators_of.get(type(x))
+    if found is None and _is_torch(x):
+        from . import torch as found
+
+        _operators_of[type(x)] = found
+    return found
 
 
 _INTEGERS = frozenset(
@@ -271,9 +276,8 @@ def _has_padding(names):
 
 def _answer(name, operands, out, lse, return_lse, threads, given, known):
     """What `attention` and `attend` have in common."""
-    options = _split(operands, given, known)
-    extents, work = _sizes(operands)
-    operators = _operators(operands["query"])
+    options = _split(operands, given, known) if given or len(operands) > 3 else given
+    operators = _operators_of.get(type(operands["query"])) or _operators(operands["query"])
     if operators is not None:
         followed = operators.who_follows(operands.values())
         if followed:
@@ -281,6 +285,7 @@ def _answer(name, operands, out, lse, return_lse, threads, given, known):
                 if x is not None:
                     raise ValueError(f"cca: {what}: got a tensor, wants None where PyTorch follows the call")
             return operators.OPERATORS[name](followed, operands, options, threads, return_lse)
+    extents, work = _sizes(operands)
     padded = len(operands) > 3 and _has_padding(operands)
     if out is None:
         out = _empty(operands["query"], extents, zero=padded)

@@ -49,6 +49,9 @@ def empty(like, extents, number=False, zero=False):
 AUTOGRAD, OTHERS = 1, 2
 
 
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+
+
 def who_follows(tensors):
     if (
         torch.compiler.is_compiling()
@@ -74,19 +77,29 @@ class _Call:
         self.plan = None
         self.gradient_plans = {}
 
-    def results(self, tensors):
+    def results(self, query, value):
         """out and lse, not yet written."""
-        query, value = tensors[0], tensors[2]
-        extents = (*query.shape[:3], value.shape[3])
-        return empty(query, extents, zero=self.padded), empty(query, extents[:3], number=True, zero=self.padded)
+        try:
+            b, h, n, _ = query.shape
+            d = value.shape[3]
+        except (IndexError, ValueError):
+            name, x = ("query", query) if query.ndim != 4 else ("value", value)
+            raise ValueError(f"cca: {name}: got {x.ndim} dimensions, wants 4") from None
+        dtype, device = query.dtype, query.device
+        # As `empty` makes them, without the calls: they are what a small attention costs.
+        out = torch.empty_strided((b, h, n, d), (n * h * d, d, h * d, 1), dtype=dtype, device=device)
+        if dtype != torch.float64:
+            dtype = torch.float32
+        lse = torch.empty_strided((b, h, n), (h * n, n, 1), dtype=dtype, device=device)
+        return (out.zero_(), lse.zero_()) if self.padded else (out, lse)
 
     def run(self, tensors, threads):
         """out and lse"""
-        results = self.results(tensors)
+        query, key, value = tensors[:3]
+        results = self.results(query, value)
         if self.plan is None:
             self.plan = _library.plan_of(self.operator.function, self.names, ("out", "lse"), self.options)
-        query, key = tensors[:2]
-        self.plan((*tensors, *results), _library.threads_of(threads, query.numel() * key.shape[2]))
+        self.plan(tensors + results, _library.threads_of(threads, query.numel() * key.shape[2] if key.ndim > 2 else 0))
         return results
 
     def run_gradient(self, tensors, results, grad_out, grad_lse, wanted, threads):
@@ -101,7 +114,8 @@ class _Call:
         answer = [None] * len(tensors)
         for i, gradient in zip(places, written):
             if wanted[i]:
-                answer[i] = gradient.to(tensors[i].dtype)
+                dtype = tensors[i].dtype
+                answer[i] = gradient if gradient.dtype == dtype else gradient.to(dtype)
         return answer
 
     def _gradient_plan(self, wanted, has_grad_lse):
@@ -182,7 +196,7 @@ class _Operator:
 
     def _fake_run(self, *arguments, **options):
         call, tensors, _ = self._call(arguments, options)
-        return call.results(tensors)
+        return call.results(tensors[0], tensors[2])
 
     def _run_gradient(self, *arguments, **options):
         (call, tensors, threads), (out, lse, grad_out, grad_lse, wanted) = self._gradient_call(arguments, options)
