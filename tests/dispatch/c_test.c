@@ -693,12 +693,16 @@ static void test_elements(void) {
     EXPECT(cca_attention(&call) == CCA_OK);
     EXPECT(memcmp(value, out, sizeof out) == 0);
   }
-  /* What steps over a single element is of no account. */
+  /* What steps over a single element, or over none, is of no account. */
   double x = 3, answer = 0;
   int64_t one[] = {1, 1, 1, 1}, odd_strides[] = {-7, 9, 11, 5};
   DLTensor t = {&x, {kDLCPU, 0}, 4, types[1], one, odd_strides, 0}, to = {&answer, {kDLCPU, 0}, 4, types[1], one, NULL, 0};
   cca_call call = {.struct_size = sizeof call, .query = &t, .key = &t, .value = &t, .out = &to};
   EXPECT(cca_attention(&call) == CCA_OK && answer == 3);
+  int64_t none[] = {1, 1, 0, 2}, no_strides[] = {0, 0, 0, 0};
+  t.shape = to.shape = none;
+  t.strides = to.strides = no_strides;
+  EXPECT(cca_attention(&call) == CCA_OK);
 }
 
 int main(void) {

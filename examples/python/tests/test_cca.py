@@ -306,8 +306,10 @@ def test_cache():
     ],
 )
 def test_refusals(change, text):
+    out = np.full((2, 4, 19, 3), 7.0)
     with pytest.raises(ValueError, match="^cca: " + text.replace("[", r"\[")):
-        cca.attention(*change(*operands()))
+        cca.attention(*change(*operands()), out=out)
+    assert (out == 7).all()  # nothing was written
 
 
 @pytest.mark.parametrize(
@@ -337,6 +339,72 @@ def test_what_is_no_tensor():
         cca.attention(q, k.tolist(), v)
     with pytest.raises(TypeError, match="cca: value: got MaskedArray, wants a tensor"):
         cca.attention(q, k, np.ma.masked_array(v, v > 1))
+
+
+class ManagedTensor(ctypes.Structure):
+    """DLManagedTensor"""
+
+    _fields_ = [("tensor", _library.Tensor), ("manager", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+
+
+class OnCuda:
+    """A tensor that says that it lies in the memory of a GPU. Nobody may look at that."""
+
+    def __init__(self, x):
+        self.shape, self.dtype = x.shape, x.dtype
+        self.extents = (ctypes.c_int64 * x.ndim)(*x.shape)
+        tensor = _library.Tensor(8, 2, 0, x.ndim, _library.DataType(2, 64, 1), self.extents, None, 0)
+        self.managed = ManagedTensor(tensor)
+
+    def __dlpack__(self):
+        new = ctypes.pythonapi.PyCapsule_New
+        new.argtypes, new.restype = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p], ctypes.py_object
+        return new(ctypes.addressof(self.managed), b"dltensor", None)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_the_memory_of_a_gpu_is_refused(place):
+    everything = [*operands(), np.full((2, 4, 19, 3), 7.0)]
+    out = everything[3]
+    everything[place] = OnCuda(everything[place])
+    name = ("query", "key", "value", "out")[place]
+    text = f"cca: {name}: got memory of DLPack's device type 2, wants memory of the processor"
+    with pytest.raises(ValueError, match=text):
+        cca.attention(*everything[:3], out=everything[3])
+    assert (out == 7).all()
+    cache = cca.KvCache(batch=2, heads=4, kv_heads=2, dim=5, value_dim=3, dtype="float64")
+    with pytest.raises(ValueError, match=text):
+        cache.attend(*everything[:3], out=everything[3])
+    assert (out == 7).all() and cache.length() == 0
+
+
+@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "everything", "value dim"])
+def test_zero_sizes(empty):
+    q, k, v = operands()
+    q, k, v = {
+        "batch": (q[:0], k[:0], v[:0]),
+        "heads": (q[:, :0], k, v),
+        "queries": (q[:, :, :0], k, v),
+        "everything": (q[:0, :0, :0], k[:0, :0, :0], v[:0, :0, :0]),
+        "value dim": (q, k, v[..., :0]),
+    }[empty]
+    if empty == "value dim":
+        with pytest.raises(ValueError, match="cca: value: got dim 0"):
+            cca.attention(q, k, v)
+        return
+    out, lse = cca.attention(q, k, v, return_lse=True)
+    assert out.shape == (*q.shape[:3], 3) and lse.shape == q.shape[:3]
+    gradients = cca.attention_gradient(q, k, v, out, lse, out)
+    assert all(not x.any() for x in gradients[:3])
+
+
+def test_no_keys():
+    q, k, v = operands()
+    out, lse = cca.attention(q[:, :, :0], k[:, :, :0], v[:, :, :0], return_lse=True)
+    assert out.shape == (2, 4, 0, 3)
+    none = np.zeros((2, 2, 0, 5)), np.zeros((2, 2, 0, 3))
+    out, lse = cca.attend(q, *none, *none, np.zeros((2, 4, 19), np.int64), return_lse=True)
+    assert not out.any() and (lse == -np.inf).all()  # a query that sees nothing
 
 
 def test_capsules_by_hand():

@@ -99,6 +99,21 @@ def test_gradcheck_of_selected_rows(by):
     assert torch.equal(out, torch.compile(call, fullgraph=True, backend="eager")(q, k, v, far_key, far_value)[0])
 
 
+def test_operands_beside_those_that_require_gradients():
+    q, k, v = operands(grad=True)
+    for key, text in [
+        (k.detach().long(), "key: got int64, wants float64"),
+        (k.detach().to("meta"), "key: got a tensor on meta, wants one on the cpu"),
+        (k.detach().float(), "key: got float32, wants float64"),
+    ]:
+        with pytest.raises(ValueError, match="^cca: " + text):
+            cca.attention(q, key, v)
+    with pytest.raises(ValueError, match="cca: out: got a tensor, wants None where PyTorch follows"):
+        cca.attention(q, k, v, out=torch.empty(2, 4, 11, 3))
+    with pytest.raises(ValueError, match="cca: lse: got a tensor, wants None where PyTorch follows"):
+        cca.attention(q, k, v, lse=torch.empty(2, 4, 11))
+
+
 def test_what_autograd_does_not_see_is_refused():
     q, k, v = operands(grad=True)
     with pytest.raises(ValueError, match="cca: query: got a tensor that requires gradients, wants none: pool has no"):

@@ -100,9 +100,13 @@ tensor_view<T, Rank> view_of(const char* name, const DLTensor& t) {
   if (t.ndim != static_cast<int>(Rank))
     refuse(name, {t.ndim, " dimensions"}, {Rank, Rank == 3 ? ", or 1 for a number per head" : ""});
   tensor_view<T, Rank> view{data, {}, strides_of<Rank>(name, t)};
-  for (std::size_t i = 0; i < Rank; ++i) view.extent[i] = t.shape[i];
-  // What steps over a single element is of no account, and not kept by those who make tensors.
-  if (Rank == 4 && view.extent[3] == 1) view.stride[3] = 1;
+  bool empty = false;
+  for (std::size_t i = 0; i < Rank; ++i) {
+    view.extent[i] = t.shape[i];
+    empty |= t.shape[i] == 0;
+  }
+  // What steps over a single element, or over none, is of no account, and not kept by those who make tensors.
+  if (Rank == 4 && (view.extent[3] == 1 || empty)) view.stride[3] = 1;
   return view;
 }
 
