@@ -6,11 +6,13 @@
     python examples/python/beside_cpp.py build/release/bench/cca_run
 
 The layer is one of SmolLM2-135M: 9 query heads on 3 key/value heads of 64. `prefill` is the attention inside of a layer of
-transformers with attn_implementation="cca", `step` is cca.attention and its backward(). Before anything is timed the results
-are compared. Says the median seconds of the rounds.
+transformers with attn_implementation="cca", `step` is cca.attention and its backward() of tensors that lie in memory as the
+program's do, `step-blhd` of those that a layer of PyTorch has, [batch, length, heads, dim] in memory. Before anything is
+timed the results are compared. Says the median seconds of the rounds, and the median of their ratios.
 """
 
 import argparse
+import functools
 import pathlib
 import platform
 import statistics
@@ -81,11 +83,15 @@ def of_a_layer(length):
     return taken["operands"], call
 
 
-def of_a_step(length):
+def of_a_step(length, interleaved=False):
     """The same of cca.attention and its backward(), with the gradient that comes in behind the operands."""
     torch.manual_seed(1)
-    query, grad = (torch.randn(1, length, HEADS, DIM).transpose(1, 2) for _ in range(2))
-    key, value = (torch.randn(1, length, KV_HEADS, DIM).transpose(1, 2) for _ in range(2))
+
+    def make(heads):
+        x = torch.randn(1, heads, length, DIM)
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if interleaved else x
+
+    query, key, value, grad = (make(heads) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS))
     operands = [x.requires_grad_() for x in (query, key, value)]
 
     def call():
@@ -96,9 +102,11 @@ def of_a_step(length):
     return (*operands, grad), call
 
 
+_GRADIENTS = {"gradient": 1}, ["grad_query", "grad_key", "grad_value"]
 CASES = {
     "prefill": (of_a_layer, 8192, {}, ["out"]),
-    "step": (of_a_step, 16384, {"gradient": 1}, ["grad_query", "grad_key", "grad_value"]),
+    "step": (of_a_step, 16384, *_GRADIENTS),
+    "step-blhd": (functools.partial(of_a_step, interleaved=True), 16384, *_GRADIENTS),
 }
 
 
@@ -122,7 +130,7 @@ def compare(program, case, length, threads, rounds):
         peer.process.communicate()
     python, cpp = (statistics.median(x) for x in zip(*times))
     ratio = statistics.median(a / b for a, b in times)
-    print(f"{case:8} {length:7} {python:12.3f} {cpp:12.3f} {ratio:8.3f}   C++: {peer.built}", flush=True)
+    print(f"{case:10} {length:7} {python:12.3f} {cpp:12.3f} {ratio:8.3f}   C++: {peer.built}", flush=True)
     return ratio
 
 
@@ -138,7 +146,7 @@ def main():
     torch.set_num_threads(args.threads)
     print(f"{HEADS} heads on {KV_HEADS} of {DIM}, {OPTIONS}, {args.threads} threads, medians of {args.rounds} rounds")
     print(f"{cca.architecture()}, Python {platform.python_version()}, PyTorch {torch.__version__}, ", end="")
-    print(f"transformers {transformers.__version__}\n\n{'':8} {'tokens':>7} {'Python, s':>12} {'C++, s':>12} {'ratio':>8}")
+    print(f"transformers {transformers.__version__}\n\n{'':10} {'tokens':>7} {'Python, s':>12} {'C++, s':>12} {'ratio':>8}")
     ratios = [compare(args.program, case, args.length, args.threads, args.rounds) for case in args.case]
     sys.exit(args.most is not None and max(ratios) > args.most)
 

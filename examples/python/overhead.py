@@ -46,6 +46,20 @@ class Gradient(Forward):
     function = _library.library.cca_attention_gradient
 
 
+class Nothing(torch.autograd.Function):
+    """What PyTorch takes by itself to make the results of a call and to remember it."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out, lse = torch.empty_like(query), torch.empty(query.shape[:3])
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        raise NotImplementedError
+
+
 def cases(length, heads, dim):
     """{name: (the call, the C call that it is compared with)}"""
     rng = np.random.default_rng(0)
@@ -111,6 +125,9 @@ def main():
     foreign -= nothing
     print(f"{'':34} {'call':>7} {'in C':>7} {'above':>7}")
     worst = 0
+    wanted = [torch.zeros(1, args.heads, args.length, args.dim).requires_grad_() for _ in range(3)]
+    nothing, _, _ = turns(lambda: Nothing.apply(*wanted), everything["PyTorch"][1], args.calls)
+    print(f"{'an empty autograd.Function':34} {nothing:7.1f}")
     for name, calls in everything.items():
         turns(*calls, args.calls // 10)
         ours, in_c, above = turns(*calls, args.calls)

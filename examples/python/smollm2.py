@@ -27,13 +27,13 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import cca.hf
 
-# Perplexities of ../smollm2/README.md, of 8192 tokens.
 CORES = {"group_size": 16, "window": 1024}
+# Settings, the row of the C++ program, and its perplexity of 8192 tokens as ../smollm2/README.md has it.
 KNOWN = {
-    "dense": ({}, 19.337),
-    "cca g=16 s=1024": (CORES, 25.998),
-    "cca g=16 s=1024, shared cores": (CORES | {"core_heads": "per_kv_head"}, 24.544),
-    "window s=1024": ({"window": 1024}, 33.299),
+    "dense": ({}, "dense", 19.337),
+    "cca g=16 s=1024": (CORES, "16/1024/sinks=0", 25.998),
+    "cca g=16 s=1024, shared cores": (CORES | {"core_heads": "per_kv_head"}, "16/1024/shared/sinks=0", 24.544),
+    "window s=1024": ({"window": 1024}, "window/1024/sinks=0", 33.299),
 }
 
 
@@ -84,10 +84,24 @@ def expect(name, got, wanted, most):
     return agrees
 
 
+def known_perplexities(program, folder, tokens, threads):
+    """Those that the C++ program finds, or those of its README."""
+    if program is None:
+        if tokens != 8192:
+            sys.exit("smollm2.py: for another length than 8192 tokens say --program: the README's perplexities are of those")
+        return [known for _, _, known in KNOWN.values()]
+    rows = ",".join(row for _, row, _ in KNOWN.values())
+    command = [program, folder, "--tokens", str(tokens), "--threads", str(threads), "--rows", rows]
+    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    table = [line.split("|") for line in lines if line.startswith("|")]
+    return [float(line[2]) for line in table[2:]]  # behind the head
+
+
 @torch.no_grad()
-def checks(folder):
+def checks(args):
     """Whether all agrees."""
-    ids = text_of(folder)
+    folder, ids = args.folder, text_of(args.folder)
+    known = known_perplexities(args.program, folder, args.tokens, args.threads)
     model = load(folder, "eager")
     part = ids[:, :512]
     eager = logits(model, part)
@@ -97,16 +111,15 @@ def checks(folder):
     error = (ours - exact).abs().max() / (eager - exact).abs().max()
     good = expect("dense logits, largest error over that of eager", error.item(), 1, 1)
 
-    text = ids[:, :8192]
-    with cca.hf.settings():
-        dense = perplexity(model, text)
-    model.set_attn_implementation("sdpa")
-    good &= expect("perplexity with cca, dense, and with sdpa", dense, perplexity(model, text), 1e-4)
-    model.set_attn_implementation("cca")
-    # transformers rotates by angles of float32, the C++ program by exact ones.
-    for name, (options, known) in KNOWN.items():
+    text, found = ids[:, : args.tokens], {}
+    for (name, (options, *_)), wanted in zip(KNOWN.items(), known):
         with cca.hf.settings(**options):
-            good &= expect(f"perplexity of {name}", perplexity(model, text), known, 0.01)
+            found[name] = perplexity(model, text)
+        # transformers rotates by angles of float32, the C++ program by exact ones.
+        good &= expect(f"perplexity of {name}", found[name], wanted, 0.01)
+    model.set_attn_implementation("sdpa")
+    good &= expect("perplexity with cca, dense, and with sdpa", found["dense"], perplexity(model, text), 1e-4)
+    model.set_attn_implementation("cca")
 
     prompt = ids[:, :300]
     dense = model.generate(prompt, max_new_tokens=40, do_sample=False, cache=DynamicCache(config=model.config))
@@ -164,8 +177,9 @@ def times(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="what ../smollm2/prepare.py has written")
-    parser.add_argument("--tokens", type=int, default=8192, help="of the text, for times")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the text, for perplexities and times")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--program", help="the C++ program, whose perplexities are compared in place of its README's")
     parser.add_argument("--only", choices=["checks", "times"])
     parser.add_argument("--measure", choices=TIMED, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -174,7 +188,7 @@ def main():
         print(json.dumps(measure(args.folder, args.measure, args.tokens, args.threads)))
         return
     torch.set_num_threads(args.threads)
-    good = args.only == "times" or checks(args.folder)
+    good = args.only == "times" or checks(args)
     if args.only != "checks":
         times(args)
     sys.exit(not good)

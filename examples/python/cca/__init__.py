@@ -15,6 +15,7 @@ models of Hugging Face's transformers see cca.hf. Wrong arguments raise ValueErr
 """
 
 import ctypes
+import inspect
 import io
 import sys
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
@@ -24,17 +25,9 @@ from ._library import UNLIMITED, library
 
 __all__ = [
     "UNLIMITED",
-    "AttendArguments",
-    "AttentionArguments",
     "CacheShape",
-    "FarLengths",
-    "FarRows",
     "Gradients",
     "KvCache",
-    "Lengths",
-    "Options",
-    "PoolArguments",
-    "Terms",
     "architecture",
     "attend",
     "attend_gradient",
@@ -52,7 +45,7 @@ Tensor = Any
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of every function. Without any, attention is causal and dense.
+    """Options, of every function and of a cache. Without any, attention is causal and dense.
 
     group_size      tokens per core; 0: nothing is pooled
     window          tokens that stay raw, at least 1, the current one among them; None: all
@@ -99,9 +92,13 @@ class Terms(TypedDict, total=False):
 
 
 class Lengths(TypedDict, total=False):
-    """Sequences of their own lengths, in integers: *_lengths, [batch], for a batch that is padded behind its tokens; with
-    *_begins, [batch], too, for padding before them; or *_offsets, [sequences + 1], others call them cu_seqlens, for
-    sequences one after the other in tensors of a batch of 1."""
+    """Sequences of their own lengths, in integers.
+
+    query_lengths, key_lengths  [batch], of a batch that is padded behind its tokens
+    query_begins, key_begins    [batch], beside them, of one that is padded before its tokens
+    query_offsets, key_offsets  [sequences + 1], others call them cu_seqlens: sequences lie one after the other in tensors of
+                                a batch of 1
+    """
 
     query_lengths: Tensor
     query_begins: Tensor
@@ -112,7 +109,7 @@ class Lengths(TypedDict, total=False):
 
 
 class FarLengths(TypedDict, total=False):
-    """`Lengths` of far rows, or of cores."""
+    """far_lengths, far_begins, far_offsets: the same of far rows, or of cores."""
 
     far_lengths: Tensor
     far_begins: Tensor
@@ -152,6 +149,16 @@ class AttendArguments(AttentionArguments, FarRows, FarLengths, total=False):
 
 class PoolArguments(Options, Lengths, FarLengths, total=False):
     """Keyword arguments of `pool`: `Options`, `Lengths`, and `FarLengths` of the cores."""
+
+
+def _takes(*arguments):
+    """Says in a function's documentation which of the arguments above it takes."""
+
+    def document(function):
+        function.__doc__ = "\n\n".join(inspect.cleandoc(x.__doc__) for x in (function, *arguments))
+        return function
+
+    return document
 
 
 class Gradients(NamedTuple):
@@ -303,6 +310,7 @@ _ATTEND = _TENSORS.intersection(AttendArguments.__annotations__)
 _POOL = _TENSORS.intersection(PoolArguments.__annotations__)
 
 
+@_takes(Terms, Lengths, Options)
 def attention(
     query: Tensor,
     key: Tensor,
@@ -315,7 +323,7 @@ def attention(
     **arguments: Unpack[AttentionArguments],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention: dense and causal without options, a sliding window with `window`, Core Context Aware with `group_size`
-    and `window`. See `Options`, and for what else there is `Terms` and `Lengths`.
+    and `window`.
 
     query [batch, heads, query length, dim]; key [batch, kv heads, key length, dim]; value [batch, kv heads, key length,
     value dim]. kv heads divide heads.
@@ -335,6 +343,7 @@ def _with_far_rows(query, key, value, far_key, far_value, seen):
     return operands if seen is None else operands | {"seen": seen}
 
 
+@_takes(FarRows, Terms, Lengths, FarLengths, Options)
 def attend(
     query: Tensor,
     key: Tensor,
@@ -353,7 +362,7 @@ def attend(
 
     far_key [batch, far heads, far length, dim], far_value [batch, far heads, far length, value dim], far heads a divisor of
     heads. seen [batch, heads, query length] of integers: the query sees the far rows [0, seen). It may be missing where
-    `FarRows` say who sees what. Everything else as for `attention`.
+    other arguments say who sees what. Everything else as for `attention`.
     """
     operands = _with_far_rows(query, key, value, far_key, far_value, seen)
     return _answer("attend", operands, out, lse, return_lse, threads, arguments, _ATTEND)
@@ -367,6 +376,7 @@ def _refuse_followed(function, tensors):
             raise ValueError(f"cca: {name}: got a tensor that requires gradients, wants none: {function} has no backward()")
 
 
+@_takes(Lengths, FarLengths, Options)
 def pool(
     query: Tensor,
     key: Tensor,

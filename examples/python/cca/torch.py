@@ -49,10 +49,8 @@ def empty(like, extents, number=False, zero=False):
 AUTOGRAD, OTHERS = 1, 2
 
 
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
-
-
 def who_follows(tensors):
+    """0, AUTOGRAD or OTHERS"""
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
