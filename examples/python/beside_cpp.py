@@ -146,7 +146,9 @@ def main():
     torch.set_num_threads(args.threads)
     print(f"{HEADS} heads on {KV_HEADS} of {DIM}, {OPTIONS}, {args.threads} threads, medians of {args.rounds} rounds")
     print(f"{cca.architecture()}, Python {platform.python_version()}, PyTorch {torch.__version__}, ", end="")
-    print(f"transformers {transformers.__version__}\n\n{'':10} {'tokens':>7} {'Python, s':>12} {'C++, s':>12} {'ratio':>8}")
+    print(
+        f"transformers {transformers.__version__}\n\n{'':10} {'tokens':>7} {'Python, s':>12} {'C++, s':>12} {'ratio':>8}"
+    )
     ratios = [compare(args.program, case, args.length, args.threads, args.rounds) for case in args.case]
     sys.exit(args.most is not None and max(ratios) > args.most)
 

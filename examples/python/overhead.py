@@ -114,11 +114,18 @@ def main():
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--calls", type=int, default=3000)
-    parser.add_argument("--most", type=float, help="ends with 1 where a forward call costs more above C than so many us")
+    parser.add_argument(
+        "--most", type=float, help="ends with 1 where a forward call costs more above C than so many us"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{args.length} tokens, {args.heads} heads of {args.dim}; {cca.architecture()}, Python", platform.python_version())
-    print(f"cca {cca.__version__}, PyTorch {torch.__version__}, NumPy {np.__version__}; us, medians of {args.calls} calls\n")
+    print(
+        f"{args.length} tokens, {args.heads} heads of {args.dim}; {cca.architecture()}, Python",
+        platform.python_version(),
+    )
+    print(
+        f"cca {cca.__version__}, PyTorch {torch.__version__}, NumPy {np.__version__}; us, medians of {args.calls} calls\n"
+    )
 
     everything = cases(args.length, args.heads, args.dim)
     foreign, nothing, _ = turns(lambda: _library.library.cca_cache_free(None), lambda: None, args.calls)

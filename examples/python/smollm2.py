@@ -80,7 +80,10 @@ def seconds(call):
 
 def expect(name, got, wanted, most):
     agrees = abs(got - wanted) <= most  # not for a NaN
-    print(f"{name:60} {got:10.6g}  wanted {wanted:.6g} +- {most:.2g}  {'agrees' if agrees else 'DOES NOT AGREE'}", flush=True)
+    print(
+        f"{name:60} {got:10.6g}  wanted {wanted:.6g} +- {most:.2g}  {'agrees' if agrees else 'DOES NOT AGREE'}",
+        flush=True,
+    )
     return agrees
 
 
@@ -88,7 +91,9 @@ def known_perplexities(program, folder, tokens, threads):
     """Those that the C++ program finds, or those of its README."""
     if program is None:
         if tokens != 8192:
-            sys.exit("smollm2.py: for another length than 8192 tokens say --program: the README's perplexities are of those")
+            sys.exit(
+                "smollm2.py: for another length than 8192 tokens say --program: the README's perplexities are of those"
+            )
         return [known for _, _, known in KNOWN.values()]
     rows = ",".join(row for _, row, _ in KNOWN.values())
     command = [program, folder, "--tokens", str(tokens), "--threads", str(threads), "--rows", rows]
@@ -148,7 +153,9 @@ def measure(folder, name, tokens, threads):
     implementation, options = TIMED[name]
     ids = text_of(folder)
     model = load(folder, implementation)
-    new_cache = (lambda: cca.hf.Cache(model.config)) if implementation == "cca" else (lambda: DynamicCache(config=model.config))
+    new_cache = (
+        (lambda: cca.hf.Cache(model.config)) if implementation == "cca" else (lambda: DynamicCache(config=model.config))
+    )
     with cca.hf.settings(**options):
         model(ids[:, :64], cache=new_cache(), logits_to_keep=1)
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
@@ -161,7 +168,10 @@ def measure(folder, name, tokens, threads):
 
 
 def times(args):
-    print(f"\n{args.tokens} tokens, {args.threads} threads, {cca.architecture()}; Python {platform.python_version()}, ", end="")
+    print(
+        f"\n{args.tokens} tokens, {args.threads} threads, {cca.architecture()}; Python {platform.python_version()}, ",
+        end="",
+    )
     print(f"PyTorch {torch.__version__}, transformers {transformers.__version__}")
     print(f"\n{'':24} prefill, s   a token after it, ms   cache, MB   prefill's memory beyond the model, MB")
     for name in TIMED:

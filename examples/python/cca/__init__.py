@@ -373,7 +373,9 @@ def _refuse_followed(function, tensors):
     for name, x in tensors.items():
         operators = _operators(x)
         if operators is not None and operators.who_follows((x,)) == operators.AUTOGRAD:
-            raise ValueError(f"cca: {name}: got a tensor that requires gradients, wants none: {function} has no backward()")
+            raise ValueError(
+                f"cca: {name}: got a tensor that requires gradients, wants none: {function} has no backward()"
+            )
 
 
 @_takes(Lengths, FarLengths, Options)
@@ -438,11 +440,13 @@ def _gradient(function, operands, incoming, threads, given, known):
     operands |= {name: x for name, x in incoming.items() if x is not None}
     _refuse_followed("a gradient", operands)
     padded = _has_padding(operands)
-    written = {
-        name: _empty(operands["query"], tuple(x.shape), number=True, zero=padded) for name, x in wanted.items()
-    }
+    written = {name: _empty(operands["query"], tuple(x.shape), number=True, zero=padded) for name, x in wanted.items()}
     _library.run(
-        function, operands, {"grad_" + name: x for name, x in written.items()}, options, _library.threads_of(threads, work)
+        function,
+        operands,
+        {"grad_" + name: x for name, x in written.items()},
+        options,
+        _library.threads_of(threads, work),
     )
     return Gradients(**{name: written.get(name) for name in Gradients._fields})
 
@@ -624,9 +628,7 @@ class KvCache:
 
     def fork(self, source: int, to: int) -> None:
         """Makes sequence `to` a copy of sequence `source`."""
-        _library.check(
-            library.cca_cache_fork(self._cache, _library.int64("source", source), _library.int64("to", to))
-        )
+        _library.check(library.cca_cache_fork(self._cache, _library.int64("source", source), _library.int64("to", to)))
 
     def _counts(self, sequence):
         counts = _library.CacheCounts()

@@ -140,7 +140,11 @@ library.cca_cache_free.argtypes = [ctypes.c_void_p]
 library.cca_cache_free.restype = None
 for _name in ("cca_cache_attend", "cca_cache_append"):
     getattr(library, _name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-library.cca_cache_truncate.argtypes = library.cca_cache_fork.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+library.cca_cache_truncate.argtypes = library.cca_cache_fork.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int64,
+]
 library.cca_cache_reset.argtypes = [ctypes.c_void_p, ctypes.c_int64]
 library.cca_cache_get_shape.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 library.cca_cache_get_counts.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
@@ -242,7 +246,9 @@ def _by_array(x, name, written, to):
     if x.flags.writeable and x.dtype.kind != "V":
         return _by_protocol(x, name, written, to)
     if x.dtype.name not in _ARRAY_TYPES or any(stride % x.itemsize for stride in x.strides):
-        raise ValueError(f"cca: {name}: got {x.dtype.name} with strides {x.strides}, wants whole elements of a known type")
+        raise ValueError(
+            f"cca: {name}: got {x.dtype.name} with strides {x.strides}, wants whole elements of a known type"
+        )
     extents, count = ctypes.c_int64 * x.ndim, x.ndim
     shape, strides = extents(*x.shape), extents(*(stride // x.itemsize for stride in x.strides))
     dtype = DataType(_ARRAY_TYPES[x.dtype.name], 8 * x.itemsize, 1)
@@ -308,7 +314,9 @@ def export(x, name, written, to):
     if exporter is None:
         exporter = _exporter_of(kind)
         if exporter is None:
-            raise TypeError(f"cca: {name}: got {kind.__name__}, wants a tensor: NumPy's, PyTorch's, or any that has __dlpack__")
+            raise TypeError(
+                f"cca: {name}: got {kind.__name__}, wants a tensor: NumPy's, PyTorch's, or any that has __dlpack__"
+            )
         _exporters[kind] = exporter
     return exporter(x, name, written, to)
 

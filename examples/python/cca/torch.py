@@ -169,7 +169,9 @@ class _Operator:
         """Calls the operator: operands are its tensors by their names."""
         if followed == AUTOGRAD:
             call = self.call_of(tuple(operands), tuple(options.items()))
-            return self.apply(call, threads, return_lse, True, *operands.values())  # the operator's own, at a third of its cost
+            return self.apply(
+                call, threads, return_lse, True, *operands.values()
+            )  # the operator's own, at a third of its cost
         for name in options:
             if name not in self.options:
                 raise TypeError(f"cca: options: got {name}, wants one of {', '.join(self.options)}")

@@ -43,7 +43,9 @@ def test_structures_are_those_of_the_header(struct):
     """Their members, in order, with their types."""
     name = struct.__doc__
     header = (pathlib.Path(__file__).parents[3] / "include/cca/dispatch/cca.h").read_text(encoding="utf-8")
-    body = re.search(rf"typedef struct {name} {{(.*?)}} {name};", re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL), re.DOTALL)
+    body = re.search(
+        rf"typedef struct {name} {{(.*?)}} {name};", re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL), re.DOTALL
+    )
     members = []
     for declaration in body[1].split(";")[:-1]:
         kind, star, names = re.fullmatch(r"(?:const )?(\w+)(\*?) (.*)", " ".join(declaration.split())).groups()
