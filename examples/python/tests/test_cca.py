@@ -6,6 +6,7 @@ import io
 import pathlib
 import pickle
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -254,6 +255,26 @@ def test_threads_change_no_bit():
     want = cca.attention(q, k, v, threads=1, **OPTIONS)
     for threads in (2, 7):
         assert np.array_equal(cca.attention(q, k, v, threads=threads, **OPTIONS), want)
+
+
+def test_calls_at_once():
+    """Of the same form, which share what was prepared for it, while the interpreter's lock is released."""
+    rng = np.random.default_rng(6)
+    everything = [rng.normal(size=(3, 1, 2, 300, 16)).astype(np.float32) for _ in range(4)]
+    want = [cca.attention(*x, threads=1, **OPTIONS) for x in everything]
+    wrong = []
+
+    def call(x, y):
+        for _ in range(50):
+            if not np.array_equal(cca.attention(*x, threads=1, **OPTIONS), y):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=call, args=pair) for pair in zip(everything, want)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
 
 
 def cache_of(**more):
