@@ -287,7 +287,8 @@ def _exporter_of(kind):
     exchange = _exchange_of(kind)
     if exchange is not None:
         _exchanges[kind] = exchange
-        return _by_exchange
+    if hasattr(kind, "is_neg"):
+        return _by_torch
     if kind.__module__ == "numpy":
         return _by_array
     if hasattr(kind, "__dlpack__"):
@@ -295,11 +296,14 @@ def _exporter_of(kind):
     return None
 
 
-def _by_exchange(x, name, written, to):
+def _by_torch(x, name, written, to):
     if x.is_neg():
         raise ValueError(f"cca: {name}: got a negated tensor, wants one whose memory holds its numbers")
+    exchange = _exchanges.get(type(x))
+    if exchange is None:  # an older release, which exports nothing that requires gradients
+        return _by_protocol(x.detach(), name, written, to)
     try:
-        _exchanges[type(x)](x, to)
+        exchange(x, to)
     except (BufferError, RuntimeError) as error:
         raise _refusal(x, name, error) from None
 
@@ -364,7 +368,7 @@ class Plan:
             if exchange is None or x.is_neg():
                 keepers.append(export(x, *place))
                 continue
-            try:  # `_by_exchange` without the calls: they are what a small attention costs
+            try:  # `_by_torch` without the calls: they are what a small attention costs
                 exchange(x, place[2])
             except (BufferError, RuntimeError) as error:
                 raise _refusal(x, place[0], error) from None

@@ -128,6 +128,25 @@ def test_what_autograd_does_not_see_is_refused():
         assert cca.pool(q, k, v, group_size=3)[0].shape == (2, 4, 3, 5)
 
 
+def test_releases_without_the_interface_for_c(monkeypatch):
+    """Of DLPack, which older ones of PyTorch lack."""
+    q, k, v = operands(grad=True)
+    want = cca.attention(q, k, v, **OPTIONS)
+    wanted = torch.autograd.grad(want.square().sum(), (q, k, v))
+    monkeypatch.setattr(cca._library, "_exchange_of", lambda kind: None)
+    monkeypatch.setattr(cca._library, "_exchanges", {})
+    monkeypatch.setattr(cca._library, "_exporters", {})
+    got = cca.attention(q, k, v, **OPTIONS)
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(got.square().sum(), (q, k, v)), wanted))
+    with torch.no_grad():
+        assert torch.equal(cca.attention(q, k, v, **OPTIONS), want)
+        with pytest.raises(ValueError, match="key: got a negated tensor"):
+            cca.attention(q, torch.imag(torch.complex(k, k).conj()), v)
+        with pytest.raises(ValueError, match="key: got a sparse"):
+            cca.attention(q, k.to_sparse(), v)
+
+
 def test_gradients_of_16_bits_have_their_elements():
     q, k, v = operands(torch.bfloat16, grad=True)
     gradients = torch.autograd.grad(cca.attention(q, k, v, **OPTIONS).sum(), (q, v))
