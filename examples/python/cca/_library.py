@@ -209,6 +209,7 @@ def options_of(items):
 # How a type of tensors is exported: its own fast way, or the protocol of DLPack. An exporter writes a DLTensor to an address
 # and returns what has to live as long as it.
 
+_TENSOR_SIZE = ctypes.sizeof(Tensor)
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.argtypes, _pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
 _capsule_name = ctypes.pythonapi.PyCapsule_GetName
@@ -232,7 +233,7 @@ def _by_protocol(x, name, written, to):
         if written and managed.flags & READ_ONLY:
             raise ValueError(f"cca: {name}: got a read-only tensor, wants one that can be written")
         address += VersionedTensor.tensor.offset
-    ctypes.memmove(to, address, ctypes.sizeof(Tensor))
+    ctypes.memmove(to, address, _TENSOR_SIZE)
     return capsule
 
 
@@ -244,7 +245,12 @@ def _by_array(x, name, written, to):
     if written and not x.flags.writeable:
         raise ValueError(f"cca: {name}: got a read-only array, wants one that can be written")
     if x.flags.writeable and x.dtype.kind != "V":
-        return _by_protocol(x, name, written, to)
+        try:
+            capsule = x.__dlpack__()  # the old kind, of which nothing has to be asked
+        except (BufferError, RuntimeError) as error:
+            raise _refusal(x, name, error) from None
+        ctypes.memmove(to, _pointer(capsule, b"dltensor"), _TENSOR_SIZE)
+        return capsule
     if x.dtype.name not in _ARRAY_TYPES or any(stride % x.itemsize for stride in x.strides):
         raise ValueError(
             f"cca: {name}: got {x.dtype.name} with strides {x.strides}, wants whole elements of a known type"
