@@ -203,7 +203,7 @@ cca_status cca_workspace_size(const cca_call* call, size_t* bytes) {
   return with_arguments(call, &cca_call::query, [bytes]<class T>(std::type_identity<T>, arguments& all) {
     const bool is_far = all.has(&cca_call::far_key);
     const auto in = all.take_inputs<T>();
-    const auto far_rows = all.take_far<T>();
+    const auto far_rows = is_far ? all.take_far<T>() : cca::far_context<T>{};
     (void)all.take_results<T>();
     (void)all.take_cores<T>(&cca_call::core_key, &cca_call::core_value);
     *bytes = all.run([&](const auto&... on) {
@@ -217,7 +217,7 @@ cca_status cca_gradient_workspace_size(const cca_call* call, size_t* bytes) {
     using number = cca::compute_type<T>;
     const bool is_far = all.has(&cca_call::far_key);
     const auto in = all.take_inputs<T>();
-    const auto far_rows = all.take_far<T>();
+    const auto far_rows = is_far ? all.take_far<T>() : cca::far_context<T>{};
     (void)all.take_read<T>();
     (void)all.take_incoming<T>();
     (void)all.take_cores<const number>(&cca_call::grad_core_key, &cca_call::grad_core_value);
