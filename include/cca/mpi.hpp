@@ -15,8 +15,10 @@
 #include "detail/engine/plan.hpp"
 #include "detail/softmax/score_rule.hpp"
 #include "element.hpp"
+#include "gradient.hpp"
 #include "merge.hpp"
 #include "mpi/agreement.hpp"
+#include "mpi/backward.hpp"
 #include "mpi/communicator.hpp"
 #include "mpi/exchange.hpp"
 #include "mpi/forward.hpp"
@@ -67,6 +69,75 @@ void attention(const context_parallel& over, const inputs<Query, Key, Value, Sin
       detail::attend_over_ranks<Element, Core>(call, to, over.overlap, run);
     });
   }
+}
+
+/// Gradients of `attention` across ranks. Collective: every rank gets those of its own queries, keys and values. What the
+/// queries of other ranks say of them is added in the order of the segments in the layout, its own among them, so that the
+/// sums are the same for any timing of messages.
+///
+/// @param over,in,options,run  those of the forward pass
+/// @param of,from,to  as for `cca::attention_gradient`, of the rank's own queries and tokens. Those of `sink_logits` and
+///   `alibi_slopes` that all ranks share are added up over the ranks, in their order, and written on all.
+/// @throws std::invalid_argument,cca::mpi::error  as `attention`
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
+          class Out = const Query, class Lse = const compute_type<Query, Key, Value>,
+          class GradOut = std::remove_const_t<Out>, class GradLse = std::remove_const_t<Lse>,
+          class T = compute_type<Query, Key, Value>>
+void attention_gradient(const context_parallel& over, const inputs<Query, Key, Value, Sink>& in,
+                        const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from, const gradients<T>& to,
+                        const options& options = {}, const execution& run = {}) {
+  using Element = cca::detail::product_type<Query, Key, Value>;
+  if constexpr (cca::detail::check_numbers<compute_type<Element>, Sink>() &&
+                cca::detail::check_gradients<compute_type<Element>, T>()) {
+    detail::agreement same("attention_gradient");
+    detail::check_on_all_ranks(over, same, [&] {
+      const auto views = detail::named(in);
+      const auto read = detail::named(of, from);
+      const auto grad = detail::named(to);
+      detail::require_attention<Element>(over, in, options, run);
+      detail::require_read(views, read);
+      detail::require_no_far_gradients(grad);
+      detail::require_gradients(views, grad, {read.out, read.lse, read.grad_out, read.grad_lse});
+      detail::add_call<Element>(same, over, in, options);
+      same.add("grad_sink_logits", detail::given(grad.sink_logits), detail::yes_or_no);
+      same.add("grad_alibi_slopes", detail::given(grad.alibi_slopes), detail::yes_or_no);
+      same.add("grad_key_bias", detail::given(grad.key_bias), detail::yes_or_no);
+    });
+    const plan planned(over.tokens, partition_of(options), cca::detail::pools(options));
+    cca::detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
+      const detail::rank_call<Element, Core, Query, Key, Value, Sink> call(over.ranks, planned, in, options);
+      detail::differentiate_over_ranks<Element>(call, of, from, to, run);
+    });
+  }
+}
+
+/// `cca::pool` across ranks. Collective: a group is pooled on the rank that holds its last token.
+///
+/// @param over  the ranks and the layout
+/// @param in  as for `attention`, without `sink_logits`, `alibi_slopes` and `key_bias`
+/// @param to  `[segments, core heads, groups, dim]` and the same with the value's dim: for each of the rank's segments the
+///   cores of the groups whose last token it has, `plan::of_pooling(layout, partition_of(options))[i].groups` of segment i
+/// @param options,run  as for `cca::pool`, without a workspace
+/// @throws std::invalid_argument,cca::mpi::error  as `attention`
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
+          cca::detail::written CoreKey = Key, cca::detail::written CoreValue = Value>
+void pool(const context_parallel& over, const inputs<Query, Key, Value, Sink>& in, const cores<CoreKey, CoreValue>& to,
+          const options& options, const execution& run = {}) {
+  using Element = cca::detail::product_type<Query, Key, Value>;
+  using T = compute_type<Element>;
+  detail::agreement same("pool");
+  detail::check_on_all_ranks(over, same, [&] {
+    detail::require_pool<Element>(over, in, options, run);
+    detail::require_own_cores(over, detail::named(in), {"core_key", to.key}, {"core_value", to.value}, options);
+    detail::add_call<Element>(same, over, in, options);
+  });
+  const plan planned = plan::of_pooling(over.tokens, partition_of(options));
+  const detail::rank_call<Element, T, Query, Key, Value, Sink> call(over.ranks, planned, in, options);
+  call.exchange_tokens();
+  call.pool_own_groups(run, [&](std::int64_t b, std::int64_t h, std::int64_t c) {
+    const std::int64_t i = c - call.planned_of(b).groups.begin;
+    return detail::core_place{to.key.row(b, h, i), to.value.row(b, h, i), static_cast<T*>(nullptr)};
+  });
 }
 
 }}}  // namespace cca::CCA_TARGET::mpi

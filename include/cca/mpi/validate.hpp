@@ -9,6 +9,8 @@
 #include "../detail/base/validate.hpp"
 #include "../detail/product/choose_unit.hpp"
 #include "../options.hpp"
+#include "../partition.hpp"
+#include "../pooling.hpp"
 #include "../tensor_view.hpp"
 #include "agreement.hpp"
 #include "communicator.hpp"
@@ -78,6 +80,39 @@ void require_attention(const context_parallel& over, const inputs<Query, Key, Va
   if (!given(in.sink_logits) || is_shared(in.sink_logits)) return;
   if (views.sink_logits.batch() != in.query.batch() || (views.sink_logits.length() == 1 && in.query.length() > 1))
     require_shared(views.sink_logits, ", or one for each query");
+}
+
+/// The same of pooling.
+template <class Element, class Query, class Key, class Value, class Sink>
+void require_pool(const context_parallel& over, const inputs<Query, Key, Value, Sink>& in, const options& options,
+                  const execution& run) {
+  const auto views = named(in);
+  require_layout(over);
+  require_no_workspace(run);
+  require_options<Element>(options);
+  cca::detail::require_pool(views, options);
+  require_segments(over, views.query);
+  require_segments(over, views.key);
+}
+
+/// The cores of the groups whose last token a segment has.
+inline void require_own_cores(const context_parallel& over, const input_views& in, const output_view& key,
+                              const output_view& value, const options& options) {
+  const partition by = partition_of(options);
+  const range own = over.tokens.segments_of(over.ranks.rank());
+  const std::int64_t heads = core_head_count(options, in.query.heads(), in.key.heads());
+  for (const output_view* view : {&key, &value}) {
+    require_output(*view);
+    require_extents(*view, {own.size(), heads, view->length(), view == &key ? in.key.dim() : in.value.dim()});
+    for (std::int64_t b = 0; b < own.size(); ++b) {
+      const range tokens = over.tokens.segments()[static_cast<std::size_t>(own.begin + b)].tokens;
+      const std::int64_t groups = tokens.empty() ? 0 : by.group_count(tokens.end) - by.group_count(tokens.begin);
+      const std::int64_t got = view->has_lengths() ? view->length(b) : view->length();
+      if (got != groups)
+        refuse(view->name, {got, " cores of segment ", b}, {"those of the ", groups, " groups whose last token it has"});
+    }
+  }
+  require_apart({key, value}, {in.query, in.key, in.value});
 }
 
 /// What has to be the same on all ranks.
