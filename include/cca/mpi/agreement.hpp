@@ -42,20 +42,21 @@ class agreement {
     add("version of the library", CCA_VERSION);
   }
 
-  void add(const char* name, std::int64_t value, number_text print = whole_number) {
-    entries_[count_++] = {name, value, print};
+  void add(const char* name, std::int64_t value, number_text print = whole_number, const char* of = "") {
+    entries_[count_++] = {name, value, print, of};
   }
 
   /// All options.
   void add(const options& all) {
     for_each_option(all, [&]<class Option>(const char* name, const Option& option) {
       const option_code code = encode_option(option);
-      add(name, code.present, yes_or_no);
-      add(name, code.bits, [](std::int64_t bits) {
+      const auto print = [](std::int64_t bits) {
         Option decoded{};
         decode_option({1, bits}, decoded);
         return text{option_text(decoded)};
-      });
+      };
+      add(name, code.present, yes_or_no, "options.");
+      add(name, code.bits, print, "options.");
     });
   }
 
@@ -117,6 +118,7 @@ class agreement {
     const char* name = "number of arguments";
     std::int64_t value = 0;
     number_text print = whole_number;
+    const char* of = "";
   };
 
   template <class Element>
@@ -145,7 +147,7 @@ class agreement {
     // Where the calls differ each rank has names of its own.
     if (i == 0) refuse("call", {"different functions on different ranks"}, {"the same call on every rank"});
     const text from = entries_[i].print(least), to = entries_[i].print(greatest);
-    refuse(entries_[i].name, {from.c_str(), " on one rank and ", to.c_str(), " on another"}, {"the same on every rank"});
+    refuse(text{entries_[i].of, entries_[i].name}.c_str(), {from.c_str(), " on one rank and ", to.c_str(), " on another"}, {"the same on every rank"});
   }
 
   entry entries_[most];
