@@ -21,8 +21,11 @@
 #include "mpi/backward.hpp"
 #include "mpi/communicator.hpp"
 #include "mpi/exchange.hpp"
+#include "mpi/far_rows.hpp"
 #include "mpi/forward.hpp"
+#include "mpi/kv_cache.hpp"
 #include "mpi/layout.hpp"
+#include "mpi/merge.hpp"
 #include "mpi/plan.hpp"
 #include "mpi/rank_call.hpp"
 #include "mpi/validate.hpp"
@@ -58,16 +61,60 @@ void attention(const context_parallel& over, const inputs<Query, Key, Value, Sin
   using Element = cca::detail::product_type<Query, Key, Value>;
   if constexpr (cca::detail::check_numbers<compute_type<Element>, Sink>()) {
     detail::agreement same("attention");
-    detail::check_on_all_ranks(over, same, [&] {
+    detail::check_on_all_ranks(over.ranks, same, [&] {
       detail::require_attention<Element>(over, in, options, run);
       detail::require_results(detail::named(in), in.value.dim(), detail::named(to));
       detail::add_call<Element>(same, over, in, options);
     });
     const plan planned(over.tokens, partition_of(options), cca::detail::pools(options));
     cca::detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
-      const detail::rank_call<Element, Core, Query, Key, Value, Sink> call(over.ranks, planned, in, options);
-      detail::attend_over_ranks<Element, Core>(call, to, over.overlap, run);
+      const detail::rank_call<Element, Core, Query, Key, Value, Sink> call(over.ranks, planned, in, options, true);
+      detail::pooled_cores cores(call);
+      detail::attend_over_ranks<Element>(call, cores, to, over.overlap, run);
     });
+  }
+}
+
+/// `cca::attend` across ranks. Collective: far context that the callers made, of which each rank gives the rows of its
+/// segments to all.
+///
+/// @param over,in,to,run  as for `attention`
+/// @param context  a sequence for each of the rank's segments: its far rows, and their biases, positions and bounds. The
+///   rows of a sequence are numbered over all ranks, in the order of their segments' tokens; so count `seen` and
+///   `selected`, which are for the rank's own queries. A segment without tokens has none.
+/// @param options  as for `cca::attend`, but for `first_position`; the same on all ranks
+/// @throws std::invalid_argument,cca::mpi::error  as `attention`
+template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,
+          class FarKey = Query, class FarValue = FarKey, class FarBias = compute_type<FarKey, FarValue>,
+          cca::detail::written Out = Query, class Lse = compute_type<Query, Key, Value, FarKey, FarValue>>
+void attend(const context_parallel& over, const inputs<Query, Key, Value, Sink>& in,
+            const far_context<FarKey, FarValue, FarBias>& context, const results<Out, Lse>& to,
+            const options& options = {}, const execution& run = {}) {
+  using Element = cca::detail::product_type<Query, Key, Value, FarKey, FarValue>;
+  using T = compute_type<Element>;
+  if constexpr (cca::detail::check_numbers<T, Sink>()) {
+    const auto far_rows = detail::named(context);
+    detail::agreement same("attend");
+    detail::check_on_all_ranks(over.ranks, same, [&] {
+      const auto views = detail::named(in);
+      detail::require_tokens<Element>(over, in, options, run);
+      detail::require_no_pooling(options, "the caller pools");
+      detail::require_own_far(over, views, far_rows, sizeof(T));
+      detail::require_results(views, in.value.dim(), detail::named(to),
+                              {far_rows.key, far_rows.value, far_rows.seen, far_rows.bias, far_rows.positions,
+                               far_rows.visible_from, far_rows.visible_until, far_rows.blocks});
+      detail::add_call<Element>(same, over, in, options);
+      detail::add_far<FarKey, FarValue>(same, far_rows);
+    });
+    const detail::far_counts counts(over, far_rows.key);
+    detail::agreement rows("attend, when far rows are counted");
+    detail::check_on_all_ranks(over.ranks, rows, [&] {
+      detail::require_far_counts(detail::named(in).query, far_rows, counts.all_rows(far_rows.key));
+    });
+    const plan planned(over.tokens, partition_of(options), false);
+    const detail::rank_call<Element, T, Query, Key, Value, Sink> call(over.ranks, planned, in, options, false);
+    detail::spread_far_rows far_part(call, counts, context);
+    detail::attend_over_ranks<Element>(call, far_part, to, over.overlap && !detail::given(far_rows.blocks), run);
   }
 }
 
@@ -90,7 +137,7 @@ void attention_gradient(const context_parallel& over, const inputs<Query, Key, V
   if constexpr (cca::detail::check_numbers<compute_type<Element>, Sink>() &&
                 cca::detail::check_gradients<compute_type<Element>, T>()) {
     detail::agreement same("attention_gradient");
-    detail::check_on_all_ranks(over, same, [&] {
+    detail::check_on_all_ranks(over.ranks, same, [&] {
       const auto views = detail::named(in);
       const auto read = detail::named(of, from);
       const auto grad = detail::named(to);
@@ -105,7 +152,7 @@ void attention_gradient(const context_parallel& over, const inputs<Query, Key, V
     });
     const plan planned(over.tokens, partition_of(options), cca::detail::pools(options));
     cca::detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
-      const detail::rank_call<Element, Core, Query, Key, Value, Sink> call(over.ranks, planned, in, options);
+      const detail::rank_call<Element, Core, Query, Key, Value, Sink> call(over.ranks, planned, in, options, true);
       detail::differentiate_over_ranks<Element>(call, of, from, to, run);
     });
   }
@@ -126,18 +173,53 @@ void pool(const context_parallel& over, const inputs<Query, Key, Value, Sink>& i
   using Element = cca::detail::product_type<Query, Key, Value>;
   using T = compute_type<Element>;
   detail::agreement same("pool");
-  detail::check_on_all_ranks(over, same, [&] {
+  detail::check_on_all_ranks(over.ranks, same, [&] {
     detail::require_pool<Element>(over, in, options, run);
     detail::require_own_cores(over, detail::named(in), {"core_key", to.key}, {"core_value", to.value}, options);
     detail::add_call<Element>(same, over, in, options);
   });
   const plan planned = plan::of_pooling(over.tokens, partition_of(options));
-  const detail::rank_call<Element, T, Query, Key, Value, Sink> call(over.ranks, planned, in, options);
+  const detail::rank_call<Element, T, Query, Key, Value, Sink> call(over.ranks, planned, in, options, true);
   call.exchange_tokens();
   call.pool_own_groups(run, [&](std::int64_t b, std::int64_t h, std::int64_t c) {
     const std::int64_t i = c - call.planned_of(b).groups.begin;
     return detail::core_place{to.key.row(b, h, i), to.value.row(b, h, i), static_cast<T*>(nullptr)};
   });
+}
+
+/// Joins the results of the same queries to the parts of a context that the ranks have: `cca::merge` of all of them, in the
+/// order of the ranks. Collective; every rank gets the same bits.
+///
+/// @param ranks  whose parts they are
+/// @param part  this rank's, `[batch, heads, length, dim]` and natural logarithms; one whose `lse` is -inf is empty
+/// @param whole  of the same extents on all ranks, written whole; `lse` may be missing. It overlaps no part.
+/// @throws std::invalid_argument,cca::mpi::error  as `attention`
+template <class Part = const float, class PartLse = const compute_type<Part>, class Out = std::remove_const_t<Part>,
+          class Lse = compute_type<Part>>
+void merge(const communicator& ranks, const results<Part, PartLse>& part, const results<Out, Lse>& whole) {
+  detail::agreement same("merge");
+  detail::check_on_all_ranks(ranks, same, [&] {
+    const detail::named_view out("out_part", part.out), lse("lse_part", part.lse);
+    const auto to = detail::named(whole);
+    detail::require_operand(out);
+    detail::require_operand(lse);
+    detail::require_shape(lse, out.heads(), 1, out);
+    detail::require_output(to.out);
+    detail::require_shape(to.out, out.heads(), out.dim(), out);
+    if (detail::given(to.lse)) {
+      detail::require_output(to.lse);
+      detail::require_shape(to.lse, out.heads(), 1, out);
+    }
+    detail::require_apart({to.out, to.lse}, {out, lse});
+    same.add_elements<Part, PartLse, Out, Lse>("elements of the results");
+    same.add("sequences", out.batch());
+    same.add("heads", out.heads());
+    same.add("dim", out.dim());
+    std::int64_t tokens = 0;
+    for (std::int64_t b = 0; b < out.batch(); ++b) tokens += part.out.length(b);
+    same.add("queries", tokens);
+  });
+  detail::merge_over_ranks(ranks, part, whole);
 }
 
 }}}  // namespace cca::CCA_TARGET::mpi

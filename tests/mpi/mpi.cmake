@@ -7,7 +7,6 @@ add_test(NAME ${cca_newest_arch}.mpi_plan_test COMMAND ${cca_newest_arch}.mpi_pl
 set(cca_mpi_test ${cca_newest_arch}.mpi_test)
 cca_add_program(${cca_mpi_test} ${cca_newest_arch} mpi/mpi_test.cpp mpi/mpi_main.cpp)
 target_link_libraries(${cca_mpi_test} PRIVATE cca::mpi ${cca_newest_arch}.textbook GTest::gtest)
-target_compile_options(${cca_mpi_test} PRIVATE ${cca_kernel_options})
 
 # Ranks share the cores of one machine, and may be those of root in a container.
 set(cca_mpi_environment OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_btl_vader_single_copy_mechanism=none

@@ -87,12 +87,11 @@ class rank_gradient {
     const tensor_view<T, 3> sink_bias = of_sinks.take(memory), core_bias = of_cores.take(memory),
                             raw_bias = of_raw.take(memory);
     const auto rule = make_score_rule<T>(call_.options, call_.in, call_.biased || call_.in.key_bias.data != nullptr);
-    call_.with_sources([this](std::int64_t b) { return call_.own[b].tokens.begin; },
-                       [&](const auto& sinks, const auto& cores, const auto& raw) {
-                         plan(results, to, rule, run, memory, source_gradient{sinks, sinks_.key, sinks_.value, sink_bias},
-                              source_gradient{cores, seen_cores_.key, seen_cores_.value, core_bias},
-                              source_gradient{raw, raw_.key, raw_.value, raw_bias});
-                       });
+    const auto first = [this](std::int64_t b) { return call_.own[b].tokens.begin; };
+    plan(results, to, rule, run, memory,
+         source_gradient{call_.sink_source(first), sinks_.key, sinks_.value, sink_bias},
+         source_gradient{call_.core_source(first), seen_cores_.key, seen_cores_.value, core_bias},
+         source_gradient{call_.raw_source(first), raw_.key, raw_.value, raw_bias});
     if (sink_bias.data != nullptr) add_up(sink_bias, sinks_.bias, run);
     if (core_bias.data != nullptr) add_up(core_bias, seen_cores_.bias, run);
     if (raw_bias.data != nullptr) add_up(raw_bias, raw_.bias, run);

@@ -134,13 +134,13 @@ class rank_call {
   own_sequences sequences_here;
   inputs<Query, Key, Value, Sink> in;
   std::int64_t core_heads;
-  bool pooled, biased;  ///< whether there are cores, and whether they have biases
+  bool pooled, biased;  ///< whether queries see cores, and whether these have biases
   held_rows<Key, Value, Sink> sinks, raw;
   held_rows<Core, Core, T> cores;  ///< of each sequence; segments of one share them
   piece_exchange tokens;
 
   rank_call(const communicator& comm, const plan& of, const inputs<Query, Key, Value, Sink>& operands,
-            const cca::options& by)
+            const cca::options& by, bool with_cores)
       : ranks(comm),
         planned(of),
         options(by),
@@ -149,8 +149,8 @@ class rank_call {
         in{own.sized(operands.query), own.sized(operands.key), own.sized(operands.value), operands.sink_logits,
            operands.alibi_slopes, operands.key_bias},
         core_heads(core_head_count(by, in.query.heads(), in.key.heads())),
-        pooled(pools(by)),
-        biased(has_core_biases(by)),
+        pooled(with_cores && pools(by)),
+        biased(with_cores && has_core_biases(by)),
         sinks(row_places(own.size(), [&](std::int64_t b) { return planned_of(b).sinks; }), in.key.heads(), in.key.dim(),
               in.value.dim(), in.key_bias.heads()),
         raw(row_places(own.size(), [&](std::int64_t b) { return planned_of(b).raw; }), in.key.heads(), in.key.dim(),
@@ -238,39 +238,46 @@ class rank_call {
     }
   }
 
-  /// Calls `f(sinks, cores, raw)` with what the queries see, the first of which are at the positions `first(b)`.
-  template <class First, class F>
-  void with_sources(const First& first, const F& f) const {
-    const partition by = partition_of(options);
-    const std::int64_t query_heads = in.query.heads();
-    const auto tokens_of = [&](const auto& rows, const auto& which) {
-      return view_source(
-          rows.key, rows.value,
-          [this, first, which, &rows](std::int64_t b, std::int64_t, std::int64_t i) {
-            const range seen = intersection(which(first(b) + i), seen_tokens(rows, b));
-            return seen.empty() ? range{} : shifted(seen, -rows.places.first(b));
-          },
-          terms_of([first, &rows](std::int64_t b) { return row_positions{.first = rows.places.first(b) - first(b), .step = 1}; },
-                   tensor_view<const Sink, 3>(rows.bias), query_heads));
-    };
-    f(tokens_of(sinks, [by](std::int64_t t) { return by.sinks(t); }),
-      view_source(
-          cores.key, cores.value,
-          [by, key = cores.key, first](std::int64_t b, std::int64_t, std::int64_t i) {
-            return range{0, smaller(by.core_count(first(b) + i), key.length(b))};
-          },
-          terms_of([by, first](std::int64_t b) { return core_positions(by, first(b)); }, tensor_view<const T, 3>(cores.bias),
-                   query_heads)),
-      tokens_of(raw, [by](std::int64_t t) { return by.raw(t); }));
+  /// @{
+  /// What the queries see, the first of which are at the positions `first(b)`, as sources: sink tokens, cores and the other
+  /// raw tokens. They refer to the call.
+  template <class First>
+  [[nodiscard]] auto sink_source(const First& first) const {
+    return token_source(sinks, first, [by = partition_of(options)](std::int64_t t) { return by.sinks(t); },
+                        [this](std::int64_t b) { return planned_of(b).sinks; });
   }
+  template <class First>
+  [[nodiscard]] auto raw_source(const First& first) const {
+    return token_source(raw, first, [by = partition_of(options)](std::int64_t t) { return by.raw(t); },
+                        [this](std::int64_t b) { return planned_of(b).raw; });
+  }
+  template <class First>
+  [[nodiscard]] auto core_source(const First& first) const {
+    const partition by = partition_of(options);
+    return view_source(
+        cores.key, cores.value,
+        [by, key = cores.key, first](std::int64_t b, std::int64_t, std::int64_t i) {
+          return range{0, smaller(by.core_count(first(b) + i), key.length(b))};
+        },
+        terms_of([by, first](std::int64_t b) { return core_positions(by, first(b)); }, tensor_view<const T, 3>(cores.bias),
+                 in.query.heads()));
+  }
+  /// @}
 
   /// Whether elements are converted where kernels read them.
   static constexpr bool staged = !in_place<T, Key, Value, Core>;
 
  private:
-  template <class Rows>
-  [[nodiscard]] range seen_tokens(const Rows& rows, std::int64_t b) const {
-    return &rows == static_cast<const void*>(&sinks) ? planned_of(b).sinks : planned_of(b).raw;
+  template <class Rows, class First, class Which, class Held>
+  [[nodiscard]] auto token_source(const Rows& rows, const First& first, const Which& which, const Held& held) const {
+    return view_source(
+        rows.key, rows.value,
+        [=, &rows](std::int64_t b, std::int64_t, std::int64_t i) {
+          const range seen = intersection(which(first(b) + i), held(b));
+          return seen.empty() ? range{} : shifted(seen, -rows.places.first(b));
+        },
+        terms_of([=, &rows](std::int64_t b) { return row_positions{.first = rows.places.first(b) - first(b), .step = 1}; },
+                 tensor_view<const Sink, 3>(rows.bias), in.query.heads()));
   }
 };
 

@@ -64,22 +64,32 @@ inline void require_no_workspace(const execution& run) {
     refuse("workspace", {run.workspace().size(), " bytes"}, {"none: messages and halos are as large as the layout says"});
 }
 
-/// Operands and options of attention across ranks, as far as one rank can tell.
+/// The tokens of a call of attention, as far as one rank can tell, and its options.
 template <class Element, class Query, class Key, class Value, class Sink>
-void require_attention(const context_parallel& over, const inputs<Query, Key, Value, Sink>& in, const options& options,
-                       const execution& run) {
+void require_tokens(const context_parallel& over, const inputs<Query, Key, Value, Sink>& in, const options& options,
+                    const execution& run) {
   const auto views = named(in);
   require_layout(over);
   require_no_workspace(run);
   require_options<Element>(options);
-  cca::detail::require_attention(views, options);
+  require_grouping(options);
+  require_inputs(views);
   require_unset(options, &cca::options::first_position, "positions are those of the layout");
   require_segments(over, views.query);
   require_segments(over, views.key);
   require_shared(views.alibi_slopes, "");
-  if (!given(in.sink_logits) || is_shared(in.sink_logits)) return;
+  if (given(views.key_bias)) require_extents(views.key_bias, {in.key.batch(), in.key_bias.heads(), in.key_bias.length(), 1});
+  if (!given(views.sink_logits) || is_shared(in.sink_logits)) return;
   if (views.sink_logits.batch() != in.query.batch() || (views.sink_logits.length() == 1 && in.query.length() > 1))
     require_shared(views.sink_logits, ", or one for each query");
+}
+
+/// Operands and options of attention across ranks, as far as one rank can tell.
+template <class Element, class Query, class Key, class Value, class Sink>
+void require_attention(const context_parallel& over, const inputs<Query, Key, Value, Sink>& in, const options& options,
+                       const execution& run) {
+  require_tokens<Element>(over, in, options, run);
+  cca::detail::require_attention(named(in), options);
 }
 
 /// The same of pooling.
@@ -135,13 +145,13 @@ void add_call(agreement& same, const context_parallel& over, const inputs<Query,
 
 /// Runs the checks of this rank, and throws on all ranks what one of them has found. Collective.
 template <class Checks>
-void check_on_all_ranks(const context_parallel& over, agreement& same, const Checks& checks) {
+void check_on_all_ranks(const communicator& ranks, agreement& same, const Checks& checks) {
   try {
     checks();
   } catch (const std::exception& why) {
     same.fail(why);
   }
-  same.compare(over.ranks);
+  same.compare(ranks);
 }
 
 }  // namespace detail

@@ -1,0 +1,345 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "../cache_shape.hpp"
+#include "../call.hpp"
+#include "../detail/base/numbers.hpp"
+#include "../detail/base/scratch.hpp"
+#include "../detail/base/validate.hpp"
+#include "../detail/context/row_store.hpp"
+#include "../detail/context/source.hpp"
+#include "../detail/engine/plan.hpp"
+#include "../detail/pool/pooler.hpp"
+#include "../detail/softmax/score_rule.hpp"
+#include "../element.hpp"
+#include "../options.hpp"
+#include "../partition.hpp"
+#include "../pooling.hpp"
+#include "../tensor_view.hpp"
+#include "agreement.hpp"
+#include "communicator.hpp"
+#include "exchange.hpp"
+#include "merge.hpp"
+#include "rows.hpp"
+#include "validate.hpp"
+
+namespace cca { inline namespace CCA_TARGET { namespace mpi {
+namespace detail {
+
+/// Which cores of a sequence a rank keeps: group `rank + j ranks` in row j.
+struct core_share {
+  std::int64_t rank, ranks;
+
+  [[nodiscard]] std::int64_t owner(std::int64_t group) const { return group % ranks; }
+  /// Of the first `groups` groups.
+  [[nodiscard]] std::int64_t count(std::int64_t groups) const {
+    return groups <= rank ? 0 : (groups - rank + ranks - 1) / ranks;
+  }
+  /// Where its rows lie, seen from a query 0 at `position`.
+  [[nodiscard]] row_positions positions(const partition& by, std::int64_t position) const {
+    return {.first = by.group(rank).end - 1 - position, .step = ranks * by.group_size};
+  }
+};
+
+}  // namespace detail
+
+/// A cache of keys and values across ranks, for decoding: each rank keeps every `ranks`-th core, one of them the sink tokens
+/// and the raw tokens of the window as well. Every rank gives the same queries and tokens, answers for what it keeps, and
+/// all get the joint answer, merged by log-sum-exps in the order of the ranks: the same bits on all of them.
+///
+/// What a step sends: the cores of the groups that it completes, from the rank of the window to their owners; and the
+/// partial answers, `heads * (value_dim + 1)` numbers for each token and rank, and the joint ones back.
+///
+/// @tparam Element,Core  as for `cca::kv_cache`
+/// All members but those that only ask are collective. Source: arXiv 2412.12465, section 3.4 (inference).
+template <class Element = float, class Core = Element>
+class kv_cache {
+  static_assert(cca::detail::check_elements<Element, Core>());
+  using T = compute_type<Element>;
+
+ public:
+  /// @param ranks  outlives the cache
+  /// @param shape  its sequences grow together; without `rewind` and `capacity`
+  /// @param options  as for `cca::kv_cache`, without a matrix unit
+  /// @param window_rank  who keeps the window
+  /// @throws std::invalid_argument  on every rank, where one refuses its arguments or two differ
+  kv_cache(const communicator& ranks, const cache_shape& shape, const cca::options& options, int window_rank = 0)
+      : ranks_(&ranks), shape_(shape), options_(options), window_rank_(window_rank), share_{ranks.rank(), ranks.size()} {
+    detail::agreement same("kv_cache");
+    detail::check_on_all_ranks(ranks, same, [&] {
+      shape_ = cca::detail::complete(shape);
+      if (shape_.rewind != 0) detail::refuse("shape.rewind", {shape_.rewind}, {"0: no token is taken back across ranks"});
+      if (shape_.capacity != 0) detail::refuse("shape.capacity", {shape_.capacity}, {"0: memory is taken as tokens come"});
+      if (window_rank < 0 || window_rank >= ranks.size())
+        detail::refuse("window_rank", {window_rank}, {"one of ", ranks.size(), " ranks"});
+      detail::require_options<Element>(options);
+      detail::require_grouping(options);
+      detail::require_causal(options, "a cache does not know the tokens to come");
+      detail::require_unset(options, &cca::options::first_position, "a cache knows its positions");
+      detail::require_unset(options, &cca::options::unit, "a step of decoding is bound by memory");
+      same.add("window_rank", window_rank);
+      same.add(options);
+      same.add_elements<Element, Core>("elements of the cache");
+      for (const auto& [name, value] : {named_number{"shape.batch", shape_.batch}, {"shape.heads", shape_.heads},
+                                        {"shape.kv_heads", shape_.kv_heads}, {"shape.dim", shape_.dim},
+                                        {"shape.value_dim", shape_.value_dim}})
+        same.add(name, value);
+    });
+    core_heads_ = detail::core_head_count(options_, shape_.heads, shape_.kv_heads);
+    for (std::int64_t b = 0; b < shape_.batch; ++b)
+      held_.push_back({{core_heads_, shape_.dim, shape_.value_dim},
+                       {core_heads_, biased() ? 1 : 0, 0},
+                       {shape_.kv_heads, shape_.dim, shape_.value_dim},
+                       {shape_.kv_heads, shape_.dim, shape_.value_dim}});
+  }
+
+  /// Tokens of each sequence.
+  [[nodiscard]] std::int64_t length() const { return length_; }
+  /// Cores that this rank keeps of each sequence, per core head.
+  [[nodiscard]] std::int64_t core_count() const { return share_.count(group_count(length_)); }
+  /// Raw tokens that this rank keeps of each sequence, sink tokens among them.
+  [[nodiscard]] std::int64_t raw_count() const {
+    return has_window() ? by().sink_count(length_) + range{oldest_, length_}.size() : 0;
+  }
+
+  /// Appends the same number of tokens to every sequence and answers their queries. Every rank gives the same tokens: only
+  /// the rank of the window reads `key` and `value`.
+  ///
+  /// @param in,to  as for `cca::kv_cache::attend`; the results are the same bits on all ranks
+  /// @param run  an executor; the results are bitwise the same for any
+  /// @throws std::invalid_argument  before anything changes, on every rank
+  template <class Query = Element, class Sink = T, cca::detail::written Out = Element, class Lse = T>
+  void attend(const inputs<Query, Element, Element, Sink>& in, const results<Out, Lse>& to, const execution& run = {}) {
+    using Number = compute_type<Query, Element>;
+    static_assert(std::is_same_v<Number, T> && std::is_same_v<std::remove_const_t<Sink>, T>,
+                  "cca: queries and sink logits are of the type that the cache computes in, or of 16 bits");
+    detail::agreement same("kv_cache::attend");
+    detail::check_on_all_ranks(*ranks_, same, [&] {
+      const auto views = detail::named(in);
+      require_step(views);
+      detail::require_results(views, shape_.value_dim, detail::named(to));
+      same.add("new tokens", in.query.length());
+      same.add("tokens in the cache", length_);
+      same.add_elements<Query, Out, Lse>("elements of query, out and lse");
+      same.add("sink_logits", detail::given(views.sink_logits), detail::yes_or_no);
+      same.add("alibi_slopes", detail::given(views.alibi_slopes), detail::yes_or_no);
+    });
+    const std::int64_t tokens = in.query.length();
+    if (tokens == 0 || shape_.batch == 0) return;
+    if (has_window()) take_in(in);
+    spread_new_cores(in, run);
+    const detail::buffer<T> out(shape_.batch * shape_.heads * tokens * shape_.value_dim),
+        lse(shape_.batch * shape_.heads * tokens);
+    const results<T, T> part{bhsd(out.data(), shape_.batch, shape_.heads, tokens, shape_.value_dim),
+                             bhs(lse.data(), shape_.batch, shape_.heads, tokens)};
+    answer(in, part, run);
+    detail::merge_over_ranks(*ranks_, part, to);
+    length_ += tokens;
+  }
+
+ private:
+  struct named_number {
+    const char* name;
+    std::int64_t value;
+  };
+  struct sequence {
+    cca::detail::row_store<Core> cores;
+    cca::detail::row_store<T> biases;       ///< of the cores, keys of one element
+    cca::detail::row_store<Element> sinks;  ///< row t: sink token t
+    cca::detail::row_store<Element> raw;    ///< row i: token `oldest_ + i`
+  };
+
+  [[nodiscard]] partition by() const { return partition_of(options_); }
+  [[nodiscard]] bool biased() const { return detail::has_core_biases(options_); }
+  [[nodiscard]] bool has_window() const { return ranks_->rank() == window_rank_; }
+  [[nodiscard]] std::int64_t group_count(std::int64_t length) const {
+    return detail::pools(options_) ? by().group_count(length) : 0;
+  }
+
+  void require_step(const cca::detail::input_views& in) const {
+    detail::require_operand(in.query);
+    const std::int64_t tokens = in.query.length();
+    if (in.query.has_lengths() || in.key.has_lengths())
+      detail::refuse("query", {"lengths per sequence"}, {"as many tokens for each"});
+    detail::require_extents(in.query, {shape_.batch, shape_.heads, tokens, shape_.dim});
+    detail::require_key_value(in.query, in.key, in.value);
+    detail::require_extents(in.key, {shape_.batch, shape_.kv_heads, tokens, shape_.dim});
+    detail::require_extents(in.value, {shape_.batch, shape_.kv_heads, tokens, shape_.value_dim});
+    detail::require_sink_logits(in.query, in.sink_logits);
+    detail::require_alibi_slopes(in.query, in.alibi_slopes);
+    detail::require_none(in.key_bias, "a cache keeps no biases of its tokens");
+  }
+
+  /// The rank of the window keeps the new tokens, and lets those go that no query sees any more.
+  template <class Inputs>
+  void take_in(const Inputs& in) {
+    const std::int64_t tokens = in.query.length(), length = length_ + tokens;
+    // Of the next query, and of the group that is not complete yet.
+    const std::int64_t first = detail::smaller(detail::larger(by().raw(length_).begin, oldest_), length_);
+    for (std::int64_t b = 0; b < shape_.batch; ++b) {
+      sequence& s = held_[static_cast<std::size_t>(b)];
+      s.sinks.reserve(by().sink_count(length), unlimited);
+      const bool moves = length - oldest_ > s.raw.capacity() && first > oldest_;
+      if (!moves) s.raw.reserve(length - oldest_, unlimited);
+      if (moves) s.raw.reserve(length - first, unlimited);
+      for (std::int64_t h = 0; h < shape_.kv_heads; ++h) {
+        if (moves) s.raw.copy_rows(h, 0, s.raw.rows(h, first - oldest_), length_ - first);
+        const std::int64_t from = moves ? first : oldest_;
+        const auto rows = detail::rows_of(in.key, in.value, b, h);
+        s.raw.copy_rows(h, length_ - from, rows, tokens);
+        s.sinks.copy_rows(h, detail::smaller(by().sink_count(length_), length_), rows,
+                          by().sink_count(length) - by().sink_count(length_));
+      }
+      if (b + 1 == shape_.batch && moves) oldest_ = first;
+    }
+  }
+
+  /// The cores of the groups that the new tokens complete go to their owners.
+  template <class Inputs>
+  void spread_new_cores(const Inputs& in, const execution& run) {
+    const range groups{group_count(length_), group_count(length_ + in.query.length())};
+    if (groups.empty()) return;
+    const std::int64_t row = core_heads_ * ((shape_.dim + shape_.value_dim) * static_cast<std::int64_t>(sizeof(Core)) +
+                                            (biased() ? static_cast<std::int64_t>(sizeof(T)) : 0));
+    // In the order of their owners, so that each gets one message.
+    std::vector<range> places(static_cast<std::size_t>(ranks_->size()));
+    std::int64_t next = 0;
+    for (int r = 0; r < ranks_->size(); ++r) {
+      const detail::core_share share{r, ranks_->size()};
+      places[static_cast<std::size_t>(r)] = {next, next + shape_.batch * (share.count(groups.end) - share.count(groups.begin))};
+      next = places[static_cast<std::size_t>(r)].end;
+    }
+    const auto& mine = places[static_cast<std::size_t>(ranks_->rank())];
+    const detail::buffer<std::byte> rows((has_window() ? next : mine.size()) * row);
+    const detail::row_type type(row);
+    if (has_window()) pool_new(in, groups, rows.data(), run);
+    const detail::buffer<int> counts(ranks_->size()), begins(ranks_->size());
+    for (int r = 0; r < ranks_->size(); ++r) {
+      counts[r] = detail::row_type::require_count("rows", places[static_cast<std::size_t>(r)].size());
+      begins[r] = detail::row_type::require_count("rows", places[static_cast<std::size_t>(r)].begin);
+    }
+    detail::check(MPI_Scatterv(rows.data(), counts.data(), begins.data(), type.get(),
+                               has_window() ? MPI_IN_PLACE : static_cast<void*>(rows.data()), counts[ranks_->rank()],
+                               type.get(), window_rank_, ranks_->get()),
+                  "sending new cores to their owners");
+    if (!has_window()) ranks_->received().cores += mine.size() * row;
+    keep_cores(groups, rows.data() + (has_window() ? mine.begin * row : 0));
+  }
+
+  /// Pools new groups into a message.
+  template <class Inputs>
+  void pool_new(const Inputs& in, range groups, std::byte* rows, const execution& run) {
+    const std::int64_t count = groups.size();
+    const detail::buffer<Core> keys(shape_.batch * core_heads_ * count * shape_.dim),
+        values(shape_.batch * core_heads_ * count * shape_.value_dim);
+    const detail::buffer<T> biases(biased() ? shape_.batch * core_heads_ * count : 0);
+    const auto key = bhsd(keys.data(), shape_.batch, core_heads_, count, shape_.dim);
+    const auto value = bhsd(values.data(), shape_.batch, core_heads_, count, shape_.value_dim);
+    const auto bias = bhs(biases.data(), shape_.batch, biased() ? core_heads_ : 0, count);
+    const cca::detail::pool_plan<T> plan{
+        detail::worker_count(run, shape_.batch * shape_.kv_heads * count),
+        cca::detail::group_rows<T>::size(shape_.dim, shape_.value_dim, !cca::detail::in_place<T, Element>), 0};
+    cca::detail::scratch memory({}, plan.bytes());
+    cca::detail::pool_groups<T>(
+        {{shape_.batch, true}, shape_.heads, shape_.kv_heads, core_heads_}, [&](std::int64_t) { return groups; }, shape_.dim,
+        shape_.value_dim, options_,
+        [&](auto& pooling, std::int64_t b, std::int64_t h, range group) {
+          pooling.absorb(held_[static_cast<std::size_t>(b)].raw.rows(h, 0), shifted(group, -oldest_));
+        },
+        [&](std::int64_t b, std::int64_t h, std::int64_t t) { return in.query.row(b, h, t - length_); },
+        [&](std::int64_t b, std::int64_t h, std::int64_t c) {
+          const std::int64_t i = c - groups.begin;
+          return cca::detail::core_place{key.row(b, h, i), value.row(b, h, i), biased() ? bias.row(b, h, i) : nullptr};
+        },
+        run, plan.take(memory));
+    for (std::int64_t r = 0; r < ranks_->size(); ++r)
+      for (std::int64_t b = 0; b < shape_.batch; ++b)
+        for (std::int64_t c = groups.begin; c < groups.end; ++c)
+          if (share_.owner(c) == r) {
+            const std::int64_t i = c - groups.begin;
+            rows = detail::put_row(bias, b, i, detail::put_row(value, b, i, detail::put_row(key, b, i, rows)));
+          }
+  }
+
+  /// Takes this rank's new cores from a message.
+  void keep_cores(range groups, const std::byte* from) {
+    const std::int64_t first = share_.count(groups.begin), end = share_.count(groups.end);
+    for (sequence& s : held_) {
+      s.cores.reserve(end, unlimited);
+      if (biased()) s.biases.reserve(end, unlimited);
+      for (std::int64_t j = first; j < end; ++j) {
+        const auto take = [&](const auto& place, std::int64_t elements) {
+          for (std::int64_t h = 0; h < core_heads_; ++h) {
+            const auto bytes = static_cast<std::size_t>(elements) * sizeof(*place(h));
+            std::memcpy(static_cast<void*>(place(h)), from, bytes);
+            from += bytes;
+          }
+        };
+        take([&](std::int64_t h) { return s.cores.key(h, j); }, shape_.dim);
+        take([&](std::int64_t h) { return s.cores.value(h, j); }, shape_.value_dim);
+        if (biased()) take([&](std::int64_t h) { return s.biases.key(h, j); }, 1);
+      }
+    }
+  }
+
+  /// The part of the answer that this rank has: of its cores, and of the window where it has that.
+  template <class Inputs>
+  void answer(const Inputs& in, const results<T, T>& part, const execution& run) const {
+    using Query = std::remove_const_t<typename decltype(in.query)::element_type>;
+    using Product = cca::detail::product_type<Query, Element, Core>;
+    const auto of = [this](std::int64_t b) -> const sequence& { return held_[static_cast<std::size_t>(b)]; };
+    const auto each = [](std::int64_t count) { return [count](std::int64_t) { return count; }; };
+    const auto at = [this](std::int64_t token) {
+      return [=, this](std::int64_t, std::int64_t) {
+        return cca::detail::row_terms<T>{{.first = token - length_, .step = 1}};
+      };
+    };
+    const std::int64_t length = length_ + in.query.length(), window = has_window() ? length : 0;
+    const std::int64_t core_heads = core_heads_, sharing = shape_.heads / core_heads_;
+    const partition by = this->by();
+    const cca::detail::source sinks{
+        shape_.kv_heads, each(by.sink_count(window)), [=](std::int64_t b, std::int64_t h) { return of(b).sinks.rows(h, 0); },
+        [=, this](std::int64_t, std::int64_t, std::int64_t i) { return by.sinks(length_ + i); }, at(0)};
+    const cca::detail::source cores{
+        core_heads, each(share_.count(group_count(length))),
+        [=](std::int64_t b, std::int64_t h) { return of(b).cores.rows(h, 0); },
+        [=, this](std::int64_t, std::int64_t, std::int64_t i) {
+          return range{0, share_.count(detail::pools(options_) ? by.core_count(length_ + i) : 0)};
+        },
+        [=, this](std::int64_t b, std::int64_t h) {
+          return cca::detail::row_terms<T>{share_.positions(by, length_), biased() ? of(b).biases.key(h / sharing, 0) : nullptr, 1};
+        }};
+    const cca::detail::source raw{
+        shape_.kv_heads, each(range{oldest_, window}.size()),
+        [=](std::int64_t b, std::int64_t h) { return of(b).raw.rows(h, 0); },
+        [=, this](std::int64_t, std::int64_t, std::int64_t i) { return shifted(by.raw(length_ + i), -oldest_); }, at(oldest_)};
+    auto rule = cca::detail::make_score_rule<T>(options_, in, biased());
+    if (!has_window()) rule.sink_logits = {};  // counted once
+    const auto attend = [&](const auto&... sources) {
+      const auto forward = cca::detail::plan<Product>({shape_.batch, true}, in.query, shape_.value_dim, shape_.kv_heads, {},
+                                                      !cca::detail::in_place<T, Element, Core>, options_.unit, run,
+                                                      sources.length...);
+      cca::detail::scratch memory({}, forward.bytes());
+      forward(in.query, part.out, part.lse, rule, run, memory, sources...);
+    };
+    if (has_window())
+      attend(sinks, cores, raw);
+    else
+      attend(cores);
+  }
+
+  const communicator* ranks_;
+  cache_shape shape_;
+  cca::options options_;
+  int window_rank_;
+  detail::core_share share_;
+  std::int64_t core_heads_ = 0, length_ = 0;
+  std::int64_t oldest_ = 0;  ///< of the raw tokens that are kept
+  std::vector<sequence> held_;
+};
+
+}}}  // namespace cca::CCA_TARGET::mpi
