@@ -177,32 +177,32 @@ void pool_views(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Valu
 
 /// Adds what the gradients of the cores of the groups `[groups(b).begin, groups(b).end)` of every sequence, and where they
 /// are given of their biases, say of the tokens that were pooled, and of the queries that weighed them.
-/// `rows(b, kv_head)` are the keys and values, `grad_rows(b, kv_head)` their gradients, `query(b, h, token)` a row of queries
-/// and `grad_query(b, h, token)` its gradient, `grad_core(b, h, group)` the `core_place` to read. Row 0 of `rows` and of
+/// `rows(b, kv_head)` are the keys and values, `grad_rows(b, kv_head)` their gradients, `query_row(b, h, token)` a row of
+/// queries and `grad_query_row(b, h, token)` its gradient, `grad_core(b, h, group)` the `core_place` to read. Row 0 of `rows` and of
 /// `grad_rows` is token `first(b)`.
 template <class T, class Groups, class First, class Rows, class GradRows, class Query, class GradQuery, class GradCore,
           executor E>
 void add_group_gradients(const pool_heads& heads, const Groups& groups, const First& first, std::int64_t dim,
                          std::int64_t value_dim, const options& options, const Rows& rows, const GradRows& grad_rows,
-                         const Query& query, const GradQuery& grad_query, const GradCore& grad_core, const E& run,
+                         const Query& query_row, const GradQuery& grad_query_row, const GradCore& grad_core, const E& run,
                          const pool_memory<T>& memory) {
   const partition partition = partition_of(options);
-  const score_rule<T> rule = pooling_rule<T>(options, dim);
+  const score_rule<T> forward_rule = pooling_rule<T>(options, dim);
   const auto differentiate = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head,
                                                 std::int64_t h, std::int64_t c) {
     const range tokens = partition.group(c);
     const std::int64_t sharing = heads.query_heads / heads.core_heads;
-    group_rows<T> group(memory.workers[worker], dim, value_dim, rule);
+    group_rows<T> group(memory.workers[worker], dim, value_dim, forward_rule);
     group.clear();
     const auto [grad_key, grad_value, grad_bias] = grad_core(b, h, c);
     copy_n(grad_key, dim, group.grad_core.key);
     copy_n(grad_value, value_dim, group.grad_core.value);
     if (grad_bias != nullptr) group.grad_bias = *grad_bias;
     if (uses_query(options.pool))
-      load_mean_query(group, h, sharing, [&](std::int64_t q) { return query(b, q, tokens.end - 1); });
+      load_mean_query(group, h, sharing, [&](std::int64_t q) { return query_row(b, q, tokens.end - 1); });
     Pooling(group).differentiate(rows(b, kv_head), grad_rows(b, kv_head), shifted(tokens, -first(b)));
     for (std::int64_t q = h * sharing; uses_query(options.pool) && q < (h + 1) * sharing; ++q)
-      add_scaled_row(group.grad_query, dim, T(1) / static_cast<T>(sharing), grad_query(b, q, tokens.end - 1));
+      add_scaled_row(group.grad_query, dim, T(1) / static_cast<T>(sharing), grad_query_row(b, q, tokens.end - 1));
   };
   with_pooling<T>(options.pool, [&]<class Pooling>() {
     for_each_group(heads, groups, options.group_size, run, memory,
