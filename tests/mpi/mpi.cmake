@@ -1,23 +1,24 @@
-# Tests across ranks: one program, run by mpirun with several numbers of them. mpi_plan_test needs no ranks.
+# Tests across ranks: programs that mpirun runs with several numbers of them. mpi_plan_test needs no ranks.
 
 cca_add_program(${cca_newest_arch}.mpi_plan_test ${cca_newest_arch} mpi/mpi_plan_test.cpp)
 target_link_libraries(${cca_newest_arch}.mpi_plan_test PRIVATE GTest::gtest_main)
 add_test(NAME ${cca_newest_arch}.mpi_plan_test COMMAND ${cca_newest_arch}.mpi_plan_test)
 
-set(cca_mpi_test ${cca_newest_arch}.mpi_test)
-cca_add_program(${cca_mpi_test} ${cca_newest_arch} mpi/mpi_test.cpp mpi/mpi_main.cpp)
-target_link_libraries(${cca_mpi_test} PRIVATE cca::mpi ${cca_newest_arch}.textbook GTest::gtest)
-
 # Ranks share the cores of one machine, and may be those of root in a container.
 set(cca_mpi_environment OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_btl_vader_single_copy_mechanism=none
                         OMP_NUM_THREADS=1)
 execute_process(COMMAND ${MPIEXEC_EXECUTABLE} --version OUTPUT_VARIABLE version ERROR_QUIET)
-set(cca_oversubscribe "")
+set(cca_mpirun ${MPIEXEC_EXECUTABLE})
 if(version MATCHES "Open MPI|OpenRTE")
-  set(cca_oversubscribe --oversubscribe)
+  list(APPEND cca_mpirun --oversubscribe)
 endif()
-foreach(ranks IN ITEMS 1 2 3 4 8)
-  add_test(NAME mpi_test.${ranks} COMMAND ${MPIEXEC_EXECUTABLE} ${cca_oversubscribe} ${MPIEXEC_NUMPROC_FLAG} ${ranks}
-                                          $<TARGET_FILE:${cca_mpi_test}>)
-  set_tests_properties(mpi_test.${ranks} PROPERTIES ENVIRONMENT "${cca_mpi_environment}" TIMEOUT 600 PROCESSORS 2)
+
+foreach(test IN ITEMS mpi_attention_test mpi_decoding_test)
+  set(name ${cca_newest_arch}.${test})
+  cca_add_program(${name} ${cca_newest_arch} mpi/${test}.cpp mpi/mpi_main.cpp)
+  target_link_libraries(${name} PRIVATE cca::mpi ${cca_newest_arch}.textbook GTest::gtest)
+  foreach(ranks IN ITEMS 1 2 3 4 8)
+    add_test(NAME ${test}.${ranks} COMMAND ${cca_mpirun} ${MPIEXEC_NUMPROC_FLAG} ${ranks} $<TARGET_FILE:${name}>)
+    set_tests_properties(${test}.${ranks} PROPERTIES ENVIRONMENT "${cca_mpi_environment}" TIMEOUT 600 PROCESSORS 2)
+  endforeach()
 endforeach()

@@ -1,5 +1,6 @@
 // Who holds which tokens, who reads which, and what that costs: without MPI.
 
+#include <cca/mpi/cost.hpp>
 #include <cca/mpi/layout.hpp>
 #include <cca/mpi/plan.hpp>
 
@@ -185,8 +186,9 @@ TEST(Plan, CountsWorkAndRows) {
         const plan planned(*of, by, pooled);
         std::int64_t pairs = 0, most = 0;
         for (std::int64_t r = 0; r < ranks; ++r) {
-          pairs += planned.pairs_of(r);
-          most = std::max(most, planned.pairs_of(r));
+          const auto of_rank = planned.pairs_of(r);
+          pairs += of_rank.raw + of_rank.cores;
+          most = std::max(most, of_rank.raw + of_rank.cores);
         }
         EXPECT_EQ(by.pair_count({0, all[0]}), pairs);
         EXPECT_LE(static_cast<double>(most * ranks), (of == &balanced ? 1.05 : 2) * static_cast<double>(pairs));
@@ -201,6 +203,29 @@ TEST(Plan, CountsWorkAndRows) {
         EXPECT_EQ(0, received.cores);
       }
     }
+}
+
+/// The model's bytes are those of its comment.
+TEST(Plan, CostsWhatItsFormulasSay) {
+  const lengths all{65536};
+  const options o{.group_size = 16, .window = 1024, .sink_tokens = 4};
+  const call_shape shape{.heads = 8, .kv_heads = 2, .dim = 64, .value_dim = 64, .element_bytes = 4, .core_bytes = 4};
+  for (const std::int64_t ranks : {2, 8, 64}) {
+    const layout of = layout::contiguous(ranks, all);
+    const call_cost cost = cost_of(of, o, shape, {.pairs_per_second = 1e9, .bandwidth = 1e9, .latency = 1e-6});
+    const std::int64_t row = 2 * 128 * 4, ring = all[0] / ranks * (ranks - 1) * row;
+    EXPECT_EQ(ring, cost.ring_bytes);
+    EXPECT_LE(cost.most_raw_bytes, (1024 + 16 + 4) * row);
+    // The cores of the last window are never seen, so the ranks there send fewer.
+    EXPECT_NEAR(static_cast<double>(ring) * 8 / 2 / 16, static_cast<double>(cost.most_core_bytes), 0.05 * static_cast<double>(ring) / 4);
+    options shared = o;
+    shared.core_heads = core_heads::per_kv_head;
+    const call_cost fewer = cost_of(of, shared, shape, {.pairs_per_second = 1e9, .bandwidth = 1e9, .latency = 1e-6});
+    EXPECT_EQ(cost.most_core_bytes, 4 * fewer.most_core_bytes);
+    EXPECT_GE(cost.balance, 1);
+    EXPECT_LE(cost.efficiency(), 1);
+    EXPECT_LE(cost_of(of, o, shape, {1e9, 1e9, 1e-6}, true).seconds, cost_of(of, o, shape, {1e9, 1e9, 1e-6}, false).seconds);
+  }
 }
 
 TEST(Plan, OfPoolingHasItsGroups) {

@@ -6,6 +6,7 @@
 
 // After support.hpp, which has a say in how Eigen is compiled.
 #include <cca/mpi.hpp>
+#include <cstdlib>
 #include <numeric>
 #include <optional>
 
@@ -35,6 +36,14 @@ inline std::ostream& operator<<(std::ostream& text, const spread_problem& p) {
     text << " " << s.rank << ":" << s.sequence << "[" << s.tokens.begin << "," << s.tokens.end << ")";
   return text;
 }
+
+/// As many as the time allows: CCA_MPI_PROBLEMS says otherwise.
+inline int problems(int few) {
+  const char* const said = std::getenv("CCA_MPI_PROBLEMS");
+  return said != nullptr ? std::atoi(said) : few;
+}
+
+inline mpi::context_parallel over(const spread_problem& p, bool overlap = true) { return {world(), p.layout, overlap}; }
 
 /// Any boundaries, on any ranks: segments of no tokens, several of a sequence on a rank, ranks without any.
 inline mpi::layout random_segments(random_engine& random, std::int64_t ranks, const std::vector<std::int64_t>& lengths) {

@@ -112,15 +112,20 @@ class plan {
     return all;
   }
 
-  /// Query-key pairs of a rank's queries: the scores that it computes.
-  [[nodiscard]] std::int64_t pairs_of(std::int64_t rank) const {
-    std::int64_t pairs = 0;
+  /// Query-key pairs of a rank's queries, per head: the scores that it computes.
+  struct pair_counts {
+    std::int64_t raw = 0, cores = 0;
+  };
+  [[nodiscard]] pair_counts pairs_of(std::int64_t rank) const {
+    pair_counts pairs;
     const range own = tokens_->segments_of(rank);
     for (std::int64_t i = own.begin; i < own.end; ++i) {
       const segment& s = segment_of(i);
       const range all{0, tokens_->length(s.sequence)};
-      for (std::int64_t t = s.tokens.begin; t < s.tokens.end; ++t)
-        pairs += cores_at(t) + intersection(by_.sinks(t), all).size() + intersection(by_.raw(t), all).size();
+      for (std::int64_t t = s.tokens.begin; t < s.tokens.end; ++t) {
+        pairs.cores += cores_at(t);
+        pairs.raw += intersection(by_.sinks(t), all).size() + intersection(by_.raw(t), all).size();
+      }
     }
     return pairs;
   }
