@@ -16,7 +16,8 @@ namespace {
 using cca::mpi::layout;
 
 /// A layer of a model of 8 billion parameters, keys and values of 16 bits.
-constexpr cca::mpi::call_shape shape{.heads = 32, .kv_heads = 8, .dim = 128, .value_dim = 128, .element_bytes = 2, .core_bytes = 4};
+constexpr cca::mpi::call_shape shape{
+    .heads = 32, .kv_heads = 8, .dim = 128, .value_dim = 128, .element_bytes = 2, .core_bytes = 4};
 
 cca::options cca_options(cca::core_heads heads) {
   return {.group_size = 16, .window = 1024, .sink_tokens = 4, .core_heads = heads};
@@ -30,7 +31,9 @@ std::string megabytes(std::int64_t bytes) {
 
 /// The most scores of a rank by their mean.
 void print_balance() {
-  std::printf("| ranks | dense, contiguous | dense, head to tail | CCA, contiguous | CCA, head to tail |\n|---:|---:|---:|---:|---:|\n");
+  std::printf(
+      "| ranks | dense, contiguous | dense, head to tail | CCA, contiguous | CCA, head to tail "
+      "|\n|---:|---:|---:|---:|---:|\n");
   const std::int64_t length[] = {131072};
   for (const std::int64_t ranks : {2, 4, 8, 16, 32, 64}) {
     std::printf("| %d |", static_cast<int>(ranks));
@@ -42,16 +45,18 @@ void print_balance() {
 }
 
 void print_model(const cca::mpi::machine& cluster) {
-  std::printf("| ranks | tokens | cores of | halo, MB | cores, MB | ring, MB | time, ms | least, ms | efficiency |\n"
-              "|---:|---:|---|---:|---:|---:|---:|---:|---:|\n");
+  std::printf(
+      "| ranks | tokens | cores of | halo, MB | cores, MB | ring, MB | time, ms | least, ms | efficiency |\n"
+      "|---:|---:|---|---:|---:|---:|---:|---:|---:|\n");
   for (const std::int64_t ranks : {8, 64, 1024}) {
     const std::int64_t length[] = {ranks * 16384};
     for (const cca::core_heads heads : {cca::core_heads::per_query_head, cca::core_heads::per_kv_head}) {
       const auto cost = cost_of(layout::head_to_tail(ranks, length), cca_options(heads), shape, cluster);
-      std::printf("| %d | %lld | %s | %s | %s | %s | %.1f | %.1f | %.2f |\n", static_cast<int>(ranks),
-                  static_cast<long long>(length[0]), heads == cca::core_heads::per_kv_head ? "key/value heads" : "query heads",
-                  megabytes(cost.most_raw_bytes).c_str(), megabytes(cost.most_core_bytes).c_str(),
-                  megabytes(cost.ring_bytes).c_str(), 1e3 * cost.seconds, 1e3 * cost.compute_seconds, cost.efficiency());
+      std::printf(
+          "| %d | %lld | %s | %s | %s | %s | %.1f | %.1f | %.2f |\n", static_cast<int>(ranks),
+          static_cast<long long>(length[0]), heads == cca::core_heads::per_kv_head ? "key/value heads" : "query heads",
+          megabytes(cost.most_raw_bytes).c_str(), megabytes(cost.most_core_bytes).c_str(),
+          megabytes(cost.ring_bytes).c_str(), 1e3 * cost.seconds, 1e3 * cost.compute_seconds, cost.efficiency());
     }
   }
 }

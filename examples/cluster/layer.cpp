@@ -50,8 +50,8 @@ void run(int argc, char** argv) {
     ranks.received() = {};
     MPI_Barrier(MPI_COMM_WORLD);
     const double start = MPI_Wtime();
-    cca::mpi::attention({ranks, tokens}, {view(query, heads), view(key, kv_heads), view(value, kv_heads)}, {view(out, heads)},
-                        options);
+    cca::mpi::attention({ranks, tokens}, {view(query, heads), view(key, kv_heads), view(value, kv_heads)},
+                        {view(out, heads)}, options);
     double seconds = MPI_Wtime() - start;
     MPI_Allreduce(MPI_IN_PLACE, &seconds, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
     best = std::min(best, seconds);
@@ -64,9 +64,10 @@ void run(int argc, char** argv) {
   std::vector<std::int64_t> all(static_cast<std::size_t>(4 * ranks.size()));
   MPI_Gather(mine, 4, MPI_INT64_T, all.data(), 4, MPI_INT64_T, 0, MPI_COMM_WORLD);
   if (ranks.rank() != 0) return;
-  std::printf("%lld tokens, g=%lld, s=%lld, %lld/%lld heads of %lld, %d ranks: %.3f s\n\n", static_cast<long long>(length[0]),
-              static_cast<long long>(options.group_size), static_cast<long long>(options.window),
-              static_cast<long long>(heads), static_cast<long long>(kv_heads), static_cast<long long>(dim), ranks.size(), best);
+  std::printf("%lld tokens, g=%lld, s=%lld, %lld/%lld heads of %lld, %d ranks: %.3f s\n\n",
+              static_cast<long long>(length[0]), static_cast<long long>(options.group_size),
+              static_cast<long long>(options.window), static_cast<long long>(heads), static_cast<long long>(kv_heads),
+              static_cast<long long>(dim), ranks.size(), best);
   std::printf("| rank | tokens | scores per head | halo, bytes | cores, bytes |\n|---:|---:|---:|---:|---:|\n");
   double total = 0;
   for (int r = 0; r < ranks.size(); ++r) {

@@ -38,14 +38,15 @@ struct rank_line {
   double tokens, raw_bytes, core_bytes, seconds, attention_seconds, surprise;
 };
 
-void print(const arguments& arguments, const cca::options& options, const std::vector<rank_line>& lines, std::int64_t length) {
+void print(const arguments& arguments, const cca::options& options, const std::vector<rank_line>& lines,
+           std::int64_t length) {
   fmt::print("{} tokens, {}, {} ranks of {} threads\n\n", length, name_of(options), lines.size(), arguments.threads);
   fmt::print("| rank | tokens | halo, MB | cores, MB | attention, s | total, s |\n|---:|---:|---:|---:|---:|---:|\n");
   double surprise = 0;
   for (std::size_t r = 0; r < lines.size(); ++r) {
     const rank_line& line = lines[r];
-    fmt::print("| {} | {:.0f} | {:.2f} | {:.2f} | {:.2f} | {:.2f} |\n", r, line.tokens, line.raw_bytes / 1e6, line.core_bytes / 1e6,
-               line.attention_seconds, line.seconds);
+    fmt::print("| {} | {:.0f} | {:.2f} | {:.2f} | {:.2f} | {:.2f} |\n", r, line.tokens, line.raw_bytes / 1e6,
+               line.core_bytes / 1e6, line.attention_seconds, line.seconds);
     surprise += line.surprise;
   }
   fmt::print("\nperplexity {:.4f}\n", std::exp(surprise / static_cast<double>(length - 1)));
@@ -65,10 +66,13 @@ void run(const arguments& arguments) {
   const auto part = tokens.subspan(static_cast<std::size_t>(own.begin), static_cast<std::size_t>(own.size()));
 
   MPI_Barrier(MPI_COMM_WORLD);
-  const pass prefill = model.run(part, own.begin, [&](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
-    cca::mpi::attention({ranks, layout}, cca::inputs{query, key, value}, cca::results{out}, options, executor);
-  });
-  const auto next = tokens.subspan(static_cast<std::size_t>(own.begin) + 1 > tokens.size() ? tokens.size() : static_cast<std::size_t>(own.begin) + 1);
+  const pass prefill = model.run(
+      part, own.begin, [&](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
+        cca::mpi::attention({ranks, layout}, cca::inputs{query, key, value}, cca::results{out}, options, executor);
+      });
+  const auto next =
+      tokens.subspan(static_cast<std::size_t>(own.begin) + 1 > tokens.size() ? tokens.size()
+                                                                             : static_cast<std::size_t>(own.begin) + 1);
   const rank_line mine{static_cast<double>(own.size()),
                        static_cast<double>(ranks.received().raw),
                        static_cast<double>(ranks.received().cores),
@@ -80,9 +84,10 @@ void run(const arguments& arguments) {
   if (ranks.rank() != 0) return;
   print(arguments, options, lines, length[0]);
   if (!arguments.check) return;
-  const pass alone = model.run(tokens, 0, [&](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
-    cca::attention(query, key, value, out, options, executor);
-  });
+  const pass alone =
+      model.run(tokens, 0, [&](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
+        cca::attention(query, key, value, out, options, executor);
+      });
   fmt::print("perplexity {:.4f} in one process, {:.2f} s\n", model.perplexity(alone.hidden, tokens), alone.seconds);
 }
 
@@ -93,11 +98,19 @@ int main(int argc, char** argv) {
   MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
   arguments arguments;
   CLI::App app("Prefill of a text by SmolLM2-135M-Instruct over the ranks of mpirun");
-  app.add_option("folder", arguments.folder, "What examples/smollm2/prepare.py has written")->required()->check(CLI::ExistingDirectory);
-  app.add_option("--tokens", arguments.tokens, "Tokens of the text, from its start")->check(CLI::Range(2, 1 << 30))->capture_default_str();
-  app.add_option("--threads", arguments.threads, "Threads of each rank")->check(CLI::Range(1, 1024))->capture_default_str();
+  app.add_option("folder", arguments.folder, "What examples/smollm2/prepare.py has written")
+      ->required()
+      ->check(CLI::ExistingDirectory);
+  app.add_option("--tokens", arguments.tokens, "Tokens of the text, from its start")
+      ->check(CLI::Range(2, 1 << 30))
+      ->capture_default_str();
+  app.add_option("--threads", arguments.threads, "Threads of each rank")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
   app.add_option("--attention", arguments.attention, attention_forms)->capture_default_str();
-  app.add_option("--sink-tokens", arguments.sink_tokens, "First tokens that stay raw")->check(CLI::Range(0, 1 << 30))->capture_default_str();
+  app.add_option("--sink-tokens", arguments.sink_tokens, "First tokens that stay raw")
+      ->check(CLI::Range(0, 1 << 30))
+      ->capture_default_str();
   app.add_flag("--check", arguments.check, "Rank 0 also takes the whole text through the model");
   try {
     app.parse(argc, argv);

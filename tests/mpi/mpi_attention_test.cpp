@@ -82,7 +82,8 @@ TEST(Ranks, HaveTheGradientsThatTheTextbookSays) {
   for (int repeat = 0; repeat < problems(40); ++repeat) {
     const spread_problem p = random_problem(random, world().size());
     const whole_operands<T> all(p, random);
-    const auto grad_out = random_whole<T>(p, p.heads, p.value_dim, random), grad_lse = random_whole<T>(p, p.heads, 1, random);
+    const auto grad_out = random_whole<T>(p, p.heads, p.value_dim, random),
+               grad_lse = random_whole<T>(p, p.heads, 1, random);
     const ragged_layout memory = draw_from(random, all_ragged_layouts);
     const own_operands<T> own(p, all, memory);
     const own_results<T> r(p, memory);
@@ -91,8 +92,9 @@ TEST(Ranks, HaveTheGradientsThatTheTextbookSays) {
     incoming_gradients.lse.take(grad_lse);
     spread_gradient grad(p, memory);
     mpi::attention(over(p), own.in, r.view(), p.options);
-    mpi::attention_gradient(over(p), own.in, r.view(), incoming{incoming_gradients.view().out, incoming_gradients.view().lse},
-                            grad.view(p), p.options);
+    mpi::attention_gradient(over(p), own.in, r.view(),
+                            incoming{incoming_gradients.view().out, incoming_gradients.view().lse}, grad.view(p),
+                            p.options);
     for (const auto* part : {&grad.query, &grad.key, &grad.value, &grad.sinks_per_query, &grad.key_bias})
       EXPECT_TRUE(part->canaries_intact());
     const std::array got{grad.query.whole(p), grad.key.whole(p), grad.value.whole(p), grad.sinks_per_query.whole(p),
@@ -112,7 +114,8 @@ TEST(Ranks, HaveTheGradientsThatTheTextbookSays) {
       add_whole(rules[0], got[0][q], plain.query, exact.query, "query, " + label.str());
       add_whole(rules[1], got[1][q], plain.key, exact.key, "key, " + label.str());
       add_whole(rules[2], got[2][q], plain.value, exact.value, "value, " + label.str());
-      if (p.sinks_per_query) add_whole(rules[3], got[3][q], plain.sink_logits, exact.sink_logits, "sinks, " + label.str());
+      if (p.sinks_per_query)
+        add_whole(rules[3], got[3][q], plain.sink_logits, exact.sink_logits, "sinks, " + label.str());
       if (p.key_bias) add_whole(rules[4], got[4][q], plain.key_bias, exact.key_bias, "biases, " + label.str());
       const auto add = [&](auto& sum, const auto& one) {
         for (std::size_t i = 0; i < one.data.size(); ++i) sum.data[i] += one.data[i];
@@ -121,8 +124,8 @@ TEST(Ranks, HaveTheGradientsThatTheTextbookSays) {
       if (p.alibi) add(slopes, plain.alibi_slopes), add(exact_slopes, exact.alibi_slopes);
     }
     if (p.sink_logits && !p.sinks_per_query)
-      rules[5].add(with_dim(std::as_const(grad.sinks).view()), std::as_const(sinks).view(), std::as_const(exact_sinks).view(),
-                   label.str());
+      rules[5].add(with_dim(std::as_const(grad.sinks).view()), std::as_const(sinks).view(),
+                   std::as_const(exact_sinks).view(), label.str());
     if (p.alibi)
       rules[6].add(with_dim(std::as_const(grad.slopes).view()), std::as_const(slopes).view(),
                    std::as_const(exact_slopes).view(), label.str());
@@ -150,7 +153,8 @@ TEST(Ranks, PoolEachItsOwnGroups) {
     for (const std::int64_t length : p.lengths) groups.push_back(partition_of(p.options).group_count(length));
     const spread_problem of_cores{groups, mpi::layout(world().size(), groups, segments)};
     const std::int64_t heads = detail::core_head_count(p.options, p.heads, p.kv_heads);
-    const own_part<T> key(of_cores, heads, p.dim, ragged_layout::packed), value(of_cores, heads, p.value_dim, ragged_layout::packed);
+    const own_part<T> key(of_cores, heads, p.dim, ragged_layout::packed),
+        value(of_cores, heads, p.value_dim, ragged_layout::packed);
     mpi::pool(over(p), own.in, cores{key.view(), value.view()}, p.options);
     EXPECT_TRUE(key.canaries_intact() && value.canaries_intact());
     const auto keys = key.whole(of_cores), values = value.whole(of_cores);
@@ -160,7 +164,8 @@ TEST(Ranks, PoolEachItsOwnGroups) {
     for (std::size_t q = 0; q < p.lengths.size(); ++q) {
       if (groups[q] == 0) continue;
       const auto plain = reference::pool<T>(all.query[q].view(), all.key[q].view(), all.value[q].view(), p.options);
-      const auto exact = reference::pool<exact_type<T>>(all.query[q].view(), all.key[q].view(), all.value[q].view(), p.options);
+      const auto exact =
+          reference::pool<exact_type<T>>(all.query[q].view(), all.key[q].view(), all.value[q].view(), p.options);
       add_whole(rules[0], keys[q], plain.first, exact.first, label.str());
       add_whole(rules[1], values[q], plain.second, exact.second, label.str());
     }
@@ -183,8 +188,17 @@ spread_problem problem_of_tiles(random_engine& random) {
     }
   std::stable_sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.rank < b.rank; });
   spread_problem p = random_problem(random, ranks);
-  return {lengths, mpi::layout(ranks, lengths, all), p.heads, p.kv_heads, p.dim, p.value_dim, p.options,
-          p.sink_logits, p.sinks_per_query, p.alibi, p.key_bias};
+  return {lengths,
+          mpi::layout(ranks, lengths, all),
+          p.heads,
+          p.kv_heads,
+          p.dim,
+          p.value_dim,
+          p.options,
+          p.sink_logits,
+          p.sinks_per_query,
+          p.alibi,
+          p.key_bias};
 }
 
 TEST(Ranks, GetTheBitsOfOneProcessWhereTilesAreTheSame) {
@@ -202,7 +216,8 @@ TEST(Ranks, GetTheBitsOfOneProcessWhereTilesAreTheSame) {
     }
     std::int64_t differences = 0;
     r.out.each([&](const T* mine, std::int64_t q, std::int64_t h, std::int64_t t) {
-      differences += std::memcmp(mine, one[static_cast<std::size_t>(q)].out.row(0, h, t), sizeof(T) * static_cast<std::size_t>(p.value_dim)) != 0;
+      differences += std::memcmp(mine, one[static_cast<std::size_t>(q)].out.row(0, h, t),
+                                 sizeof(T) * static_cast<std::size_t>(p.value_dim)) != 0;
     });
     r.lse.each([&](const T* mine, std::int64_t q, std::int64_t h, std::int64_t t) {
       differences += !same_bits(*mine, *one[static_cast<std::size_t>(q)].lse.row(0, h, t));
@@ -268,7 +283,8 @@ TEST(Ranks, SeeNothingOfWhatIsUnseen) {
     const partition by = partition_of(p.options);
     const auto sees = [&](std::int64_t t) {
       bool seen = by.sinks(t).contains(poisoned) || by.raw(t).contains(poisoned);
-      for (std::int64_t c = 0; detail::pools(p.options) && c < by.core_count(t); ++c) seen |= by.group(c).contains(poisoned);
+      for (std::int64_t c = 0; detail::pools(p.options) && c < by.core_count(t); ++c)
+        seen |= by.group(c).contains(poisoned);
       return seen;
     };
     std::vector<const T*> rows;
@@ -311,9 +327,7 @@ TEST(Ranks, RefuseAlikeWhereTheyDisagree) {
   const whole_operands<T> all(p, random);
   const own_operands<T> own(p, all, ragged_layout::packed);
   const own_results<T> r(p, ragged_layout::packed);
-  const auto with = [&](const options& o) {
-    return refusal([&] { mpi::attention(over(p), own.in, r.view(), o); });
-  };
+  const auto with = [&](const options& o) { return refusal([&] { mpi::attention(over(p), own.in, r.view(), o); }); };
   const auto expect = [&](const std::string& said, const std::string& name) {
     EXPECT_NE(std::string::npos, said.find(name)) << said;
     EXPECT_TRUE(r.out.canaries_intact());
@@ -382,7 +396,9 @@ TEST(Ranks, RefuseAlikeWhereTheyDisagree) {
          }),
          "cca: rank " + std::to_string(last) + ": out: got");
   std::array<std::byte, 64> workspace;
-  expect(refusal([&] { mpi::attention(over(p), own.in, r.view(), p.options, {serial_executor{}, workspace}); }),
+  expect(refusal([&] {
+           mpi::attention(over(p), own.in, r.view(), p.options, {serial_executor{}, workspace});
+         }),
          "workspace: got 64 bytes, wants none");
   expect(refusal([&] {
            const mpi::layout of_more = mpi::layout::contiguous(ranks + 1, p.lengths);

@@ -36,7 +36,7 @@ TEST(Ranks, AttendToFarRowsOfAll) {
     p.options.core_bias = core_bias::none;
     p.options.pooling_scale = 1;
     const whole_operands<T> all(p, random);
-    const own_operands<T> own(p, all, ragged_layout::packed);
+    const own_operands<T> own(p, all, draw_from(random, all_ragged_layouts));
     std::vector<std::int64_t> rows;
     const mpi::layout of_rows = spread_far(random, p, rows);
     spread_problem far_problem{rows, of_rows};
@@ -179,11 +179,13 @@ TEST(Ranks, DecodeOverASpreadCache) {
     p.key_bias = p.sinks_per_query = false;
     const whole_operands<T> all(p, random);
     const std::int64_t batch = std::ssize(p.lengths), length = p.lengths[0];
-    mpi::kv_cache<T> cache(world(), {.batch = batch, .heads = p.heads, .kv_heads = p.kv_heads, .dim = p.dim, .value_dim = p.value_dim},
-                           p.options, static_cast<int>(draw(random, 0, world().size() - 1)));
+    mpi::kv_cache<T> cache(
+        world(), {.batch = batch, .heads = p.heads, .kv_heads = p.kv_heads, .dim = p.dim, .value_dim = p.value_dim},
+        p.options, static_cast<int>(draw(random, 0, world().size() - 1)));
     whole_tensor<T> outs = make_whole<T>(p, p.heads, p.value_dim), lses = make_whole<T>(p, p.heads, 1);
     for (std::int64_t first = 0; first < length;) {
-      const std::int64_t count = std::min(length - first, draw(random, 0, 3) == 0 ? draw(random, 1, 40) : draw(random, 0, 3));
+      const std::int64_t count =
+          std::min(length - first, draw(random, 0, 3) == 0 ? draw(random, 1, 40) : draw(random, 0, 3));
       const auto chunk = [&](const whole_tensor<T>& from, std::int64_t heads, std::int64_t dim) {
         tensor<T> some({batch, heads, count, dim});
         for_each_row(some.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {

@@ -31,7 +31,8 @@ layout random_layout(std::mt19937_64& random, std::int64_t ranks, const lengths&
     for (std::size_t i = 0; i + 1 < cuts.size(); ++i)
       segments.push_back({draw(random, 0, ranks - 1), static_cast<std::int64_t>(q), {cuts[i], cuts[i + 1]}});
   }
-  std::stable_sort(segments.begin(), segments.end(), [](const segment& a, const segment& b) { return a.rank < b.rank; });
+  std::stable_sort(segments.begin(), segments.end(),
+                   [](const segment& a, const segment& b) { return a.rank < b.rank; });
   return {ranks, all, segments};
 }
 
@@ -52,7 +53,8 @@ using token = std::tuple<std::int64_t, std::int64_t>;  // sequence, position
 TEST(Layout, HelpersHoldEveryTokenOnce) {
   for (const std::int64_t ranks : {1, 2, 3, 7, 64})
     for (const lengths& all : {lengths{0}, lengths{1}, lengths{100, 7, 0, 33}, lengths{64}})
-      for (const layout& of : {layout::contiguous(ranks, all), layout::head_to_tail(ranks, all), layout::concatenated(ranks, all)}) {
+      for (const layout& of :
+           {layout::contiguous(ranks, all), layout::head_to_tail(ranks, all), layout::concatenated(ranks, all)}) {
         std::set<token> held;
         std::int64_t total = 0;
         for (std::int64_t r = 0; r < ranks; ++r) total += of.tokens_of(r);
@@ -112,7 +114,8 @@ TEST(Plan, HasWhatQueriesSee) {
       });
       for (std::int64_t t = s.tokens.begin; t < s.tokens.end; ++t) {
         const range sinks = intersection(by.sinks(t), sequence), raw = intersection(by.raw(t), sequence);
-        for (std::int64_t j = sinks.begin; j < sinks.end; ++j) EXPECT_TRUE(p.sinks.contains(j) && read_sinks.contains(j));
+        for (std::int64_t j = sinks.begin; j < sinks.end; ++j)
+          EXPECT_TRUE(p.sinks.contains(j) && read_sinks.contains(j));
         for (std::int64_t j = raw.begin; j < raw.end; ++j) EXPECT_TRUE(p.raw.contains(j) && read_raw.contains(j));
         EXPECT_LE(pooled ? by.core_count(t) : 0, p.cores.end);
       }
@@ -217,14 +220,16 @@ TEST(Plan, CostsWhatItsFormulasSay) {
     EXPECT_EQ(ring, cost.ring_bytes);
     EXPECT_LE(cost.most_raw_bytes, (1024 + 16 + 4) * row);
     // The cores of the last window are never seen, so the ranks there send fewer.
-    EXPECT_NEAR(static_cast<double>(ring) * 8 / 2 / 16, static_cast<double>(cost.most_core_bytes), 0.05 * static_cast<double>(ring) / 4);
+    EXPECT_NEAR(static_cast<double>(ring) * 8 / 2 / 16, static_cast<double>(cost.most_core_bytes),
+                0.05 * static_cast<double>(ring) / 4);
     options shared = o;
     shared.core_heads = core_heads::per_kv_head;
     const call_cost fewer = cost_of(of, shared, shape, {.pairs_per_second = 1e9, .bandwidth = 1e9, .latency = 1e-6});
     EXPECT_EQ(cost.most_core_bytes, 4 * fewer.most_core_bytes);
     EXPECT_GE(cost.balance, 1);
     EXPECT_LE(cost.efficiency(), 1);
-    EXPECT_LE(cost_of(of, o, shape, {1e9, 1e9, 1e-6}, true).seconds, cost_of(of, o, shape, {1e9, 1e9, 1e-6}, false).seconds);
+    EXPECT_LE(cost_of(of, o, shape, {1e9, 1e9, 1e-6}, true).seconds,
+              cost_of(of, o, shape, {1e9, 1e9, 1e-6}, false).seconds);
   }
 }
 

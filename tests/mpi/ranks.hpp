@@ -28,8 +28,8 @@ struct spread_problem {
 };
 
 inline std::ostream& operator<<(std::ostream& text, const spread_problem& p) {
-  text << "lengths " << testing::PrintToString(p.lengths) << ", heads " << p.heads << "/" << p.kv_heads << ", dims " << p.dim
-       << " " << p.value_dim << ", " << describe(p.options) << (p.sink_logits ? ", sink logits" : "")
+  text << "lengths " << testing::PrintToString(p.lengths) << ", heads " << p.heads << "/" << p.kv_heads << ", dims "
+       << p.dim << " " << p.value_dim << ", " << describe(p.options) << (p.sink_logits ? ", sink logits" : "")
        << (p.sinks_per_query ? ", for each query" : "") << (p.alibi ? ", slopes" : "") << (p.key_bias ? ", biases" : "")
        << ", segments";
   for (const mpi::segment& s : p.layout.segments())
@@ -46,7 +46,8 @@ inline int problems(int few) {
 inline mpi::context_parallel over(const spread_problem& p, bool overlap = true) { return {world(), p.layout, overlap}; }
 
 /// Any boundaries, on any ranks: segments of no tokens, several of a sequence on a rank, ranks without any.
-inline mpi::layout random_segments(random_engine& random, std::int64_t ranks, const std::vector<std::int64_t>& lengths) {
+inline mpi::layout random_segments(random_engine& random, std::int64_t ranks,
+                                   const std::vector<std::int64_t>& lengths) {
   std::vector<mpi::segment> all;
   for (std::size_t q = 0; q < lengths.size(); ++q) {
     std::vector<std::int64_t> cuts{0, lengths[q]};
@@ -83,7 +84,8 @@ inline spread_problem random_problem(random_engine& random, std::int64_t ranks) 
     o.pool = draw_from(random, all_poolings);
     o.core_heads = draw_from(random, all_core_heads);
     if (o.pool == pooling::last_query && draw(random, 0, 2) == 0) o.pooling_scale = 1.5;
-    if ((o.pool == pooling::last_query || o.pool == pooling::mean) && draw(random, 0, 1) == 0) o.core_bias = core_bias::entropy;
+    if ((o.pool == pooling::last_query || o.pool == pooling::mean) && draw(random, 0, 1) == 0)
+      o.core_bias = core_bias::entropy;
   } else {
     if (draw(random, 0, 2) > 0) o.window = draw(random, 1, 70);
     if (draw(random, 0, 3) == 0) o.lookahead = draw_from(random, std::array<std::int64_t, 3>{1, 9, unlimited});
@@ -117,7 +119,8 @@ using whole_tensor = std::vector<tensor<T>>;
 template <class T>
 whole_tensor<T> make_whole(const spread_problem& p, std::int64_t heads, std::int64_t dim) {
   whole_tensor<T> all;
-  for (const std::int64_t length : p.lengths) all.emplace_back(std::array{std::int64_t{1}, heads, length, dim}).fill(T(0));
+  for (const std::int64_t length : p.lengths)
+    all.emplace_back(std::array{std::int64_t{1}, heads, length, dim}).fill(T(0));
   return all;
 }
 
@@ -133,9 +136,11 @@ whole_tensor<T> random_whole(const spread_problem& p, std::int64_t heads, std::i
 template <class T, std::size_t Rank = 4>
 class own_part {
  public:
-  own_part(const spread_problem& p, std::int64_t heads, std::int64_t dim, ragged_layout memory) : heads_(heads), dim_(dim) {
+  own_part(const spread_problem& p, std::int64_t heads, std::int64_t dim, ragged_layout memory)
+      : heads_(heads), dim_(dim) {
     const range own = p.layout.segments_of(world().rank());
-    for (std::int64_t i = own.begin; i < own.end; ++i) segments_.push_back(p.layout.segments()[static_cast<std::size_t>(i)]);
+    for (std::int64_t i = own.begin; i < own.end; ++i)
+      segments_.push_back(p.layout.segments()[static_cast<std::size_t>(i)]);
     std::vector<extents> all;
     for (const mpi::segment& s : segments_) all.push_back({1, heads, s.tokens.size(), dim});
     if (!all.empty()) rows_.emplace(all, memory);
@@ -151,12 +156,16 @@ class own_part {
   }
 
   void take(const whole_tensor<T>& from) {
-    each([&](T* mine, std::int64_t q, std::int64_t h, std::int64_t t) { copy_row(from[static_cast<std::size_t>(q)].row(0, h, t), mine); });
+    each([&](T* mine, std::int64_t q, std::int64_t h, std::int64_t t) {
+      copy_row(from[static_cast<std::size_t>(q)].row(0, h, t), mine);
+    });
   }
   /// Writes what the rank has into what holds zeros elsewhere, and adds up all ranks'.
   [[nodiscard]] whole_tensor<T> whole(const spread_problem& p) const {
     whole_tensor<T> all = make_whole<T>(p, heads_, dim_);
-    each([&](T* mine, std::int64_t q, std::int64_t h, std::int64_t t) { copy_row(mine, all[static_cast<std::size_t>(q)].row(0, h, t)); });
+    each([&](T* mine, std::int64_t q, std::int64_t h, std::int64_t t) {
+      copy_row(mine, all[static_cast<std::size_t>(q)].row(0, h, t));
+    });
     for (tensor<T>& one : all)
       for_each_row(one.view(), [&](std::int64_t, std::int64_t h, std::int64_t t) {
         EXPECT_EQ(MPI_SUCCESS, MPI_Allreduce(MPI_IN_PLACE, one.row(0, h, t), static_cast<int>(dim_),
@@ -171,7 +180,8 @@ class own_part {
     for (std::size_t b = 0; b < segments_.size(); ++b)
       for (std::int64_t h = 0; h < heads_; ++h)
         for (std::int64_t i = 0; i < segments_[b].tokens.size(); ++i)
-          f(rows_->view().row(static_cast<std::int64_t>(b), h, i), segments_[b].sequence, h, segments_[b].tokens.begin + i);
+          f(rows_->view().row(static_cast<std::int64_t>(b), h, i), segments_[b].sequence, h,
+            segments_[b].tokens.begin + i);
   }
 
   [[nodiscard]] testing::AssertionResult canaries_intact() const {
@@ -242,7 +252,8 @@ struct own_operands {
 template <class T>
 struct own_results {
   own_part<T> out, lse;
-  own_results(const spread_problem& p, ragged_layout memory) : out(p, p.heads, p.value_dim, memory), lse(p, p.heads, 1, memory) {}
+  own_results(const spread_problem& p, ragged_layout memory)
+      : out(p, p.heads, p.value_dim, memory), lse(p, p.heads, 1, memory) {}
   [[nodiscard]] cca::results<T, T> view() const { return {out.view(), without_dim(lse.view())}; }
 };
 

@@ -72,9 +72,13 @@ class agreement {
   /// segments gives one of no sequences.
   template <class T>
   void add_shared(const char* name, const tensor_view<T, 3>& view, bool shared) {
-    add(name, !given(view) ? 0 : shared ? 1 : 2, [](std::int64_t n) {
-      return text{n == 0 ? "none" : n == 1 ? "one for each head" : "one for each query"};
-    });
+    add(name,
+        !given(view) ? 0
+        : shared     ? 1
+                     : 2,
+        [](std::int64_t n) {
+          return text{n == 0 ? "none" : n == 1 ? "one for each head" : "one for each query"};
+        });
     std::uint64_t hash = 0;
     if (view.data != nullptr && shared)
       for (std::int64_t h = 0; h < view.heads(); ++h) {
@@ -147,7 +151,8 @@ class agreement {
     // Where the calls differ each rank has names of its own.
     if (i == 0) refuse("call", {"different functions on different ranks"}, {"the same call on every rank"});
     const text from = entries_[i].print(least), to = entries_[i].print(greatest);
-    refuse(text{entries_[i].of, entries_[i].name}.c_str(), {from.c_str(), " on one rank and ", to.c_str(), " on another"}, {"the same on every rank"});
+    refuse(text{entries_[i].of, entries_[i].name}.c_str(),
+           {from.c_str(), " on one rank and ", to.c_str(), " on another"}, {"the same on every rank"});
   }
 
   entry entries_[most];

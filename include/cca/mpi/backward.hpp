@@ -61,14 +61,18 @@ class rank_gradient {
  public:
   rank_gradient(const Call& of, bool bias_wanted)
       : call_(of),
-        sinks_(zeros<T>(of.own.size(), [&](std::int64_t b) { return of.planned_of(b).sinks; }, of.in.key.heads(),
-                        of.in.key.dim(), of.in.value.dim(), bias_wanted ? of.in.key_bias.heads() : 0)),
-        raw_(zeros<T>(of.own.size(), [&](std::int64_t b) { return of.planned_of(b).raw; }, of.in.key.heads(),
-                      of.in.key.dim(), of.in.value.dim(), bias_wanted ? of.in.key_bias.heads() : 0)),
-        seen_cores_(zeros<T>(of.own.size(), [&](std::int64_t b) { return of.planned_of(b).cores; }, of.core_heads,
-                             of.in.key.dim(), of.in.value.dim(), of.biased ? of.core_heads : 0)),
-        own_cores_(zeros<T>(of.own.size(), [&](std::int64_t b) { return of.planned_of(b).groups; }, of.core_heads,
-                            of.in.key.dim(), of.in.value.dim(), of.biased ? of.core_heads : 0)) {
+        sinks_(zeros<T>(
+            of.own.size(), [&](std::int64_t b) { return of.planned_of(b).sinks; }, of.in.key.heads(), of.in.key.dim(),
+            of.in.value.dim(), bias_wanted ? of.in.key_bias.heads() : 0)),
+        raw_(zeros<T>(
+            of.own.size(), [&](std::int64_t b) { return of.planned_of(b).raw; }, of.in.key.heads(), of.in.key.dim(),
+            of.in.value.dim(), bias_wanted ? of.in.key_bias.heads() : 0)),
+        seen_cores_(zeros<T>(
+            of.own.size(), [&](std::int64_t b) { return of.planned_of(b).cores; }, of.core_heads, of.in.key.dim(),
+            of.in.value.dim(), of.biased ? of.core_heads : 0)),
+        own_cores_(zeros<T>(
+            of.own.size(), [&](std::int64_t b) { return of.planned_of(b).groups; }, of.core_heads, of.in.key.dim(),
+            of.in.value.dim(), of.biased ? of.core_heads : 0)) {
     for (const auto* rows : {&sinks_, &raw_, &seen_cores_, &own_cores_}) rows->clear();
   }
 
@@ -79,8 +83,9 @@ class rank_gradient {
     const auto plan = backward_plan<Element>(call_.in.query, call_.in.value.dim(), kv_heads, {}, Call::staged,
                                              call_.options.unit, run);
     const auto sums_for = [&](const held_rows<T, T, T>& rows) {
-      return rows.bias.data == nullptr ? bias_sums<T>{}
-                                       : bias_sums<T>(call_.own.size(), kv_heads, rows.bias.heads(), rows.bias.length());
+      return rows.bias.data == nullptr
+                 ? bias_sums<T>{}
+                 : bias_sums<T>(call_.own.size(), kv_heads, rows.bias.heads(), rows.bias.length());
     };
     const bias_sums<T> of_sinks = sums_for(sinks_), of_cores = sums_for(seen_cores_), of_raw = sums_for(raw_);
     scratch memory({}, plan.bytes() + of_sinks.bytes() + of_cores.bytes() + of_raw.bytes());
@@ -88,8 +93,7 @@ class rank_gradient {
                             raw_bias = of_raw.take(memory);
     const auto rule = make_score_rule<T>(call_.options, call_.in, call_.biased || call_.in.key_bias.data != nullptr);
     const auto first = [this](std::int64_t b) { return call_.own[b].tokens.begin; };
-    plan(results, to, rule, run, memory,
-         source_gradient{call_.sink_source(first), sinks_.key, sinks_.value, sink_bias},
+    plan(results, to, rule, run, memory, source_gradient{call_.sink_source(first), sinks_.key, sinks_.value, sink_bias},
          source_gradient{call_.core_source(first), seen_cores_.key, seen_cores_.value, core_bias},
          source_gradient{call_.raw_source(first), raw_.key, raw_.value, raw_bias});
     if (sink_bias.data != nullptr) add_up(sink_bias, sinks_.bias, run);
@@ -100,21 +104,25 @@ class rank_gradient {
   /// The gradients of cores go to where they are pooled, and from there to the tokens of their groups. Collective.
   void finish_cores(const gradients<T>& to, const execution& run) const {
     bring_home(call_.planned.core_pieces_of(call_.ranks.rank()), "bringing home gradients of cores", seen_cores_,
-               own_cores_.key, own_cores_.value, own_cores_.bias, [this](std::int64_t b) { return own_cores_.places.first(b); });
+               own_cores_.key, own_cores_.value, own_cores_.bias,
+               [this](std::int64_t b) { return own_cores_.places.first(b); });
     const auto plan = call_.pool_memory_plan(run);
     scratch memory({}, plan.bytes());
     const auto at = [](std::int64_t first, std::int64_t i) { return i - first; };
     add_group_gradients<T>(
         call_.heads(), [&](std::int64_t b) { return call_.planned_of(b).groups; },
-        [&](std::int64_t b) { return call_.raw.places.first(b); }, call_.in.key.dim(), call_.in.value.dim(), call_.options,
-        [&](std::int64_t b, std::int64_t h) { return rows_of(call_.raw.key, call_.raw.value, b, h); },
+        [&](std::int64_t b) { return call_.raw.places.first(b); }, call_.in.key.dim(), call_.in.value.dim(),
+        call_.options, [&](std::int64_t b, std::int64_t h) { return rows_of(call_.raw.key, call_.raw.value, b, h); },
         [&](std::int64_t b, std::int64_t h) {
-          return gradient_rows<T>{raw_.key.row(b, h, 0), raw_.key.stride[2], raw_.value.row(b, h, 0), raw_.value.stride[2]};
+          return gradient_rows<T>{raw_.key.row(b, h, 0), raw_.key.stride[2], raw_.value.row(b, h, 0),
+                                  raw_.value.stride[2]};
         },
         [&](std::int64_t b, std::int64_t h, std::int64_t t) {
           return call_.in.query.row(b, h, at(call_.own[b].tokens.begin, t));
         },
-        [&](std::int64_t b, std::int64_t h, std::int64_t t) { return to.query.row(b, h, at(call_.own[b].tokens.begin, t)); },
+        [&](std::int64_t b, std::int64_t h, std::int64_t t) {
+          return to.query.row(b, h, at(call_.own[b].tokens.begin, t));
+        },
         [&](std::int64_t b, std::int64_t h, std::int64_t c) {
           const std::int64_t i = at(own_cores_.places.first(b), c);
           return core_place{own_cores_.key.row(b, h, i), own_cores_.value.row(b, h, i),
@@ -157,7 +165,8 @@ class rank_gradient {
 
   const Call& call_;
   held_rows<T, T, T> sinks_, raw_;
-  held_rows<T, T, T> seen_cores_, own_cores_;  ///< of the cores that queries here see, and of those that are pooled here
+  held_rows<T, T, T> seen_cores_,
+      own_cores_;  ///< of the cores that queries here see, and of those that are pooled here
 };
 
 /// The backward pass of a rank. Collective.

@@ -77,9 +77,13 @@ struct call_cost {
     const std::int64_t core_bytes = received.cores * core_heads * dims * shape.core_bytes;
     all.most_raw_bytes = cca::detail::larger(all.most_raw_bytes, raw_bytes);
     all.most_core_bytes = cca::detail::larger(all.most_core_bytes, core_bytes);
-    const double window = static_cast<double>(work.raw) * pair_seconds, far_part = static_cast<double>(work.cores) * pair_seconds;
-    const double halo = static_cast<double>(received.messages) * cluster.latency + static_cast<double>(raw_bytes) / cluster.bandwidth;
-    const double way = pooled && ranks > 1 ? log2_of(ranks) * cluster.latency + static_cast<double>(core_bytes) / cluster.bandwidth : 0;
+    const double window = static_cast<double>(work.raw) * pair_seconds,
+                 far_part = static_cast<double>(work.cores) * pair_seconds;
+    const double halo =
+        static_cast<double>(received.messages) * cluster.latency + static_cast<double>(raw_bytes) / cluster.bandwidth;
+    const double way = pooled && ranks > 1
+                           ? log2_of(ranks) * cluster.latency + static_cast<double>(core_bytes) / cluster.bandwidth
+                           : 0;
     // Options are compared first: one number to all ranks and back.
     const double compared = 2 * log2_of(ranks) * cluster.latency;
     all.seconds = cca::detail::larger(

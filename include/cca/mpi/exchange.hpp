@@ -49,7 +49,8 @@ class row_type {
   [[nodiscard]] MPI_Datatype get() const { return type_; }
 
   static int require_count(const char* what, std::int64_t count) {
-    if (count > INT_MAX) refuse("layout", {count, " ", what, " in one message"}, {"at most 2^31 - 1, as MPI counts them"});
+    if (count > INT_MAX)
+      refuse("layout", {count, " ", what, " in one message"}, {"at most 2^31 - 1, as MPI counts them"});
     return static_cast<int>(count);
   }
 
@@ -93,7 +94,8 @@ class piece_exchange {
   /// `pack(piece, to)` writes the rows of a piece, each of `row_bytes` bytes, `unpack(piece, from)` takes them: those that
   /// a rank gets in the order of their readers, whoever sent them and whenever they came. Collective.
   template <class Pack, class Unpack>
-  std::int64_t move(direction way, std::int64_t row_bytes, const char* doing, const Pack& pack, const Unpack& unpack) const {
+  std::int64_t move(direction way, std::int64_t row_bytes, const char* doing, const Pack& pack,
+                    const Unpack& unpack) const {
     const bool to_readers = way == direction::to_readers;
     const std::int64_t out_rows = to_readers ? held_rows_ : read_rows_, in_rows = to_readers ? read_rows_ : held_rows_;
     const auto &out_peers = to_readers ? held_ : read_, &in_peers = to_readers ? read_ : held_;
@@ -102,14 +104,15 @@ class piece_exchange {
     std::vector<request> all;
     all.reserve(in_peers.size() + out_peers.size());
     for (const peer& p : in_peers)
-      check(MPI_Irecv(in.data() + p.rows.begin * row_bytes, row_type::require_count("rows", p.rows.size()), row.get(), p.rank,
-                      0, ranks_->get(), &all.emplace_back().of),
+      check(MPI_Irecv(in.data() + p.rows.begin * row_bytes, row_type::require_count("rows", p.rows.size()), row.get(),
+                      p.rank, 0, ranks_->get(), &all.emplace_back().of),
             doing);
     for (std::size_t i = 0; i < pieces_.size(); ++i)
-      if (!places_[i].local() && places_[i].held == to_readers) pack(pieces_[i], out.data() + places_[i].row * row_bytes);
+      if (!places_[i].local() && places_[i].held == to_readers)
+        pack(pieces_[i], out.data() + places_[i].row * row_bytes);
     for (const peer& p : out_peers)
-      check(MPI_Isend(out.data() + p.rows.begin * row_bytes, row_type::require_count("rows", p.rows.size()), row.get(), p.rank,
-                      0, ranks_->get(), &all.emplace_back().of),
+      check(MPI_Isend(out.data() + p.rows.begin * row_bytes, row_type::require_count("rows", p.rows.size()), row.get(),
+                      p.rank, 0, ranks_->get(), &all.emplace_back().of),
             doing);
     for (request& r : all) check(MPI_Wait(&r.of, MPI_STATUS_IGNORE), doing);
     for (std::size_t i = 0; i < pieces_.size(); ++i) {

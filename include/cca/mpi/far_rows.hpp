@@ -154,8 +154,8 @@ class spread_far_rows {
       const std::int64_t b = call_.sequences_here.segment_of(segments[static_cast<std::size_t>(i)].sequence);
       for (std::int64_t j = 0; j < counts_.rows(i) && b >= 0; ++j) {
         const std::int64_t row = counts_.before(i) + j;
-        const std::byte* next = take_row(take_row(take_row(from + j * bytes, rows_.key, b, row), rows_.value, b, row),
-                                         rows_.bias, b, row);
+        const std::byte* next =
+            take_row(take_row(take_row(from + j * bytes, rows_.key, b, row), rows_.value, b, row), rows_.bias, b, row);
         take_row(take_row(take_row(next, positions_.view, b, row), from_.view, b, row), until_.view, b, row);
       }
       from += counts_.rows(i) * bytes;
@@ -191,14 +191,16 @@ inline void require_own_far(const context_parallel& over, const input_views& in,
                             std::size_t number_size) {
   require_far_shapes(in, far_rows, number_size);
   const range own = over.tokens.segments_of(over.ranks.rank());
-  for (const named_view* numbers : {&far_rows.bias, &far_rows.positions, &far_rows.visible_from, &far_rows.visible_until})
+  for (const named_view* numbers :
+       {&far_rows.bias, &far_rows.positions, &far_rows.visible_from, &far_rows.visible_until})
     if (given(*numbers) && numbers->batch() != own.size())
       refuse(numbers->name, {numbers->extents()}, {"numbers for each of the rank's ", own.size(), " segments"});
   for (std::int64_t b = 0; b < own.size(); ++b) {
     const range tokens = over.tokens.segments()[static_cast<std::size_t>(own.begin + b)].tokens;
     const std::int64_t rows = far_rows.key.has_lengths() ? far_rows.key.length(b) : far_rows.key.length();
     if (tokens.empty() && rows > 0)
-      refuse("far.key", {rows, " rows in segment ", b}, {"none in a segment without tokens: rows lie in the order of tokens"});
+      refuse("far.key", {rows, " rows in segment ", b},
+             {"none in a segment without tokens: rows lie in the order of tokens"});
   }
 }
 

@@ -104,7 +104,10 @@ struct partial_results {
 
   template <class Call>
   explicit partial_results(const Call& call)
-      : places(call.own.size(), [&](std::int64_t b) { return range{0, call.own[b].tokens.size()}; }),
+      : places(call.own.size(),
+               [&](std::int64_t b) {
+                 return range{0, call.own[b].tokens.size()};
+               }),
         outs(call.in.query.heads() * places.rows() * call.in.value.dim()),
         lses(call.in.query.heads() * places.rows()),
         out(places.view(outs.data(), call.in.query.heads(), call.in.value.dim())),
@@ -115,7 +118,8 @@ struct partial_results {
 
 /// The forward pass of a rank. Collective.
 template <class Element, class Call, class Far, class Out, class Lse>
-void attend_over_ranks(const Call& call, Far& far_rows, const results<Out, Lse>& to, bool overlap, const execution& run) {
+void attend_over_ranks(const Call& call, Far& far_rows, const results<Out, Lse>& to, bool overlap,
+                       const execution& run) {
   using T = compute_type<Element>;
   std::int64_t longest = 0;
   for (std::int64_t b = 0; b < call.own.size(); ++b) longest = larger(longest, call.own[b].tokens.size());

@@ -68,12 +68,18 @@ class kv_cache {
   /// @param window_rank  who keeps the window
   /// @throws std::invalid_argument  on every rank, where one refuses its arguments or two differ
   kv_cache(const communicator& ranks, const cache_shape& shape, const cca::options& options, int window_rank = 0)
-      : ranks_(&ranks), shape_(shape), options_(options), window_rank_(window_rank), share_{ranks.rank(), ranks.size()} {
+      : ranks_(&ranks),
+        shape_(shape),
+        options_(options),
+        window_rank_(window_rank),
+        share_{ranks.rank(), ranks.size()} {
     detail::agreement same("kv_cache");
     detail::check_on_all_ranks(ranks, same, [&] {
       shape_ = cca::detail::complete(shape);
-      if (shape_.rewind != 0) detail::refuse("shape.rewind", {shape_.rewind}, {"0: no token is taken back across ranks"});
-      if (shape_.capacity != 0) detail::refuse("shape.capacity", {shape_.capacity}, {"0: memory is taken as tokens come"});
+      if (shape_.rewind != 0)
+        detail::refuse("shape.rewind", {shape_.rewind}, {"0: no token is taken back across ranks"});
+      if (shape_.capacity != 0)
+        detail::refuse("shape.capacity", {shape_.capacity}, {"0: memory is taken as tokens come"});
       if (window_rank < 0 || window_rank >= ranks.size())
         detail::refuse("window_rank", {window_rank}, {"one of ", ranks.size(), " ranks"});
       detail::require_options<Element>(options);
@@ -84,8 +90,10 @@ class kv_cache {
       same.add("window_rank", window_rank);
       same.add(options);
       same.add_elements<Element, Core>("elements of the cache");
-      for (const auto& [name, value] : {named_number{"shape.batch", shape_.batch}, {"shape.heads", shape_.heads},
-                                        {"shape.kv_heads", shape_.kv_heads}, {"shape.dim", shape_.dim},
+      for (const auto& [name, value] : {named_number{"shape.batch", shape_.batch},
+                                        {"shape.heads", shape_.heads},
+                                        {"shape.kv_heads", shape_.kv_heads},
+                                        {"shape.dim", shape_.dim},
                                         {"shape.value_dim", shape_.value_dim}})
         same.add(name, value);
     });
@@ -210,7 +218,8 @@ class kv_cache {
     std::int64_t next = 0;
     for (int r = 0; r < ranks_->size(); ++r) {
       const detail::core_share share{r, ranks_->size()};
-      places[static_cast<std::size_t>(r)] = {next, next + shape_.batch * (share.count(groups.end) - share.count(groups.begin))};
+      places[static_cast<std::size_t>(r)] = {
+          next, next + shape_.batch * (share.count(groups.end) - share.count(groups.begin))};
       next = places[static_cast<std::size_t>(r)].end;
     }
     const auto& mine = places[static_cast<std::size_t>(ranks_->rank())];
@@ -245,8 +254,8 @@ class kv_cache {
         cca::detail::group_rows<T>::size(shape_.dim, shape_.value_dim, !cca::detail::in_place<T, Element>), 0};
     cca::detail::scratch memory({}, plan.bytes());
     cca::detail::pool_groups<T>(
-        {{shape_.batch, true}, shape_.heads, shape_.kv_heads, core_heads_}, [&](std::int64_t) { return groups; }, shape_.dim,
-        shape_.value_dim, options_,
+        {{shape_.batch, true}, shape_.heads, shape_.kv_heads, core_heads_}, [&](std::int64_t) { return groups; },
+        shape_.dim, shape_.value_dim, options_,
         [&](auto& pooling, std::int64_t b, std::int64_t h, range group) {
           pooling.absorb(held_[static_cast<std::size_t>(b)].raw.rows(h, 0), shifted(group, -oldest_));
         },
@@ -302,7 +311,8 @@ class kv_cache {
     const std::int64_t core_heads = core_heads_, sharing = shape_.heads / core_heads_;
     const partition by = this->by();
     const cca::detail::source sinks{
-        shape_.kv_heads, each(by.sink_count(window)), [=](std::int64_t b, std::int64_t h) { return of(b).sinks.rows(h, 0); },
+        shape_.kv_heads, each(by.sink_count(window)),
+        [=](std::int64_t b, std::int64_t h) { return of(b).sinks.rows(h, 0); },
         [=, this](std::int64_t, std::int64_t, std::int64_t i) { return by.sinks(length_ + i); }, at(0)};
     const cca::detail::source cores{
         core_heads, each(share_.count(group_count(length))),
@@ -311,18 +321,20 @@ class kv_cache {
           return range{0, share_.count(detail::pools(options_) ? by.core_count(length_ + i) : 0)};
         },
         [=, this](std::int64_t b, std::int64_t h) {
-          return cca::detail::row_terms<T>{share_.positions(by, length_), biased() ? of(b).biases.key(h / sharing, 0) : nullptr, 1};
+          return cca::detail::row_terms<T>{share_.positions(by, length_),
+                                           biased() ? of(b).biases.key(h / sharing, 0) : nullptr, 1};
         }};
     const cca::detail::source raw{
         shape_.kv_heads, each(range{oldest_, window}.size()),
         [=](std::int64_t b, std::int64_t h) { return of(b).raw.rows(h, 0); },
-        [=, this](std::int64_t, std::int64_t, std::int64_t i) { return shifted(by.raw(length_ + i), -oldest_); }, at(oldest_)};
+        [=, this](std::int64_t, std::int64_t, std::int64_t i) { return shifted(by.raw(length_ + i), -oldest_); },
+        at(oldest_)};
     auto rule = cca::detail::make_score_rule<T>(options_, in, biased());
     if (!has_window()) rule.sink_logits = {};  // counted once
     const auto attend = [&](const auto&... sources) {
-      const auto forward = cca::detail::plan<Product>({shape_.batch, true}, in.query, shape_.value_dim, shape_.kv_heads, {},
-                                                      !cca::detail::in_place<T, Element, Core>, options_.unit, run,
-                                                      sources.length...);
+      const auto forward =
+          cca::detail::plan<Product>({shape_.batch, true}, in.query, shape_.value_dim, shape_.kv_heads, {},
+                                     !cca::detail::in_place<T, Element, Core>, options_.unit, run, sources.length...);
       cca::detail::scratch memory({}, forward.bytes());
       forward(in.query, part.out, part.lse, rule, run, memory, sources...);
     };

@@ -116,7 +116,8 @@ class layout {
   template <class F>
   void for_each_holder(std::int64_t sequence, range tokens, const F& f) const {
     const auto& held = at(sequence).held;
-    auto next = std::partition_point(held.begin(), held.end(), [&](const holder& h) { return h.tokens.end <= tokens.begin; });
+    auto next =
+        std::partition_point(held.begin(), held.end(), [&](const holder& h) { return h.tokens.end <= tokens.begin; });
     for (; next != held.end() && next->tokens.begin < tokens.end; ++next)
       f(next->segment, intersection(next->tokens, tokens));
   }
@@ -181,7 +182,8 @@ class layout {
   void order() {
     for (std::size_t q = 0; q < sequences_.size(); ++q) {
       auto& held = sequences_[q].held;
-      std::sort(held.begin(), held.end(), [](const holder& a, const holder& b) { return a.tokens.begin < b.tokens.begin; });
+      std::sort(held.begin(), held.end(),
+                [](const holder& a, const holder& b) { return a.tokens.begin < b.tokens.begin; });
       std::int64_t next = 0;
       for (const holder& h : held) {
         if (h.tokens.begin != next)

@@ -31,7 +31,9 @@ inline range share_of(std::int64_t count, std::int64_t rank, std::int64_t ranks)
 /// An output and its log-sum-exp as a message carries them.
 template <class Out, class Lse>
 struct result_row {
-  static std::int64_t bytes(std::int64_t dim) { return dim * static_cast<std::int64_t>(sizeof(Out)) + static_cast<std::int64_t>(sizeof(Lse)); }
+  static std::int64_t bytes(std::int64_t dim) {
+    return dim * static_cast<std::int64_t>(sizeof(Out)) + static_cast<std::int64_t>(sizeof(Lse));
+  }
 };
 
 /// Calls `f(number of the row, b, h, i)` for all rows of a view.
@@ -45,7 +47,8 @@ void for_each_row(const View& view, const F& f) {
 
 /// Joins one row of every rank, `rows` of `bytes` bytes, in the order of the ranks: `merge` of all of them, in double.
 template <class Part, class PartLse, class Out, class Lse>
-void merge_row(const std::byte* rows, std::int64_t apart, std::int64_t ranks, std::int64_t dim, double* sum, Out* out, Lse* lse) {
+void merge_row(const std::byte* rows, std::int64_t apart, std::int64_t ranks, std::int64_t dim, double* sum, Out* out,
+               Lse* lse) {
   constexpr double empty = -std::numeric_limits<double>::infinity(), unit = std::numbers::log2e;
   exponential_sum<double> all;
   for (std::int64_t d = 0; d < dim; ++d) sum[d] = 0;
@@ -58,11 +61,13 @@ void merge_row(const std::byte* rows, std::int64_t apart, std::int64_t ranks, st
     for (std::int64_t d = 0; d < dim; ++d) {
       Part element;
       std::memcpy(static_cast<void*>(&element), rows + d * static_cast<std::int64_t>(sizeof(Part)), sizeof element);
-      sum[d] = multiply_add(sum[d], shares.first, product(static_cast<double>(element_cast<compute_type<Part>>(element)), shares.second));
+      sum[d] = multiply_add(sum[d], shares.first,
+                            product(static_cast<double>(element_cast<compute_type<Part>>(element)), shares.second));
     }
   }
   const double share = all.inverse();
-  for (std::int64_t d = 0; d < dim; ++d) out[d] = element_cast<Out>(static_cast<compute_type<Out>>(product(sum[d], share)));
+  for (std::int64_t d = 0; d < dim; ++d)
+    out[d] = element_cast<Out>(static_cast<compute_type<Out>>(product(sum[d], share)));
   *lse = static_cast<Lse>(all.sum == 0 ? empty : all.maximum + cca::detail::log(all.sum));
 }
 
@@ -97,7 +102,8 @@ void merge_over_ranks(const communicator& ranks, const results<Part, PartLse>& p
   const buffer<Out> out(dim);
   for (std::int64_t i = 0; i < mine.size(); ++i) {
     Lse lse;
-    merge_row<Element, Number>(received.data() + i * part_bytes, mine.size() * part_bytes, size, dim, sum.data(), out.data(), &lse);
+    merge_row<Element, Number>(received.data() + i * part_bytes, mine.size() * part_bytes, size, dim, sum.data(),
+                               out.data(), &lse);
     std::byte* to = merged.data() + (mine.begin + i) * bytes;
     std::memcpy(to, static_cast<const void*>(out.data()), static_cast<std::size_t>(dim) * sizeof(Out));
     std::memcpy(to + dim * static_cast<std::int64_t>(sizeof(Out)), &lse, sizeof lse);

@@ -45,7 +45,7 @@ class plan {
   /// The plan of pooling alone: every complete group is pooled, and none is sent.
   [[nodiscard]] static plan of_pooling(const layout& tokens, const partition& by) { return {tokens, by, true, true}; }
 
-  [[nodiscard]] const layout& tokens() const { return *tokens_; }        ///< who holds which
+  [[nodiscard]] const layout& tokens() const { return *tokens_; }       ///< who holds which
   [[nodiscard]] const partition& who_sees_what() const { return by_; }  ///< who sees what
 
   /// Of segment i of the layout.
@@ -58,7 +58,9 @@ class plan {
     const std::int64_t sequence = segment_of(reader).sequence;
     const auto each = [&](piece::part in, range tokens) {
       if (!tokens.empty())
-        tokens_->for_each_holder(sequence, tokens, [&](std::int64_t holder, range some) { f(piece{holder, reader, in, some}); });
+        tokens_->for_each_holder(sequence, tokens, [&](std::int64_t holder, range some) {
+          f(piece{holder, reader, in, some});
+        });
     };
     each(piece::part::sinks, (*this)[reader].sinks);
     each(piece::part::raw, (*this)[reader].raw);
@@ -137,7 +139,9 @@ class plan {
     if (pooled && !pooling_alone) share_cores();
   }
 
-  [[nodiscard]] const segment& segment_of(std::int64_t i) const { return tokens_->segments()[static_cast<std::size_t>(i)]; }
+  [[nodiscard]] const segment& segment_of(std::int64_t i) const {
+    return tokens_->segments()[static_cast<std::size_t>(i)];
+  }
 
   [[nodiscard]] std::int64_t cores_at(std::int64_t t) const { return pooled_ ? by_.core_count(t) : 0; }
 

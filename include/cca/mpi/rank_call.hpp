@@ -28,7 +28,8 @@ namespace cca { inline namespace CCA_TARGET { namespace mpi { namespace detail {
 /// The segments of one rank.
 class own_segments {
  public:
-  own_segments(const layout& tokens, std::int64_t rank) : tokens_(&tokens), own_(tokens.segments_of(rank)), sizes_(own_.size() + 1) {
+  own_segments(const layout& tokens, std::int64_t rank)
+      : tokens_(&tokens), own_(tokens.segments_of(rank)), sizes_(own_.size() + 1) {
     for (std::int64_t b = 0; b < own_.size(); ++b) sizes_[b] = (*this)[b].tokens.size();
   }
 
@@ -146,8 +147,8 @@ class rank_call {
         options(by),
         own(of.tokens(), comm.rank()),
         sequences_here(of, own),
-        in{own.sized(operands.query), own.sized(operands.key), own.sized(operands.value), operands.sink_logits,
-           operands.alibi_slopes, operands.key_bias},
+        in{own.sized(operands.query), own.sized(operands.key), own.sized(operands.value),
+           operands.sink_logits,      operands.alibi_slopes,   operands.key_bias},
         core_heads(core_head_count(by, in.query.heads(), in.key.heads())),
         pooled(with_cores && pools(by)),
         biased(with_cores && has_core_biases(by)),
@@ -166,7 +167,8 @@ class rank_call {
   /// Gets what the queries see raw, and gives what others see. Collective.
   void exchange_tokens() const {
     ranks.received().raw += tokens.move(
-        piece_exchange::direction::to_readers, bytes_of_row(in.key, in.value, in.key_bias), "exchanging the tokens of windows",
+        piece_exchange::direction::to_readers, bytes_of_row(in.key, in.value, in.key_bias),
+        "exchanging the tokens of windows",
         [&](const piece& p, std::byte* to) {
           const std::int64_t b = own.index(p.holder), first = own[b].tokens.begin;
           for (std::int64_t t = p.tokens.begin; t < p.tokens.end; ++t)
@@ -177,7 +179,8 @@ class rank_call {
           const auto& rows = p.in == piece::part::sinks ? sinks : raw;
           const std::int64_t first = rows.places.first(b);
           for (std::int64_t t = p.tokens.begin; t < p.tokens.end; ++t)
-            from = take_row(take_row(take_row(from, rows.key, b, t - first), rows.value, b, t - first), rows.bias, b, t - first);
+            from = take_row(take_row(take_row(from, rows.key, b, t - first), rows.value, b, t - first), rows.bias, b,
+                            t - first);
         });
   }
 
@@ -191,8 +194,8 @@ class rank_call {
         [&](auto& pooling, std::int64_t b, std::int64_t h, range group) {
           pooling.absorb(rows_of(raw.key, raw.value, b, h), shifted(group, -raw.places.first(b)));
         },
-        [&](std::int64_t b, std::int64_t h, std::int64_t t) { return in.query.row(b, h, t - own[b].tokens.begin); }, core,
-        run, plan.take(memory));
+        [&](std::int64_t b, std::int64_t h, std::int64_t t) { return in.query.row(b, h, t - own[b].tokens.begin); },
+        core, run, plan.take(memory));
   }
   void pool_own_groups(const execution& run) const {
     pool_own_groups(run, [&](std::int64_t b, std::int64_t h, std::int64_t c) {
@@ -205,7 +208,8 @@ class rank_call {
     const std::int64_t tasks = task_list::size(
         {own.size(), false}, in.key.heads(), [&](std::int64_t b) { return planned_of(b).groups.size(); },
         [&](std::int64_t) { return groups_per_task(options.group_size); });
-    return {worker_count(run, tasks), group_rows<T>::size(in.key.dim(), in.value.dim(), !in_place<T, Key, Value>), own.size()};
+    return {worker_count(run, tasks), group_rows<T>::size(in.key.dim(), in.value.dim(), !in_place<T, Key, Value>),
+            own.size()};
   }
   [[nodiscard]] pool_heads heads() const { return {{own.size(), false}, in.query.heads(), in.key.heads(), core_heads}; }
 
@@ -232,7 +236,8 @@ class rank_call {
       for (std::int64_t c = sent.begin; c < sent.end && b >= 0; ++c) {
         const std::byte* row = from + (c - sent.begin) * bytes;
         // Others may see more of the sequence than this rank does.
-        if (c < sequences_here.cores_of(s.sequence)) take_row(take_row(take_row(row, cores.key, b, c), cores.value, b, c), cores.bias, b, c);
+        if (c < sequences_here.cores_of(s.sequence))
+          take_row(take_row(take_row(row, cores.key, b, c), cores.value, b, c), cores.bias, b, c);
       }
       from += sent.size() * bytes;
     }
@@ -243,13 +248,15 @@ class rank_call {
   /// raw tokens. They refer to the call.
   template <class First>
   [[nodiscard]] auto sink_source(const First& first) const {
-    return token_source(sinks, first, [by = partition_of(options)](std::int64_t t) { return by.sinks(t); },
-                        [this](std::int64_t b) { return planned_of(b).sinks; });
+    return token_source(
+        sinks, first, [by = partition_of(options)](std::int64_t t) { return by.sinks(t); },
+        [this](std::int64_t b) { return planned_of(b).sinks; });
   }
   template <class First>
   [[nodiscard]] auto raw_source(const First& first) const {
-    return token_source(raw, first, [by = partition_of(options)](std::int64_t t) { return by.raw(t); },
-                        [this](std::int64_t b) { return planned_of(b).raw; });
+    return token_source(
+        raw, first, [by = partition_of(options)](std::int64_t t) { return by.raw(t); },
+        [this](std::int64_t b) { return planned_of(b).raw; });
   }
   template <class First>
   [[nodiscard]] auto core_source(const First& first) const {
@@ -259,8 +266,8 @@ class rank_call {
         [by, key = cores.key, first](std::int64_t b, std::int64_t, std::int64_t i) {
           return range{0, smaller(by.core_count(first(b) + i), key.length(b))};
         },
-        terms_of([by, first](std::int64_t b) { return core_positions(by, first(b)); }, tensor_view<const T, 3>(cores.bias),
-                 in.query.heads()));
+        terms_of([by, first](std::int64_t b) { return core_positions(by, first(b)); },
+                 tensor_view<const T, 3>(cores.bias), in.query.heads()));
   }
   /// @}
 
@@ -276,8 +283,9 @@ class rank_call {
           const range seen = intersection(which(first(b) + i), held(b));
           return seen.empty() ? range{} : shifted(seen, -rows.places.first(b));
         },
-        terms_of([=, &rows](std::int64_t b) { return row_positions{.first = rows.places.first(b) - first(b), .step = 1}; },
-                 tensor_view<const Sink, 3>(rows.bias), in.query.heads()));
+        terms_of(
+            [=, &rows](std::int64_t b) { return row_positions{.first = rows.places.first(b) - first(b), .step = 1}; },
+            tensor_view<const Sink, 3>(rows.bias), in.query.heads()));
   }
 };
 

@@ -118,7 +118,8 @@ std::int64_t elements_of_row([[maybe_unused]] const tensor_view<T, Rank>& view) 
 /// Bytes of a row of all heads of these views. Views that are not given have no heads.
 template <class... View>
 std::int64_t bytes_of_row(const View&... views) {
-  return ((views.heads() * elements_of_row(views) * static_cast<std::int64_t>(sizeof(typename View::element_type))) + ... + 0);
+  return ((views.heads() * elements_of_row(views) * static_cast<std::int64_t>(sizeof(typename View::element_type))) +
+          ... + 0);
 }
 
 /// Writes a row of all heads to a message. Returns what is behind it.

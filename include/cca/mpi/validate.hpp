@@ -38,7 +38,8 @@ inline void require_segments(const context_parallel& over, const named_view& vie
     const std::int64_t wanted = over.tokens.segments()[static_cast<std::size_t>(own.begin + b)].tokens.size();
     const std::int64_t got = view.has_lengths() ? view.length(b) : view.length();
     if (got != wanted)
-      refuse(view.name, {got, " tokens in sequence ", b}, {"those of the rank's segment ", b, " of the layout, ", wanted});
+      refuse(view.name, {got, " tokens in sequence ", b},
+             {"those of the rank's segment ", b, " of the layout, ", wanted});
   }
 }
 
@@ -56,12 +57,14 @@ bool is_shared(const tensor_view<T, 3>& numbers) {
 /// Numbers that all ranks share: a segment's own would have to be those of its sequence on other ranks.
 inline void require_shared(const named_view& numbers, const char* otherwise) {
   if (given(numbers) && (numbers.batch() != 1 || numbers.length() != 1 || numbers.has_lengths()))
-    refuse(numbers.name, {numbers.extents()}, {"one number for each head, [1, heads, 1], the same on every rank", otherwise});
+    refuse(numbers.name, {numbers.extents()},
+           {"one number for each head, [1, heads, 1], the same on every rank", otherwise});
 }
 
 inline void require_no_workspace(const execution& run) {
   if (!run.workspace().empty())
-    refuse("workspace", {run.workspace().size(), " bytes"}, {"none: messages and halos are as large as the layout says"});
+    refuse("workspace", {run.workspace().size(), " bytes"},
+           {"none: messages and halos are as large as the layout says"});
 }
 
 /// The tokens of a call of attention, as far as one rank can tell, and its options.
@@ -78,7 +81,8 @@ void require_tokens(const context_parallel& over, const inputs<Query, Key, Value
   require_segments(over, views.query);
   require_segments(over, views.key);
   require_shared(views.alibi_slopes, "");
-  if (given(views.key_bias)) require_extents(views.key_bias, {in.key.batch(), in.key_bias.heads(), in.key_bias.length(), 1});
+  if (given(views.key_bias))
+    require_extents(views.key_bias, {in.key.batch(), in.key_bias.heads(), in.key_bias.length(), 1});
   if (!given(views.sink_logits) || is_shared(in.sink_logits)) return;
   if (views.sink_logits.batch() != in.query.batch() || (views.sink_logits.length() == 1 && in.query.length() > 1))
     require_shared(views.sink_logits, ", or one for each query");
@@ -119,7 +123,8 @@ inline void require_own_cores(const context_parallel& over, const input_views& i
       const std::int64_t groups = tokens.empty() ? 0 : by.group_count(tokens.end) - by.group_count(tokens.begin);
       const std::int64_t got = view->has_lengths() ? view->length(b) : view->length();
       if (got != groups)
-        refuse(view->name, {got, " cores of segment ", b}, {"those of the ", groups, " groups whose last token it has"});
+        refuse(view->name, {got, " cores of segment ", b},
+               {"those of the ", groups, " groups whose last token it has"});
     }
   }
   require_apart({key, value}, {in.query, in.key, in.value});
