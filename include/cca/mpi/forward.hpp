@@ -76,7 +76,8 @@ void attend_slice(const Call& call, const Far& far_rows, query_slice& slice, par
   else if (rule.sink_logits.data != nullptr && rule.sink_logits.length() != 1)
     rule.sink_logits = slice.of(rule.sink_logits);
   const auto first = [&slice](std::int64_t b) { return slice.first_position(b); };
-  const auto sinks = call.sink_source(first), raw = call.raw_source(first);
+  const auto sinks = call.sink_source(first);
+  const auto raw = call.raw_source(first);
   const auto attend = [&](const auto& forward, const auto&... sources) {
     scratch memory({}, forward.bytes());
     forward(query, slice.of(out), slice.of(lse), rule, run, memory, sources...);
