@@ -242,7 +242,8 @@ TEST(Ranks, GetTheSameBitsForAnyNumberOfThreads) {
     differentiate(r, grad, {});
     const auto all_executors = executors();
     for (const std::size_t e : {std::size_t{1}, std::size_t{6}, all_executors.size() - 2}) {
-      const auto& [name, run] = all_executors[e];
+      const any_executor& run = all_executors[e].run;
+      const std::string& name = all_executors[e].name;
       const own_results<T> again(p, ragged_layout::packed);
       spread_gradient grad_again(p, ragged_layout::packed);
       mpi::attention(over(p), own.in, again.view(), p.options, run);
