@@ -183,7 +183,24 @@ TEST(Ranks, DecodeOverASpreadCache) {
         world(), {.batch = batch, .heads = p.heads, .kv_heads = p.kv_heads, .dim = p.dim, .value_dim = p.value_dim},
         p.options, static_cast<int>(draw(random, 0, world().size() - 1)));
     whole_tensor<T> outs = make_whole<T>(p, p.heads, p.value_dim), lses = make_whole<T>(p, p.heads, 1);
-    for (std::int64_t first = 0; first < length;) {
+    // Half of the time a prompt is answered across the ranks, and then taken over.
+    const std::int64_t prompt = draw(random, 0, 1) * draw(random, 0, length);
+    spread_problem of_prompt = p;
+    of_prompt.lengths.assign(p.lengths.size(), prompt);
+    of_prompt.layout = random_spread(random, world().size(), of_prompt.lengths);
+    if (prompt > 0) {
+      const own_operands<T> own(of_prompt, all, draw_from(random, all_ragged_layouts));
+      const own_results<T> r(of_prompt, ragged_layout::packed);
+      mpi::attention(over(of_prompt), own.in, r.view(), p.options);
+      cache.append(over(of_prompt), {own.query.view(), own.key.view(), own.value.view()});
+      const auto prompt_outs = r.out.whole(of_prompt), prompt_lses = r.lse.whole(of_prompt);
+      for (std::size_t q = 0; q < p.lengths.size(); ++q)
+        for_each_row(prompt_outs[q].view(), [&](std::int64_t b, std::int64_t h, std::int64_t t) {
+          std::copy_n(prompt_outs[q].row(b, h, t), p.value_dim, outs[q].row(0, h, t));
+          *lses[q].row(0, h, t) = *prompt_lses[q].row(b, h, t);
+        });
+    }
+    for (std::int64_t first = prompt; first < length;) {
       const std::int64_t count =
           std::min(length - first, draw(random, 0, 3) == 0 ? draw(random, 1, 40) : draw(random, 0, 3));
       const auto chunk = [&](const whole_tensor<T>& from, std::int64_t heads, std::int64_t dim) {

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -24,6 +25,7 @@
 #include "communicator.hpp"
 #include "exchange.hpp"
 #include "merge.hpp"
+#include "prompt.hpp"
 #include "rows.hpp"
 #include "validate.hpp"
 
@@ -149,6 +151,47 @@ class kv_cache {
     length_ += tokens;
   }
 
+  /// Takes over a prompt that lies across the ranks, which `attention` answers. The cache is empty. Every rank gives its own
+  /// tokens: each keeps its share of the cores, and the rank of the window what later queries see.
+  ///
+  /// @param over,in  as for `attention`; the layout's sequences are the cache's, all of one length
+  /// @param run  an executor; the results are bitwise the same for any
+  /// @throws std::invalid_argument  before anything changes, on every rank
+  template <class Query = Element>
+  void append(const context_parallel& over, const inputs<Query, Element, Element, T>& in, const execution& run = {}) {
+    detail::agreement same("kv_cache::append");
+    const std::int64_t tokens = over.tokens.sequences() > 0 ? over.tokens.length(0) : 0;
+    detail::check_on_all_ranks(*ranks_, same, [&] {
+      require_prompt(over, detail::named(in), tokens);
+      same.add("layout", over.tokens.fingerprint(), detail::hidden_number);
+      same.add("tokens in the cache", length_);
+      same.add_elements<Query>("elements of query");
+    });
+    if (detail::pools(options_)) {
+      for (sequence& s : held_) reserve_cores(s, share_.count(group_count(tokens)));
+      detail::gather_prompt_cores<Core>(over, in, options_, run,
+                                        [&](std::int64_t q, std::int64_t c, const std::byte* from) {
+                                          if (share_.owner(c) == share_.rank)
+                                            take_core(held_[static_cast<std::size_t>(q)], c / share_.ranks, from);
+                                        });
+    }
+    const range kept{detail::smaller(by().raw(tokens).begin, tokens), tokens};
+    const std::int64_t sinks = by().sink_count(tokens);
+    for (sequence& s : held_) {
+      if (!has_window()) continue;
+      s.sinks.reserve(sinks, unlimited);
+      s.raw.reserve(kept.size(), unlimited);
+    }
+    detail::gather_prompt_tokens(over, in, sinks, kept, [&](std::int64_t q, std::int64_t t, const std::byte* from) {
+      if (!has_window()) return;
+      sequence& s = held_[static_cast<std::size_t>(q)];
+      if (t < sinks) take_row(s.sinks, shape_.kv_heads, t, from);
+      if (kept.contains(t)) take_row(s.raw, shape_.kv_heads, t - kept.begin, from);
+    });
+    oldest_ = kept.begin;
+    length_ = tokens;
+  }
+
  private:
   struct named_number {
     const char* name;
@@ -179,6 +222,27 @@ class kv_cache {
     detail::require_extents(in.value, {shape_.batch, shape_.kv_heads, tokens, shape_.value_dim});
     detail::require_sink_logits(in.query, in.sink_logits);
     detail::require_alibi_slopes(in.query, in.alibi_slopes);
+    detail::require_none(in.key_bias, "a cache keeps no biases of its tokens");
+  }
+
+  void require_prompt(const context_parallel& over, const cca::detail::input_views& in, std::int64_t tokens) const {
+    detail::require_layout(over);
+    if (length_ != 0) detail::refuse("cache", {length_, " tokens"}, {"none: a prompt is taken over first"});
+    if (over.tokens.sequences() != shape_.batch)
+      detail::refuse("layout", {over.tokens.sequences(), " sequences"}, {"the cache's ", shape_.batch});
+    for (std::int64_t q = 0; q < shape_.batch; ++q)
+      if (over.tokens.length(q) != tokens)
+        detail::refuse("layout", {over.tokens.length(q), " tokens in sequence ", q}, {tokens, ", as in sequence 0"});
+    detail::require_operand(in.query);
+    detail::require_key_value(in.query, in.key, in.value);
+    const std::int64_t segments = over.tokens.segments_of(ranks_->rank()).size();
+    detail::require_extents(in.query, {segments, shape_.heads, in.query.length(), shape_.dim});
+    detail::require_extents(in.key, {segments, shape_.kv_heads, in.key.length(), shape_.dim});
+    detail::require_extents(in.value, {segments, shape_.kv_heads, in.value.length(), shape_.value_dim});
+    detail::require_segments(over, in.query);
+    detail::require_segments(over, in.key);
+    detail::require_none(in.sink_logits, "no query is answered");
+    detail::require_none(in.alibi_slopes, "no query is answered");
     detail::require_none(in.key_bias, "a cache keeps no biases of its tokens");
   }
 
@@ -276,24 +340,42 @@ class kv_cache {
 
   /// Takes this rank's new cores from a message.
   void keep_cores(range groups, const std::byte* from) {
-    const std::int64_t first = share_.count(groups.begin), end = share_.count(groups.end);
+    const range rows{share_.count(groups.begin), share_.count(groups.end)};
     for (sequence& s : held_) {
-      s.cores.reserve(end, unlimited);
-      if (biased()) s.biases.reserve(end, unlimited);
-      for (std::int64_t j = first; j < end; ++j) {
-        const auto take = [&](const auto& place, std::int64_t elements) {
-          for (std::int64_t h = 0; h < core_heads_; ++h) {
-            const auto bytes = static_cast<std::size_t>(elements) * sizeof(*place(h));
-            std::memcpy(static_cast<void*>(place(h)), from, bytes);
-            from += bytes;
-          }
-        };
-        take([&](std::int64_t h) { return s.cores.key(h, j); }, shape_.dim);
-        take([&](std::int64_t h) { return s.cores.value(h, j); }, shape_.value_dim);
-        if (biased()) take([&](std::int64_t h) { return s.biases.key(h, j); }, 1);
-      }
+      reserve_cores(s, rows.end);
+      for (std::int64_t j = rows.begin; j < rows.end; ++j) from = take_core(s, j, from);
     }
   }
+  void reserve_cores(sequence& s, std::int64_t rows) const {
+    s.cores.reserve(rows, unlimited);
+    if (biased()) s.biases.reserve(rows, unlimited);
+  }
+  /// Takes core `j` of those kept.
+  const std::byte* take_core(sequence& s, std::int64_t j, const std::byte* from) const {
+    from = take_row(s.cores, core_heads_, j, from);
+    if (!biased()) return from;
+    return take_elements(
+        core_heads_, 1, [&](std::int64_t h) { return s.biases.key(h, j); }, from);
+  }
+
+  /// @{
+  /// Takes a row of all heads from a message, as `put_row` wrote it. Returns what is behind it.
+  template <class Row>
+  const std::byte* take_row(cca::detail::row_store<Row>& to, std::int64_t heads, std::int64_t i,
+                            const std::byte* from) const {
+    from = take_elements(
+        heads, shape_.dim, [&](std::int64_t h) { return to.key(h, i); }, from);
+    return take_elements(
+        heads, shape_.value_dim, [&](std::int64_t h) { return to.value(h, i); }, from);
+  }
+  template <class Place>
+  static const std::byte* take_elements(std::int64_t heads, std::int64_t count, const Place& place,
+                                        const std::byte* from) {
+    const auto bytes = static_cast<std::size_t>(count) * sizeof(*place(0));
+    for (std::int64_t h = 0; h < heads; ++h, from += bytes) std::memcpy(static_cast<void*>(place(h)), from, bytes);
+    return from;
+  }
+  /// @}
 
   /// The part of the answer that this rank has: of its cores, and of the window where it has that.
   template <class Inputs>
