@@ -22,6 +22,7 @@
 #include "../pooling.hpp"
 #include "../tensor_view.hpp"
 #include "agreement.hpp"
+#include "cache_share.hpp"
 #include "communicator.hpp"
 #include "exchange.hpp"
 #include "merge.hpp"
@@ -30,25 +31,6 @@
 #include "validate.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace mpi {
-namespace detail {
-
-/// Which cores of a sequence a rank keeps: group `rank + j ranks` in row j.
-struct core_share {
-  std::int64_t rank, ranks;
-
-  [[nodiscard]] std::int64_t owner(std::int64_t group) const { return group % ranks; }
-  /// Of the first `groups` groups.
-  [[nodiscard]] std::int64_t count(std::int64_t groups) const {
-    return groups <= rank ? 0 : (groups - rank + ranks - 1) / ranks;
-  }
-  /// Where its rows lie, seen from a query 0 at `position`.
-  [[nodiscard]] row_positions positions(const partition& by, std::int64_t position) const {
-    return {.first = by.group(rank).end - 1 - position, .step = ranks * by.group_size};
-  }
-};
-
-}  // namespace detail
-
 /// A cache of keys and values across ranks, for decoding: each rank keeps every `ranks`-th core, one of them the sink tokens
 /// and the raw tokens of the window as well. Every rank gives the same queries and tokens, answers for what it keeps, and
 /// all get the joint answer, merged by log-sum-exps in the order of the ranks: the same bits on all of them.
@@ -59,7 +41,11 @@ struct core_share {
 /// @tparam Element,Core  as for `cca::kv_cache`
 /// All members but those that only ask are collective. Source: arXiv 2412.12465, section 3.4 (inference).
 template <class Element = float, class Core = Element>
-class kv_cache {
+class kv_cache : private detail::cache_share<Element, Core> {
+  using share = detail::cache_share<Element, Core>;
+  using share::by, share::biased, share::has_window, share::group_count, share::shape_, share::options_, share::share_,
+      share::core_heads_, share::length_, share::oldest_, share::held_, share::window_rank_;
+  using typename share::sequence;
   static_assert(cca::detail::check_elements<Element, Core>());
   using T = compute_type<Element>;
 
@@ -70,11 +56,7 @@ class kv_cache {
   /// @param window_rank  who keeps the window
   /// @throws std::invalid_argument  on every rank, where one refuses its arguments or two differ
   kv_cache(const communicator& ranks, const cache_shape& shape, const cca::options& options, int window_rank = 0)
-      : ranks_(&ranks),
-        shape_(shape),
-        options_(options),
-        window_rank_(window_rank),
-        share_{ranks.rank(), ranks.size()} {
+      : share(shape, options, window_rank, {ranks.rank(), ranks.size()}), ranks_(&ranks) {
     detail::agreement same("kv_cache");
     detail::check_on_all_ranks(ranks, same, [&] {
       shape_ = cca::detail::complete(shape);
@@ -99,12 +81,7 @@ class kv_cache {
                                         {"shape.value_dim", shape_.value_dim}})
         same.add(name, value);
     });
-    core_heads_ = detail::core_head_count(options_, shape_.heads, shape_.kv_heads);
-    for (std::int64_t b = 0; b < shape_.batch; ++b)
-      held_.push_back({{core_heads_, shape_.dim, shape_.value_dim},
-                       {core_heads_, biased() ? 1 : 0, 0},
-                       {shape_.kv_heads, shape_.dim, shape_.value_dim},
-                       {shape_.kv_heads, shape_.dim, shape_.value_dim}});
+    this->begin();
   }
 
   /// Tokens of each sequence.
@@ -136,11 +113,11 @@ class kv_cache {
       same.add("tokens in the cache", length_);
       same.add_elements<Query, Out, Lse>("elements of query, out and lse");
       same.add("sink_logits", detail::given(views.sink_logits), detail::yes_or_no);
-      same.add("alibi_slopes", detail::given(views.alibi_slopes), detail::yes_or_no);
+      same.add_shared("alibi_slopes", in.alibi_slopes, true);
     });
     const std::int64_t tokens = in.query.length();
     if (tokens == 0 || shape_.batch == 0) return;
-    if (has_window()) take_in(in);
+    if (has_window()) this->take_in(in);
     spread_new_cores(in, run);
     const detail::buffer<T> out(shape_.batch * shape_.heads * tokens * shape_.value_dim),
         lse(shape_.batch * shape_.heads * tokens);
@@ -168,11 +145,11 @@ class kv_cache {
       same.add_elements<Query>("elements of query");
     });
     if (detail::pools(options_)) {
-      for (sequence& s : held_) reserve_cores(s, share_.count(group_count(tokens)));
+      for (sequence& s : held_) this->reserve_cores(s, share_.count(group_count(tokens)));
       detail::gather_prompt_cores<Core>(over, in, options_, run,
                                         [&](std::int64_t q, std::int64_t c, const std::byte* from) {
                                           if (share_.owner(c) == share_.rank)
-                                            take_core(held_[static_cast<std::size_t>(q)], c / share_.ranks, from);
+                                            this->take_core(held_[static_cast<std::size_t>(q)], c / share_.ranks, from);
                                         });
     }
     const range kept{detail::smaller(by().raw(tokens).begin, tokens), tokens};
@@ -185,8 +162,8 @@ class kv_cache {
     detail::gather_prompt_tokens(over, in, sinks, kept, [&](std::int64_t q, std::int64_t t, const std::byte* from) {
       if (!has_window()) return;
       sequence& s = held_[static_cast<std::size_t>(q)];
-      if (t < sinks) take_row(s.sinks, shape_.kv_heads, t, from);
-      if (kept.contains(t)) take_row(s.raw, shape_.kv_heads, t - kept.begin, from);
+      if (t < sinks) this->take_row(s.sinks, shape_.kv_heads, t, from);
+      if (kept.contains(t)) this->take_row(s.raw, shape_.kv_heads, t - kept.begin, from);
     });
     oldest_ = kept.begin;
     length_ = tokens;
@@ -197,20 +174,6 @@ class kv_cache {
     const char* name;
     std::int64_t value;
   };
-  struct sequence {
-    cca::detail::row_store<Core> cores;
-    cca::detail::row_store<T> biases;       ///< of the cores, keys of one element
-    cca::detail::row_store<Element> sinks;  ///< row t: sink token t
-    cca::detail::row_store<Element> raw;    ///< row i: token `oldest_ + i`
-  };
-
-  [[nodiscard]] partition by() const { return partition_of(options_); }
-  [[nodiscard]] bool biased() const { return detail::has_core_biases(options_); }
-  [[nodiscard]] bool has_window() const { return ranks_->rank() == window_rank_; }
-  [[nodiscard]] std::int64_t group_count(std::int64_t length) const {
-    return detail::pools(options_) ? by().group_count(length) : 0;
-  }
-
   void require_step(const cca::detail::input_views& in) const {
     detail::require_operand(in.query);
     const std::int64_t tokens = in.query.length();
@@ -246,30 +209,6 @@ class kv_cache {
     detail::require_none(in.key_bias, "a cache keeps no biases of its tokens");
   }
 
-  /// The rank of the window keeps the new tokens, and lets those go that no query sees any more.
-  template <class Inputs>
-  void take_in(const Inputs& in) {
-    const std::int64_t tokens = in.query.length(), length = length_ + tokens;
-    // Of the next query, and of the group that is not complete yet.
-    const std::int64_t first = detail::smaller(detail::larger(by().raw(length_).begin, oldest_), length_);
-    for (std::int64_t b = 0; b < shape_.batch; ++b) {
-      sequence& s = held_[static_cast<std::size_t>(b)];
-      s.sinks.reserve(by().sink_count(length), unlimited);
-      const bool moves = length - oldest_ > s.raw.capacity() && first > oldest_;
-      if (!moves) s.raw.reserve(length - oldest_, unlimited);
-      if (moves) s.raw.reserve(length - first, unlimited);
-      for (std::int64_t h = 0; h < shape_.kv_heads; ++h) {
-        if (moves) s.raw.copy_rows(h, 0, s.raw.rows(h, first - oldest_), length_ - first);
-        const std::int64_t from = moves ? first : oldest_;
-        const auto rows = detail::rows_of(in.key, in.value, b, h);
-        s.raw.copy_rows(h, length_ - from, rows, tokens);
-        s.sinks.copy_rows(h, detail::smaller(by().sink_count(length_), length_), rows,
-                          by().sink_count(length) - by().sink_count(length_));
-      }
-      if (b + 1 == shape_.batch && moves) oldest_ = first;
-    }
-  }
-
   /// The cores of the groups that the new tokens complete go to their owners.
   template <class Inputs>
   void spread_new_cores(const Inputs& in, const execution& run) {
@@ -281,15 +220,15 @@ class kv_cache {
     std::vector<range> places(static_cast<std::size_t>(ranks_->size()));
     std::int64_t next = 0;
     for (int r = 0; r < ranks_->size(); ++r) {
-      const detail::core_share share{r, ranks_->size()};
+      const detail::core_share of_rank{r, ranks_->size()};
       places[static_cast<std::size_t>(r)] = {
-          next, next + shape_.batch * (share.count(groups.end) - share.count(groups.begin))};
+          next, next + shape_.batch * (of_rank.count(groups.end) - of_rank.count(groups.begin))};
       next = places[static_cast<std::size_t>(r)].end;
     }
     const auto& mine = places[static_cast<std::size_t>(ranks_->rank())];
     const detail::buffer<std::byte> rows((has_window() ? next : mine.size()) * row);
     const detail::row_type type(row);
-    if (has_window()) pool_new(in, groups, rows.data(), run);
+    if (has_window()) this->pool_new(in, groups, rows.data(), run);
     const detail::buffer<int> counts(ranks_->size()), begins(ranks_->size());
     for (int r = 0; r < ranks_->size(); ++r) {
       counts[r] = detail::row_type::require_count("rows", places[static_cast<std::size_t>(r)].size());
@@ -300,82 +239,8 @@ class kv_cache {
                                type.get(), window_rank_, ranks_->get()),
                   "sending new cores to their owners");
     if (!has_window()) ranks_->received().cores += mine.size() * row;
-    keep_cores(groups, rows.data() + (has_window() ? mine.begin * row : 0));
+    this->keep_cores(groups, rows.data() + (has_window() ? mine.begin * row : 0));
   }
-
-  /// Pools new groups into a message.
-  template <class Inputs>
-  void pool_new(const Inputs& in, range groups, std::byte* rows, const execution& run) {
-    const std::int64_t count = groups.size();
-    const detail::buffer<Core> keys(shape_.batch * core_heads_ * count * shape_.dim),
-        values(shape_.batch * core_heads_ * count * shape_.value_dim);
-    const detail::buffer<T> biases(biased() ? shape_.batch * core_heads_ * count : 0);
-    const auto key = bhsd(keys.data(), shape_.batch, core_heads_, count, shape_.dim);
-    const auto value = bhsd(values.data(), shape_.batch, core_heads_, count, shape_.value_dim);
-    const auto bias = bhs(biases.data(), shape_.batch, biased() ? core_heads_ : 0, count);
-    const cca::detail::pool_plan<T> plan{
-        detail::worker_count(run, shape_.batch * shape_.kv_heads * count),
-        cca::detail::group_rows<T>::size(shape_.dim, shape_.value_dim, !cca::detail::in_place<T, Element>), 0};
-    cca::detail::scratch memory({}, plan.bytes());
-    cca::detail::pool_groups<T>(
-        {{shape_.batch, true}, shape_.heads, shape_.kv_heads, core_heads_}, [&](std::int64_t) { return groups; },
-        shape_.dim, shape_.value_dim, options_,
-        [&](auto& pooling, std::int64_t b, std::int64_t h, range group) {
-          pooling.absorb(held_[static_cast<std::size_t>(b)].raw.rows(h, 0), shifted(group, -oldest_));
-        },
-        [&](std::int64_t b, std::int64_t h, std::int64_t t) { return in.query.row(b, h, t - length_); },
-        [&](std::int64_t b, std::int64_t h, std::int64_t c) {
-          const std::int64_t i = c - groups.begin;
-          return cca::detail::core_place{key.row(b, h, i), value.row(b, h, i), biased() ? bias.row(b, h, i) : nullptr};
-        },
-        run, plan.take(memory));
-    for (std::int64_t r = 0; r < ranks_->size(); ++r)
-      for (std::int64_t b = 0; b < shape_.batch; ++b)
-        for (std::int64_t c = groups.begin; c < groups.end; ++c)
-          if (share_.owner(c) == r) {
-            const std::int64_t i = c - groups.begin;
-            rows = detail::put_row(bias, b, i, detail::put_row(value, b, i, detail::put_row(key, b, i, rows)));
-          }
-  }
-
-  /// Takes this rank's new cores from a message.
-  void keep_cores(range groups, const std::byte* from) {
-    const range rows{share_.count(groups.begin), share_.count(groups.end)};
-    for (sequence& s : held_) {
-      reserve_cores(s, rows.end);
-      for (std::int64_t j = rows.begin; j < rows.end; ++j) from = take_core(s, j, from);
-    }
-  }
-  void reserve_cores(sequence& s, std::int64_t rows) const {
-    s.cores.reserve(rows, unlimited);
-    if (biased()) s.biases.reserve(rows, unlimited);
-  }
-  /// Takes core `j` of those kept.
-  const std::byte* take_core(sequence& s, std::int64_t j, const std::byte* from) const {
-    from = take_row(s.cores, core_heads_, j, from);
-    if (!biased()) return from;
-    return take_elements(
-        core_heads_, 1, [&](std::int64_t h) { return s.biases.key(h, j); }, from);
-  }
-
-  /// @{
-  /// Takes a row of all heads from a message, as `put_row` wrote it. Returns what is behind it.
-  template <class Row>
-  const std::byte* take_row(cca::detail::row_store<Row>& to, std::int64_t heads, std::int64_t i,
-                            const std::byte* from) const {
-    from = take_elements(
-        heads, shape_.dim, [&](std::int64_t h) { return to.key(h, i); }, from);
-    return take_elements(
-        heads, shape_.value_dim, [&](std::int64_t h) { return to.value(h, i); }, from);
-  }
-  template <class Place>
-  static const std::byte* take_elements(std::int64_t heads, std::int64_t count, const Place& place,
-                                        const std::byte* from) {
-    const auto bytes = static_cast<std::size_t>(count) * sizeof(*place(0));
-    for (std::int64_t h = 0; h < heads; ++h, from += bytes) std::memcpy(static_cast<void*>(place(h)), from, bytes);
-    return from;
-  }
-  /// @}
 
   /// The part of the answer that this rank has: of its cores, and of the window where it has that.
   template <class Inputs>
@@ -391,25 +256,25 @@ class kv_cache {
     };
     const std::int64_t length = length_ + in.query.length(), window = has_window() ? length : 0;
     const std::int64_t core_heads = core_heads_, sharing = shape_.heads / core_heads_;
-    const partition by = this->by();
+    const partition sees = by();
     const cca::detail::source sinks{
-        shape_.kv_heads, each(by.sink_count(window)),
+        shape_.kv_heads, each(sees.sink_count(window)),
         [=](std::int64_t b, std::int64_t h) { return of(b).sinks.rows(h, 0); },
-        [=, this](std::int64_t, std::int64_t, std::int64_t i) { return by.sinks(length_ + i); }, at(0)};
+        [=, this](std::int64_t, std::int64_t, std::int64_t i) { return sees.sinks(length_ + i); }, at(0)};
     const cca::detail::source cores{
         core_heads, each(share_.count(group_count(length))),
         [=](std::int64_t b, std::int64_t h) { return of(b).cores.rows(h, 0); },
         [=, this](std::int64_t, std::int64_t, std::int64_t i) {
-          return range{0, share_.count(detail::pools(options_) ? by.core_count(length_ + i) : 0)};
+          return range{0, share_.count(detail::pools(options_) ? sees.core_count(length_ + i) : 0)};
         },
         [=, this](std::int64_t b, std::int64_t h) {
-          return cca::detail::row_terms<T>{share_.positions(by, length_),
+          return cca::detail::row_terms<T>{share_.positions(sees, length_),
                                            biased() ? of(b).biases.key(h / sharing, 0) : nullptr, 1};
         }};
     const cca::detail::source raw{
         shape_.kv_heads, each(range{oldest_, window}.size()),
         [=](std::int64_t b, std::int64_t h) { return of(b).raw.rows(h, 0); },
-        [=, this](std::int64_t, std::int64_t, std::int64_t i) { return shifted(by.raw(length_ + i), -oldest_); },
+        [=, this](std::int64_t, std::int64_t, std::int64_t i) { return shifted(sees.raw(length_ + i), -oldest_); },
         at(oldest_)};
     auto rule = cca::detail::make_score_rule<T>(options_, in, biased());
     if (!has_window()) rule.sink_logits = {};  // counted once
@@ -427,13 +292,6 @@ class kv_cache {
   }
 
   const communicator* ranks_;
-  cache_shape shape_;
-  cca::options options_;
-  int window_rank_;
-  detail::core_share share_;
-  std::int64_t core_heads_ = 0, length_ = 0;
-  std::int64_t oldest_ = 0;  ///< of the raw tokens that are kept
-  std::vector<sequence> held_;
 };
 
 }}}  // namespace cca::CCA_TARGET::mpi
