@@ -121,7 +121,14 @@ extern "C" {
 
 const char* cca_error(void) { return error_text; }
 const char* cca_version(void) { return CCA_VERSION_STRING; }
-const char* cca_architecture(void) { return cca::plain::chosen().name; }
+const char* cca_architecture(void) {
+  try {
+    return cca::plain::chosen().name;
+  } catch (const std::exception& e) {
+    failed(CCA_FAILED, e.what());
+    return nullptr;
+  }
+}
 cca_status cca_use(const char* architecture) {
   return guarded([&] { dispatch::use(architecture != nullptr ? architecture : "NULL"); });
 }

@@ -45,7 +45,8 @@ const char* cca_error(void);
 /** "0.1.0", for example. */
 const char* cca_version(void);
 
-/** The instruction set in use: "avx512", "avx2_fma", "sse4_2", "sse2" or "neon64". */
+/** The instruction set in use: "avx512", "avx2_fma", "sse4_2", "sse2" or "neon64". NULL where the processor runs none of those
+ * that the library was compiled for: then every call fails, and says so. */
 const char* cca_architecture(void);
 
 /** For tests and measurements: from now on every call of the program uses this instruction set; caches keep theirs. */

@@ -296,15 +296,16 @@ struct vectors {
   static void score(const stack_memory&, const staged_block& block, const Part& part, const tile_form& form,
                     const T* packed, const score_block<T>& to, bool first) {
     constexpr std::int64_t N = Part::vectors;
-    const row_span<T> keys = block.keys(part.rows.begin);
     const bool asks = first && (N > 1 || part.first == 0);  // vectors by themselves leave it to the first
+    const row_span<T> keys = block.keys(part.rows.begin);
+    const std::int64_t before = multiply_first_steps(part, keys, form.dim, packed, to);
     vec<T> maximum[extent(N)];
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n] = vec<T>(-infinity<T>); });
     for_row_blocks<shape::template rows_of<N>>(part.rows.size(), [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
       constexpr std::int64_t R = rows();
       for (std::int64_t r = 0; r < (asks ? R : 0); ++r) block.ask_behind(part.rows.begin + j + r);
       vec<T> sum[extent(R)][extent(N)];
-      multiply(sum, keys.row(j), keys.stride, adjacent{}, packed + part.first * W, lanes, form.dim);
+      multiply_steps(sum, part, keys, {before, form.dim}, packed, to, j);
       unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
         unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
           const vec<T> score = part.mask.select(j + r, sum[r][n], vec<T>(-infinity<T>));
@@ -320,12 +321,7 @@ struct vectors {
   template <class Part>
   static void multiply_rows(const Part& part, row_span<T> rows, std::int64_t dim, const T* packed, matrix_unit,
                             const score_block<T> to) {
-    constexpr std::int64_t N = Part::vectors;
-    for_row_blocks<shape::template rows_of<N>>(part.rows.size(), [&](auto r, std::int64_t j) CCA_INLINE_LAMBDA {
-      vec<T> sum[extent(r())][extent(N)];
-      multiply(sum, rows.row(j), rows.stride, adjacent{}, packed + part.first * W, lanes, dim);
-      unroll<r() * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N].store_aligned(to.at(j + i / N, i % N)); });
-    });
+    multiply_range(part, rows, {multiply_first_steps(part, rows, dim, packed, to), dim}, packed, to);
   }
 
   /// `sum = sum * rescale + columns^T weights` of a part, `[dim][lanes]`; without `rescale`, 1. The part is summed by
@@ -345,6 +341,43 @@ struct vectors {
   }
 
  private:
+  /// Steps of `dim` for which packed rows stay in the first-level cache while the rows of a block pass: 32 KiB.
+  static constexpr std::int64_t most_steps = 32 * 1024 / (lanes * static_cast<std::int64_t>(sizeof(T)));
+
+  /// Multiplies all steps but the last `most_steps` or fewer, if there are more. Returns how many: sums of the others go on
+  /// from what is in `to`, to the bit as if they had never been stored.
+  template <class Part>
+  static std::int64_t multiply_first_steps(const Part& part, row_span<T> rows, std::int64_t dim, const T* packed,
+                                           const score_block<T> to) {
+    std::int64_t done = 0;
+    for (; dim - done > most_steps; done += most_steps)
+      multiply_range(part, rows, {done, done + most_steps}, packed, to);
+    return done;
+  }
+
+  /// The steps `steps` for all rows of a part.
+  template <class Part>
+  static void multiply_range(const Part& part, row_span<T> rows, range steps, const T* packed, const score_block<T> to) {
+    constexpr std::int64_t N = Part::vectors;
+    for_row_blocks<shape::template rows_of<N>>(part.rows.size(), [&](auto r, std::int64_t j) CCA_INLINE_LAMBDA {
+      vec<T> sum[extent(r())][extent(N)];
+      multiply_steps(sum, part, rows, steps, packed, to, j);
+      unroll<r() * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N].store_aligned(to.at(j + i / N, i % N)); });
+    });
+  }
+
+  /// The same for the rows from `j` on, in registers.
+  template <std::size_t R, std::size_t N, class Part>
+  static CCA_INLINE void multiply_steps(vec<T> (&sum)[R][N], const Part& part, row_span<T> rows, range steps,
+                                        const T* packed, const score_block<T> to, std::int64_t j) {
+    if (steps.begin == 0)
+      unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
+    else
+      unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>::load_aligned(to.at(j + i / N, i % N)); });
+    accumulate(sum, rows.row(j) + steps.begin, rows.stride, adjacent{}, packed + steps.begin * lanes + part.first * W,
+               lanes, steps.size());
+  }
+
   /// `for_each_run(run, row)` calls `run(rows)` for ranges of rows that are multiplied for all lanes, and `row(j)` for those
   /// that are added to the lanes alone that see them, in order: so no other sum changes by a bit.
   template <class Part, class Runs>
