@@ -1,6 +1,6 @@
 // One layer of attention across ranks: how long it takes, and what each rank receives.
 //
-//   mpirun -n 2 cluster_layer [tokens] [group size] [window] [query heads] [key/value heads] [repeats]
+//   mpirun -n 2 cluster_layer [tokens] [group size] [window] [query heads] [key/value heads] [repeats] [overlap]
 
 #include <mpi.h>
 
@@ -24,6 +24,7 @@ void run(int argc, char** argv) {
   const std::int64_t length[] = {number(1, 131072)};
   const cca::options options{.group_size = number(2, 16), .window = number(3, 1024), .sink_tokens = 4};
   const std::int64_t heads = number(4, 2), kv_heads = number(5, 1), repeats = number(6, 3);
+  const bool overlap = number(7, 1) != 0;
 
   const cca::mpi::communicator ranks(MPI_COMM_WORLD);
   const cca::mpi::layout tokens = cca::mpi::layout::head_to_tail(ranks.size(), length);
@@ -50,7 +51,7 @@ void run(int argc, char** argv) {
     ranks.received() = {};
     MPI_Barrier(MPI_COMM_WORLD);
     const double start = MPI_Wtime();
-    cca::mpi::attention({ranks, tokens}, {view(query, heads), view(key, kv_heads), view(value, kv_heads)},
+    cca::mpi::attention({ranks, tokens, overlap}, {view(query, heads), view(key, kv_heads), view(value, kv_heads)},
                         {view(out, heads)}, options);
     double seconds = MPI_Wtime() - start;
     MPI_Allreduce(MPI_IN_PLACE, &seconds, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
