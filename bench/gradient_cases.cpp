@@ -137,7 +137,7 @@ void gradient(benchmark::State& state, const gradient_case& c) {
 }
 
 template <class T>
-void add(const gradient_case& c) {
+void add_gradient(const gradient_case& c) {
   const double estimate = c.flops() / (std::is_same_v<T, float> ? 80e9 : 40e9) / c.threads;
   bench::add(c.name(type_name<T>), estimate, [c](benchmark::State& state) { gradient<T>(state, c); });
 }
@@ -147,12 +147,12 @@ void add(const gradient_case& c) {
 void add_gradient_cases() {
   constexpr std::int64_t K = 1024;
   for (const std::int64_t dim : {128, 64, 80, 256})
-    add<float>({.length = 32 * K, .dim = dim, .group_size = 16, .window = 1024});
-  add<float>({.dense = true, .length = 4 * K});
-  add<float>({.heads = 32, .kv_heads = 8, .length = 2 * K, .group_size = 16, .window = 512});
-  add<double>({.length = 8 * K, .group_size = 16, .window = 1024});
-  add<float>({.length = 32 * K, .group_size = 16, .window = 1024, .threads = 2});
-  add<float>({.heads = 8, .kv_heads = 8, .length = 4 * K, .group_size = 16, .window = 1024, .threads = 2});
+    add_gradient<float>({.length = 32 * K, .dim = dim, .group_size = 16, .window = 1024});
+  add_gradient<float>({.dense = true, .length = 4 * K});
+  add_gradient<float>({.heads = 32, .kv_heads = 8, .length = 2 * K, .group_size = 16, .window = 512});
+  add_gradient<double>({.length = 8 * K, .group_size = 16, .window = 1024});
+  add_gradient<float>({.length = 32 * K, .group_size = 16, .window = 1024, .threads = 2});
+  add_gradient<float>({.heads = 8, .kv_heads = 8, .length = 4 * K, .group_size = 16, .window = 1024, .threads = 2});
 }
 
 }  // namespace bench

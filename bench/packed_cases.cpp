@@ -121,7 +121,7 @@ void attention(benchmark::State& state, const packed_case& c) {
 }
 
 template <class T>
-void add(packed_case c) {
+void add_packed(packed_case c) {
   for (const bool together : {true, false}) {
     c.together = together;
     const double estimate = flops(c) / 80e9 / c.threads;
@@ -132,10 +132,10 @@ void add(packed_case c) {
 }  // namespace
 
 void add_packed_cases() {
-  add<float>({});
-  add<float>({.group_size = 16, .window = 256});
-  add<float>({.heads = 32, .dim = 64, .group_size = 16, .window = 256});
-  add<float>({.group_size = 16, .window = 256, .threads = 2});
+  add_packed<float>({});
+  add_packed<float>({.group_size = 16, .window = 256});
+  add_packed<float>({.heads = 32, .dim = 64, .group_size = 16, .window = 256});
+  add_packed<float>({.group_size = 16, .window = 256, .threads = 2});
 }
 
 }  // namespace bench

@@ -1,6 +1,7 @@
 # cca::dispatch: the kernels for several instruction sets, and what chooses among them at run time; cca::c: a shared library
 # of it for C. Built only where a target links them. For the project and for its installed package alike: the sources lie beside the headers and are
 # compiled as the user's program is, so that the package depends on no processor, compiler or standard library.
+# CCA_DISPATCH_ARCHITECTURES says which of the instruction sets; all where it is empty.
 
 # What an object may use: choose.cpp asks the processor for each of these features.
 set(cca_dispatch_flags_sse2 -march=x86-64)
@@ -18,6 +19,10 @@ function(cca_add_dispatch include_dir)
   elseif(CMAKE_SYSTEM_PROCESSOR STREQUAL aarch64)
     set(architectures neon64)
   endif()
+  set(wanted ${architectures})
+  if(CCA_DISPATCH_ARCHITECTURES)
+    set(wanted ${CCA_DISPATCH_ARCHITECTURES})
+  endif()
   if(CMAKE_LINKER)
     execute_process(COMMAND ${CMAKE_LINKER} --help OUTPUT_VARIABLE linker_help ERROR_QUIET)
   endif()
@@ -25,13 +30,22 @@ function(cca_add_dispatch include_dir)
     message(STATUS "cca: no cca::dispatch, which needs x86-64 or aarch64, and GNU binutils")
     return()
   endif()
+  foreach(architecture IN LISTS wanted)
+    if(NOT architecture IN_LIST architectures)
+      list(JOIN architectures " " known)
+      message(FATAL_ERROR "CCA_DISPATCH_ARCHITECTURES: got ${architecture}, wants some of: ${known}")
+    endif()
+  endforeach()
+  list(REMOVE_DUPLICATES wanted)
+  list(JOIN wanted ", " names)
 
   set(source_dir ${include_dir}/cca/dispatch)
   add_library(cca_dispatch STATIC EXCLUDE_FROM_ALL ${source_dir}/choose.cpp)
   add_library(cca::dispatch ALIAS cca_dispatch)
   target_link_libraries(cca_dispatch PUBLIC cca::cca)
+  target_compile_definitions(cca_dispatch PRIVATE CCA_DISPATCH_ARCHITECTURES="${names}")
   set_target_properties(cca_dispatch PROPERTIES POSITION_INDEPENDENT_CODE ON)
-  foreach(architecture IN LISTS architectures)
+  foreach(architecture IN LISTS wanted)
     set(name cca_dispatch_${architecture})
     add_library(${name} OBJECT EXCLUDE_FROM_ALL ${source_dir}/kernels.cpp)
     target_link_libraries(${name} PRIVATE cca::cca)

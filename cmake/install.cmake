@@ -15,7 +15,7 @@ configure_package_config_file(cmake/cca-config.cmake.in ${PROJECT_BINARY_DIR}/cc
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/cca-config-version.cmake
                                  COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
 install(FILES ${PROJECT_BINARY_DIR}/cca-config.cmake ${PROJECT_BINARY_DIR}/cca-config-version.cmake
-              cmake/Findxsimd.cmake cmake/cca-hints.cmake cmake/dispatch.cmake
+              cmake/Findxsimd.cmake cmake/cca-hints.cmake cmake/dispatch.cmake cmake/mpi.cmake
         DESTINATION ${cca_package_dir})
 
 # Relative to itself, so that an installed tree may be moved.

@@ -10,6 +10,9 @@ packages=()
 [[ ${presets[*]} == *clang* ]] && packages=(clang libclang-rt-dev libomp-dev)
 cmake/install_packages.sh "${packages[@]}"
 
+cmake/python_environment.sh build/pytest examples/python/requirements-light.txt ||
+  echo "without the tests of Python, which need python3-venv, and NumPy and pytest from a package index"
+
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 export CTEST_PARALLEL_LEVEL=${CTEST_PARALLEL_LEVEL:-$CMAKE_BUILD_PARALLEL_LEVEL}
 

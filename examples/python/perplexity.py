@@ -4,7 +4,8 @@
     pip install ./examples/python torch transformers matplotlib
     python examples/python/perplexity.py MODEL TEXT --tokens 8192 --plot perplexity.svg
 
-MODEL is a name or a folder of transformers, TEXT a file of text. Prints a table; --plot draws it.
+MODEL is a name or a folder of transformers, TEXT a file of text. Prints a table; --plot draws it. For the model of
+../smollm2 (whose prepare.py writes the folder): perplexity.py build/smollm2-data build/smollm2-data/text.txt --gguf model.gguf
 """
 
 import argparse
@@ -42,6 +43,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--bins", type=int, default=8, help="of positions")
     parser.add_argument("--plot", help="a file for matplotlib")
+    parser.add_argument("--gguf", help="the file of MODEL that holds it, where it is of this kind")
     args = parser.parse_args()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,9 +51,11 @@ def main():
     import cca.hf
 
     cca.hf.register()
-    model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="cca").eval()
+    source = {} if args.gguf is None else {"gguf_file": args.gguf}
+    model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="cca", **source).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model, **source)
     with open(args.text, encoding="utf-8") as file:
-        ids = AutoTokenizer.from_pretrained(args.model)(file.read(), return_tensors="pt").input_ids[:, : args.tokens]
+        ids = tokenizer(file.read(), return_tensors="pt").input_ids[:, : args.tokens]
 
     curves = {}
     for name, options in SETTINGS.items():

@@ -184,17 +184,22 @@ class model {
 
   /// exp of the mean of `-log p(token t+1 | tokens 0 .. t)`, over all tokens but the first.
   [[nodiscard]] double perplexity(const matrix& hidden, std::span<const std::int32_t> tokens) const {
-    Eigen::ArrayXd surprise(hidden.rows() - 1);
+    return std::exp(surprise(hidden, tokens.subspan(1)) / static_cast<double>(hidden.rows() - 1));
+  }
+
+  /// The sum of `-log p(next[t] | what hidden row t has seen)`, over the rows that have a successor.
+  [[nodiscard]] double surprise(const matrix& hidden, std::span<const std::int32_t> next) const {
+    Eigen::ArrayXd surprise(std::min(hidden.rows(), static_cast<std::int64_t>(next.size())));
     for_token_blocks(surprise.size(), [&](std::int64_t first, std::int64_t count) {
       const matrix scores = logits(hidden.middleRows(first, count));
       const Eigen::VectorXf highest = scores.rowwise().maxCoeff();
       const Eigen::VectorXf sums = (scores.colwise() - highest).array().exp().rowwise().sum();
       for (std::int64_t i = 0; i < count; ++i) {
-        const float chosen = scores(i, tokens[static_cast<std::size_t>(first + i + 1)]);
+        const float chosen = scores(i, next[static_cast<std::size_t>(first + i)]);
         surprise[first + i] = std::log(sums[i]) + highest[i] - chosen;
       }
     });
-    return std::exp(surprise.mean());
+    return surprise.sum();
   }
 
  private:

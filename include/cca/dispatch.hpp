@@ -28,9 +28,10 @@ using read = results<const T, const compute_type<T>>;
 
 /// The instruction set in use, "avx512", "avx2_fma", "sse4_2", "sse2" or "neon64": the newest that the processor and the
 /// operating system run, unless `use` was called.
+/// @throws std::runtime_error  where none of those that were compiled run here, as does every function below
 inline std::string_view architecture() { return plain::chosen().name; }
 
-/// All that run here, the newest first.
+/// All that were compiled and run here, the newest first.
 inline std::vector<std::string_view> architectures() {
   std::vector<std::string_view> names;
   for (const plain::architecture* a : plain::available()) names.emplace_back(a->name);
@@ -39,7 +40,7 @@ inline std::vector<std::string_view> architectures() {
 
 /// For tests and measurements: from now on every call of the program uses this instruction set. A cache keeps the one
 /// that it was made with.
-/// @throws std::invalid_argument  for one that does not run here
+/// @throws std::invalid_argument  for one that does not run here or was not compiled
 inline void use(std::string_view architecture) { plain::choose(architecture); }
 
 // Each of these is the function of its name in `cca`.

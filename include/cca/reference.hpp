@@ -39,8 +39,10 @@ using vector = Eigen::Matrix<Scalar, Eigen::Dynamic, 1>;
 template <class Scalar>
 matrix<Scalar> head(tensor_view<const Scalar> view, std::int64_t b, std::int64_t h) {
   matrix<Scalar> rows(view.length(), view.dim());
-  for (std::int64_t i = 0; i < view.length(); ++i)
-    for (std::int64_t d = 0; d < view.dim(); ++d) rows(i, d) = view.row(b, h, i)[d];
+  for (std::int64_t i = 0; i < view.length(); ++i) {
+    const Scalar* const row = view.row(b, h, i);
+    for (std::int64_t d = 0; d < view.dim(); ++d) rows(i, d) = row[d];
+  }
   return rows;
 }
 
@@ -352,8 +354,9 @@ result<Scalar> attend(const operands<Scalar>& in, tensor_view<const Scalar> far_
 
 /// The tokens among the first `length` that the query at `t` sees raw: the first ones, and those of its window.
 inline row_numbers raw_tokens(const partition& partition, std::int64_t t, std::int64_t length) {
-  return rows_where(length,
-                    [&](std::int64_t j) { return partition.sinks(t).contains(j) || partition.raw(t).contains(j); });
+  const range sinks = partition.sinks(t), window = partition.raw(t);
+  const std::int64_t end = (std::min)(length, (std::max)(sinks.end, window.end));
+  return rows_where(end, [&](std::int64_t j) { return sinks.contains(j) || window.contains(j); });
 }
 
 /// Those of each of the last `queries` queries, or of those from the options' first position on, to `keys` tokens.
@@ -412,8 +415,9 @@ seen_rows_of far_rows(const operands<Scalar>& in, const far_operands<Scalar>& co
     const std::int64_t* list =
         blocks.data ? blocks.row(b % blocks.batch(), h / (heads / blocks.heads()), i / block_queries) : nullptr;
     const auto row_block = [rows = block_rows](std::int64_t j) { return j / rows; };
+    const std::int64_t seen = context.seen.data ? *context.seen.row(b, h, i) : context.key.length();
     return rows_where(context.key.length(), [&](std::int64_t j) {
-      if (context.seen.data && j >= *context.seen.row(b, h, i)) return false;
+      if (j >= seen) return false;
       if (context.visible_from.data && t < shared(context.visible_from, heads, b, h, j)) return false;
       if (context.visible_until.data && t >= shared(context.visible_until, heads, b, h, j)) return false;
       return list == nullptr || std::find(list, list + most, row_block(j)) != list + most;

@@ -351,6 +351,106 @@ static void test_score_terms(void) {
   }
 }
 
+/* What `cca_attend` and its gradient write for a call, in the order of `far_results`. */
+enum { FAR_RESULTS = 7 };
+static void attend_both_ways(const cca_call* given, tensor* results[FAR_RESULTS]) {
+  tensor *made[FAR_RESULTS] = {outs(), rows(), queries(), make(4, B, HKV, L, D), make(4, B, HKV, L, DV),
+                               make(4, B, H, CORES, D), make(4, B, H, CORES, DV)};
+  memcpy(results, made, sizeof made);
+  cca_call call = *given;
+  size_t bytes = 0;
+  call.out = &made[0]->dl;
+  call.lse = &made[1]->dl;
+  EXPECT(cca_attend(&call) == CCA_OK);
+  EXPECT(cca_workspace_size(&call, &bytes) == CCA_OK && bytes > 0);
+  call.grad_out = given->out;
+  call.grad_query = &made[2]->dl;
+  call.grad_key = &made[3]->dl;
+  call.grad_value = &made[4]->dl;
+  call.grad_far_key = &made[5]->dl;
+  call.grad_far_value = &made[6]->dl;
+  EXPECT(cca_attend_gradient(&call) == CCA_OK);
+  EXPECT(cca_gradient_workspace_size(&call, &bytes) == CCA_OK && bytes > 0);
+}
+
+/* Who sees which far row, said by positions or by lists, is what the counts say that mean the same. */
+static void test_visible_rows(void) {
+  enum { END = 13, BLOCK_ROWS = 2, BLOCK_QUERIES = 3, LISTS = (L + BLOCK_QUERIES - 1) / BLOCK_QUERIES, MOST = 3 };
+  example e;
+  set_up(&e);
+  connect(&e);
+  e.options.group_size = 0;
+  filled(e.out); /* the gradient that comes in */
+  tensor *far_key = filled(make(4, B, H, CORES, D)), *far_value = filled(make(4, B, H, CORES, DV));
+  e.call.lse = NULL;
+  e.call.far_key = &far_key->dl;
+  e.call.far_value = &far_value->dl;
+
+  int64_t growing[L], ending[L], from[CORES], until[CORES], lists[LISTS * MOST];
+  for (int64_t i = 0; i < L; ++i) {
+    growing[i] = i / BLOCK_QUERIES < CORES ? i / BLOCK_QUERIES : CORES;
+    ending[i] = i < END ? growing[i] : 0;
+  }
+  for (int64_t j = 0; j < CORES; ++j) {
+    from[j] = (j + 1) * BLOCK_QUERIES;
+    until[j] = END;
+  }
+  for (int64_t i = 0; i < LISTS; ++i)
+    for (int64_t block = 0; block < MOST; ++block)
+      lists[i * MOST + block] = block * BLOCK_ROWS < growing[i * BLOCK_QUERIES] ? block : -1;
+
+  /* The same for every sequence and head. */
+  int64_t counts_shape[] = {B, H, L}, rows_shape[] = {1, 1, CORES}, lists_shape[] = {1, 1, LISTS, MOST};
+  int64_t shared_strides[] = {0, 0, 1}, list_strides[] = {0, 0, MOST, 1};
+  const DLDataType int64 = {kDLInt, 64, 1};
+  DLTensor seen = {growing, {kDLCPU, 0}, 3, int64, counts_shape, shared_strides, 0}, seen_until = seen;
+  DLTensor visible_from = {from, {kDLCPU, 0}, 3, int64, rows_shape, NULL, 0}, visible_until = visible_from;
+  DLTensor selected = {lists, {kDLCPU, 0}, 4, int64, lists_shape, list_strides, 0};
+  seen_until.data = ending;
+  visible_until.data = until;
+
+  cca_call by_seen = e.call, by_position = e.call, by_list = e.call;
+  for (int way = 0; way < 3; ++way) {
+    tensor *want[FAR_RESULTS], *got[FAR_RESULTS];
+    by_seen.seen = way == 1 ? &seen_until : &seen;
+    by_position.visible_from = &visible_from;
+    by_position.visible_until = way == 1 ? &visible_until : NULL;
+    by_list.selected_blocks = &selected;
+    by_list.seen = &seen; /* cuts a block in two */
+    by_list.block_rows = BLOCK_ROWS;
+    by_list.block_queries = BLOCK_QUERIES;
+    attend_both_ways(&by_seen, want);
+    attend_both_ways(way < 2 ? &by_position : &by_list, got);
+    for (int i = 0; i < FAR_RESULTS; ++i) EXPECT(distance(want[i], got[i]) < 1e-12);
+  }
+
+  /* Each is taken from its own place, and refused where the function has no use for it. */
+  const struct {
+    const DLTensor** place;
+    const char* name;
+  } tensors[] = {{&e.call.visible_from, "far.visible_from: got [1, 1, 1]"},
+                 {&e.call.visible_until, "far.visible_until: got [1, 1, 1]"},
+                 {&e.call.selected_blocks, "selected_blocks: got 3 dimensions, wants 4"}};
+  const cca_call none = e.call;
+  rows_shape[2] = 1;
+  for (int i = 0; i < 3; ++i) {
+    *tensors[i].place = &visible_from;
+    EXPECT(cca_attend(&e.call) == CCA_INVALID_ARGUMENT && strstr(cca_error(), tensors[i].name));
+    e.call.far_key = e.call.far_value = NULL;
+    EXPECT(cca_attention(&e.call) == CCA_INVALID_ARGUMENT && strstr(cca_error(), ": got a tensor, wants none"));
+    size_t bytes = 77;
+    EXPECT(cca_workspace_size(&e.call, &bytes) == CCA_INVALID_ARGUMENT && bytes == 77);
+    e.call = none;
+  }
+  by_list.block_rows = -1;
+  EXPECT(cca_attend(&by_list) == CCA_INVALID_ARGUMENT && strstr(cca_error(), "block_rows: got -1"));
+  by_seen.block_queries = 2;
+  EXPECT(cca_attend(&by_seen) == CCA_INVALID_ARGUMENT && strstr(cca_error(), "block_queries: got 2"));
+  e.call.far_key = e.call.far_value = NULL;
+  e.call.block_rows = 2;
+  EXPECT(cca_attention(&e.call) == CCA_INVALID_ARGUMENT && strstr(cca_error(), "block_rows: got 2, wants 0"));
+}
+
 /* A batch padded behind or before, and a packed one, give what each sequence gives alone, and write nothing else. */
 static void test_lengths(void) {
   const int64_t lengths[B] = {7, 12}, offsets[B + 1] = {0, 7, 19}, begins[B] = {12, 7};
@@ -517,7 +617,7 @@ static void test_options(void) {
 }
 
 static void test_refusals(void) {
-  for (int fault = 0; fault < 23; ++fault) {
+  for (int fault = 0; fault < 24; ++fault) {
     example e;
     set_up(&e);
     connect(&e);
@@ -560,6 +660,7 @@ static void test_refusals(void) {
         e.call.key_lengths->shape[0] = -1;
         text = "key_lengths: got extents [-1], wants none below 0";
         break;
+      case 23: e.call.far_lengths = &counts(2, falling)->dl, text = "far_lengths: got a tensor, wants none"; break;
       case 18: e.call.threads = -1, text = "threads: got -1"; break;
       case 19: e.call.lse = e.call.out, text = "lse: got 4 dimensions, wants 3"; break;
     }
@@ -592,12 +693,16 @@ static void test_elements(void) {
     EXPECT(cca_attention(&call) == CCA_OK);
     EXPECT(memcmp(value, out, sizeof out) == 0);
   }
-  /* What steps over a single element is of no account. */
+  /* What steps over a single element, or over none, is of no account. */
   double x = 3, answer = 0;
   int64_t one[] = {1, 1, 1, 1}, odd_strides[] = {-7, 9, 11, 5};
   DLTensor t = {&x, {kDLCPU, 0}, 4, types[1], one, odd_strides, 0}, to = {&answer, {kDLCPU, 0}, 4, types[1], one, NULL, 0};
   cca_call call = {.struct_size = sizeof call, .query = &t, .key = &t, .value = &t, .out = &to};
   EXPECT(cca_attention(&call) == CCA_OK && answer == 3);
+  int64_t none[] = {1, 1, 0, 2}, no_strides[] = {0, 0, 0, 0};
+  t.shape = to.shape = none;
+  t.strides = to.strides = no_strides;
+  EXPECT(cca_attention(&call) == CCA_OK);
 }
 
 int main(void) {
@@ -605,6 +710,7 @@ int main(void) {
   test_threads_and_workspace();
   test_far_and_gradients();
   test_score_terms();
+  test_visible_rows();
   test_lengths();
   test_cache();
   test_options();

@@ -35,6 +35,9 @@ set(order
     detail/context/cached_sequences.hpp kv_cache.hpp kv_cache_file.hpp
     # The textbook and the whole.
     reference_operands.hpp reference.hpp reference_gradient.hpp cca.hpp
+    # The same across machines.
+    mpi/layout.hpp mpi/plan.hpp mpi/cost.hpp mpi/communicator.hpp mpi/agreement.hpp mpi/validate.hpp mpi/exchange.hpp mpi/rows.hpp mpi/rank_call.hpp
+    mpi/forward.hpp mpi/far_rows.hpp mpi/backward.hpp mpi/merge.hpp mpi/prompt.hpp mpi/cache_share.hpp mpi/kv_cache.hpp mpi.hpp
     # Compiled kernels behind the same functions.
     dispatch/plain.hpp dispatch/to_plain.hpp dispatch/kv_cache.hpp dispatch.hpp
     dispatch/c_tensors.hpp dispatch/c_arguments.hpp)

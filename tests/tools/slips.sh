@@ -9,12 +9,22 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 faults=0
 
-compile() {
-  cat > "$work/slip.cpp" << END
+cat > "$work/headers.hpp" << END
 #include <cca/cca.hpp>
 #include <cca/gradient.hpp>
 #include <cstdint>
 #include <vector>
+END
+
+# The headers are compiled once for all slips.
+precompile() {
+  "$compiler" -std=c++20 -I"$include" -x c++-header "$work/headers.hpp" -o "$work/headers.hpp.gch"
+  headers=(-include "$work/headers.hpp")
+  "$compiler" --version | grep -q clang && headers=(-include-pch "$work/headers.hpp.gch")
+}
+
+compile() {
+  cat > "$work/slip.cpp" << END
 void f(std::vector<float>& numbers, std::vector<std::uint16_t>& bits, std::vector<std::int8_t>& bytes) {
   const auto q = cca::bhsd(numbers.data(), 1, 1, 4, 4), k = q, v = q, out = q;
   const cca::tensor_view<const float> constant = q;
@@ -27,7 +37,7 @@ void f(std::vector<float>& numbers, std::vector<std::uint16_t>& bits, std::vecto
   $1;
 }
 END
-  "$compiler" -std=c++20 -fsyntax-only -I"$include" "$work/slip.cpp" 2> "$work/said"
+  "$compiler" -std=c++20 -fsyntax-only -I"$include" "${headers[@]}" "$work/slip.cpp" 2> "$work/said"
 }
 
 fault() {
@@ -56,6 +66,7 @@ elements='elements are float, double, Eigen::bfloat16 or Eigen::half. View .* re
 options="to .*const cca::(\w+::)?options"
 
 for compiler in "$@"; do
+  precompile
   right 'cca::attention(q, k, v, out, options)'
   right 'cca::attention({q, k, v}, {out, lse}, options)'
   # No view.

@@ -15,6 +15,7 @@ models of Hugging Face's transformers see cca.hf. Wrong arguments raise ValueErr
 """
 
 import ctypes
+import inspect
 import io
 import sys
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
@@ -27,7 +28,6 @@ __all__ = [
     "CacheShape",
     "Gradients",
     "KvCache",
-    "Options",
     "architecture",
     "attend",
     "attend_gradient",
@@ -45,34 +45,120 @@ Tensor = Any
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of every function. Without any, attention is causal and dense."""
+    """Options, of every function and of a cache. Without any, attention is causal and dense.
+
+    group_size      tokens per core; 0: nothing is pooled
+    window          tokens that stay raw, at least 1, the current one among them; None: all
+    sink_tokens     first tokens of a sequence that stay raw for every query; groups begin behind them
+    lookahead       tokens behind the query's position that it sees, too; UNLIMITED: all; without groups
+    prefix          first tokens of a sequence that every query sees; without groups
+    pool            how a group becomes a core
+    core_heads      who has cores of his own
+    core_bias       what is added to the scores of cores
+    softmax_scale   None: 1 / sqrt(dim)
+    pooling_scale   a factor on the scale of the weights of pooling
+    softcap         a score x becomes softcap tanh(x / softcap); 0: it stays
+    first_position  the position of query 0; None: the last query is the last key
+    unit            what multiplies operands of 16 bits
+    """
 
     group_size: int
-    """tokens per core; 0: nothing is pooled"""
     window: int | None
-    """tokens that stay raw, at least 1, the current one among them; None: all"""
     sink_tokens: int
-    """first tokens of a sequence that stay raw for every query; groups begin behind them"""
     lookahead: int
-    """tokens behind the query's position that it sees, too; UNLIMITED: all; without groups"""
     prefix: int
-    """first tokens of a sequence that every query sees; without groups"""
     pool: Literal["last_query", "mean", "max", "select"]
-    """how a group becomes a core"""
     core_heads: Literal["per_query_head", "per_kv_head"]
-    """who has cores of his own"""
     core_bias: Literal["none", "entropy"]
-    """what is added to the scores of cores"""
     softmax_scale: float | None
-    """None: 1 / sqrt(dim)"""
     pooling_scale: float
-    """a factor on the scale of the weights of pooling"""
     softcap: float
-    """a score x becomes softcap tanh(x / softcap); 0: it stays"""
     first_position: int | None
-    """the position of query 0; None: the last query is the last key"""
     unit: Literal["none", "best", "avx512_bf16", "amx"]
-    """what multiplies operands of 16 bits"""
+
+
+class Terms(TypedDict, total=False):
+    """What scores have beside queries and keys.
+
+    sink_logits   a score per head that joins each softmax with a value of 0: [heads], [1 or batch, heads, 1] or
+                  [batch, heads, query length]
+    alibi_slopes  [heads] or [1 or batch, heads, 1]
+    key_bias      added to scores: [1 or batch, a divisor of heads, key length]; without groups
+    """
+
+    sink_logits: Tensor
+    alibi_slopes: Tensor
+    key_bias: Tensor
+
+
+class Lengths(TypedDict, total=False):
+    """Sequences of their own lengths, in integers.
+
+    query_lengths, key_lengths  [batch], of a batch that is padded behind its tokens
+    query_begins, key_begins    [batch], beside them, of one that is padded before its tokens
+    query_offsets, key_offsets  [sequences + 1], others call them cu_seqlens: sequences lie one after the other in tensors of
+                                a batch of 1
+    """
+
+    query_lengths: Tensor
+    query_begins: Tensor
+    query_offsets: Tensor
+    key_lengths: Tensor
+    key_begins: Tensor
+    key_offsets: Tensor
+
+
+class FarLengths(TypedDict, total=False):
+    """far_lengths, far_begins, far_offsets: the same of far rows, or of cores."""
+
+    far_lengths: Tensor
+    far_begins: Tensor
+    far_offsets: Tensor
+
+
+class FarRows(TypedDict, total=False):
+    """What belongs to far rows, and who sees them beside or in place of `seen`.
+
+    far_bias         added to their scores: [1 or batch, a divisor of heads, far length]
+    far_positions    theirs, for alibi_slopes: the same, of integers
+    visible_from     row j is seen by the queries at the positions [visible_from[j], visible_until[j]), each with or without
+    visible_until    the other: the same, of integers
+    selected_blocks  which blocks of rows a block of queries sees, in place of the two: [1 or batch, a divisor of heads,
+                     blocks of queries, most], ascending, -1 behind the last. Those of a sequence count from its first query;
+                     with query_offsets they lie one after the other, as the sequences do
+    block_rows       block c is the rows [c block_rows, (c + 1) block_rows); 1 where it is not given
+    block_queries    list i is for the queries [i block_queries, (i + 1) block_queries); 1 where it is not given
+    """
+
+    far_bias: Tensor
+    far_positions: Tensor
+    visible_from: Tensor
+    visible_until: Tensor
+    selected_blocks: Tensor
+    block_rows: int
+    block_queries: int
+
+
+class AttentionArguments(Options, Terms, Lengths, total=False):
+    """Keyword arguments of `attention`: `Options`, `Terms` and `Lengths`."""
+
+
+class AttendArguments(AttentionArguments, FarRows, FarLengths, total=False):
+    """Keyword arguments of `attend`: those of `attention`, `FarRows` and `FarLengths`."""
+
+
+class PoolArguments(Options, Lengths, FarLengths, total=False):
+    """Keyword arguments of `pool`: `Options`, `Lengths`, and `FarLengths` of the cores."""
+
+
+def _takes(*arguments):
+    """Says in a function's documentation which of the arguments above it takes."""
+
+    def document(function):
+        function.__doc__ = "\n\n".join(inspect.cleandoc(x.__doc__) for x in (function, *arguments))
+        return function
+
+    return document
 
 
 class Gradients(NamedTuple):
@@ -104,35 +190,29 @@ def _is_torch(x):
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def _require(**tensors):
-    """What is looked at before the library does."""
-    for name, x in tensors.items():
-        if not hasattr(x, "shape"):
-            kind = type(x).__name__
-            raise TypeError(f"cca: {name}: got {kind}, wants a tensor: NumPy's, PyTorch's, or any that has __dlpack__")
-        if len(x.shape) == 0:
-            raise ValueError(f"cca: {name}: got 0 dimensions, wants 4")
+_operators_of = {}
+"""cca.torch by the types of its tensors, as far as they have been seen."""
 
 
-def _empty(like, extents, *, number=False, zero=False):
-    """A tensor for results: of the elements of `like`, or of the type that those are computed in. PyTorch's have
-    [batch, length, heads, dim] in memory, as the layer behind attention wants them."""
-    if _is_torch(like):
-        from . import torch as ops
+def _operators(x):
+    """The module of PyTorch's operators where a tensor is PyTorch's, else None."""
+    found = _operators_of.get(type(x))
+    if found is None and _is_torch(x):
+        from . import torch as found
 
-        return ops.empty(like, extents, number, zero)
-    import numpy
-
-    dtype = like.dtype if hasattr(like, "dtype") else numpy.from_dlpack(like).dtype
-    if number:
-        dtype = numpy.float64 if dtype == numpy.float64 else numpy.float32
-    return (numpy.zeros if zero else numpy.empty)(extents, dtype)
+        _operators_of[type(x)] = found
+    return found
 
 
-def _counts(x, like):
+_INTEGERS = frozenset(
+    {"seen", "far_positions", "visible_from", "visible_until", "selected_blocks"}
+    | {*Lengths.__annotations__, *FarLengths.__annotations__}
+)
+_TENSORS = _INTEGERS | {*Terms.__annotations__, "far_bias"}
+
+
+def _integers(x, like):
     """Lengths, offsets and counts as the library takes them: tensors of int64."""
-    if x is None:
-        return None
     if _is_torch(like) or _is_torch(x):
         import torch
 
@@ -145,44 +225,92 @@ def _counts(x, like):
     return x.astype(numpy.int64) if x.dtype.kind in "iu" or x.size == 0 else x
 
 
-_RANGES = [f"{rows}_{what}" for rows in ("query", "key", "far") for what in ("lengths", "begins", "offsets")]
+def _split(operands, given, known):
+    """Adds the tensors among keyword arguments, of which some are known, to the operands; returns the options."""
+    if len(operands) == 3 and _TENSORS.isdisjoint(given):
+        return given
+    options = {}
+    for name, x in given.items():
+        if name not in _TENSORS:
+            options[name] = x
+        elif name not in known:
+            raise TypeError(f"cca: {name}: got a {type(x).__name__}, wants none: this function has no use for it")
+        elif x is not None:
+            operands[name] = x
+    for name, x in operands.items():
+        if name in _INTEGERS:
+            operands[name] = _integers(x, operands["query"])
+    return options
 
 
-def _ranges(like, *ranges):
-    return {name: _counts(x, like) for name, x in zip(_RANGES, ranges)}
+def _sizes(operands):
+    """(extents of the output, multiply-adds)"""
+    try:
+        b, h, n, d = operands["query"].shape
+        return (b, h, n, operands["value"].shape[3]), b * h * n * d * operands["key"].shape[2]
+    except (AttributeError, IndexError, ValueError):
+        for name in ("query", "key", "value"):
+            _require_tensor(name, operands[name])
+            if len(operands[name].shape) != 4:
+                raise ValueError(f"cca: {name}: got {len(operands[name].shape)} dimensions, wants 4") from None
+        raise
 
 
-_THREADED = 2**21  # multiply-adds of queries and keys: less takes no longer than to make a thread
+def _require_tensor(name, x):
+    if not hasattr(x, "shape"):
+        kind = type(x).__name__
+        raise TypeError(f"cca: {name}: got {kind}, wants a tensor: NumPy's, PyTorch's, or any that has __dlpack__")
 
 
-def _threads(threads, query, key):
-    if threads is not None:
-        return threads
-    q, k = query.shape, key.shape
-    if len(q) == len(k) == 4 and q[0] * q[1] * q[2] * q[3] * k[2] < _THREADED:
-        return 1
-    return _library.default_threads()
+def _empty(like, extents, *, number=False, zero=False):
+    """A tensor for results: of the elements of `like`, or of the type that those are computed in. PyTorch's have
+    [batch, length, heads, dim] in memory, as the layer behind attention wants them."""
+    operators = _operators(like)
+    if operators is not None:
+        return operators.empty(like, extents, number, zero)
+    import numpy
+
+    dtype = like.dtype if hasattr(like, "dtype") else numpy.from_dlpack(like).dtype
+    if number:
+        dtype = numpy.float64 if dtype == numpy.float64 else numpy.float32
+    return (numpy.zeros if zero else numpy.empty)(extents, dtype)
 
 
-def _goes_through_ops(query, *more):
-    """Whether PyTorch follows the call, and so has to see operators."""
-    if not _is_torch(query):
-        return False
-    import torch
-
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    if type(query) is not torch.Tensor and type(query) is not torch.nn.Parameter:  # a fake one, say
-        return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, *more))
+def _has_padding(names):
+    """Whether something of results is not written."""
+    return any(name.endswith(("_lengths", "_offsets")) for name in names)
 
 
-def _no_outputs(**outputs):
-    for name, x in outputs.items():
-        if x is not None:
-            raise ValueError(f"cca: {name}: got a tensor, wants None where PyTorch follows the call")
+def _answer(name, operands, out, lse, return_lse, threads, given, known):
+    """What `attention` and `attend` have in common."""
+    options = _split(operands, given, known) if given or len(operands) > 3 else given
+    operators = _operators_of.get(type(operands["query"])) or _operators(operands["query"])
+    if operators is not None:
+        followed = operators.who_follows(operands.values())
+        if followed:
+            for what, x in (("out", out), ("lse", lse)):
+                if x is not None:
+                    raise ValueError(f"cca: {what}: got a tensor, wants None where PyTorch follows the call")
+            return operators.OPERATORS[name](followed, operands, options, threads, return_lse)
+    extents, work = _sizes(operands)
+    padded = len(operands) > 3 and _has_padding(operands)
+    if out is None:
+        out = _empty(operands["query"], extents, zero=padded)
+    if lse is None and return_lse:
+        lse = _empty(operands["query"], extents[:3], number=True, zero=padded)
+    written = {"out": out} if lse is None else {"out": out, "lse": lse}
+    plan = _library.plan_of("cca_" + name, tuple(operands), tuple(written), options)
+    plan((*operands.values(), *written.values()), _library.threads_of(threads, work))
+    return (out, lse) if return_lse else out
 
 
+# The tensors among the keyword arguments of each.
+_ATTENTION = _TENSORS.intersection(AttentionArguments.__annotations__)
+_ATTEND = _TENSORS.intersection(AttendArguments.__annotations__)
+_POOL = _TENSORS.intersection(PoolArguments.__annotations__)
+
+
+@_takes(Terms, Lengths, Options)
 def attention(
     query: Tensor,
     key: Tensor,
@@ -191,123 +319,66 @@ def attention(
     out: Tensor = None,
     lse: Tensor = None,
     return_lse: bool = False,
-    sink_logits: Tensor = None,
-    alibi_slopes: Tensor = None,
-    key_bias: Tensor = None,
-    query_lengths: Tensor = None,
-    query_begins: Tensor = None,
-    query_offsets: Tensor = None,
-    key_lengths: Tensor = None,
-    key_begins: Tensor = None,
-    key_offsets: Tensor = None,
     threads: int | None = None,
-    **options: Unpack[Options],
+    **arguments: Unpack[AttentionArguments],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention: dense and causal without options, a sliding window with `window`, Core Context Aware with `group_size`
-    and `window`. See `Options`.
+    and `window`.
 
     query [batch, heads, query length, dim]; key [batch, kv heads, key length, dim]; value [batch, kv heads, key length,
     value dim]. kv heads divide heads.
 
     out [batch, heads, query length, value dim] and lse [batch, heads, query length], the natural log-sum-exp of each
     query's scores, are written where they are given, and made where not. Returns out, or (out, lse) with `return_lse`.
-
-    sink_logits: a score per head that joins each softmax with a value of 0, [heads], [1 or batch, heads, 1] or
-    [batch, heads, query length]. alibi_slopes: [heads] or [1 or batch, heads, 1]. key_bias: added to scores,
-    [1 or batch, a divisor of heads, key length].
-
-    Sequences of their own lengths: query_lengths and key_lengths [batch] for a batch that is padded behind, and for padding
-    in front query_begins and key_begins [batch], too; or query_offsets and key_offsets [sequences + 1] (others call them
-    cu_seqlens) for sequences one after the other in tensors of a batch of 1. What is padding of out and lse is not written, and 0 where they are made.
+    What is padding of out and lse is not written, and 0 where they are made.
 
     threads: how many; None: PyTorch's number, or that of the processors. Results are the same for any, to the bit.
     """
-    _require(query=query, key=key, value=value)
-    ranges = _ranges(query, query_lengths, query_begins, query_offsets, key_lengths, key_begins, key_offsets)
-    if _goes_through_ops(query, key, value, sink_logits, alibi_slopes, key_bias):
-        from . import torch as ops
-
-        _no_outputs(out=out, lse=lse)
-        results = ops.attention(
-            query, key, value, sink_logits, alibi_slopes, key_bias, *ranges.values(), options, threads
-        )
-        return results if return_lse else results[0]
-    padded = query_lengths is not None or query_offsets is not None  # what is padding is not written
-    if out is None:
-        out = _empty(query, (*query.shape[:-1], value.shape[-1]), zero=padded)
-    if lse is None and return_lse:
-        lse = _empty(query, tuple(query.shape[:-1]), number=True, zero=padded)
-    read = {
-        "query": query, "key": key, "value": value, "sink_logits": sink_logits, "alibi_slopes": alibi_slopes,
-        "key_bias": key_bias, **ranges,
-    }  # fmt: skip
-    _library.run(library.cca_attention, read, {"out": out, "lse": lse}, options, _threads(threads, query, key))
-    return (out, lse) if return_lse else out
+    operands = {"query": query, "key": key, "value": value}
+    return _answer("attention", operands, out, lse, return_lse, threads, arguments, _ATTENTION)
 
 
+def _with_far_rows(query, key, value, far_key, far_value, seen):
+    operands = {"query": query, "key": key, "value": value, "far_key": far_key, "far_value": far_value}
+    return operands if seen is None else operands | {"seen": seen}
+
+
+@_takes(FarRows, Terms, Lengths, FarLengths, Options)
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     far_key: Tensor,
     far_value: Tensor,
-    seen: Tensor,
+    seen: Tensor = None,
     *,
-    far_bias: Tensor = None,
-    far_positions: Tensor = None,
     out: Tensor = None,
     lse: Tensor = None,
     return_lse: bool = False,
-    sink_logits: Tensor = None,
-    alibi_slopes: Tensor = None,
-    key_bias: Tensor = None,
-    query_lengths: Tensor = None,
-    query_begins: Tensor = None,
-    query_offsets: Tensor = None,
-    key_lengths: Tensor = None,
-    key_begins: Tensor = None,
-    key_offsets: Tensor = None,
-    far_lengths: Tensor = None,
-    far_begins: Tensor = None,
-    far_offsets: Tensor = None,
     threads: int | None = None,
-    **options: Unpack[Options],
+    **arguments: Unpack[AttendArguments],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One softmax over far context that the caller made, by any compressor, and the raw tokens of the window.
 
     far_key [batch, far heads, far length, dim], far_value [batch, far heads, far length, value dim], far heads a divisor of
-    heads. seen [batch, heads, query length] of int64: the query sees the far rows [0, seen). far_bias: added to the scores
-    of far rows, [1 or batch, a divisor of heads, far length]; far_positions: theirs for alibi_slopes, the same of int64.
-    Everything else as for `attention`.
+    heads. seen [batch, heads, query length] of integers: the query sees the far rows [0, seen). It may be missing where
+    other arguments say who sees what. Everything else as for `attention`.
     """
-    _require(query=query, key=key, value=value)
-    ranges = _ranges(
-        query, query_lengths, query_begins, query_offsets, key_lengths, key_begins, key_offsets, far_lengths, far_begins,
-        far_offsets,
-    )  # fmt: skip
-    if _goes_through_ops(query, key, value, far_key, far_value, far_bias, sink_logits, alibi_slopes, key_bias):
-        from . import torch as ops
-
-        _no_outputs(out=out, lse=lse)
-        results = ops.attend(
-            query, key, value, far_key, far_value, _counts(seen, query), far_bias, _counts(far_positions, query),
-            sink_logits, alibi_slopes, key_bias, *ranges.values(), options, threads,
-        )  # fmt: skip
-        return results if return_lse else results[0]
-    padded = query_lengths is not None or query_offsets is not None  # what is padding is not written
-    if out is None:
-        out = _empty(query, (*query.shape[:-1], value.shape[-1]), zero=padded)
-    if lse is None and return_lse:
-        lse = _empty(query, tuple(query.shape[:-1]), number=True, zero=padded)
-    read = {
-        "query": query, "key": key, "value": value, "far_key": far_key, "far_value": far_value,
-        "seen": _counts(seen, query), "far_bias": far_bias, "far_positions": _counts(far_positions, query),
-        "sink_logits": sink_logits, "alibi_slopes": alibi_slopes, "key_bias": key_bias, **ranges,
-    }  # fmt: skip
-    _library.run(library.cca_attend, read, {"out": out, "lse": lse}, options, _threads(threads, query, key))
-    return (out, lse) if return_lse else out
+    operands = _with_far_rows(query, key, value, far_key, far_value, seen)
+    return _answer("attend", operands, out, lse, return_lse, threads, arguments, _ATTEND)
 
 
+def _refuse_followed(function, tensors):
+    """Of functions that autograd does not see: their results would be constants to it."""
+    for name, x in tensors.items():
+        operators = _operators(x)
+        if operators is not None and operators.who_follows((x,)) == operators.AUTOGRAD:
+            raise ValueError(
+                f"cca: {name}: got a tensor that requires gradients, wants none: {function} has no backward()"
+            )
+
+
+@_takes(Lengths, FarLengths, Options)
 def pool(
     query: Tensor,
     key: Tensor,
@@ -315,23 +386,17 @@ def pool(
     *,
     core_key: Tensor = None,
     core_value: Tensor = None,
-    query_lengths: Tensor = None,
-    query_begins: Tensor = None,
-    query_offsets: Tensor = None,
-    key_lengths: Tensor = None,
-    key_begins: Tensor = None,
-    key_offsets: Tensor = None,
-    far_lengths: Tensor = None,
-    far_begins: Tensor = None,
-    far_offsets: Tensor = None,
     threads: int | None = None,
-    **options: Unpack[Options],
+    **arguments: Unpack[PoolArguments],
 ) -> tuple[Tensor, Tensor]:
     """The core tokens (core_key, core_value) of every complete group: [batch, core heads, groups, dim] and the same with the
     value's dim. The core heads are the query's, or the key's with `core_heads="per_kv_head"`, `pool="mean"` and
     `pool="max"`. Where keys have lengths or offsets of their own, give core_key, core_value and, as far_lengths or
-    far_offsets, theirs."""
-    _require(query=query, key=key, value=value)
+    far_offsets, theirs. PyTorch's autograd does not see it: see `pool_gradient`."""
+    operands = {"query": query, "key": key, "value": value}
+    options = _split(operands, arguments, _POOL)
+    extents, _ = _sizes(operands)
+    _refuse_followed("pool", operands)
     if core_key is None or core_value is None:
         group_size, sinks = options.get("group_size", 0), options.get("sink_tokens", 0)
         groups = max(0, key.shape[2] - sinks) // group_size if group_size > 0 else 0
@@ -339,13 +404,9 @@ def pool(
         extents = (key.shape[0], (key if per_kv else query).shape[1], groups)
         core_key = _empty(query, (*extents, key.shape[3])) if core_key is None else core_key
         core_value = _empty(query, (*extents, value.shape[3])) if core_value is None else core_value
-    ranges = _ranges(
-        query, query_lengths, query_begins, query_offsets, key_lengths, key_begins, key_offsets, far_lengths, far_begins,
-        far_offsets,
-    )  # fmt: skip
-    read = {"query": query, "key": key, "value": value, **ranges}
     written = {"core_key": core_key, "core_value": core_value}
-    _library.run(library.cca_pool, read, written, options, _threads(threads, key, key))
+    b, h, n, d = key.shape
+    _library.run("cca_pool", operands, written, options, _library.threads_of(threads, b * h * n * d * n))
     return core_key, core_value
 
 
@@ -359,30 +420,35 @@ def merge(
     lse: Tensor = None,
     threads: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Joins the results (out, lse) of attention to two disjoint parts of a context into those of the whole."""
-    _require(out_a=out_a, lse_a=lse_a)
+    """Joins the results (out, lse) of attention to two disjoint parts of a context into those of the whole. PyTorch's
+    autograd does not see it."""
+    read = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    for name, x in read.items():
+        _require_tensor(name, x)
+    _refuse_followed("merge", read)
     out = _empty(out_a, tuple(out_a.shape)) if out is None else out
     lse = _empty(out_a, tuple(lse_a.shape), number=True) if lse is None else lse
-    read = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
-    _library.run(library.cca_merge, read, {"out": out, "lse": lse}, {}, threads)
+    _library.run("cca_merge", read, {"out": out, "lse": lse}, {}, _library.threads_of(threads, 0))
     return out, lse
 
 
-def _gradient(function, read, wanted, options, threads):
-    """Runs a gradient and returns it, with what `wanted` names of the operands in `read`."""
-    _require(query=read["query"], key=read["key"])
-    read = {name: _counts(x, read["query"]) if name in _COUNTS else x for name, x in read.items()}
-    padded = any(x is not None for name, x in read.items() if name.endswith(("_lengths", "_offsets")))
-    written = {}
-    for name in Gradients._fields:
-        if name in wanted and read.get(name) is not None:
-            written["grad_" + name] = _empty(read["query"], tuple(read[name].shape), number=True, zero=padded)
-    _library.run(function, read, written, options, _threads(threads, read["query"], read["key"]))
-    return Gradients(**{name: written.get("grad_" + name) for name in Gradients._fields})
-
-
-_COUNTS = {"seen", "far_positions", *_RANGES}
-_INPUTS = {"query", "key", "value", "sink_logits", "alibi_slopes", "key_bias"}
+def _gradient(function, operands, incoming, threads, given, known):
+    """Runs a gradient: of the operands that have one, with what comes in."""
+    options = _split(operands, given, known)
+    _, work = _sizes(operands)
+    wanted = {name: x for name, x in operands.items() if name in Gradients._fields}
+    operands |= {name: x for name, x in incoming.items() if x is not None}
+    _refuse_followed("a gradient", operands)
+    padded = _has_padding(operands)
+    written = {name: _empty(operands["query"], tuple(x.shape), number=True, zero=padded) for name, x in wanted.items()}
+    _library.run(
+        function,
+        operands,
+        {"grad_" + name: x for name, x in written.items()},
+        options,
+        _library.threads_of(threads, work),
+    )
+    return Gradients(**{name: written.get(name) for name in Gradients._fields})
 
 
 def attention_gradient(
@@ -394,23 +460,14 @@ def attention_gradient(
     grad_out: Tensor,
     grad_lse: Tensor = None,
     *,
-    sink_logits: Tensor = None,
-    alibi_slopes: Tensor = None,
-    key_bias: Tensor = None,
-    query_lengths: Tensor = None,
-    query_begins: Tensor = None,
-    query_offsets: Tensor = None,
-    key_lengths: Tensor = None,
-    key_begins: Tensor = None,
-    key_offsets: Tensor = None,
     threads: int | None = None,
-    **options: Unpack[Options],
+    **arguments: Unpack[AttentionArguments],
 ) -> Gradients:
     """The gradients of `attention`: out and lse are what it returned, grad_out and grad_lse come in. A caller of PyTorch has
     them by backward()."""
-    read = dict(locals())
-    del read["threads"], read["options"]
-    return _gradient(library.cca_attention_gradient, read, _INPUTS, options, threads)
+    operands = {"query": query, "key": key, "value": value}
+    incoming = {"out": out, "lse": lse, "grad_out": grad_out, "grad_lse": grad_lse}
+    return _gradient("cca_attention_gradient", operands, incoming, threads, arguments, _ATTENTION)
 
 
 def attend_gradient(
@@ -425,28 +482,13 @@ def attend_gradient(
     grad_out: Tensor,
     grad_lse: Tensor = None,
     *,
-    far_bias: Tensor = None,
-    far_positions: Tensor = None,
-    sink_logits: Tensor = None,
-    alibi_slopes: Tensor = None,
-    key_bias: Tensor = None,
-    query_lengths: Tensor = None,
-    query_begins: Tensor = None,
-    query_offsets: Tensor = None,
-    key_lengths: Tensor = None,
-    key_begins: Tensor = None,
-    key_offsets: Tensor = None,
-    far_lengths: Tensor = None,
-    far_begins: Tensor = None,
-    far_offsets: Tensor = None,
     threads: int | None = None,
-    **options: Unpack[Options],
+    **arguments: Unpack[AttendArguments],
 ) -> Gradients:
     """The gradients of `attend`, of the far context, too."""
-    read = dict(locals())
-    del read["threads"], read["options"]
-    wanted = _INPUTS | {"far_key", "far_value", "far_bias"}
-    return _gradient(library.cca_attend_gradient, read, wanted, options, threads)
+    operands = _with_far_rows(query, key, value, far_key, far_value, seen)
+    incoming = {"out": out, "lse": lse, "grad_out": grad_out, "grad_lse": grad_lse}
+    return _gradient("cca_attend_gradient", operands, incoming, threads, arguments, _ATTEND)
 
 
 def pool_gradient(
@@ -456,22 +498,13 @@ def pool_gradient(
     grad_core_key: Tensor,
     grad_core_value: Tensor,
     *,
-    query_lengths: Tensor = None,
-    query_begins: Tensor = None,
-    query_offsets: Tensor = None,
-    key_lengths: Tensor = None,
-    key_begins: Tensor = None,
-    key_offsets: Tensor = None,
-    far_lengths: Tensor = None,
-    far_begins: Tensor = None,
-    far_offsets: Tensor = None,
     threads: int | None = None,
-    **options: Unpack[Options],
+    **arguments: Unpack[PoolArguments],
 ) -> Gradients:
     """The gradients of `pool`, of query, key and value."""
-    read = dict(locals())
-    del read["threads"], read["options"]
-    return _gradient(library.cca_pool_gradient, read, {"query", "key", "value"}, options, threads)
+    operands = {"query": query, "key": key, "value": value}
+    incoming = {"grad_core_key": grad_core_key, "grad_core_value": grad_core_value}
+    return _gradient("cca_pool_gradient", operands, incoming, threads, arguments, _POOL)
 
 
 class CacheShape(NamedTuple):
@@ -523,29 +556,32 @@ class KvCache:
     ):
         self._cache = ctypes.c_void_p()
         self._type = _data_type(dtype)
-        sizes = [_library._int64("shape", x) for x in (batch, heads, kv_heads, dim, value_dim, capacity, rewind)]
+        sizes = [_library.int64("shape", x) for x in (batch, heads, kv_heads, dim, value_dim, capacity, rewind)]
         shape = _library.CacheShape(ctypes.sizeof(_library.CacheShape), *sizes)
         settings = _library.options_of(tuple(options.items()))
         _library.check(
             library.cca_cache_make(ctypes.byref(self._cache), ctypes.byref(shape), self._type, ctypes.byref(settings))
         )
         self._unit = settings.unit
+        self._remember_shape()
+
+    def _remember_shape(self):
+        shape = _library.CacheShape(ctypes.sizeof(_library.CacheShape))
+        _library.check(library.cca_cache_get_shape(self._cache, ctypes.byref(shape)))
+        self._shape = CacheShape(*(getattr(shape, name) for name in CacheShape._fields))
 
     def __del__(self):
         if getattr(self, "_cache", None):
             library.cca_cache_free(self._cache)
 
     def _step(self, function, sequence, read, written, threads):
-        def call(arguments):
-            return function(self._cache, -1 if sequence is None else _library._int64("sequence", sequence), arguments)
-
-        if threads is None:
-            keys = self.length(0 if sequence is None else sequence) + read["key"].shape[2] if self.shape.batch else 0
-            size = 1
-            for extent in read["query"].shape:
-                size *= extent
-            threads = 1 if size * keys < _THREADED else _library.default_threads()
-        _library.run(call, read, written, {}, threads)
+        _refuse_followed("a cache", read)
+        read = {name: x for name, x in read.items() if x is not None}
+        (*extents, _), work = _sizes(read)
+        if threads is None and self._shape.batch:
+            work += extents[0] * extents[1] * extents[2] * self._shape.dim * self.length(sequence or 0)
+        number = -1 if sequence is None else _library.int64("sequence", sequence)
+        _library.run(function, read, written, {}, _library.threads_of(threads, work), self._cache, number)
 
     def attend(
         self,
@@ -563,43 +599,40 @@ class KvCache:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Appends the tokens, then answers their queries: query [batch, heads, new tokens, dim], key and value
         [batch, kv heads, new tokens, dim]. With `sequence` it alone grows, and the batch is 1. Returns as `attention`."""
-        _require(query=query, key=key, value=value)
-        out = _empty(query, (*query.shape[:-1], value.shape[-1])) if out is None else out
-        if lse is None and return_lse:
-            lse = _empty(query, tuple(query.shape[:-1]), number=True)
         read = {"query": query, "key": key, "value": value, "sink_logits": sink_logits, "alibi_slopes": alibi_slopes}
-        self._step(library.cca_cache_attend, sequence, read, {"out": out, "lse": lse}, threads)
+        if out is None or (lse is None and return_lse):
+            extents, _ = _sizes(read)
+            out = _empty(query, extents) if out is None else out
+            lse = _empty(query, extents[:3], number=True) if lse is None and return_lse else lse
+        self._step("cca_cache_attend", sequence, read, {"out": out, "lse": lse}, threads)
         return (out, lse) if return_lse else out
 
     def append(
         self, query: Tensor, key: Tensor, value: Tensor, *, sequence: int | None = None, threads: int | None = None
     ) -> None:
         """Appends tokens without answering."""
-        _require(query=query, key=key, value=value)
-        self._step(library.cca_cache_append, sequence, {"query": query, "key": key, "value": value}, {}, threads)
+        self._step("cca_cache_append", sequence, {"query": query, "key": key, "value": value}, {}, threads)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Takes back the tokens of a sequence from `length` on; see `least_length`."""
         _library.check(
             library.cca_cache_truncate(
-                self._cache, _library._int64("sequence", sequence), _library._int64("length", length)
+                self._cache, _library.int64("sequence", sequence), _library.int64("length", length)
             )
         )
 
     def reset(self, sequence: int | None = None) -> None:
         """Empties a sequence, or all."""
-        which = -1 if sequence is None else _library._int64("sequence", sequence)
+        which = -1 if sequence is None else _library.int64("sequence", sequence)
         _library.check(library.cca_cache_reset(self._cache, which))
 
     def fork(self, source: int, to: int) -> None:
         """Makes sequence `to` a copy of sequence `source`."""
-        _library.check(
-            library.cca_cache_fork(self._cache, _library._int64("source", source), _library._int64("to", to))
-        )
+        _library.check(library.cca_cache_fork(self._cache, _library.int64("source", source), _library.int64("to", to)))
 
     def _counts(self, sequence):
         counts = _library.CacheCounts()
-        which = _library._int64("sequence", sequence)
+        which = _library.int64("sequence", sequence)
         _library.check(library.cca_cache_get_counts(self._cache, which, ctypes.byref(counts)))
         return counts
 
@@ -637,9 +670,7 @@ class KvCache:
     @property
     def shape(self) -> CacheShape:
         """What it was made with, the defaults filled in."""
-        shape = _library.CacheShape(ctypes.sizeof(_library.CacheShape))
-        _library.check(library.cca_cache_get_shape(self._cache, ctypes.byref(shape)))
-        return CacheShape(*(getattr(shape, name) for name in CacheShape._fields))
+        return self._shape
 
     def save(self, file) -> None:
         """Writes it to a binary file."""
@@ -681,6 +712,7 @@ class KvCache:
         if errors:
             raise errors[0]
         _library.check(status)
+        self._remember_shape()
         return self
 
     def __reduce__(self):

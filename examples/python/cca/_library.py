@@ -82,11 +82,11 @@ class Options(ctypes.Structure):
     ]
 
 
-TENSORS = (
+_TENSORS = (
     "query key value sink_logits alibi_slopes key_bias query_lengths query_begins query_offsets key_lengths key_begins "
-    "key_offsets far_lengths far_begins far_offsets far_key far_value seen far_bias far_positions out lse out_a lse_a out_b lse_b core_key core_value "
-    "grad_out grad_lse grad_core_key grad_core_value grad_query grad_key grad_value grad_far_key grad_far_value "
-    "grad_sink_logits grad_alibi_slopes grad_key_bias grad_far_bias"
+    "key_offsets far_lengths far_begins far_offsets far_key far_value seen far_bias far_positions out lse out_a lse_a "
+    "out_b lse_b core_key core_value grad_out grad_lse grad_core_key grad_core_value grad_query grad_key grad_value "
+    "grad_far_key grad_far_value grad_sink_logits grad_alibi_slopes grad_key_bias grad_far_bias"
 ).split()
 
 
@@ -95,13 +95,18 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         ("struct_size", ctypes.c_size_t),
-        *((name, ctypes.c_void_p) for name in TENSORS),
+        *((name, ctypes.c_void_p) for name in _TENSORS),
         ("options", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
         ("parallel_for", ctypes.c_void_p),
         ("parallel_for_self", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
         ("workspace_size", ctypes.c_size_t),
+        ("visible_from", ctypes.c_void_p),
+        ("visible_until", ctypes.c_void_p),
+        ("selected_blocks", ctypes.c_void_p),
+        ("block_rows", ctypes.c_int64),
+        ("block_queries", ctypes.c_int64),
     ]
 
 
@@ -135,7 +140,11 @@ library.cca_cache_free.argtypes = [ctypes.c_void_p]
 library.cca_cache_free.restype = None
 for _name in ("cca_cache_attend", "cca_cache_append"):
     getattr(library, _name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-library.cca_cache_truncate.argtypes = library.cca_cache_fork.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+library.cca_cache_truncate.argtypes = library.cca_cache_fork.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int64,
+]
 library.cca_cache_reset.argtypes = [ctypes.c_void_p, ctypes.c_int64]
 library.cca_cache_get_shape.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 library.cca_cache_get_counts.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
@@ -152,110 +161,6 @@ def check(status):
     raise {1: ValueError, 2: MemoryError}.get(status, RuntimeError)(text)
 
 
-# How a type of tensors is exported: its own fast way, or the protocol of DLPack.
-
-_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer.argtypes, _pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
-_capsule_name = ctypes.pythonapi.PyCapsule_GetName
-_capsule_name.argtypes, _capsule_name.restype = [ctypes.py_object], ctypes.c_char_p
-_TENSOR_AT = VersionedTensor.tensor.offset
-
-
-def _from_capsule(capsule, name, written):
-    """The address of the tensor in a capsule, which stays the capsule's."""
-    kind = _capsule_name(capsule)
-    address = _pointer(capsule, kind)
-    if kind != b"dltensor_versioned":
-        return address
-    managed = VersionedTensor.from_address(address)
-    if managed.major > 1:
-        raise ValueError(f"cca: {name}: got version {managed.major} of DLPack, wants 0 or 1")
-    if written and managed.flags & READ_ONLY:
-        raise ValueError(f"cca: {name}: got a read-only tensor, wants one that can be written")
-    return address + _TENSOR_AT
-
-
-def _by_protocol(x, name, written):
-    """(address of a DLTensor, what has to live as long as it)"""
-    try:
-        try:
-            capsule = x.__dlpack__(max_version=(1, 1))
-        except TypeError:  # an older producer
-            capsule = x.__dlpack__()
-    except (BufferError, RuntimeError) as error:
-        raise _refusal(x, name, error) from None
-    return _from_capsule(capsule, name, written), capsule
-
-
-_ARRAY_TYPES = {"float32": FLOAT, "float64": FLOAT, "float16": FLOAT, "bfloat16": BFLOAT, "int64": INT}
-
-
-def _by_array(x, name, written):
-    """NumPy's, which exports no bfloat16 and, before 2.1, nothing that is read-only."""
-    if written and not x.flags.writeable:
-        raise ValueError(f"cca: {name}: got a read-only array, wants one that can be written")
-    if x.flags.writeable and x.dtype.kind != "V":
-        return _by_protocol(x, name, written)
-    if x.dtype.name not in _ARRAY_TYPES or any(stride % x.itemsize for stride in x.strides):
-        raise ValueError(f"cca: {name}: got {x.dtype.name} with strides {x.strides}, wants whole elements of a known type")
-    extents, count = ctypes.c_int64 * x.ndim, x.ndim
-    shape, strides = extents(*x.shape), extents(*(stride // x.itemsize for stride in x.strides))
-    dtype = DataType(_ARRAY_TYPES[x.dtype.name], 8 * x.itemsize, 1)
-    tensor = Tensor(x.ctypes.data, 1, 0, count, dtype, shape, strides, 0)
-    return ctypes.addressof(tensor), (tensor, x)
-
-
-def _by_exchange(api, x, name, written):
-    """PyTorch's, where it has DLPack's interface for C: a tenth of the time."""
-    if x.is_sparse or x.is_quantized or x.is_neg():
-        raise ValueError(f"cca: {name}: got a sparse, quantized or negated tensor, wants a dense one")
-    tensor = Tensor()
-    try:
-        api(x, ctypes.addressof(tensor))
-    except (BufferError, RuntimeError) as error:
-        raise _refusal(x, name, error) from None
-    return ctypes.addressof(tensor), tensor
-
-
-def _refusal(x, name, error):
-    """Of a tensor that its library does not export."""
-    device = getattr(x, "device", "cpu")
-    if getattr(device, "type", "cpu") != "cpu":
-        return ValueError(f"cca: {name}: got a tensor on {device}, wants one on the cpu")
-    return ValueError(f"cca: {name}: {str(error).splitlines()[0]}")
-
-
-def _exporter_of(kind):
-    if kind.__module__.startswith("numpy.ma"):
-        return None  # its mask would be lost
-    api = getattr(kind, "__dlpack_c_exchange_api__", None)
-    if api is not None and hasattr(kind, "is_neg"):
-        table = ExchangeApi.from_address(_pointer(api, b"dlpack_exchange_api"))
-        if table.major == 1 and table.tensor_from_object:
-            function = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)(table.tensor_from_object)
-            return functools.partial(_by_exchange, function)
-    if kind.__module__ == "numpy":
-        return _by_array
-    if hasattr(kind, "__dlpack__"):
-        return _by_protocol
-    return None
-
-
-_exporters = {}
-
-
-def export(x, name, written=False):
-    """What the library sees of a tensor: (address of a DLTensor, what has to live as long as it)."""
-    kind = type(x)
-    exporter = _exporters.get(kind)
-    if exporter is None:
-        exporter = _exporters[kind] = _exporter_of(kind)
-        if exporter is None:
-            del _exporters[kind]
-            raise TypeError(f"cca: {name}: got {kind.__name__}, wants a tensor: NumPy's, PyTorch's, or any that has __dlpack__")
-    return exporter(x, name, written)
-
-
 ENUMS = {
     "pool": ("last_query", "mean", "max", "select"),
     "core_heads": ("per_query_head", "per_kv_head"),
@@ -266,7 +171,7 @@ UNLIMITED = 2**63 - 1
 OPTIONS = [name for name, _ in Options._fields_[1:]]
 
 
-def _int64(name, value):
+def int64(name, value):
     """ctypes would cut off what does not fit."""
     value = operator.index(value)
     if not -(2**63) <= value < 2**63:
@@ -294,34 +199,225 @@ def options_of(items):
         elif name == "softmax_scale":
             value = ctypes.pointer(ctypes.c_double(value))
         elif name == "first_position":
-            value = ctypes.pointer(ctypes.c_int64(_int64(name, value)))
+            value = ctypes.pointer(ctypes.c_int64(int64(name, value)))
         elif name not in ("pooling_scale", "softcap"):
-            value = _int64(name, value)
+            value = int64(name, value)
         setattr(options, name, value)
     return options
 
 
-def run(function, read, written, options, threads):
-    """Calls a function of the library.
+# How a type of tensors is exported: its own fast way, or the protocol of DLPack. An exporter writes a DLTensor to an address
+# and returns what has to live as long as it.
 
-    read, written: tensors by their names in cca_call; None is not given. options: a dictionary."""
-    arguments = Call(ctypes.sizeof(Call), threads=threads)
-    kept = []
-    for tensors, is_written in ((read, False), (written, True)):
-        for name, x in tensors.items():
-            if x is not None:
-                address, keeper = export(x, name, is_written)
-                setattr(arguments, name, address)
-                kept.append(keeper)
-    if options:
-        settings = options_of(tuple(options.items()))
-        kept.append(settings)
-        arguments.options = ctypes.addressof(settings)
-    check(function(ctypes.addressof(arguments)))
+_TENSOR_SIZE = ctypes.sizeof(Tensor)
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.argtypes, _pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
+_capsule_name = ctypes.pythonapi.PyCapsule_GetName
+_capsule_name.argtypes, _capsule_name.restype = [ctypes.py_object], ctypes.c_char_p
 
 
-def default_threads():
-    """PyTorch's number where it is loaded, else that of the processors that this process may use."""
+def _by_protocol(x, name, written, to):
+    try:
+        try:
+            capsule = x.__dlpack__(max_version=(1, 1))
+        except TypeError:  # an older producer
+            capsule = x.__dlpack__()
+    except (BufferError, RuntimeError) as error:
+        raise _refusal(x, name, error) from None
+    kind = _capsule_name(capsule)
+    address = _pointer(capsule, kind)
+    if kind == b"dltensor_versioned":
+        managed = VersionedTensor.from_address(address)
+        if managed.major > 1:
+            raise ValueError(f"cca: {name}: got version {managed.major} of DLPack, wants 0 or 1")
+        if written and managed.flags & READ_ONLY:
+            raise ValueError(f"cca: {name}: got a read-only tensor, wants one that can be written")
+        address += VersionedTensor.tensor.offset
+    ctypes.memmove(to, address, _TENSOR_SIZE)
+    return capsule
+
+
+_ARRAY_TYPES = {"float32": FLOAT, "float64": FLOAT, "float16": FLOAT, "bfloat16": BFLOAT, "int64": INT}
+
+
+def _by_array(x, name, written, to):
+    """NumPy's, which exports no bfloat16 and, before 2.1, nothing that is read-only."""
+    if written and not x.flags.writeable:
+        raise ValueError(f"cca: {name}: got a read-only array, wants one that can be written")
+    if x.flags.writeable and x.dtype.kind != "V":
+        try:
+            capsule = x.__dlpack__()  # the old kind, of which nothing has to be asked
+        except (BufferError, RuntimeError) as error:
+            raise _refusal(x, name, error) from None
+        ctypes.memmove(to, _pointer(capsule, b"dltensor"), _TENSOR_SIZE)
+        return capsule
+    if x.dtype.name not in _ARRAY_TYPES or any(stride % x.itemsize for stride in x.strides):
+        raise ValueError(
+            f"cca: {name}: got {x.dtype.name} with strides {x.strides}, wants whole elements of a known type"
+        )
+    extents, count = ctypes.c_int64 * x.ndim, x.ndim
+    shape, strides = extents(*x.shape), extents(*(stride // x.itemsize for stride in x.strides))
+    dtype = DataType(_ARRAY_TYPES[x.dtype.name], 8 * x.itemsize, 1)
+    tensor = Tensor(x.ctypes.data, 1, 0, count, dtype, shape, strides, 0)
+    ctypes.memmove(to, ctypes.addressof(tensor), ctypes.sizeof(tensor))
+    return tensor, x
+
+
+_exchanges = {}
+"""PyTorch's exporters by the types of tensors, where it has DLPack's interface for C: a tenth of the time."""
+
+
+def _exchange_of(kind):
+    """A function of a tensor and an address."""
+    api = getattr(kind, "__dlpack_c_exchange_api__", None)
+    if api is not None and hasattr(kind, "is_neg"):
+        table = ExchangeApi.from_address(_pointer(api, b"dlpack_exchange_api"))
+        if table.major == 1 and table.tensor_from_object:
+            return ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)(table.tensor_from_object)
+    return None
+
+
+def _refusal(x, name, error):
+    """Of a tensor that its library does not export."""
+    if getattr(x, "is_sparse", False) or getattr(x, "is_quantized", False):
+        return ValueError(f"cca: {name}: got a sparse or quantized tensor, wants a dense one")
+    device = getattr(x, "device", "cpu")
+    if getattr(device, "type", "cpu") != "cpu":
+        return ValueError(f"cca: {name}: got a tensor on {device}, wants one on the cpu")
+    return ValueError(f"cca: {name}: {str(error).splitlines()[0]}")
+
+
+def _exporter_of(kind):
+    if kind.__module__.startswith("numpy.ma"):
+        return None  # its mask would be lost
+    exchange = _exchange_of(kind)
+    if exchange is not None:
+        _exchanges[kind] = exchange
+    if hasattr(kind, "is_neg"):
+        return _by_torch
+    if kind.__module__ == "numpy":
+        return _by_array
+    if hasattr(kind, "__dlpack__"):
+        return _by_protocol
+    return None
+
+
+def _by_torch(x, name, written, to):
+    if x.is_neg():
+        raise ValueError(f"cca: {name}: got a negated tensor, wants one whose memory holds its numbers")
+    exchange = _exchanges.get(type(x))
+    if exchange is None:  # an older release, which exports nothing that requires gradients
+        return _by_protocol(x.detach(), name, written, to)
+    try:
+        exchange(x, to)
+    except (BufferError, RuntimeError) as error:
+        raise _refusal(x, name, error) from None
+
+
+_exporters = {}
+
+
+def export(x, name, written, to):
+    """Writes what the library sees of a tensor to the DLTensor at an address; returns what has to live as long as it."""
+    kind = type(x)
+    exporter = _exporters.get(kind)
+    if exporter is None:
+        exporter = _exporter_of(kind)
+        if exporter is None:
+            raise TypeError(
+                f"cca: {name}: got {kind.__name__}, wants a tensor: NumPy's, PyTorch's, or any that has __dlpack__"
+            )
+        _exporters[kind] = exporter
+    return exporter(x, name, written, to)
+
+
+# Numbers of a call that are no options.
+COUNTS = ("block_rows", "block_queries")
+
+
+class Plan:
+    """A function of the library with the names of the tensors and the options that it is called with. What they need in the
+    library's form is made once, for as many calls as run at a time."""
+
+    def __init__(self, function, read, written, options):
+        self.function = getattr(library, function)
+        self.tensors = [*((name, False) for name in read), *((name, True) for name in written)]
+        options = dict(options)
+        self.counts = {name: int64(name, options.pop(name)) for name in COUNTS if name in options}
+        self.options = options_of(tuple(options.items())) if options else None
+        self.free = []
+
+    def _frame(self):
+        """A structure of the call, its address, and the names and places of its tensors."""
+        call, tensors = Call(ctypes.sizeof(Call)), (Tensor * len(self.tensors))()
+        for (name, _), tensor in zip(self.tensors, tensors):
+            setattr(call, name, ctypes.addressof(tensor))
+        for name, count in self.counts.items():
+            setattr(call, name, count)
+        if self.options is not None:
+            call.options = ctypes.addressof(self.options)
+        places = [(*named, ctypes.addressof(tensor)) for named, tensor in zip(self.tensors, tensors)]
+        return call, ctypes.addressof(call), places, tensors
+
+    def __call__(self, tensors, threads, *before):
+        """Calls the function. tensors: those that are read, then those that are written, in the order of the names.
+        before: arguments of the function that come before the structure."""
+        try:
+            frame = self.free.pop()
+        except IndexError:
+            frame = self._frame()
+        call, address, places, _ = frame
+        call.threads = threads
+        keepers = []
+        for x, place in zip(tensors, places):
+            exchange = _exchanges.get(type(x))
+            if exchange is None or x.is_neg():
+                keepers.append(export(x, *place))
+                continue
+            try:  # `_by_torch` without the calls: they are what a small attention costs
+                exchange(x, place[2])
+            except (BufferError, RuntimeError) as error:
+                raise _refusal(x, place[0], error) from None
+        status = self.function(*before, address)
+        self.free.append(frame)
+        if status != 0:
+            check(status)
+        del keepers  # not before
+
+
+_plan_of = functools.lru_cache(maxsize=256)(Plan)
+
+
+def plan_of(function, read, written, options):
+    """The plan of a function of this name, the names of its tensors, and a dictionary of options."""
+    try:
+        return _plan_of(function, read, written, tuple(options.items()))
+    except TypeError:
+        for name, x in options.items():
+            if getattr(x, "__hash__", None) is None:
+                raise TypeError(f"cca: options.{name}: got {type(x).__name__}, wants a number or a word") from None
+        raise
+
+
+def run(function, read, written, options, threads, *before):
+    """Calls a function of the library. read, written: tensors by their names in cca_call; None is not given. options: a
+    dictionary. before: arguments that come before the structure."""
+    read = {name: x for name, x in read.items() if x is not None}
+    written = {name: x for name, x in written.items() if x is not None}
+    plan = plan_of(function, tuple(read), tuple(written), options)
+    plan((*read.values(), *written.values()), threads, *before)
+
+
+_THREADED = 2**21  # multiply-adds of queries and keys: less takes no longer than to make a thread
+
+
+def threads_of(threads, multiply_adds):
+    """How many: what is given, else PyTorch's number where it is loaded, else that of the processors that this process may
+    use; for small calls 1."""
+    if threads is not None:
+        return int64("threads", threads)
+    if multiply_adds < _THREADED:
+        return 1
     torch = sys.modules.get("torch")
     if torch is not None:
         return torch.get_num_threads()

@@ -460,3 +460,8 @@ class Cache(transformers.cache_utils.Cache):
     def __init__(self, config, rewind: int = 32):
         layers = config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(layers=[CacheLayer(rewind) for _ in range(layers)])
+
+    def update(self, key_states, value_states, layer_idx, *more, **named):
+        if layer_idx >= len(self.layers):
+            _refuse("cache", f"one of {len(self.layers)} layers", "one that was made with this model's config")
+        return super().update(key_states, value_states, layer_idx, *more, **named)

@@ -6,6 +6,7 @@ import io
 import pathlib
 import pickle
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -43,7 +44,9 @@ def test_structures_are_those_of_the_header(struct):
     """Their members, in order, with their types."""
     name = struct.__doc__
     header = (pathlib.Path(__file__).parents[3] / "include/cca/dispatch/cca.h").read_text(encoding="utf-8")
-    body = re.search(rf"typedef struct {name} {{(.*?)}} {name};", re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL), re.DOTALL)
+    body = re.search(
+        rf"typedef struct {name} {{(.*?)}} {name};", re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL), re.DOTALL
+    )
     members = []
     for declaration in body[1].split(";")[:-1]:
         kind, star, names = re.fullmatch(r"(?:const )?(\w+)(\*?) (.*)", " ".join(declaration.split())).groups()
@@ -163,11 +166,115 @@ def test_lengths_and_offsets():
     assert not out[0, :, 7:].any()
 
 
+def rows_seen(by, far_length=11):
+    """Who sees which of the far rows, [batch, heads, query length, far length], and the arguments that say it."""
+    rng = np.random.default_rng(4)
+    q, rows = np.arange(19)[:, None], np.arange(far_length)
+    if by == "positions":
+        first = rng.integers(0, 19, (2, 2, far_length))
+        last = first + rng.integers(0, 9, first.shape)
+        sees = (first[:, :, None] <= q) & (q < last[:, :, None])
+        return np.repeat(sees, 2, 1), {"visible_from": first, "visible_until": last}
+    lists = np.array([[0, 2, 3], [1, -1, -1], [-1, -1, -1], [0, 1, 2], [3, -1, -1]])
+    lists = np.stack([lists, lists[::-1]])[:, None]
+    sees = (lists[:, :, :, None, :] == rows[:, None] // 3).any(-1).repeat(4, 2)[:, :, :19]
+    return np.repeat(sees, 4, 1), {"selected_blocks": lists, "block_rows": 3, "block_queries": 4}
+
+
+@pytest.mark.parametrize("by", ["positions", "lists"])
+def test_selected_rows(by):
+    q, k, v = operands()
+    far_key, far_value = (x[:, :, 2:13].copy() for x in (k, v))
+    sees, who = rows_seen(by)
+    out, lse = cca.attend(q, k, v, far_key, far_value, return_lse=True, window=4, **who)
+    keys = np.concatenate([k, far_key], 2).repeat(2, 1)
+    scores = np.einsum("bhid,bhjd->bhij", q, keys) / 5**0.5
+    distance = np.arange(19)[:, None] - np.arange(19)
+    near = np.broadcast_to((0 <= distance) & (distance < 4), (2, 4, 19, 19))
+    weights = np.exp(scores) * np.concatenate([near, sees], -1)
+    total = weights.sum(-1)
+    want = np.einsum("bhij,bhjd->bhid", weights / total[..., None], np.concatenate([v, far_value], 2).repeat(2, 1))
+    assert np.abs(out - want).max() < 1e-12 and np.abs(lse - np.log(total)).max() < 1e-12
+
+    grad_out = np.random.default_rng(5).normal(size=out.shape)
+    gradients = cca.attend_gradient(q, k, v, far_key, far_value, None, out, lse, grad_out, window=4, **who)
+    for x, gradient in ((q, gradients.query), (far_key, gradients.far_key), (far_value, gradients.far_value)):
+        place = (1, 1, 5, 2)
+        difference = 0
+        for side in (1, -1):
+            x[place] += side * 1e-5
+            difference += side * (cca.attend(q, k, v, far_key, far_value, window=4, **who) * grad_out).sum() / 2e-5
+            x[place] -= side * 1e-5
+        assert abs(difference - gradient[place]) < 1e-7
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_lists_of_sequences_of_their_own_lengths(layout):
+    q, k, v = operands()
+    _, who = rows_seen("lists")
+    lengths, far_length = [7, 19], 11
+    count = [2, 5]  # lists of 4 queries
+    far = [x[:, :, :far_length].copy() for x in (k, v)]
+    alone = [
+        cca.attend(
+            *(x[b : b + 1, :, :n] for x in (q, k, v)), *(x[b : b + 1] for x in far), window=4,
+            **who | {"selected_blocks": who["selected_blocks"][b : b + 1, :, : count[b]]},
+        )
+        for b, n in enumerate(lengths)
+    ]  # fmt: skip
+    if layout == "padded":
+        same = {"query_lengths": lengths, "key_lengths": lengths, "far_lengths": [far_length] * 2}
+        out = cca.attend(q, k, v, *far, window=4, **same, **who)
+        out = [out[b : b + 1, :, :n] for b, n in enumerate(lengths)]
+    else:
+        packed = [np.concatenate([x[b : b + 1, :, :n] for b, n in enumerate(lengths)], 2) for x in (q, k, v)]
+        far = [np.concatenate([x[:1], x[1:]], 2) for x in far]
+        lists = np.concatenate([who["selected_blocks"][b : b + 1, :, : count[b]] for b in range(2)], 2)
+        same = {"query_offsets": [0, 7, 26], "key_offsets": [0, 7, 26], "far_offsets": [0, 11, 22]}
+        out = cca.attend(*packed, *far, window=4, **same, **who | {"selected_blocks": lists})
+        out = [out[:, :, :7], out[:, :, 7:]]
+    for got, want in zip(out, alone):
+        assert np.array_equal(got, want)
+
+
+def test_selected_rows_are_refused():
+    q, k, v = operands()
+    _, who = rows_seen("lists")
+    with pytest.raises(TypeError, match="cca: selected_blocks: got a ndarray, wants none"):
+        cca.attention(q, k, v, **who)
+    with pytest.raises(ValueError, match=r"block_rows: got 0, wants at least 1|block_rows: got -1"):
+        cca.attend(q, k, v, k, v, **who | {"block_rows": -1})
+    with pytest.raises(ValueError, match="selected_blocks: got float64, wants int64"):
+        cca.attend(q, k, v, k, v, selected_blocks=np.zeros((1, 1, 5, 1)), block_queries=4)
+    with pytest.raises(ValueError, match="far.seen: got"):
+        cca.attend(q, k, v, k, v)
+
+
 def test_threads_change_no_bit():
     q, k, v = operands()
     want = cca.attention(q, k, v, threads=1, **OPTIONS)
     for threads in (2, 7):
         assert np.array_equal(cca.attention(q, k, v, threads=threads, **OPTIONS), want)
+
+
+def test_calls_at_once():
+    """Of the same form, which share what was prepared for it, while the interpreter's lock is released."""
+    rng = np.random.default_rng(6)
+    everything = [rng.normal(size=(3, 1, 2, 300, 16)).astype(np.float32) for _ in range(4)]
+    want = [cca.attention(*x, threads=1, **OPTIONS) for x in everything]
+    wrong = []
+
+    def call(x, y):
+        for _ in range(50):
+            if not np.array_equal(cca.attention(*x, threads=1, **OPTIONS), y):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=call, args=pair) for pair in zip(everything, want)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
 
 
 def cache_of(**more):
@@ -214,14 +321,18 @@ def test_cache():
         (lambda q, k, v: (q, k.astype(np.float32), v), "key: got float32, wants float64"),
         (lambda q, k, v: (q, k, v[..., ::-1]), "value: got strides"),
         (lambda q, k, v: (q, k[:, :1][0], v), "key: got 3 dimensions, wants 4"),
+        (lambda q, k, v: (q, k, v[0]), "value: got 3 dimensions, wants 4"),
+        (lambda q, k, v: (q[0, 0, 0, 0], k, v), "query: got 0 dimensions, wants 4"),
         (lambda q, k, v: (q, k[..., :0], v), "key: got dim 0"),
         (lambda q, k, v: (q, k, v[:, :, :3]), "value: got"),
         (lambda q, k, v: (q.astype(complex), k, v), "query: got complex128"),
     ],
 )
 def test_refusals(change, text):
+    out = np.full((2, 4, 19, 3), 7.0)
     with pytest.raises(ValueError, match="^cca: " + text.replace("[", r"\[")):
-        cca.attention(*change(*operands()))
+        cca.attention(*change(*operands()), out=out)
+    assert (out == 7).all()  # nothing was written
 
 
 @pytest.mark.parametrize(
@@ -232,6 +343,7 @@ def test_refusals(change, text):
         ({"window": 2**63}, ValueError, "window: got 9223372036854775808, wants a number of 64 bits"),
         ({"window": 2.5}, TypeError, "float"),
         ({"pool": "mode"}, ValueError, "options.pool: got mode, wants one of last_query"),
+        ({"window": [3]}, TypeError, "cca: options.window: got list, wants a number"),
         ({"softcap": None}, ValueError, "options.softcap: got None"),
     ],
 )
@@ -242,10 +354,80 @@ def test_refused_options(options, error, text):
 
 def test_what_is_no_tensor():
     q, k, v = operands()
+    with pytest.raises(TypeError, match="cca: query: got NoneType, wants a tensor"):
+        cca.attention(None, k, v)
+    with pytest.raises(TypeError, match="cca: sink_logits: got list, wants a tensor"):
+        cca.attention(q, k, v, sink_logits=[1.0] * 4)
     with pytest.raises(TypeError, match="cca: key: got list, wants a tensor"):
         cca.attention(q, k.tolist(), v)
     with pytest.raises(TypeError, match="cca: value: got MaskedArray, wants a tensor"):
         cca.attention(q, k, np.ma.masked_array(v, v > 1))
+
+
+class ManagedTensor(ctypes.Structure):
+    """DLManagedTensor"""
+
+    _fields_ = [("tensor", _library.Tensor), ("manager", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+
+
+class OnCuda:
+    """A tensor that says that it lies in the memory of a GPU. Nobody may look at that."""
+
+    def __init__(self, x):
+        self.shape, self.dtype = x.shape, x.dtype
+        self.extents = (ctypes.c_int64 * x.ndim)(*x.shape)
+        tensor = _library.Tensor(8, 2, 0, x.ndim, _library.DataType(2, 64, 1), self.extents, None, 0)
+        self.managed = ManagedTensor(tensor)
+
+    def __dlpack__(self):
+        new = ctypes.pythonapi.PyCapsule_New
+        new.argtypes, new.restype = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p], ctypes.py_object
+        return new(ctypes.addressof(self.managed), b"dltensor", None)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_the_memory_of_a_gpu_is_refused(place):
+    everything = [*operands(), np.full((2, 4, 19, 3), 7.0)]
+    out = everything[3]
+    everything[place] = OnCuda(everything[place])
+    name = ("query", "key", "value", "out")[place]
+    text = f"cca: {name}: got memory of DLPack's device type 2, wants memory of the processor"
+    with pytest.raises(ValueError, match=text):
+        cca.attention(*everything[:3], out=everything[3])
+    assert (out == 7).all()
+    cache = cca.KvCache(batch=2, heads=4, kv_heads=2, dim=5, value_dim=3, dtype="float64")
+    with pytest.raises(ValueError, match=text):
+        cache.attend(*everything[:3], out=everything[3])
+    assert (out == 7).all() and cache.length() == 0
+
+
+@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "everything", "value dim"])
+def test_zero_sizes(empty):
+    q, k, v = operands()
+    q, k, v = {
+        "batch": (q[:0], k[:0], v[:0]),
+        "heads": (q[:, :0], k, v),
+        "queries": (q[:, :, :0], k, v),
+        "everything": (q[:0, :0, :0], k[:0, :0, :0], v[:0, :0, :0]),
+        "value dim": (q, k, v[..., :0]),
+    }[empty]
+    if empty == "value dim":
+        with pytest.raises(ValueError, match="cca: value: got dim 0"):
+            cca.attention(q, k, v)
+        return
+    out, lse = cca.attention(q, k, v, return_lse=True)
+    assert out.shape == (*q.shape[:3], 3) and lse.shape == q.shape[:3]
+    gradients = cca.attention_gradient(q, k, v, out, lse, out)
+    assert all(not x.any() for x in gradients[:3])
+
+
+def test_no_keys():
+    q, k, v = operands()
+    out, lse = cca.attention(q[:, :, :0], k[:, :, :0], v[:, :, :0], return_lse=True)
+    assert out.shape == (2, 4, 0, 3)
+    none = np.zeros((2, 2, 0, 5)), np.zeros((2, 2, 0, 3))
+    out, lse = cca.attend(q, *none, *none, np.zeros((2, 4, 19), np.int64), return_lse=True)
+    assert not out.any() and (lse == -np.inf).all()  # a query that sees nothing
 
 
 def test_capsules_by_hand():
@@ -256,7 +438,9 @@ def test_capsules_by_hand():
     address = ctypes.addressof(tensor)
     out = np.empty_like(x)
     call = _library.Call(ctypes.sizeof(_library.Call), query=address, key=address, value=address)
-    call.out, keeper = _library.export(out, "out", True)
+    exported = _library.Tensor()
+    call.out = ctypes.addressof(exported)
+    keeper = _library.export(out, "out", True, call.out)
     _library.check(_library.library.cca_attention(ctypes.addressof(call)))
     assert np.array_equal(out, cca.attention(x, x, x))
     del keeper

@@ -1,5 +1,6 @@
 """Models of transformers, small ones with random weights, with cca's attention beside eager attention."""
 
+import copy
 import inspect
 import pathlib
 import sys
@@ -299,6 +300,37 @@ def test_refusals():
     with pytest.raises(RuntimeError, match="another attention than cca's"):
         other(ids[:, :1], **{CACHE: cache})
         other(ids[:, :1], **{CACHE: cache})
+
+
+def test_the_cache_of_another_model_is_refused():
+    model, ids = model_of("llama"), tokens()
+    for change, text in [
+        ({"num_hidden_layers": model.config.num_hidden_layers - 1}, "cache: got one of 1 layers"),
+        ({"num_attention_heads": 8}, "query: got"),
+        ({"num_key_value_heads": 4}, "key: got"),
+        ({"head_dim": 16}, "cache: got the options"),  # another scale
+    ]:
+        config = copy.deepcopy(model.config)
+        for name, x in change.items():
+            setattr(config, name, x)
+        cache = cca.hf.Cache(config)
+        with torch.no_grad():
+            if "num_hidden_layers" not in change:
+                other = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="cca")
+                other(ids, **{CACHE: cache})
+            with pytest.raises(ValueError, match="^cca: " + text):
+                model(ids[:, :1], **{CACHE: cache})
+
+
+def test_a_stale_cache_is_refused():
+    """Its tokens are not those before the new ones."""
+    model = model_of("llama")
+    cache = cca.hf.Cache(model.config)
+    ids, mask = padded("left")
+    with torch.no_grad():
+        model(ids, attention_mask=mask, **{CACHE: cache})
+    with pytest.raises(ValueError, match=r"cache: got \d+ tokens, wants \d+, which the mask says"), torch.no_grad():
+        model(ids[:, :1], **{CACHE: cache})  # without the mask, padding would be tokens
 
 
 def test_half_a_registration_is_refused():

@@ -23,10 +23,17 @@ def options_of(**more):
     return OPTIONS | more
 
 
-def test_every_option_is_in_the_schema():
-    assert set(cca.torch._OPTION_NAMES) == {*cca.Options.__annotations__, "threads"}
-    for argument in torch.ops.cca.attention.default._schema.arguments[-len(cca.torch._OPTION_NAMES) :]:
-        assert argument.default_value == cca.torch._OPTION_DEFAULTS.get(argument.name, 0)
+def test_every_argument_is_in_the_schema():
+    operators = cca.torch.OPERATORS
+    assert set(operators["attention"].options) == {*cca.Options.__annotations__, "threads"}
+    assert set(operators["attend"].options) == {*cca.Options.__annotations__, "block_rows", "block_queries", "threads"}
+    for name, annotations in (("attention", cca.AttentionArguments), ("attend", cca.AttendArguments)):
+        arguments = [x.name for x in operators[name].op._schema.arguments]
+        assert {*annotations.__annotations__} <= {*arguments} and len(arguments) == len({*arguments})
+    defaults = cca._library.options_of(())
+    for name, default in operators["attention"].options.items():
+        if name != "threads":
+            assert bytes(cca._library.options_of(((name, default),))) == bytes(defaults), name
 
 
 @pytest.mark.parametrize("layout", ["bhld", "blhd"])
@@ -74,6 +81,72 @@ def test_gradcheck_of_far_context():
     assert torch.autograd.gradcheck(call, (q, k, v, far_key, far_value, bias))
 
 
+@pytest.mark.parametrize("by", ["positions", "lists"])
+def test_gradcheck_of_selected_rows(by):
+    q, k, v = operands(grad=True)
+    far_key, far_value = (x.detach()[:, :, :5].clone().requires_grad_() for x in (k, v))
+    if by == "positions":
+        who = {"visible_from": torch.arange(5).expand(1, 1, 5), "visible_until": torch.arange(5).expand(1, 1, 5) + 3}
+    else:
+        who = {"selected_blocks": torch.tensor([[0, 2], [1, -1], [0, 1]]).expand(1, 1, 3, 2), "block_rows": 2}
+        who["block_queries"] = 4
+
+    def call(*tensors):
+        return cca.attend(*tensors, return_lse=True, window=4, **who)
+
+    assert torch.autograd.gradcheck(call, (q, k, v, far_key, far_value))
+    out = call(q, k, v, far_key, far_value)[0]
+    assert torch.equal(out, torch.compile(call, fullgraph=True, backend="eager")(q, k, v, far_key, far_value)[0])
+
+
+def test_operands_beside_those_that_require_gradients():
+    q, k, v = operands(grad=True)
+    for key, text in [
+        (k.detach().long(), "key: got int64, wants float64"),
+        (k.detach().to("meta"), "key: got a tensor on meta, wants one on the cpu"),
+        (k.detach().float(), "key: got float32, wants float64"),
+    ]:
+        with pytest.raises(ValueError, match="^cca: " + text):
+            cca.attention(q, key, v)
+    with pytest.raises(ValueError, match="cca: out: got a tensor, wants None where PyTorch follows"):
+        cca.attention(q, k, v, out=torch.empty(2, 4, 11, 3))
+    with pytest.raises(ValueError, match="cca: lse: got a tensor, wants None where PyTorch follows"):
+        cca.attention(q, k, v, lse=torch.empty(2, 4, 11))
+
+
+def test_what_autograd_does_not_see_is_refused():
+    q, k, v = operands(grad=True)
+    with pytest.raises(ValueError, match="cca: query: got a tensor that requires gradients, wants none: pool has no"):
+        cca.pool(q, k, v, group_size=3)
+    with pytest.raises(ValueError, match="cca: key: got a tensor that requires gradients, wants none: a cache has no"):
+        cache = cca.KvCache(batch=2, heads=4, kv_heads=2, dim=5, value_dim=3, dtype=torch.float64)
+        cache.attend(q.detach(), k, v.detach())
+    out, lse = cca.attention(q, k, v, return_lse=True)
+    with pytest.raises(ValueError, match="cca: out_a: got a tensor that requires gradients"):
+        cca.merge(out, lse, out, lse)
+    with torch.no_grad():
+        assert cca.pool(q, k, v, group_size=3)[0].shape == (2, 4, 3, 5)
+
+
+def test_releases_without_the_interface_for_c(monkeypatch):
+    """Of DLPack, which older ones of PyTorch lack."""
+    q, k, v = operands(grad=True)
+    want = cca.attention(q, k, v, **OPTIONS)
+    wanted = torch.autograd.grad(want.square().sum(), (q, k, v))
+    monkeypatch.setattr(cca._library, "_exchange_of", lambda kind: None)
+    monkeypatch.setattr(cca._library, "_exchanges", {})
+    monkeypatch.setattr(cca._library, "_exporters", {})
+    got = cca.attention(q, k, v, **OPTIONS)
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(got.square().sum(), (q, k, v)), wanted))
+    with torch.no_grad():
+        assert torch.equal(cca.attention(q, k, v, **OPTIONS), want)
+        with pytest.raises(ValueError, match="key: got a negated tensor"):
+            cca.attention(q, torch.imag(torch.complex(k, k).conj()), v)
+        with pytest.raises(ValueError, match="key: got a sparse"):
+            cca.attention(q, k.to_sparse(), v)
+
+
 def test_gradients_of_16_bits_have_their_elements():
     q, k, v = operands(torch.bfloat16, grad=True)
     gradients = torch.autograd.grad(cca.attention(q, k, v, **OPTIONS).sum(), (q, v))
@@ -119,7 +192,7 @@ def variants():
 def test_opcheck(name):
     tensors, options = variants()[name]
     options = dict(options)
-    more = [options.pop(x, None) for x in cca.torch.attention.tensors[3:]]
+    more = [options.pop(x, None) for x in cca.torch.OPERATORS["attention"].tensors[3:]]
     torch.library.opcheck(torch.ops.cca.attention.default, (*tensors, *more), options)
 
 
@@ -158,7 +231,9 @@ def test_padding_is_zero_and_changes_nothing():
         (lambda q, k, v: (q.to("meta"), k, v), "query: got a tensor on meta, wants one on the cpu"),
         (lambda q, k, v: (q, k[..., ::2].repeat(1, 1, 1, 2)[..., :5], v[..., ::2]), "value: got strides"),
         (lambda q, k, v: (q, k.to_sparse(), v), "key: got a sparse"),
-        (lambda q, k, v: (q, torch.imag(torch.complex(k, k).conj()), v), "key: got a sparse, quantized or negated"),
+        (lambda q, k, v: (q, torch.imag(torch.complex(k, k).conj()), v), "key: got a negated"),
+        (lambda q, k, v: (q[0], k, v), "query: got 3 dimensions, wants 4"),
+        (lambda q, k, v: (q, k, v[0]), "value: got 3 dimensions, wants 4"),
         (lambda q, k, v: (q[:, :3], k, v), "key: got 2 heads, wants a divisor of the 3 query heads"),
         (lambda q, k, v: (q, k[..., :0], v), "key: got dim 0"),
     ],

@@ -150,11 +150,14 @@ inline constexpr named_place all_tensors[] = {
     CCA_TENSOR(grad_out), CCA_TENSOR(grad_lse), CCA_TENSOR(grad_core_key), CCA_TENSOR(grad_core_value),
     CCA_TENSOR(grad_query), CCA_TENSOR(grad_key), CCA_TENSOR(grad_value), CCA_TENSOR(grad_far_key),
     CCA_TENSOR(grad_far_value), CCA_TENSOR(grad_sink_logits), CCA_TENSOR(grad_alibi_slopes),
-    CCA_TENSOR(grad_key_bias), CCA_TENSOR(grad_far_bias)
+    CCA_TENSOR(grad_key_bias), CCA_TENSOR(grad_far_bias), CCA_TENSOR(visible_from), CCA_TENSOR(visible_until),
+    CCA_TENSOR(selected_blocks)
 #undef CCA_TENSOR
 };
-// Every tensor that the structure has: from the query to the options there is nothing else.
-static_assert(std::size(all_tensors) * sizeof(void*) == offsetof(cca_call, options) - offsetof(cca_call, query));
+// Every tensor that the structure has: from the query to the options, and behind the workspace, there is nothing else.
+static_assert(std::size(all_tensors) * sizeof(void*) ==
+              offsetof(cca_call, options) - offsetof(cca_call, query) +  //
+                  offsetof(cca_call, block_rows) - offsetof(cca_call, visible_from));
 
 inline const char* name_of(place at) {
   for (const auto& tensor : all_tensors)
@@ -196,10 +199,16 @@ class arguments {
   }
   template <class T>
   far_context<T> take_far() {
-    return {of<const T, 4>(&cca_call::far_key, far_), of<const T, 4>(&cca_call::far_value, far_),
+    const std::int64_t block_rows = take_count(call_.block_rows), block_queries = take_count(call_.block_queries);
+    lists_ = lists_of(queries_, block_queries);
+    return {of<const T, 4>(&cca_call::far_key, far_),
+            of<const T, 4>(&cca_call::far_value, far_),
             of<const std::int64_t, 3>(&cca_call::seen, queries_),
             of<const compute_type<T>, 3>(&cca_call::far_bias, far_),
-            of<const std::int64_t, 3>(&cca_call::far_positions, far_)};
+            of<const std::int64_t, 3>(&cca_call::far_positions, far_),
+            of<const std::int64_t, 3>(&cca_call::visible_from, far_),
+            of<const std::int64_t, 3>(&cca_call::visible_until, far_),
+            {of<const std::int64_t, 4>(&cca_call::selected_blocks, lists_), block_rows, block_queries}};
   }
   template <class T, class Lse = compute_type<T>>
   results<T, Lse> take_results(place out = &cca_call::out, place lse = &cca_call::lse) {
@@ -245,6 +254,11 @@ class arguments {
   auto run(const F& f) const {
     for (const auto& tensor : all_tensors)
       if (has(tensor.at)) refuse(tensor.name, {"a tensor"}, {"none: this function has no use for it"});
+    for (const token_ranges* sequences : {&queries_, &keys_, &far_})
+      if (sequences->ends != nullptr && !sequences->taken)
+        refuse(sequences->name, {"a tensor"}, {"none: the call has nothing that it is for"});
+    refuse_count("block_rows", call_.block_rows);
+    refuse_count("block_queries", call_.block_queries);
     const options options = options_of(call_.options);
     const std::span memory(static_cast<std::byte*>(call_.workspace), call_.workspace_size);
     if (call_.threads < 0) refuse("threads", {call_.threads}, {"at least 0"});
@@ -260,6 +274,15 @@ class arguments {
  private:
   const DLTensor* take(place at) { return std::exchange(call_.*at, nullptr); }
 
+  /// A number of which 0 means 1.
+  static std::int64_t take_count(std::int64_t& count) {
+    const std::int64_t given = std::exchange(count, 0);
+    return given == 0 ? 1 : given;
+  }
+  static void refuse_count(const char* name, std::int64_t count) {
+    if (count != 0) refuse(name, {count}, {"0: this function has no use for it"});
+  }
+
   token_ranges take_ranges(place lengths, place begins, place offsets) {
     const auto named = [&](place at) { return named_tensor{name_of(at), take(at)}; };
     return ranges_of(named(lengths), named(begins), named(offsets));
@@ -269,6 +292,7 @@ class arguments {
   tensor_view<T, Rank> of(place at, const token_ranges& sequences) {
     const DLTensor* tensor = take(at);
     if (tensor == nullptr) return {};
+    sequences.taken = true;
     return with_sequences(name_of(at), view_of<T, Rank>(name_of(at), *tensor), sequences);
   }
   /// One number per head, or per query.
@@ -279,7 +303,7 @@ class arguments {
   }
 
   cca_call call_;
-  token_ranges queries_, keys_, far_;
+  token_ranges queries_, keys_, far_, lists_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -54,7 +54,9 @@ struct token_ranges {
   const std::int64_t *begins = nullptr, *ends = nullptr;
   std::int64_t batch = 0, longest = 0;
   bool packed = false;                        ///< whether they lie one after the other
-  std::vector<std::int64_t> computed_ends{};  ///< of begins and lengths
+  const char* name = nullptr;                 ///< of the argument that says so
+  mutable bool taken = false;                 ///< whether a tensor has them
+  std::vector<std::int64_t> computed_ends{};  ///< of begins and lengths, or of lists
 };
 
 /// The first of its extents, for a refusal.
@@ -98,9 +100,13 @@ tensor_view<T, Rank> view_of(const char* name, const DLTensor& t) {
   if (t.ndim != static_cast<int>(Rank))
     refuse(name, {t.ndim, " dimensions"}, {Rank, Rank == 3 ? ", or 1 for a number per head" : ""});
   tensor_view<T, Rank> view{data, {}, strides_of<Rank>(name, t)};
-  for (std::size_t i = 0; i < Rank; ++i) view.extent[i] = t.shape[i];
-  // What steps over a single element is of no account, and not kept by those who make tensors.
-  if (Rank == 4 && view.extent[3] == 1) view.stride[3] = 1;
+  bool empty = false;
+  for (std::size_t i = 0; i < Rank; ++i) {
+    view.extent[i] = t.shape[i];
+    empty |= t.shape[i] == 0;
+  }
+  // What steps over a single element, or over none, is of no account, and not kept by those who make tensors.
+  if (Rank == 4 && (view.extent[3] == 1 || empty)) view.stride[3] = 1;
   return view;
 }
 
@@ -151,14 +157,15 @@ struct named_tensor {
 inline token_ranges ranges_of(const named_tensor& lengths, const named_tensor& begins, const named_tensor& offsets) {
   token_ranges to;
   if (begins.given() && !lengths.given()) refuse(begins.name, {"begins"}, {"lengths beside them"});
+  to.name = offsets.given() ? offsets.name : lengths.name;
   if (offsets.given()) {
     if (lengths.given()) refuse(offsets.name, {"offsets"}, {"none beside lengths"});
     const auto all = offsets.numbers();
     if (all.empty()) refuse(offsets.name, {"none"}, {"batch + 1 of them"});
-    to = {all.data(), all.data() + 1, std::ssize(all) - 1, longest_sequence(all), true};
+    to = {all.data(), all.data() + 1, std::ssize(all) - 1, longest_sequence(all), true, to.name};
   } else if (lengths.given()) {
     const auto all = lengths.numbers();
-    to = {nullptr, all.data(), std::ssize(all), 0};
+    to = {nullptr, all.data(), std::ssize(all), 0, false, to.name};
     if (!begins.given()) return to;
     to.begins = begins.numbers(std::ssize(all)).data();
     for (std::size_t b = 0; b < all.size(); ++b) {
@@ -169,6 +176,25 @@ inline token_ranges ranges_of(const named_tensor& lengths, const named_tensor& b
     }
     if (!all.empty()) to.ends = to.computed_ends.data();
   }
+  return to;
+}
+
+/// The lists of sequences that have one for every `size` of their queries: from the first place of their batch entry on, or
+/// one after the other where the sequences are.
+inline token_ranges lists_of(const token_ranges& queries, std::int64_t size) {
+  token_ranges to;
+  if (queries.ends == nullptr || size < 1) return to;
+  to.batch = queries.batch;
+  to.packed = queries.packed;
+  if (to.packed) to.computed_ends.push_back(0);
+  for (std::int64_t b = 0; b < to.batch; ++b) {
+    const std::int64_t length = queries.ends[b] - (queries.begins != nullptr ? queries.begins[b] : 0);
+    const std::int64_t lists = larger<std::int64_t>(length / size + (length % size > 0), 0);
+    to.longest = larger(to.longest, lists);
+    to.computed_ends.push_back(to.packed ? to.computed_ends.back() + lists : lists);
+  }
+  to.ends = to.computed_ends.data() + (to.packed ? 1 : 0);
+  if (to.packed) to.begins = to.computed_ends.data();
   return to;
 }
 

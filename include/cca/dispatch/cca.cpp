@@ -121,7 +121,14 @@ extern "C" {
 
 const char* cca_error(void) { return error_text; }
 const char* cca_version(void) { return CCA_VERSION_STRING; }
-const char* cca_architecture(void) { return cca::plain::chosen().name; }
+const char* cca_architecture(void) {
+  try {
+    return cca::plain::chosen().name;
+  } catch (const std::exception& e) {
+    failed(CCA_FAILED, e.what());
+    return nullptr;
+  }
+}
 cca_status cca_use(const char* architecture) {
   return guarded([&] { dispatch::use(architecture != nullptr ? architecture : "NULL"); });
 }
@@ -196,7 +203,7 @@ cca_status cca_workspace_size(const cca_call* call, size_t* bytes) {
   return with_arguments(call, &cca_call::query, [bytes]<class T>(std::type_identity<T>, arguments& all) {
     const bool is_far = all.has(&cca_call::far_key);
     const auto in = all.take_inputs<T>();
-    const auto far_rows = all.take_far<T>();
+    const auto far_rows = is_far ? all.take_far<T>() : cca::far_context<T>{};
     (void)all.take_results<T>();
     (void)all.take_cores<T>(&cca_call::core_key, &cca_call::core_value);
     *bytes = all.run([&](const auto&... on) {
@@ -210,7 +217,7 @@ cca_status cca_gradient_workspace_size(const cca_call* call, size_t* bytes) {
     using number = cca::compute_type<T>;
     const bool is_far = all.has(&cca_call::far_key);
     const auto in = all.take_inputs<T>();
-    const auto far_rows = all.take_far<T>();
+    const auto far_rows = is_far ? all.take_far<T>() : cca::far_context<T>{};
     (void)all.take_read<T>();
     (void)all.take_incoming<T>();
     (void)all.take_cores<const number>(&cca_call::grad_core_key, &cca_call::grad_core_value);

@@ -45,7 +45,8 @@ const char* cca_error(void);
 /** "0.1.0", for example. */
 const char* cca_version(void);
 
-/** The instruction set in use: "avx512", "avx2_fma", "sse4_2", "sse2" or "neon64". */
+/** The instruction set in use: "avx512", "avx2_fma", "sse4_2", "sse2" or "neon64". NULL where the processor runs none of those
+ * that the library was compiled for: then every call fails, and says so. */
 const char* cca_architecture(void);
 
 /** For tests and measurements: from now on every call of the program uses this instruction set; caches keep theirs. */
@@ -65,20 +66,20 @@ enum cca_matrix_unit { CCA_UNIT_NONE, CCA_UNIT_BEST, CCA_UNIT_AVX512_BF16, CCA_U
 
 /** `cca::options`. New members come at the end; a program that was compiled without them gets their defaults. */
 typedef struct cca_options {
-  size_t struct_size; /**< `sizeof(cca_options)` */
-  int64_t group_size;
-  int64_t window;
-  int64_t sink_tokens;
-  int64_t lookahead;
-  int64_t prefix;
-  int32_t pool;                /**< `cca_pooling` */
-  int32_t core_heads;          /**< `cca_core_heads` */
-  int32_t core_bias;           /**< `cca_core_bias` */
-  int32_t unit;                /**< `cca_matrix_unit` */
-  const double* softmax_scale; /**< NULL: 1 / sqrt(dim) */
-  double pooling_scale;
-  double softcap;
-  const int64_t* first_position; /**< NULL: the last query is the last key */
+  size_t struct_size;            /**< `sizeof(cca_options)` */
+  int64_t group_size;            /**< tokens per core; 0: nothing is pooled */
+  int64_t window;                /**< tokens that stay raw, the query's own among them */
+  int64_t sink_tokens;           /**< first tokens that stay raw for every query */
+  int64_t lookahead;             /**< tokens behind the query's own that it sees, too */
+  int64_t prefix;                /**< first tokens that every query sees */
+  int32_t pool;                  /**< `cca_pooling` */
+  int32_t core_heads;            /**< `cca_core_heads` */
+  int32_t core_bias;             /**< `cca_core_bias` */
+  int32_t unit;                  /**< `cca_matrix_unit` */
+  const double* softmax_scale;   /**< NULL: 1 / sqrt(dim) */
+  double pooling_scale;          /**< a factor on the scale of the weights of pooling */
+  double softcap;                /**< a score x becomes softcap tanh(x / softcap); 0: it stays */
+  const int64_t* first_position; /**< of query 0; NULL: the last query is the last key */
 } cca_options;
 
 /** The defaults. */
@@ -110,37 +111,48 @@ typedef struct cca_call {
   const DLTensor* alibi_slopes; /**< `[1 or B, Hq, 1]` */
   const DLTensor* key_bias;     /**< `[1 or B, a divisor of Hq, Lk]` */
 
+  /** @{ Sequences of the queries, see above. */
   const DLTensor* query_lengths;
   const DLTensor* query_begins;
   const DLTensor* query_offsets;
+  /** @} */
+  /** @{ Sequences of the keys and values. */
   const DLTensor* key_lengths;
   const DLTensor* key_begins;
   const DLTensor* key_offsets;
-  const DLTensor* far_lengths; /**< of the far context's rows; in `cca_pool` and its gradient of the cores */
+  /** @} */
+  /** @{ Sequences of the far context's rows; in `cca_pool` and its gradient of the cores. */
+  const DLTensor* far_lengths;
   const DLTensor* far_begins;
   const DLTensor* far_offsets;
+  /** @} */
 
   const DLTensor* far_key;       /**< `[B, far heads, far length, D]` */
   const DLTensor* far_value;     /**< `[B, far heads, far length, Dv]` */
-  const DLTensor* seen;          /**< `[B, Hq, Lq]` of int64 */
+  const DLTensor* seen;          /**< `[B, Hq, Lq]` of int64; may be missing, see `visible_from` */
   const DLTensor* far_bias;      /**< `[1 or B, a divisor of Hq, far length]` */
   const DLTensor* far_positions; /**< the same of int64 */
 
   const DLTensor* out; /**< `[B, Hq, Lq, Dv]`; written, and read by gradients */
   const DLTensor* lse; /**< `[B, Hq, Lq]`; where it is not given it is not wanted */
+  /** @{ What `cca_merge` reads. */
   const DLTensor* out_a;
-  const DLTensor* lse_a; /**< what `cca_merge` reads */
+  const DLTensor* lse_a;
   const DLTensor* out_b;
   const DLTensor* lse_b;
+  /** @} */
 
   const DLTensor* core_key;   /**< `[B, core heads, groups, D]`, what `cca_pool` writes */
   const DLTensor* core_value; /**< `[B, core heads, groups, Dv]` */
 
-  const DLTensor* grad_out; /**< read */
+  /** @{ Gradients that are read, of the extents of what they are the gradients of. */
+  const DLTensor* grad_out;
   const DLTensor* grad_lse;
   const DLTensor* grad_core_key;
   const DLTensor* grad_core_value;
-  const DLTensor* grad_query; /**< written, of the extents of what they are the gradients of */
+  /** @} */
+  /** @{ Gradients that are written. */
+  const DLTensor* grad_query;
   const DLTensor* grad_key;
   const DLTensor* grad_value;
   const DLTensor* grad_far_key;
@@ -149,6 +161,7 @@ typedef struct cca_call {
   const DLTensor* grad_alibi_slopes;
   const DLTensor* grad_key_bias;
   const DLTensor* grad_far_bias;
+  /** @} */
 
   const cca_options* options; /**< NULL: the defaults */
 
@@ -158,15 +171,32 @@ typedef struct cca_call {
    */
   int64_t threads;
   cca_parallel_for* parallel_for; /**< runs the tasks in place of threads made for the call; may be NULL */
-  void* parallel_for_self;
+  void* parallel_for_self;        /**< its first argument */
 
-  void* workspace; /**< NULL: memory is allocated. Caches have their own */
-  size_t workspace_size;
+  void* workspace;       /**< NULL: memory is allocated. Caches have their own */
+  size_t workspace_size; /**< bytes, at least what `cca_workspace_size` says */
+
+  /**
+   * @{
+   * Which far rows a query sees, beside or in place of `seen`: row j is seen by the queries at the positions
+   * `[visible_from[j], visible_until[j])`. Of int64 and the extents of `far_bias`.
+   */
+  const DLTensor* visible_from;
+  const DLTensor* visible_until;
+  /** @} */
+  /**
+   * Or by lists, see `cca::far_selection`: `[1 or B, a divisor of Hq, blocks of queries, most]` of int64, ascending, -1
+   * behind the last. The blocks of a sequence's queries count from its first query; where there are `query_offsets`, the
+   * lists of the sequences lie one after the other, too.
+   */
+  const DLTensor* selected_blocks;
+  int64_t block_rows;    /**< of the far context; 0 means 1 */
+  int64_t block_queries; /**< queries that share a list; 0 means 1 */
 } cca_call;
 
 /** query, key, value and what belongs to them, out, lse */
 cca_status cca_attention(const cca_call* call);
-/** the same, and far_key, far_value, seen, far_bias, far_positions */
+/** the same, and far_key, far_value, far_bias, far_positions, seen, visible_from, visible_until or selected_blocks */
 cca_status cca_attend(const cca_call* call);
 /** query, key, value, core_key, core_value */
 cca_status cca_pool(const cca_call* call);
@@ -190,18 +220,21 @@ typedef struct cca_cache cca_cache;
 /** `cca::cache_shape` */
 typedef struct cca_cache_shape {
   size_t struct_size; /**< `sizeof(cca_cache_shape)` */
-  int64_t batch;      /**< at least 1 where it is of use; what is not given of the others is 0 */
-  int64_t heads;
-  int64_t kv_heads;
-  int64_t dim;
-  int64_t value_dim;
-  int64_t capacity;
-  int64_t rewind;
+  int64_t batch;      /**< sequences; at least 1 where it is of use */
+  int64_t heads;      /**< of queries */
+  int64_t kv_heads;   /**< of keys and values */
+  int64_t dim;        /**< of keys */
+  int64_t value_dim;  /**< of values; 0: dim */
+  int64_t capacity;   /**< tokens per sequence for which memory is taken at once */
+  int64_t rewind;     /**< tokens that `cca_cache_truncate` can take back */
 } cca_cache_shape;
 
 /** What a cache says about one of its sequences; see the members of `cca::kv_cache` of these names. */
 typedef struct cca_cache_counts {
-  int64_t length, cores, raw, least_length;
+  int64_t length;       /**< tokens appended */
+  int64_t cores;        /**< core tokens, per core head */
+  int64_t raw;          /**< raw tokens that are kept, per kv head */
+  int64_t least_length; /**< the least length to which `cca_cache_truncate` can go */
 } cca_cache_counts;
 
 /** In place of a sequence: every one. */
@@ -216,18 +249,24 @@ void cca_cache_free(cca_cache* cache);
 cca_status cca_cache_attend(cca_cache* cache, int64_t sequence, const cca_call* call);
 /** query, key, value: appends without answering. */
 cca_status cca_cache_append(cca_cache* cache, int64_t sequence, const cca_call* call);
+/** Takes back the tokens of a sequence from `length` on. */
 cca_status cca_cache_truncate(cca_cache* cache, int64_t sequence, int64_t length);
+/** Empties a sequence, or all. */
 cca_status cca_cache_reset(cca_cache* cache, int64_t sequence);
+/** Makes sequence `to` a copy of sequence `from`. */
 cca_status cca_cache_fork(cca_cache* cache, int64_t from, int64_t to);
 /** What it was made with, the defaults filled in. */
 cca_status cca_cache_get_shape(const cca_cache* cache, cca_cache_shape* shape);
+/** Fills in `*counts`. */
 cca_status cca_cache_get_counts(const cca_cache* cache, int64_t sequence, cca_cache_counts* counts);
 /** Bytes of what it holds, and of the memory taken for it. */
 cca_status cca_cache_get_bytes(const cca_cache* cache, size_t* held, size_t* allocated);
 
-/** Writes or reads bytes of a file; returns how many. Fewer than asked for: it failed, or the file has ended. */
+/** Writes bytes to a file; returns how many. Fewer than asked for: it failed. */
 typedef size_t cca_write(void* self, const void* data, size_t size);
+/** Reads bytes of a file; returns how many. Fewer than asked for: it failed, or the file has ended. */
 typedef size_t cca_read(void* self, void* data, size_t size);
+/** Writes a cache to a file, by `write(self, ..)`. */
 cca_status cca_cache_save(const cca_cache* cache, cca_write* write, void* self);
 /** Makes `*cache` of a file, which has to be of these elements. `unit` is not in the file: see `cca_matrix_unit`. */
 cca_status cca_cache_load(cca_cache** cache, DLDataType elements, int32_t unit, cca_read* read, void* self);

@@ -5,6 +5,7 @@
 #include <cca/dispatch/plain.hpp>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 extern "C" {
 #if defined(__x86_64__)
@@ -19,6 +20,10 @@ namespace cca { namespace plain { inline namespace CCA_VERSION_NAME {
 namespace {
 
 std::atomic<const architecture*> current{nullptr};
+
+/// Whether the kernels of an instruction set were compiled. No name is a part of another.
+constexpr std::string_view compiled = CCA_DISPATCH_ARCHITECTURES;
+constexpr bool has(std::string_view name) { return compiled.find(name) != std::string_view::npos; }
 
 }  // namespace
 
@@ -35,10 +40,14 @@ std::vector<const architecture*> available() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
   std::vector<const architecture*> all;
-  if (avx512) all.push_back(&CCA_DISPATCH_TABLE(avx512));
-  if (avx2_fma) all.push_back(&CCA_DISPATCH_TABLE(avx2_fma));
-  if (sse4_2) all.push_back(&CCA_DISPATCH_TABLE(sse4_2));
-  all.push_back(&CCA_DISPATCH_TABLE(sse2));
+  // A table that was not compiled must not be named.
+  if constexpr (has("avx512"))
+    if (avx512) all.push_back(&CCA_DISPATCH_TABLE(avx512));
+  if constexpr (has("avx2_fma"))
+    if (avx2_fma) all.push_back(&CCA_DISPATCH_TABLE(avx2_fma));
+  if constexpr (has("sse4_2"))
+    if (sse4_2) all.push_back(&CCA_DISPATCH_TABLE(sse4_2));
+  if constexpr (has("sse2")) all.push_back(&CCA_DISPATCH_TABLE(sse2));
   return all;
 #else
   return {&CCA_DISPATCH_TABLE(neon64)};
@@ -48,8 +57,13 @@ std::vector<const architecture*> available() {
 const architecture& chosen() {
   const architecture* architecture = current.load(std::memory_order_relaxed);
   if (architecture != nullptr) return *architecture;
+  const std::vector<const plain::architecture*> all = available();
+  if (all.empty())
+    throw std::runtime_error(
+        "cca: processor: it runs none of the instruction sets that cca::dispatch was compiled for: " +
+        std::string(compiled));
   // Threads that come here at once find the same; what `choose` says meanwhile stays.
-  const plain::architecture* best = available().front();
+  const plain::architecture* best = all.front();
   return current.compare_exchange_strong(architecture, best) ? *best : *architecture;
 }
 
@@ -59,6 +73,7 @@ void choose(std::string_view name) {
   if (found != all.end()) return current.store(*found, std::memory_order_relaxed);
   std::string names;
   for (const architecture* a : all) names += (names.empty() ? "" : ", ") + std::string(a->name);
+  if (names.empty()) names = "none: the processor runs none of those that were compiled: " + std::string(compiled);
   throw std::invalid_argument("cca: architecture: got " + std::string(name) + ", wants one of " + names);
 }
 

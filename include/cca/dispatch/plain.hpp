@@ -139,9 +139,10 @@ struct architecture {
 };
 
 /// The kernels in use: by default the newest that the processor and the operating system run.
+/// @throws std::runtime_error  where none of those that were compiled run here
 const architecture& chosen();
 
-/// All that run here, the newest first.
+/// All that were compiled and run here, the newest first.
 std::vector<const architecture*> available();
 
 /// @throws std::invalid_argument  for one that does not run here

@@ -1,23 +1,39 @@
-// A program for any processor: every set of kernels that runs here is asked for the same, and the one in use is the
-// newest.
+// A program for any processor: every set of kernels that it was compiled with is asked for the same, and the one in use is
+// the newest; the others are refused.
 #include <cca/dispatch.hpp>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <stdexcept>
+#include <string_view>
 #include <vector>
 
 #if defined(__AVX__)
 #error "of what the program itself is compiled for nothing must come from the library"
 #endif
 
+bool refused(std::string_view architecture) {
+  try {
+    cca::dispatch::use(architecture);
+  } catch (const std::invalid_argument& e) {
+    std::printf("%s\n", e.what());
+    return true;
+  }
+  return false;
+}
+
 int main() {
   constexpr std::int64_t length = 20, dim = 3;
   std::vector<float> tokens(length * dim), first;
   for (std::size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<float>(i % 7);
 
-  bool right = cca::dispatch::architecture() == cca::dispatch::architectures().front();
+  std::vector<std::string_view> compiled{CONSUMER_NEWEST};
+  if (compiled[0] != CONSUMER_OLDEST) compiled.push_back(CONSUMER_OLDEST);
+  bool right = cca::dispatch::architectures() == compiled && cca::dispatch::architecture() == compiled[0];
+  for (const std::string_view other : {"avx512", "avx2_fma", "sse4_2", "sse2", "neon64"})
+    if (std::find(compiled.begin(), compiled.end(), other) == compiled.end()) right = refused(other) && right;
   for (const auto architecture : cca::dispatch::architectures()) {
     cca::dispatch::use(architecture);
     std::vector<float> out(tokens.size());

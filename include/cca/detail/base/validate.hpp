@@ -208,7 +208,7 @@ inline void require_far_terms(const input_views& in, const far_views& far_rows, 
   });
 }
 
-/// When far rows are visible, and which of them are selected.
+/// When far rows are visible, and the sizes of what is selected of them.
 inline void require_far_visible(const named_view& query, const far_views& far_rows) {
   require_row_numbers(query, far_rows.visible_from, far_rows.key);
   require_row_numbers(query, far_rows.visible_until, far_rows.key);
@@ -216,11 +216,19 @@ inline void require_far_visible(const named_view& query, const far_views& far_ro
   if (!given(far_rows.blocks)) return;
   if (given(far_rows.visible_from) || given(far_rows.visible_until))
     require_none(far_rows.blocks, "far.visible_from and far.visible_until say who sees a row");
-  require_selection(query, far_rows.key, far_rows.blocks, far_rows.selected);
 }
 
-/// A caller's far context of a call, which computes in numbers of this many bytes.
-inline void require_far(const input_views& in, const far_views& far_rows, std::size_t number_size) {
+/// Which of the rows of `key` are selected and how many are seen: what can be said where they are all known.
+inline void require_far_counts(const named_view& query, const far_views& far_rows, const named_view& key) {
+  if (given(far_rows.blocks)) require_selection(query, key, far_rows.blocks, far_rows.selected);
+  for_each_number(far_rows.seen, [&](std::int64_t count, std::int64_t b, std::int64_t h, std::int64_t i) {
+    if (!(0 <= count && count <= key.length(b)))
+      refuse("far.seen", {count, " at ", std::array{b, h, i}}, {"a count in [0, ", key.length(b), "]"});
+  });
+}
+
+/// A caller's far context of a call, which computes in numbers of this many bytes, but for its counts.
+inline void require_far_shapes(const input_views& in, const far_views& far_rows, std::size_t number_size) {
   require_key_value(in.query, far_rows.key, far_rows.value);
   if (far_rows.value.dim() != in.value.dim())
     refuse("far.value", {"dim ", far_rows.value.dim()}, {"the value's dim ", in.value.dim()});
@@ -231,11 +239,13 @@ inline void require_far(const input_views& in, const far_views& far_rows, std::s
     require_operand(seen);
     require_shape(seen, in.query.heads(), 1, in.query);
   }
-  for_each_number(seen, [&](std::int64_t count, std::int64_t b, std::int64_t h, std::int64_t i) {
-    if (!(0 <= count && count <= far_rows.key.length(b)))
-      refuse("far.seen", {count, " at ", std::array{b, h, i}}, {"a count in [0, ", far_rows.key.length(b), "]"});
-  });
   require_far_terms(in, far_rows, number_size);
+}
+
+/// All of it.
+inline void require_far(const input_views& in, const far_views& far_rows, std::size_t number_size) {
+  require_far_shapes(in, far_rows, number_size);
+  require_far_counts(in.query, far_rows, far_rows.key);
 }
 
 /// Where attention writes: of the extents that follow from its query, apart from its inputs and from `more` that it reads.

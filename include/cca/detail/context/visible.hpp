@@ -12,7 +12,7 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-/// Per lane of a tile, the half-open range of rows that its query visible. A lane without a query sees nothing.
+/// Per lane of a tile, the half-open range of rows that its query sees. A lane without a query sees nothing.
 template <class T, std::int64_t Lanes = tile_shape<T>::lanes>
 struct lane_ranges {
   static constexpr std::int64_t W = width<T>;
@@ -41,7 +41,7 @@ struct lane_ranges {
     return total;
   }
 
-  /// What every query of all vectors visible.
+  /// What every query of all vectors sees.
   [[nodiscard]] range seen_by_all() const {
     range total = all[0];
     for (const range& r : all) total = intersection(total, r);

@@ -20,7 +20,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// Queries, per head, up to which they share rows along the dim (`few_queries`); more of them ride in lanes (`stack`). Where
 /// the two cross was measured (bench/TUNING.md): of 8, 10, 12, 14 and 16 queries after 32K keys, `few_queries` takes 0.61,
 /// 0.85, 0.92, 1.19 and 1.39 of the time of a stack with AVX-512, 0.74, 0.95, 1.09, 1.34 and 1.48 with AVX2.
-inline constexpr std::int64_t most_few_queries = 12;
+inline constexpr std::int64_t most_few_queries = width<float> < 16 ? 10 : 12;
 
 /// The same of queries that share a list of selected rows, in sequences of many such lists.
 inline constexpr std::int64_t most_few_of_block = 4;

@@ -175,37 +175,61 @@ void pool_views(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Valu
                  key.dim(), value.dim(), options, absorb, last, core, run, memory);
 }
 
-/// Adds what the gradients of cores, and where they are given of their biases, say of the tokens that were pooled, and of
-/// the queries that weighed them.
+/// Adds what the gradients of the cores of the groups `[groups(b).begin, groups(b).end)` of every sequence, and where they
+/// are given of their biases, say of the tokens that were pooled, and of the queries that weighed them.
+/// `rows(b, kv_head)` are the keys and values, `grad_rows(b, kv_head)` their gradients, `query_row(b, h, token)` a row of
+/// queries and `grad_query_row(b, h, token)` its gradient, `grad_core(b, h, group)` the `core_place` to read. Row 0 of `rows` and of
+/// `grad_rows` is token `first(b)`.
+template <class T, class Groups, class First, class Rows, class GradRows, class Query, class GradQuery, class GradCore,
+          executor E>
+void add_group_gradients(const pool_heads& heads, const Groups& groups, const First& first, std::int64_t dim,
+                         std::int64_t value_dim, const options& options, const Rows& rows, const GradRows& grad_rows,
+                         const Query& query_row, const GradQuery& grad_query_row, const GradCore& grad_core, const E& run,
+                         const pool_memory<T>& memory) {
+  const partition partition = partition_of(options);
+  const score_rule<T> forward_rule = pooling_rule<T>(options, dim);
+  const auto differentiate = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head,
+                                                std::int64_t h, std::int64_t c) {
+    const range tokens = partition.group(c);
+    const std::int64_t sharing = heads.query_heads / heads.core_heads;
+    group_rows<T> group(memory.workers[worker], dim, value_dim, forward_rule);
+    group.clear();
+    const auto [grad_key, grad_value, grad_bias] = grad_core(b, h, c);
+    copy_n(grad_key, dim, group.grad_core.key);
+    copy_n(grad_value, value_dim, group.grad_core.value);
+    if (grad_bias != nullptr) group.grad_bias = *grad_bias;
+    if (uses_query(options.pool))
+      load_mean_query(group, h, sharing, [&](std::int64_t q) { return query_row(b, q, tokens.end - 1); });
+    Pooling(group).differentiate(rows(b, kv_head), grad_rows(b, kv_head), shifted(tokens, -first(b)));
+    for (std::int64_t q = h * sharing; uses_query(options.pool) && q < (h + 1) * sharing; ++q)
+      add_scaled_row(group.grad_query, dim, T(1) / static_cast<T>(sharing), grad_query_row(b, q, tokens.end - 1));
+  };
+  with_pooling<T>(options.pool, [&]<class Pooling>() {
+    for_each_group(heads, groups, options.group_size, run, memory,
+                   [&](auto... where) { differentiate.template operator()<Pooling>(where...); });
+  });
+}
+
+/// The same of all groups of views that have gradients.
 template <class Query, class Key, class Value, class T, executor E>
 void add_pool_gradient(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
                        tensor_view<const T> grad_core_key, tensor_view<const T> grad_core_value,
                        tensor_view<const T, 3> grad_core_bias, tensor_view<T> grad_query, tensor_view<T> grad_key,
                        tensor_view<T> grad_value, const options& options, const E& run, const pool_memory<T>& memory) {
-  const partition partition = partition_of(options);
-  const score_rule<T> rule = pooling_rule<T>(options, key.dim());
-  const pool_heads heads{{key.batch(), !key.has_lengths()}, query.heads(), key.heads(), grad_core_key.heads()};
-  const auto differentiate = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head,
-                                                std::int64_t h, std::int64_t c) {
-    const range tokens = partition.group(c);
-    const std::int64_t sharing = heads.query_heads / heads.core_heads;
-    group_rows<T> group(memory.workers[worker], key.dim(), value.dim(), rule);
-    group.clear();
-    copy_n(grad_core_key.row(b, h, c), key.dim(), group.grad_core.key);
-    copy_n(grad_core_value.row(b, h, c), value.dim(), group.grad_core.value);
-    if (grad_core_bias.data != nullptr) group.grad_bias = *grad_core_bias.row(b, h, c);
-    if (uses_query(options.pool))
-      load_mean_query(group, h, sharing, [&](std::int64_t q) { return query.row(b, q, tokens.end - 1); });
-    Pooling(group).differentiate(
-        rows_of(key, value, b, kv_head),
-        {grad_key.row(b, kv_head, 0), grad_key.stride[2], grad_value.row(b, kv_head, 0), grad_value.stride[2]}, tokens);
-    for (std::int64_t q = h * sharing; uses_query(options.pool) && q < (h + 1) * sharing; ++q)
-      add_scaled_row(group.grad_query, key.dim(), T(1) / static_cast<T>(sharing), grad_query.row(b, q, tokens.end - 1));
-  };
-  with_pooling<T>(options.pool, [&]<class Pooling>() {
-    for_each_group(heads, all_rows_of(grad_core_key), options.group_size, run, memory,
-                   [&](auto... where) { differentiate.template operator()<Pooling>(where...); });
-  });
+  add_group_gradients<T>(
+      {{key.batch(), !key.has_lengths()}, query.heads(), key.heads(), grad_core_key.heads()},
+      all_rows_of(grad_core_key), [](std::int64_t) { return std::int64_t{0}; }, key.dim(), value.dim(), options,
+      [&](std::int64_t b, std::int64_t h) { return rows_of(key, value, b, h); },
+      [&](std::int64_t b, std::int64_t h) {
+        return gradient_rows<T>{grad_key.row(b, h, 0), grad_key.stride[2], grad_value.row(b, h, 0), grad_value.stride[2]};
+      },
+      [&](std::int64_t b, std::int64_t h, std::int64_t token) { return query.row(b, h, token); },
+      [&](std::int64_t b, std::int64_t h, std::int64_t token) { return grad_query.row(b, h, token); },
+      [&](std::int64_t b, std::int64_t h, std::int64_t c) {
+        return core_place{grad_core_key.row(b, h, c), grad_core_value.row(b, h, c),
+                          grad_core_bias.data == nullptr ? nullptr : grad_core_bias.row(b, h, c)};
+      },
+      run, memory);
 }
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -77,8 +77,9 @@ CCA_INLINE void store_elements(vec<packed_pair> elements, std::uint16_t* to) {
 /// The elements of pairs as floats: the odd ones, or the even.
 template <class Element>
 [[nodiscard]] CCA_INLINE vec<float> elements_of(vec<packed_pair> pairs, bool odd) {
+  if constexpr (is_bfloat16<Element>)
+    return cast_bits<float>(odd ? pairs & vec<packed_pair>(packed_pair{0xffff0000}) : pairs << 16);
   const vec<packed_pair> element = odd ? pairs >> 16 : pairs & vec<packed_pair>(packed_pair{0xffff});
-  if constexpr (is_bfloat16<Element>) return cast_bits<float>(element << 16);
   const vec<float> magnitude = cast_bits<float>((element & vec<packed_pair>(packed_pair{0x7fff})) << 13);
   // The largest exponent of a half is not that of a float: infinities and NaNs are left as what overflows.
   const vec<float> x = magnitude * vec<float>(0x1p112f);

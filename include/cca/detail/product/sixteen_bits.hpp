@@ -28,7 +28,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// Sizes of the kernels of matrix units, in rows and lanes of 16-bit elements, as in `tile_shape`.
 struct sixteen_bit_shape {
   static constexpr std::int64_t lanes = 64;
-  static constexpr std::int64_t block = 128;
+  static constexpr std::int64_t block = 256;
   static constexpr std::int64_t least_stack = 1, stack = 8;
   static constexpr std::int64_t gradient_block = 128, gradient_stack = 4;
   static constexpr std::int64_t gradient_budget = std::int64_t{1} << 20;
@@ -43,6 +43,9 @@ struct whole_part {
   range rows;
   const visible_lanes* seen;
   std::int64_t count;  ///< lanes that have a query
+
+  /// Whether every lane sees every row.
+  [[nodiscard]] bool all_seen() const { return intersection(seen->seen_by_all(), rows) == rows; }
 
   template <class F>
   void with_mask(std::int64_t n, const F& f) const {
@@ -356,17 +359,9 @@ struct sixteen_bits {
       multiply<Element>(memory.unit, block.keys(j), {reinterpret_cast<const packed_pair*>(packed), lanes},
                         to.at(j - part.rows.begin, 0), lanes, chunk_rows, lanes, form.dim);
     }
-    const std::int64_t count = part.rows.size();
+    if (part.all_seen()) return mask_scores<whole_part::vectors>(part, to, 0, unmasked{});
     for (std::int64_t n = 0; n < whole_part::vectors; ++n)
-      part.with_mask(n, [&](const auto& mask) {
-        vector maximum(-infinity<float>);
-        for (std::int64_t j = 0; j < count; ++j) {
-          const vector x = mask.select(j, vector::load_aligned(to.at(j, n)), vector(-infinity<float>));
-          if constexpr (!std::is_same_v<decltype(mask), const unmasked&>) x.store_aligned(to.at(j, n));
-          maximum = (xsimd::max)(maximum, x);
-        }
-        maximum.store_aligned(to.maximum + n * W);
-      });
+      part.with_mask(n, [&](const auto& mask) { mask_scores<1>(part, to, n, mask); });
   }
 
   /// As `vectors::multiply_rows`.
@@ -383,14 +378,16 @@ struct sixteen_bits {
                   const packed_pair* weights, const float* rescale, float* sum) {
     multiply<Element>(memory.unit, columns.of->columns(columns.j), {weights, lanes}, memory.products, lanes, dim, lanes,
                       part.rows.size());
-    for (std::int64_t lane = 0; lane < lanes; lane += W) {
-      const vector factor = rescale != nullptr ? vector::load_aligned(rescale + lane) : vector(1.0f);
-      for (std::int64_t d = 0; d < dim; ++d) {
-        float* o = sum + d * lanes + lane;
-        fma<float>(vector::load_aligned(o), factor, vector::load_aligned(memory.products + d * lanes + lane))
-            .store_aligned(o);
-      }
-    }
+    vector factor[extent(whole_part::vectors)];
+    unroll<whole_part::vectors>([&](auto n) CCA_INLINE_LAMBDA {
+      factor[n] = rescale != nullptr ? vector::load_aligned(rescale + n * W) : vector(1.0f);
+    });
+    for (std::int64_t d = 0; d < dim; ++d)  // row by row: columns share cache sets
+      unroll<whole_part::vectors>([&](auto n) CCA_INLINE_LAMBDA {
+        const std::int64_t i = d * lanes + n * W;
+        fma<float>(vector::load_aligned(sum + i), factor[n], vector::load_aligned(memory.products + i))
+            .store_aligned(sum + i);
+      });
     columns.of->for_each_infinite(part.rows, [&](std::int64_t j, const Element* row) {
       const std::int64_t i = j - part.rows.begin;
       for (std::int64_t lane = 0; lane < part.count; ++lane)
@@ -399,6 +396,22 @@ struct sixteen_bits {
           for (std::int64_t d = 0; d < dim; ++d) sum[d * lanes + lane] += weight * element_cast<float>(row[d]);
         }
     });
+  }
+
+ private:
+  /// Hides what `N` vectors from `n` on do not see, and finds their maxima.
+  template <std::int64_t N, class Mask>
+  static void mask_scores(const whole_part& part, const score_block<float> to, std::int64_t n, const Mask& mask) {
+    const vector none(-infinity<float>);
+    vector maximum[extent(N)];
+    unroll<N>([&](auto i) CCA_INLINE_LAMBDA { maximum[i] = none; });
+    for (std::int64_t j = 0; j < part.rows.size(); ++j)
+      unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
+        const vector x = mask.select(j, vector::load_aligned(to.at(j, n + i)), none);
+        if constexpr (!std::is_same_v<Mask, unmasked>) x.store_aligned(to.at(j, n + i));
+        maximum[i] = (xsimd::max)(maximum[i], x);
+      });
+    unroll<N>([&](auto i) CCA_INLINE_LAMBDA { maximum[i].store_aligned(to.maximum + (n + i) * W); });
   }
 };
 

@@ -47,35 +47,9 @@ class lane_softmax {
   /// vectors might change what those refer to, for all that a compiler knows.)
   template <class Part, class Weights>
   void absorb(const Part& part, const score_block<T> scores, const Weights weights) {
-    constexpr std::int64_t R = Weights::rows_at_once;
-    const vec<T> unit(rule_->unit_in_base_2());
-    const exp2_range<T> range(headroom_);
-    const std::int64_t count = part.rows.size();
-    for (std::int64_t n = 0; n < Part::vectors; ++n) {
-      const std::int64_t lane = (part.first + n) * W;
-      const vec<T> old = vec<T>::load_aligned(maximum_ + lane);
-      const vec<T> raised = (xsimd::max)(old, vec<T>::load_aligned(scores.maximum + n * W));
-      // A lane that has seen nothing has the maximum -inf; -inf - 0 is -inf where -inf - -inf were NaN.
-      const vec<T> base = xsimd::select(raised == vec<T>(-infinity<T>), vec<T>(T(0)), raised);
-      const vec<T> rescale = exp2<T>((old - base) * unit);
-      raised.store_aligned(maximum_ + lane);
-      rescale.store_aligned(rescale_ + lane);
-      vec<T> sum(T(0)), stored(T(0));
-      for (std::int64_t j = 0; j < count; j += R) {
-        vec<T> weight[extent(R)];
-        unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
-          weight[r] = Weights::exp2((vec<T>::load_aligned(scores.at(j + r, n)) - base) * unit, range);
-          sum += weight[r];
-        });
-        if constexpr (Weights::exact)
-          weights.put(j, n, weight);
-        else
-          stored += weights.put(j, n, weight);
-      }
-      if constexpr (Weights::exact) stored = sum;
-      add(sum_ + lane, rescale, sum);
-      add(stored_ + lane, rescale, stored);
-    }
+    constexpr std::int64_t N = smaller<std::int64_t>(Part::vectors, 4);  // as many as registers hold
+    static_assert(Part::vectors % N == 0);
+    for (std::int64_t n = 0; n < Part::vectors; n += N) absorb_vectors<N>(n, part, scores, weights);
   }
 
   /// By how much each lane shrinks what it had before the last `absorb`.
@@ -112,7 +86,51 @@ class lane_softmax {
     return {product(maximum_[i], rule_->unit_in_base_2()), detail::ldexp(sum_[i], headroom_)};
   }
 
-  static void add(T* sum, vec<T> rescale, vec<T> more) {
+  /// The same of `N` vectors of the part, from `first` on.
+  template <std::int64_t N, class Part, class Weights>
+  CCA_INLINE void absorb_vectors(std::int64_t first, const Part& part, const score_block<T> scores,
+                                 const Weights weights) {
+    constexpr std::int64_t R = Weights::rows_at_once;
+    const vec<T> unit(rule_->unit_in_base_2());
+    const exp2_range<T> range(headroom_);
+    const std::int64_t lane = (part.first + first) * W, count = part.rows.size();
+    vec<T> base[extent(N)], sum[extent(N)], stored[extent(N)];
+    unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
+      base[n] = raise(lane + n * W, vec<T>::load_aligned(scores.maximum + (first + n) * W), unit);
+      sum[n] = stored[n] = vec<T>(T(0));
+    });
+    for (std::int64_t j = 0; j < count; j += R)
+      unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
+        vec<T> weight[extent(R)];
+        unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
+          const vec<T> score = vec<T>::load_aligned(scores.at(j + r, first + n));
+          weight[r] = Weights::exp2((score - base[n]) * unit, range);
+          sum[n] += weight[r];
+        });
+        if constexpr (Weights::exact)
+          weights.put(j, first + n, weight);
+        else
+          stored[n] += weights.put(j, first + n, weight);
+      });
+    unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
+      const vec<T> rescale = vec<T>::load_aligned(rescale_ + lane + n * W);
+      add(sum_ + lane + n * W, rescale, sum[n]);
+      add(stored_ + lane + n * W, rescale, Weights::exact ? sum[n] : stored[n]);
+    });
+  }
+
+  /// Raises the maxima of the lanes from `lane` on, and says how much they shrink by. Returns what weights are relative to: a
+  /// lane that has seen nothing has the maximum -inf, and -inf - 0 is -inf where -inf - -inf were NaN.
+  CCA_INLINE vec<T> raise(std::int64_t lane, vec<T> maximum, vec<T> unit) const {
+    const vec<T> old = vec<T>::load_aligned(maximum_ + lane);
+    const vec<T> raised = (xsimd::max)(old, maximum);
+    const vec<T> base = xsimd::select(raised == vec<T>(-infinity<T>), vec<T>(T(0)), raised);
+    raised.store_aligned(maximum_ + lane);
+    exp2<T>((old - base) * unit).store_aligned(rescale_ + lane);
+    return base;
+  }
+
+  static CCA_INLINE void add(T* sum, vec<T> rescale, vec<T> more) {
     fma<T>(vec<T>::load_aligned(sum), rescale, more).store_aligned(sum);
   }
 

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# python_environment.sh <folder> <requirements>: makes a virtual environment of exactly these packages, or leaves the one that
+# is there where it is of the same ones. Fails where Python, its venv module or the packages cannot be had.
+set -euo pipefail
+folder=$1 requirements=$2
+
+cmp -s "$requirements" "$folder/requirements.txt" && exit 0
+rm -rf "$folder"
+python3 -m venv "$folder"
+"$folder/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements"
+cp "$requirements" "$folder/requirements.txt"  # last: it says that the rest is there

@@ -1,0 +1,93 @@
+#pragma once
+
+#include <mpi.h>
+
+#include <climits>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+
+#include "../detail/base/numbers.hpp"
+#include "../detail/base/refuse.hpp"
+#include "../detail/base/target.hpp"
+
+namespace cca { inline namespace CCA_TARGET { namespace mpi {
+
+/// What MPI failed at, and what it says of it.
+class error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// What a rank has received from others since it was last asked, in bytes.
+struct traffic {
+  std::int64_t raw = 0;        ///< tokens of the halo and sink tokens: keys and values
+  std::int64_t cores = 0;      ///< cores, or far rows
+  std::int64_t gradients = 0;  ///< of both
+  std::int64_t partials = 0;   ///< results that are merged
+  std::int64_t compared = 0;   ///< options, shapes and counts
+};
+
+namespace detail {
+
+using namespace cca::detail;
+
+/// Every call of MPI goes through here.
+inline void check(int code, const char* doing) {
+  if (code == MPI_SUCCESS) return;
+  char said[MPI_MAX_ERROR_STRING] = "";
+  int length = 0;
+  MPI_Error_string(code, said, &length);
+  throw error(text{"cca: ", doing, ": MPI says ", said}.c_str());
+}
+
+}  // namespace detail
+
+/// The ranks that share sequences: a duplicate of the caller's communicator, so that messages of this library and of others
+/// never meet, and one whose errors are exceptions. Making one is collective, as is its end. Calls of MPI are made by the
+/// thread that calls the library, whatever the executor: `MPI_THREAD_FUNNELED` is enough.
+///
+/// A rank on which an exception ends a call that has begun to send leaves the others waiting, as in all of MPI: let it end
+/// the program, or call `MPI_Abort`. Refusals of arguments are the same on every rank and come before.
+class communicator {
+ public:
+  /// @throws cca::mpi::error  where MPI fails
+  explicit communicator(MPI_Comm ranks) {
+    int started = 0, ended = 0;
+    MPI_Initialized(&started);
+    if (started != 0) MPI_Finalized(&ended);
+    if (started == 0 || ended != 0)
+      cca::detail::refuse("communicator", {started == 0 ? "one before MPI_Init" : "one after MPI_Finalize"},
+                          {"one between the two"});
+    detail::check(MPI_Comm_dup(ranks, &comm_), "duplicating the communicator");
+    detail::check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "preparing the communicator");
+    detail::check(MPI_Comm_rank(comm_, &rank_), "preparing the communicator");
+    detail::check(MPI_Comm_size(comm_, &size_), "preparing the communicator");
+  }
+  communicator(const communicator&) = delete;
+  communicator& operator=(const communicator&) = delete;
+  ~communicator() {
+    int ended = 0;
+    MPI_Finalized(&ended);
+    if (ended == 0) MPI_Comm_free(&comm_);
+  }
+
+  /// @{
+  /// Of the caller's communicator.
+  [[nodiscard]] int rank() const { return rank_; }
+  [[nodiscard]] int size() const { return size_; }
+  /// @}
+
+  /// The duplicate.
+  [[nodiscard]] MPI_Comm get() const { return comm_; }
+
+  /// What this rank has received. May be set to `{}`.
+  [[nodiscard]] traffic& received() const { return received_; }
+
+ private:
+  MPI_Comm comm_ = MPI_COMM_NULL;
+  int rank_ = 0, size_ = 1;
+  mutable traffic received_{};
+};
+
+}}}  // namespace cca::CCA_TARGET::mpi

@@ -1,0 +1,222 @@
+#pragma once
+
+#include <mpi.h>
+
+#include <climits>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "../detail/base/numbers.hpp"
+#include "../detail/base/refuse.hpp"
+#include "../detail/base/scratch.hpp"
+#include "../detail/base/target.hpp"
+#include "../partition.hpp"
+#include "communicator.hpp"
+#include "plan.hpp"
+
+namespace cca { inline namespace CCA_TARGET { namespace mpi { namespace detail {
+
+/// Memory of `size` elements.
+template <class T>
+class buffer {
+ public:
+  buffer() = default;
+  explicit buffer(std::int64_t size) : size_(size), memory_(scratch_bytes<T>(size), "message") {}
+
+  [[nodiscard]] T* data() const { return reinterpret_cast<T*>(memory_.data()); }
+  [[nodiscard]] std::int64_t size() const { return size_; }
+  [[nodiscard]] T& operator[](std::int64_t i) const { return data()[i]; }
+
+ private:
+  std::int64_t size_ = 0;
+  aligned_memory memory_{0};
+};
+
+/// A row of a message as MPI counts it, so that only rows have to fit the `int` of its counts.
+class row_type {
+ public:
+  explicit row_type(std::int64_t bytes) {
+    require_count("bytes of a row", bytes);
+    check(MPI_Type_contiguous(static_cast<int>(bytes), MPI_BYTE, &type_), "describing rows");
+    check(MPI_Type_commit(&type_), "describing rows");
+  }
+  row_type(const row_type&) = delete;
+  row_type& operator=(const row_type&) = delete;
+  ~row_type() { MPI_Type_free(&type_); }
+
+  [[nodiscard]] MPI_Datatype get() const { return type_; }
+
+  static int require_count(const char* what, std::int64_t count) {
+    if (count > INT_MAX)
+      refuse("layout", {count, " ", what, " in one message"}, {"at most 2^31 - 1, as MPI counts them"});
+    return static_cast<int>(count);
+  }
+
+ private:
+  MPI_Datatype type_ = MPI_DATATYPE_NULL;
+};
+
+/// Moves rows between those who hold them and those who read them, from rank to rank, one message for each pair of ranks
+/// that has some. Where a rank is both, they are moved all the same.
+class piece_exchange {
+ public:
+  enum class direction { to_readers, to_holders };
+
+  /// `pieces` in the order of `plan::pieces_of`.
+  piece_exchange(const communicator& ranks, const plan& of, std::vector<piece> pieces)
+      : ranks_(&ranks), pieces_(static_cast<std::vector<piece>&&>(pieces)), places_(pieces_.size()) {
+    std::vector<range> held(static_cast<std::size_t>(ranks.size())), read = held;  // rows, as their ends
+    for (std::size_t i = 0; i < pieces_.size(); ++i) {
+      const std::int64_t holder = of.rank_of(pieces_[i].holder), reader = of.rank_of(pieces_[i].reader);
+      place& to = places_[i];
+      to = {holder == ranks.rank(), reader == ranks.rank(), 0};
+      if (to.local()) {
+        longest_ = larger(longest_, pieces_[i].tokens.size());
+        continue;
+      }
+      auto& rows = to.held ? held[static_cast<std::size_t>(reader)] : read[static_cast<std::size_t>(holder)];
+      to.row = rows.end;
+      rows.end += pieces_[i].tokens.size();
+    }
+    begin_peers(held, held_, held_rows_);
+    begin_peers(read, read_, read_rows_);
+    for (std::size_t i = 0; i < pieces_.size(); ++i) {
+      if (places_[i].local()) continue;
+      const std::int64_t other = of.rank_of(places_[i].held ? pieces_[i].reader : pieces_[i].holder);
+      places_[i].row += (places_[i].held ? held : read)[static_cast<std::size_t>(other)].begin;
+    }
+  }
+
+  [[nodiscard]] const std::vector<piece>& pieces() const { return pieces_; }
+
+  /// `pack(piece, to)` writes the rows of a piece, each of `row_bytes` bytes, `unpack(piece, from)` takes them: those that
+  /// a rank gets in the order of their readers, whoever sent them and whenever they came. Collective.
+  template <class Pack, class Unpack>
+  std::int64_t move(direction way, std::int64_t row_bytes, const char* doing, const Pack& pack,
+                    const Unpack& unpack) const {
+    const bool to_readers = way == direction::to_readers;
+    const std::int64_t out_rows = to_readers ? held_rows_ : read_rows_, in_rows = to_readers ? read_rows_ : held_rows_;
+    const auto &out_peers = to_readers ? held_ : read_, &in_peers = to_readers ? read_ : held_;
+    const buffer<std::byte> out(out_rows * row_bytes), in(in_rows * row_bytes), local(longest_ * row_bytes);
+    const row_type row(row_bytes);
+    std::vector<request> all;
+    all.reserve(in_peers.size() + out_peers.size());
+    for (const peer& p : in_peers)
+      check(MPI_Irecv(in.data() + p.rows.begin * row_bytes, row_type::require_count("rows", p.rows.size()), row.get(),
+                      p.rank, 0, ranks_->get(), &all.emplace_back().of),
+            doing);
+    for (std::size_t i = 0; i < pieces_.size(); ++i)
+      if (!places_[i].local() && places_[i].held == to_readers)
+        pack(pieces_[i], out.data() + places_[i].row * row_bytes);
+    for (const peer& p : out_peers)
+      check(MPI_Isend(out.data() + p.rows.begin * row_bytes, row_type::require_count("rows", p.rows.size()), row.get(),
+                      p.rank, 0, ranks_->get(), &all.emplace_back().of),
+            doing);
+    for (request& r : all) check(MPI_Wait(&r.of, MPI_STATUS_IGNORE), doing);
+    for (std::size_t i = 0; i < pieces_.size(); ++i) {
+      if (places_[i].local()) {
+        pack(pieces_[i], local.data());
+        unpack(pieces_[i], local.data());
+      } else if (places_[i].held != to_readers) {
+        unpack(pieces_[i], in.data() + places_[i].row * row_bytes);
+      }
+    }
+    return in_rows * row_bytes;
+  }
+
+ private:
+  struct place {
+    bool held = false, read = false;  ///< here
+    std::int64_t row = 0;             ///< in the messages to readers, or from holders
+    [[nodiscard]] bool local() const { return held && read; }
+  };
+  struct peer {
+    int rank;
+    range rows;
+  };
+  struct request {
+    MPI_Request of = MPI_REQUEST_NULL;
+  };
+
+  static void begin_peers(std::vector<range>& rows, std::vector<peer>& peers, std::int64_t& total) {
+    for (std::size_t r = 0; r < rows.size(); ++r) {
+      rows[r] = shifted(rows[r], total);
+      total = rows[r].end;
+      if (!rows[r].empty()) peers.push_back({static_cast<int>(r), rows[r]});
+    }
+  }
+
+  const communicator* ranks_;
+  std::vector<piece> pieces_;
+  std::vector<place> places_;
+  std::vector<peer> held_, read_;
+  std::int64_t held_rows_ = 0, read_rows_ = 0, longest_ = 0;
+};
+
+/// Rows that each rank gives to all: cores, or a caller's far rows. They travel while something else is computed.
+class gathering {
+ public:
+  /// `count(i)` rows of segment i of the layout.
+  template <class Count>
+  gathering(const communicator& ranks, const layout& tokens, std::int64_t row_bytes, const Count& count)
+      : ranks_(&ranks), row_bytes_(row_bytes), row_(row_bytes), counts_(2 * ranks.size()) {
+    std::int64_t next = 0;
+    for (int r = 0; r < ranks.size(); ++r) {
+      const range own = tokens.segments_of(r);
+      displacement(r) = row_type::require_count("rows", next);
+      for (std::int64_t i = own.begin; i < own.end; ++i) next += count(i);
+      counts_[r] = row_type::require_count("rows", next - displacement(r));
+    }
+    rows_ = buffer<std::byte>(next * row_bytes);
+    if (ranks.size() > 1) received_ = (next - counts_[ranks.rank()]) * row_bytes;
+  }
+  gathering(const gathering&) = delete;
+  gathering& operator=(const gathering&) = delete;
+
+  /// Where this rank's rows go before `start`.
+  [[nodiscard]] std::byte* own() const { return rows_.data() + displacement(ranks_->rank()) * row_bytes_; }
+
+  /// Collective, as is `finish`; `progress` is for in between.
+  void start() {
+    check(MPI_Iallgatherv(MPI_IN_PLACE, 0, row_.get(), rows_.data(), counts_.data(), &displacement(0), row_.get(),
+                          ranks_->get(), &request_),
+          "gathering cores");
+  }
+  void progress() {
+    int done = 0;
+    check(MPI_Test(&request_, &done, MPI_STATUS_IGNORE), "gathering cores");
+  }
+  /// The rows of all ranks, by segment.
+  [[nodiscard]] const std::byte* finish() {
+    check(MPI_Wait(&request_, MPI_STATUS_IGNORE), "gathering cores");
+    ranks_->received().cores += received_;
+    return rows_.data();
+  }
+
+ private:
+  [[nodiscard]] int& displacement(int r) const { return counts_[ranks_->size() + r]; }
+
+  const communicator* ranks_;
+  std::int64_t row_bytes_, received_ = 0;
+  row_type row_;
+  buffer<int> counts_;
+  buffer<std::byte> rows_;
+  MPI_Request request_ = MPI_REQUEST_NULL;
+};
+
+/// Adds up numbers that every rank has some of, in the order of the ranks: on all of them, to the same bits. Collective.
+template <class T>
+void add_over_ranks(const communicator& ranks, T* numbers, std::int64_t count) {
+  const buffer<T> all(count * ranks.size());
+  const int bytes = row_type::require_count("bytes", count * static_cast<std::int64_t>(sizeof(T)));
+  check(MPI_Allgather(numbers, bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, ranks.get()), "adding up gradients");
+  ranks.received().gradients += std::int64_t{bytes} * (ranks.size() - 1);
+  for (std::int64_t i = 0; i < count; ++i) {
+    numbers[i] = all[i];
+    for (std::int64_t r = 1; r < ranks.size(); ++r) numbers[i] += all[r * count + i];
+  }
+}
+
+}}}}  // namespace cca::CCA_TARGET::mpi::detail

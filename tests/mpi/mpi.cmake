@@ -1,0 +1,28 @@
+# Tests across ranks: programs that mpirun runs with several numbers of them. mpi_plan_test needs no ranks.
+
+cca_add_program(${cca_newest_arch}.mpi_plan_test ${cca_newest_arch} mpi/mpi_plan_test.cpp)
+target_link_libraries(${cca_newest_arch}.mpi_plan_test PRIVATE GTest::gtest_main)
+add_test(NAME ${cca_newest_arch}.mpi_plan_test COMMAND ${cca_newest_arch}.mpi_plan_test)
+
+# Ranks share the cores of one machine, and may be those of root in a container.
+set(cca_mpi_environment OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_btl_vader_single_copy_mechanism=none
+                        OMP_NUM_THREADS=1)
+execute_process(COMMAND ${MPIEXEC_EXECUTABLE} --version OUTPUT_VARIABLE version ERROR_QUIET)
+set(cca_mpirun ${MPIEXEC_EXECUTABLE})
+if(version MATCHES "Open MPI|OpenRTE")
+  list(APPEND cca_mpirun --oversubscribe)
+endif()
+
+# ThreadSanitizer does not see into MPI, and what MPI keeps is no leak of ours.
+list(APPEND cca_mpi_environment ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1)
+
+set(CCA_TEST_RANKS 1 3 CACHE STRING "Numbers of ranks that the tests of MPI run with; 1;2;3;4;8 for all that are meant")
+foreach(test IN ITEMS mpi_attention_test mpi_decoding_test)
+  set(name ${cca_newest_arch}.${test})
+  cca_add_program(${name} ${cca_newest_arch} mpi/${test}.cpp mpi/mpi_main.cpp)
+  target_link_libraries(${name} PRIVATE cca::mpi ${cca_newest_arch}.textbook GTest::gtest)
+  foreach(ranks IN LISTS CCA_TEST_RANKS)
+    add_test(NAME ${test}.${ranks} COMMAND ${cca_mpirun} ${MPIEXEC_NUMPROC_FLAG} ${ranks} $<TARGET_FILE:${name}>)
+    set_tests_properties(${test}.${ranks} PROPERTIES ENVIRONMENT "${cca_mpi_environment}" TIMEOUT 600 PROCESSORS 2)
+  endforeach()
+endforeach()
