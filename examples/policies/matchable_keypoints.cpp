@@ -12,7 +12,7 @@ namespace {
 using policies::index;
 using policies::rows;
 const std::int64_t here = 40, there = 60, heads = 2, dim = 8, value_dim = 6, count = 12;
-const double apart = 0.5;
+const double apart = 0.8;
 
 /// One keypoint after the other: the most matchable that is apart from those before it.
 std::vector<bool> sample(const std::vector<policies::point>& at, const std::vector<double>& matchability) {
