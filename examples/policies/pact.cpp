@@ -12,7 +12,7 @@ namespace {
 using policies::index;
 using policies::rows;
 const std::int64_t image = 60, text = 20, heads = 4, kv_heads = 2, dim = 8, value_dim = 6, kept = 50;
-const double radius = 0.3;
+const double radius = 0.4;
 
 /// Tokens that lie around eight points.
 rows<double> image_tokens(std::int64_t width, unsigned seed) {
@@ -21,7 +21,7 @@ rows<double> image_tokens(std::int64_t width, unsigned seed) {
   for (std::int64_t h = 0; h < kv_heads; ++h)
     for (std::int64_t j = 0; j < image; ++j)
       for (std::int64_t d = 0; d < width; ++d)
-        tokens.row(h, j)[d] = points.row(h, j % 8)[d] + 0.3 * tokens.row(h, j)[d];
+        tokens.row(h, j)[d] = points.row(h, j % 8)[d] + 0.7 * tokens.row(h, j)[d];
   return tokens;
 }
 

@@ -13,10 +13,10 @@ namespace policies {
 /// Attention Sinks, arXiv 2309.17453, section 3.2: a cache of sink tokens and a rolling one of the latest tokens, where
 /// positions are those in the cache, not in the text.
 ///
-/// Of m sink tokens and a window of s tokens, sink token j has the position j, and the query of token t has `min(t, m
-/// + s - 1)`; within the window distances are those of the text, so the window's keys stay turned as they are, and
-/// the sink tokens get a query of their own. (Where positions of the text will do, `{.window = s, .sink_tokens = m}`
-/// of the library is all of it.)
+/// Of m sink tokens and a window of s tokens, sink token j has the position j, and the query of token t has
+/// `min(t, m + s - 1)`. Within the window distances are those of the text, so the window's keys stay turned as they are,
+/// and only the sink tokens need a query of their own. (Where positions of the text will do, the library's
+/// `{.window = s, .sink_tokens = m}` is all of it.)
 template <class T>
 class streaming_llm {
  public:
@@ -39,11 +39,11 @@ class streaming_llm {
                   sink_query = turn_.turned(query, in_cache);
     keep_sinks(window_key.view(), value, first);
     const auto seen = sinks_beside_window(first, count, sinks_, window_);
-    rows<T> near_sinks(heads, count, out.dim()), sink_lse(heads, count, 1), lse(heads, count, 1), out_lse = lse;
+    rows<T> sink_out(heads, count, out.dim()), sink_lse(heads, count, 1), lse(heads, count, 1), out_lse = lse;
     attend_far<T>(sink_query.view(), {sink_key_.view(), sink_value_.view(), same_for_heads(seen, heads)},
-                  {near_sinks.view(), sink_lse.numbers()});
+                  {sink_out.view(), sink_lse.numbers()});
     recent_.attend(cca::inputs<T>{window_query.view(), window_key.view(), value}, cca::results<T>{out, lse.numbers()});
-    kernels::merge(part{near_sinks.view(), sink_lse.numbers()}, part{out, lse.numbers()},
+    kernels::merge(part{sink_out.view(), sink_lse.numbers()}, part{out, lse.numbers()},
                    cca::results<T>{out, out_lse.numbers()});
   }
 
