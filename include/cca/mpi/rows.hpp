@@ -16,7 +16,7 @@ namespace cca { inline namespace CCA_TARGET { namespace mpi { namespace detail {
 // there is one, of a bias, one after the other.
 
 /// The kernels cut rows into blocks from multiples of this number on, or of a part of it.
-inline constexpr std::int64_t block_alignment = 128;
+inline constexpr std::int64_t block_alignment = 256;
 
 /// Which rows of a buffer belong to which segment of a rank.
 class row_places {

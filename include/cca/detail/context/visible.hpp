@@ -88,6 +88,9 @@ struct tile_part {
   range rows;
   Mask mask;
 
+  /// Whether every lane sees every row.
+  static constexpr bool all_seen() { return !masked; }
+
   /// Calls `f` with the mask of vector `n` of them.
   template <class F>
   CCA_INLINE void with_mask(std::int64_t, const F& f) const {

@@ -121,7 +121,7 @@ class gradient_tile {
   /// `P = exp(X - lse)`, `dX = P (dP - delta)` and from it `dS`, for the pairs of a row and a lane that sees it; otherwise 0.
   template <class Part, class Factors, class Shift>
   void differentiate(const Part& part, const score_block<number> scores, const score_block<number> grads,
-                     const Factors factors, const Shift& shift) const {
+                     const Factors factors, const Shift shift) const {
     using vector = vec<number>;
     constexpr std::int64_t R = Factors::rows_at_once;
     const vector unit(call_.rule->unit_in_base_2()), zero(number(0));
@@ -136,7 +136,7 @@ class gradient_tile {
           unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
             const vector x = vector::load_aligned(scores.at(j + r, n));
             // No weight is above 1, but where lse was rounded, and of what a lane does not see. A NaN stays.
-            const vector p = Factors::exp2((xsimd::min)(zero, fma<number>(shift(x, j + r, n), unit, -lse)));
+            const vector p = Factors::exp2((xsimd::min)(zero, fma<number>(shift.row(j + r)(x, n), unit, -lse)));
             weight[r] = mask.select(j + r, p, zero);
             const vector grad_weight = vector::load_aligned(grads.at(j + r, n)) - delta;
             shift.add_gradient(mask.select(j + r, p * grad_weight, zero), j + r, n);

@@ -103,8 +103,9 @@ struct score_rule {
   void apply(T* scores, std::int64_t count, const Place& place) const {
     if (!shapes()) return;
     for (std::int64_t j = count; j % width<T> != 0; ++j) scores[j] = T(0);
+    const logit_of shaped = logit();
     for (std::int64_t j = 0; j < count; j += width<T>)
-      logit(vec<T>::load_aligned(scores + j)).store_aligned(scores + j);
+      shaped(vec<T>::load_aligned(scores + j)).store_aligned(scores + j);
     if (shifts()) shift_row(scores, place());
   }
 
@@ -120,24 +121,47 @@ struct score_rule {
   /// Whether logits are more than scores times a unit.
   [[nodiscard]] bool shapes() const { return softcap != T(0) || shifts(); }
 
-  /// What a score is before it is shifted.
-  [[nodiscard]] CCA_INLINE vec<T> logit(vec<T> score) const {
-    const vec<T> x = score * vec<T>(score_unit());
-    return softcap == T(0) ? x : vec<T>(softcap) * detail::tanh<T>(x * vec<T>(T(1) / softcap));
-  }
+  /// What a score is before it is shifted: `x = unit * score`, then the softcap.
+  struct logit_of {
+    T unit, softcap;
+
+    CCA_INLINE vec<T> operator()(vec<T> score) const {
+      const vec<T> x = score * vec<T>(unit);
+      return softcap == T(0) ? x : vec<T>(softcap) * detail::tanh<T>(x * vec<T>(T(1) / softcap));
+    }
+  };
+  [[nodiscard]] logit_of logit() const { return {score_unit(), softcap}; }
 
   template <class Part, class Shift>
   void shape(const Part& part, const score_block<T> scores, vec<T> unseen, const Shift& shift) const {
-    for (std::int64_t n = 0; n < Part::vectors; ++n)
-      part.with_mask(n, [&](const auto& mask) {
-        vec<T> maximum(-infinity<T>);
-        for (std::int64_t j = 0; j < part.rows.size(); ++j) {
-          const vec<T> x = mask.select(j, shift(logit(vec<T>::load_aligned(scores.at(j, n))), j, n), unseen);
-          x.store_aligned(scores.at(j, n));
-          maximum = (xsimd::max)(maximum, x);
-        }
-        if (scores.maximum != nullptr) maximum.store_aligned(scores.maximum + n * width<T>);
+    constexpr std::int64_t N = smaller<std::int64_t>(Part::vectors, 4);  // as many as registers hold
+    if (part.all_seen())
+      for (std::int64_t n = 0; n < Part::vectors; n += N)
+        shape_vectors<N>(n, part.rows.size(), scores, unmasked{}, unseen, shift, logit());
+    else
+      for (std::int64_t n = 0; n < Part::vectors; ++n)
+        part.with_mask(n, [&](const auto& mask) {
+          shape_vectors<1>(n, part.rows.size(), scores, mask, unseen, shift, logit());
+        });
+  }
+
+  /// The same of `N` vectors from `first` on. (Values, not references, as in `lane_softmax`.)
+  template <std::int64_t N, class Mask, class Shift>
+  static void shape_vectors(std::int64_t first, std::int64_t count, const score_block<T> scores, const Mask mask,
+                            vec<T> unseen, const Shift shift, const logit_of logit) {
+    vec<T> maximum[extent(N)];
+    unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n] = vec<T>(-infinity<T>); });
+    for (std::int64_t j = 0; j < count; ++j) {
+      const auto shift_row = shift.row(j);
+      unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
+        T* const at = scores.at(j, first + n);
+        const vec<T> x = mask.select(j, shift_row(logit(vec<T>::load_aligned(at)), first + n), unseen);
+        x.store_aligned(at);
+        maximum[n] = (xsimd::max)(maximum[n], x);
       });
+    }
+    if (scores.maximum == nullptr) return;
+    unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n].store_aligned(scores.maximum + (first + n) * width<T>); });
   }
 };
 

@@ -35,8 +35,9 @@ score_place(row_terms<Bias>, T, std::int64_t, range, shift_sums<T>) -> score_pla
 
 /// Logits to which nothing is added.
 struct unshifted {
+  [[nodiscard]] CCA_INLINE unshifted row(std::int64_t) const { return {}; }
   template <class V>
-  CCA_INLINE V operator()(V x, std::int64_t, std::int64_t) const {
+  CCA_INLINE V operator()(V x, std::int64_t) const {
     return x;
   }
   template <class V>
@@ -58,27 +59,38 @@ class tile_shift {
     lanes_ = vec<T>::load_aligned(lanes);
   }
 
-  /// Of row `j` and vector `n` of the part.
-  CCA_INLINE vec<T> operator()(vec<T> x, std::int64_t j, std::int64_t n) const {
-    return fma<T>(vec<T>(-place_.slope), distance(j, n), x) + vec<T>(place_.bias(row(j)));
+  /// The same of one row, for logits of vector `n` of the part.
+  struct row_shift {
+    vec<T> distance;  ///< of the part's first lanes, with its sign
+    vec<T> slope, bias;
+
+    CCA_INLINE vec<T> operator()(vec<T> x, std::int64_t n) const {
+      return fma<T>(slope, xsimd::abs(distance + vec<T>(static_cast<T>(n * W))), x) + bias;
+    }
+  };
+
+  /// Of row `j` of the part.
+  [[nodiscard]] CCA_INLINE row_shift row(std::int64_t j) const {
+    return {distance(j), vec<T>(-place_.slope), vec<T>(place_.bias(present(j)))};
   }
 
   /// Adds to the sums; `grad` is the gradient of the logit, 0 where it is unseen.
   CCA_INLINE void add_gradient(vec<T> grad, std::int64_t j, std::int64_t n) const {
     const auto& [bias, slope] = place_.sums;
-    if (bias != nullptr) bias[row(j) - place_.rows.begin] += reduce_add<T>(grad);
+    if (bias != nullptr) bias[present(j) - place_.rows.begin] += reduce_add<T>(grad);
     if (slope == nullptr) return;
     T* const lanes = slope + first_lane_ + n * W;
-    fma<T>(grad, distance(j, n), vec<T>::load_aligned(lanes)).store_aligned(lanes);
+    fma<T>(grad, xsimd::abs(distance(j) + vec<T>(static_cast<T>(n * W))), vec<T>::load_aligned(lanes))
+        .store_aligned(lanes);
   }
 
  private:
   /// A unit takes whole chunks of rows: what is beside those that are there nobody sees.
-  [[nodiscard]] CCA_INLINE std::int64_t row(std::int64_t j) const {
+  [[nodiscard]] CCA_INLINE std::int64_t present(std::int64_t j) const {
     return smaller(larger(first_row_ + j, place_.rows.begin), place_.rows.end - 1);
   }
-  [[nodiscard]] CCA_INLINE vec<T> distance(std::int64_t j, std::int64_t n) const {
-    return xsimd::abs(vec<T>(static_cast<T>(place_.query + first_lane_ + n * W - place_.terms.positions[row(j)])) + lanes_);
+  [[nodiscard]] CCA_INLINE vec<T> distance(std::int64_t j) const {
+    return vec<T>(static_cast<T>(place_.query + first_lane_ - place_.terms.positions[present(j)])) + lanes_;
   }
 
   score_place<T, Bias> place_;
