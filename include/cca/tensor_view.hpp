@@ -130,7 +130,7 @@ template <class T>
   return {data, {batch, heads, length, dim}, {length * heads * dim, dim, heads * dim, 1}};
 }
 
-/// `[batch][heads][length]` in memory: log-sum-exps, or the counts of `far::seen`.
+/// `[batch][heads][length]` in memory: log-sum-exps, or the counts `seen` of a far context.
 template <class T>
 [[nodiscard]] constexpr lse_view<T> bhs(T* data, std::int64_t batch, std::int64_t heads, std::int64_t length) {
   return {data, {batch, heads, length}, {heads * length, length, 1}};
