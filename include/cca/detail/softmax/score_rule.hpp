@@ -29,6 +29,7 @@ struct score_rule {
   int exponent = 0;                        ///< the power of two of the scale that queries are multiplied by
   tensor_view<const T, 3> alibi_slopes{};  ///< `[1 or batch, heads, 1]`; without data there are none
   bool biased = false;                     ///< whether rows of some source have biases
+  T inverse_softcap = T(1);                ///< 1 / softcap; of any value where there is none
 
   /// What queries are multiplied by as they are packed. The sign: scores of a negative scale would have their maximum at the
   /// wrong end, and those of a scale of 0 none.
@@ -113,7 +114,7 @@ struct score_rule {
   [[nodiscard]] CCA_INLINE vec<T> differentiate(vec<T> x, vec<T> weight) const {
     const vec<T> scaled = weight * vec<T>(scale);
     if (softcap == T(0)) return scaled;
-    const vec<T> share = x * vec<T>(T(1) / softcap);
+    const vec<T> share = x * vec<T>(inverse_softcap);
     return scaled * (vec<T>(T(1)) - share * share);
   }
 
@@ -123,14 +124,14 @@ struct score_rule {
 
   /// What a score is before it is shifted: `x = unit * score`, then the softcap.
   struct logit_of {
-    T unit, softcap;
+    T unit, softcap, inverse_softcap;
 
     CCA_INLINE vec<T> operator()(vec<T> score) const {
       const vec<T> x = score * vec<T>(unit);
-      return softcap == T(0) ? x : vec<T>(softcap) * detail::tanh<T>(x * vec<T>(T(1) / softcap));
+      return softcap == T(0) ? x : vec<T>(softcap) * detail::tanh<T>(x * vec<T>(inverse_softcap));
     }
   };
-  [[nodiscard]] logit_of logit() const { return {score_unit(), softcap}; }
+  [[nodiscard]] logit_of logit() const { return {score_unit(), softcap, inverse_softcap}; }
 
   template <class Part, class Shift>
   void shape(const Part& part, const score_block<T> scores, vec<T> unseen, const Shift& shift) const {
@@ -172,6 +173,8 @@ score_rule<T> make_score_rule(const options& options, const Inputs& in, bool bia
                      in.sink_logits};
   rule.alibi_slopes = in.alibi_slopes;
   rule.biased = biased;
+  // Here, once: in a loop a compiler may divide before it asks whether there is a softcap, and raise an exception.
+  rule.inverse_softcap = T(1) / (rule.softcap == T(0) ? T(1) : rule.softcap);
   return rule;
 }
 
