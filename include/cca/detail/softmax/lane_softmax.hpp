@@ -62,7 +62,9 @@ class lane_softmax {
     for (std::int64_t lane = 0; lane < lanes_; lane += W) {
       const vec<T> stored = vec<T>::load_aligned(stored_ + lane);
       const auto empty = stored == zero;
-      xsimd::select(empty, zero, one / xsimd::select(empty, one, stored)).store_aligned(stored_ + lane);
+      vec<T> divisor = xsimd::select(empty, one, stored);
+      keep<T>(divisor);  // clang would divide by 0 and then choose
+      xsimd::select(empty, zero, one / divisor).store_aligned(stored_ + lane);
     }
     for (std::int64_t i = 0; rule_->has_sinks() && i < count; ++i) {
       exponential_sum<T> whole = total(i);
