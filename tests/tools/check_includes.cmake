@@ -21,9 +21,10 @@ set(order
     # From scores to weights.
     detail/softmax/row_softmax.hpp detail/softmax/score_shift.hpp detail/softmax/score_rule.hpp detail/softmax/lane_softmax.hpp
     # What multiplies.
-    detail/product/vectors.hpp detail/product/operands.hpp detail/product/amx.hpp detail/product/avx512_bf16.hpp
+    detail/product/vector_rows.hpp detail/product/vectors.hpp detail/product/operands.hpp detail/product/amx.hpp detail/product/avx512_bf16.hpp
     detail/product/multiply_pairs.hpp detail/product/pairs.hpp detail/product/staged_rows.hpp
-    detail/product/sixteen_bits.hpp detail/product/list.hpp
+    detail/product/sixteen_bit_parts.hpp detail/product/sixteen_bit_gradients.hpp detail/product/sixteen_bits.hpp
+    detail/product/list.hpp
     # From groups to cores.
     detail/pool/group_rows.hpp detail/pool/last_query.hpp detail/pool/max.hpp detail/pool/mean.hpp detail/pool/select.hpp
     detail/pool/pooler.hpp
@@ -34,7 +35,7 @@ set(order
     pooling.hpp detail/engine/plan.hpp attention.hpp merge.hpp detail/engine/gradient_plan.hpp gradient.hpp cache_shape.hpp
     detail/context/cached_sequences.hpp kv_cache.hpp kv_cache_file.hpp
     # The textbook and the whole.
-    reference_operands.hpp reference.hpp reference_gradient.hpp cca.hpp
+    reference_operands.hpp reference_pooling.hpp reference.hpp reference_gradient.hpp cca.hpp
     # The same across machines.
     mpi/layout.hpp mpi/plan.hpp mpi/cost.hpp mpi/communicator.hpp mpi/agreement.hpp mpi/validate.hpp mpi/exchange.hpp mpi/rows.hpp mpi/rank_call.hpp
     mpi/forward.hpp mpi/far_rows.hpp mpi/backward.hpp mpi/merge.hpp mpi/prompt.hpp mpi/cache_share.hpp mpi/kv_cache.hpp mpi.hpp
@@ -44,7 +45,7 @@ set(order
 
 # Where what is not ours comes in.
 set(home_of_xsimd detail/simd/arch.hpp)
-set(home_of_Eigen reference.hpp)
+set(home_of_Eigen reference_pooling.hpp)
 
 set(root ${CMAKE_CURRENT_LIST_DIR}/../../include)
 if(DEFINED CMAKE_ARGV3)

@@ -12,6 +12,7 @@
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
+#include "vector_rows.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
@@ -135,91 +136,7 @@ struct vectors {
     }
   };
 
-  /// The rows of a stack's queries, or of their gradients, padded with zeros to whole vectors and tiles: what the gradients
-  /// of keys and values are summed from.
-  class query_rows {
-   public:
-    static constexpr std::int64_t size(std::int64_t count, std::int64_t dim) { return count * padded<T>(dim); }
-
-    query_rows(T* scratch, std::int64_t padded_count, std::int64_t dim)
-        : rows_(scratch), lanes_(padded_count), dim_(dim) {}
-
-    [[nodiscard]] T* row(std::int64_t i) const { return rows_ + i * padded<T>(dim_); }
-
-    /// Takes in `count` rows, `row_of(i)`.
-    template <class Row>
-    void load(std::int64_t count, const Row& row_of) {
-      count_ = count;
-      fill_n(rows_, size(lanes_, dim_), T(0));
-      for (std::int64_t i = 0; i < count; ++i) convert(row_of(i), dim_, row(i));
-      finite_ = all_finite(row_span<T>{rows_, padded<T>(dim_)}, dim_, count);
-    }
-
-    /// `to[j] += sum_i factors[j][i] row_i` for the rows `rows` of a block; a query adds to what it sees.
-    void add_to(const T* factors, range rows, const visible_lanes* seen, T* to, std::int64_t to_stride) const {
-      const std::int64_t tiles = lanes_ / lanes;
-      range all = seen[0].seen_by_all();
-      for (std::int64_t c = 1; c < tiles; ++c) all = intersection(all, seen[c].seen_by_all());
-      const bool whole = intersection(rows, all) == rows;
-      const auto lanes_of = [&](range part) { return whole ? range{0, lanes_} : seeing(seen, tiles, part); };
-      const row_span<T> span{rows_, padded<T>(dim_)};
-      if (whole || finite_)
-        add_runs(factors, rows, seen, to, to_stride,
-                 [&](range part, const auto& run, const auto&) CCA_INLINE_LAMBDA { run(lanes_of(part)); });
-      else
-        add_runs(factors, rows, seen, to, to_stride,
-                 [&](range part, const auto& run, const auto& row)
-                     CCA_INLINE_LAMBDA { for_each_finite_run(span, dim_, lanes_of(part), run, row); });
-    }
-
-   private:
-    /// The lanes of the vectors that see one of the rows, and of those between them.
-    static range seeing(const visible_lanes* seen, std::int64_t tiles, range rows) {
-      range total;
-      for (std::int64_t v = 0; v < tiles * shape::vectors; ++v)
-        if (!intersection(seen[v / shape::vectors].any[v % shape::vectors], rows).empty())
-          total = hull(total, {v * W, (v + 1) * W});
-      return total;
-    }
-
-    /// `for_each_run(rows, run, row)` as in `add_runs` below, of lanes for some rows.
-    template <class Runs>
-    void add_runs(const T* factors, range rows, const visible_lanes* seen, T* to, std::int64_t to_stride,
-                  const Runs& for_each_run) const {
-      for_row_blocks<shape::vectors>(padded<T>(dim_) / W, [&](auto n, std::int64_t v) {
-        constexpr std::int64_t N = n();
-        for_row_blocks<shape::template rows_of<N>>(rows.size(), [&](auto r, std::int64_t j) CCA_INLINE_LAMBDA {
-          constexpr std::int64_t R = r();
-          vec<T> sum[extent(R)][extent(N)];
-          unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
-          const auto run = [&](range some) CCA_INLINE_LAMBDA {
-            accumulate(sum, factors + j * lanes_ + some.begin, lanes_, adjacent{}, row(some.begin) + v * W,
-                       padded<T>(dim_), some.size());
-          };
-          const auto query = [&](std::int64_t i) CCA_INLINE_LAMBDA {
-            for (std::int64_t k = 0; k < R; ++k)
-              if (seen[i / lanes].lane[i % lanes].contains(rows.begin + j + k))
-                for (std::int64_t m = 0; m < N; ++m)
-                  sum[k][m] = fma<T>(vec<T>(factors[(j + k) * lanes_ + i]), vec<T>::load_aligned(row(i) + (v + m) * W),
-                                     sum[k][m]);
-          };
-          for_each_run(shifted(range{j, j + R}, rows.begin), run, query);
-          unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA {
-            const std::int64_t d = (v + i % N) * W;
-            T* t = to + (j + i / N) * to_stride + d;
-            if (d + W <= dim_)
-              (vec<T>::load_unaligned(t) + sum[i / N][i % N]).store_unaligned(t);
-            else
-              store_partial(t, load_partial(t, dim_ - d) + sum[i / N][i % N], dim_ - d);
-          });
-        });
-      });
-    }
-
-    T* rows_;
-    std::int64_t lanes_, dim_, count_ = 0;
-    bool finite_ = true;
-  };
+  using query_rows = vector_rows<T>;
 
   /// Memory of a backward stack: the rows of its queries and of the gradients of their outputs, and for a block of rows
   /// `P` and `dS`, `[row][lane of the stack]`, in the place of the scores and of `dP`.
