@@ -22,15 +22,7 @@ bool sees(std::int64_t t, std::int64_t j) {
 }
 
 rows<double> definition(const rows<double>& query, const rows<double>& key, const rows<double>& value) {
-  rows<double> out(heads, length, value_dim);
-  for (std::int64_t h = 0; h < heads; ++h)
-    for (std::int64_t t = 0; t < length; ++t) {
-      std::vector<textbook::seen_row> seen;
-      for (std::int64_t j = 0; j <= t; ++j)
-        if (sees(t, j)) seen.push_back({textbook::score(query.row(h, t), key.row(h / 2, j), dim), value.row(h / 2, j)});
-      textbook::answer(seen, out.row(h, t), value_dim);
-    }
-  return out;
+  return textbook::answers(query, key, value, [](std::int64_t, std::int64_t t, std::int64_t j) { return sees(t, j); });
 }
 
 }  // namespace
@@ -51,9 +43,7 @@ int main() {
   policies::attend_far_gradient(operand(query), context, {out.view(), lse.numbers()}, operand(grad_out),
                                 grad_query.view(), grad_key.view(), grad_value.view());
   const auto loss = [&] { return textbook::product(definition(query, key, value), grad_out); };
-  checks.derivative("gradient of the query", query, grad_query, loss);
-  checks.derivative("gradient of the key", key, grad_key, loss);
-  checks.derivative("gradient of the value", value, grad_value, loss);
+  checks.derivatives(query, grad_query, key, grad_key, value, grad_value, loss);
 
   double seen = 0;
   for (std::int64_t j = 0; j < length; ++j) seen += length - 1 < *policy.until.row(0, j) ? 1 : 0;

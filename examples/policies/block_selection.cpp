@@ -39,16 +39,9 @@ std::vector<std::vector<bool>> choose(const rows<double>& query, const rows<doub
 
 rows<double> definition(const rows<double>& query, const rows<double>& key, const rows<double>& value,
                         const std::vector<std::vector<bool>>& chosen) {
-  rows<double> out(heads, length, value_dim);
-  for (std::int64_t h = 0; h < heads; ++h)
-    for (std::int64_t t = 0; t < length; ++t) {
-      std::vector<textbook::seen_row> seen;
-      for (std::int64_t j = 0; j <= t; ++j)
-        if (chosen[policies::index(h * length + t)][policies::index(j / block)])
-          seen.push_back({textbook::score(query.row(h, t), key.row(h / 2, j), dim), value.row(h / 2, j)});
-      textbook::answer(seen, out.row(h, t), value_dim);
-    }
-  return out;
+  return textbook::answers(query, key, value, [&](std::int64_t h, std::int64_t t, std::int64_t j) {
+    return chosen[policies::index(h * length + t)][policies::index(j / block)];
+  });
 }
 
 }  // namespace
@@ -85,9 +78,7 @@ int main() {
   policies::attend_far_gradient(operand(query), context, {out.view(), lse.numbers()}, operand(grad_out),
                                 grad_query.view(), grad_key.view(), grad_value.view());
   const auto loss = [&] { return textbook::product(definition(query, key, value, chosen), grad_out); };
-  checks.derivative("MoBA, gradient of the query", query, grad_query, loss);
-  checks.derivative("MoBA, gradient of the key", key, grad_key, loss);
-  checks.derivative("MoBA, gradient of the value", value, grad_value, loss);
+  checks.derivatives(query, grad_query, key, grad_key, value, grad_value, loss, "MoBA, ");
 
   // A score with a pair of bounds reads two rows of keys, one with a mean reads one.
   const double rows_of_blocks = static_cast<double>(length / block), read = static_cast<double>(count * block),

@@ -72,9 +72,7 @@ int main() {
   pool.gradient(operand(key), operand(value), grad_pooled_key, grad_pooled_value, grad_key, grad_value,
                 grad_weight.data, grad_width.data);
   const auto loss = [&] { return textbook::product(definition(query, key, value, weight, width), grad_out); };
-  checks.derivative("gradient of the query", query, grad_query, loss);
-  checks.derivative("gradient of the key", key, grad_key, loss);
-  checks.derivative("gradient of the value", value, grad_value, loss);
+  checks.derivatives(query, grad_query, key, grad_key, value, grad_value, loss);
   checks.derivative("gradient of the weights", weight, grad_weight, loss);
   checks.derivative("gradient of the widths", width, grad_width, loss);
 

@@ -114,9 +114,7 @@ int main() {
     return first;
   };
   const auto loss = [&] { return textbook::product(definition(), grad_out); };
-  checks.derivative("gradient of the query", query, grad_query, loss);
-  checks.derivative("gradient of the key", key, of_tokens(grad_key), loss);
-  checks.derivative("gradient of the value", value, of_tokens(grad_value), loss);
+  checks.derivatives(query, grad_query, key, of_tokens(grad_key), value, of_tokens(grad_value), loss);
 
   // What the last query sees is all that a cache keeps then.
   const auto seen = static_cast<double>(dga.seen(0, length - 1)),

@@ -86,9 +86,7 @@ int main() {
     return tokens;
   };
   const auto loss = [&] { return textbook::product(definition(query, key, value, logged, nothing), grad_out); };
-  checks.derivative("gradient of the query", query, grad_query, loss);
-  checks.derivative("gradient of the key", key, grad_key, loss);
-  checks.derivative("gradient of the value", value, grad_value, loss);
+  checks.derivatives(query, grad_query, key, grad_key, value, grad_value, loss);
 
   // SnapKV: dense attention over a prompt, whose last queries choose.
   const std::int64_t prompt = 60, last = 8, width = 5, kept = 12;

@@ -45,9 +45,7 @@ int main() {
   rows<double> grad_query = query, grad_key = key, grad_value = value;
   policy.gradient({out.view(), lse.numbers()}, operand(grad_out), grad_query, grad_key, grad_value);
   const auto loss = [&] { return textbook::product(definition(query, key, value), grad_out); };
-  checks.derivative("gradient of the query", query, grad_query, loss);
-  checks.derivative("gradient of the key", key, grad_key, loss);
-  checks.derivative("gradient of the value", value, grad_value, loss);
+  checks.derivatives(query, grad_query, key, grad_key, value, grad_value, loss);
 
   const auto row_bytes = static_cast<double>((dim + value_dim) * 8), kept = static_cast<double>(sinks + trained_length);
   textbook::print_cost("LM-Infinite, last token", kept, kept * row_bytes);

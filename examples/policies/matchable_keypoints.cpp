@@ -70,9 +70,7 @@ int main() {
   policy.gradient(asking, context, {out.view(), lse.numbers()}, grad_out.view(), grad_query, grad_key, grad_value,
                   grad_matchability.data);
   const auto loss = [&] { return textbook::product(definition(query, key, value, matchability, sampled), grad_out); };
-  checks.derivative("gradient of the query", query, grad_query, loss);
-  checks.derivative("gradient of the key", key, grad_key, loss);
-  checks.derivative("gradient of the value", value, grad_value, loss);
+  checks.derivatives(query, grad_query, key, grad_key, value, grad_value, loss);
   checks.derivative("gradient of the matchability", matchability, grad_matchability, loss);
 
   // What is kept is what is read.

@@ -70,9 +70,7 @@ int main() {
   recycled.gradient({out.view(), lse.numbers()}, operand(grad_out), grad_query.view(), grad_key.view(),
                     grad_value.view());
   const auto loss = [&] { return textbook::product(definition(), grad_out); };
-  checks.derivative("gradient of the query", query, grad_query, loss);
-  checks.derivative("gradient of the key", key, grad_key, loss);
-  checks.derivative("gradient of the value", value, grad_value, loss);
+  checks.derivatives(query, grad_query, key, grad_key, value, grad_value, loss);
 
   const double row_bytes = static_cast<double>((dim + value_dim) * 8), kept = static_cast<double>(length) * row_bytes;
   textbook::print_cost("Recycled Attention, mean", scores, kept + static_cast<double>(count + stride) * row_bytes);

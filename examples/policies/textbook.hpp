@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "kernels.hpp"
@@ -62,6 +63,22 @@ inline void answer(const std::vector<seen_row>& seen, double* out, std::int64_t 
     for (std::int64_t d = 0; d < dim; ++d) out[d] += w[j] * seen[j].value[d];
 }
 
+/// The answers of queries that see the tokens j of those up to their own for which `sees(h, t, j)` holds.
+template <class Sees>
+rows<double> answers(const rows<double>& query, const rows<double>& key, const rows<double>& value, const Sees& sees) {
+  const std::int64_t sharing = query.heads / key.heads;
+  rows<double> out(query.heads, query.length, value.dim);
+  for (std::int64_t h = 0; h < query.heads; ++h)
+    for (std::int64_t t = 0; t < query.length; ++t) {
+      std::vector<seen_row> seen;
+      for (std::int64_t j = 0; j <= t; ++j)
+        if (sees(h, t, j))
+          seen.push_back({score(query.row(h, t), key.row(h / sharing, j), query.dim), value.row(h / sharing, j)});
+      answer(seen, out.row(h, t), value.dim);
+    }
+  return out;
+}
+
 /// The `count` largest of numbers, ascending; the first of equals.
 inline std::vector<std::int64_t> largest(const std::vector<double>& numbers, std::int64_t count) {
   std::vector<std::int64_t> order;
@@ -102,6 +119,15 @@ class checks {
     };
     const double wanted = (moved(step) - moved(-step)) / (2 * step), got = product(gradient, direction);
     report(what, std::abs(got - wanted) <= 1e-7 * (1 + std::abs(wanted)), std::abs(got - wanted));
+  }
+
+  /// The same of a policy's three operands.
+  template <class Loss>
+  void derivatives(rows<double>& query, const rows<double>& grad_query, rows<double>& key, const rows<double>& grad_key,
+                   rows<double>& value, const rows<double>& grad_value, const Loss& loss, const std::string& of = "") {
+    derivative((of + "gradient of the query").c_str(), query, grad_query, loss);
+    derivative((of + "gradient of the key").c_str(), key, grad_key, loss);
+    derivative((of + "gradient of the value").c_str(), value, grad_value, loss);
   }
 
   /// For `main` to return.
