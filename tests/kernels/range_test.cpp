@@ -3,6 +3,7 @@
 
 #include "gradient_entry_points.hpp"
 #include "kv_cache_life.hpp"
+#include "score_calls.hpp"
 #include "textbooks.hpp"
 #if defined(CCA_TEST_UNITS)
 #include "unit_entry_points.hpp"
@@ -731,6 +732,20 @@ void for_each_finite_call(const Check& check) {
 
 TYPED_TEST(Range, FiniteOperandsRaiseNothing) {
   for_each_finite_call<TypeParam>([](const std::string& label, const auto& f) { EXPECT_EQ(raised(f), "") << label; });
+}
+
+/// Slopes without a softcap, and the other way round: what is not asked for is not divided by.
+TYPED_TEST(Range, FiniteShiftsRaiseNothing) {
+  random_engine random(14);
+  for (const entry entry : {entry::dense, entry::attention})
+    for (const double softcap : {0.0, 3.0})
+      for (const bool slopes : {false, true}) {
+        problem p = example(entry, {.heads = 2, .queries = 40, .keys = 50, .dim = 20, .value_dim = 17});
+        p.options.softcap = softcap;
+        score_call<TypeParam> c(p, score_terms{.slopes = slopes}, random);
+        EXPECT_EQ(raised([&] { c.forward(); }), "") << label_of(p, c.terms);
+        EXPECT_EQ(raised([&] { c.gradient(); }), "") << label_of(p, c.terms) << ", gradient";
+      }
 }
 
 #if defined(__GLIBC__) && defined(__x86_64__)
