@@ -225,9 +225,10 @@ CCA_INLINE vec<T> exp2(vec<T> x, const exp2_range<T>& range = exp2_range<T>()) {
 }
 
 /// The hyperbolic tangent, within some ulp; NaN for NaN. Near 0 by the polynomials of Cephes, where `1 - e^-2x` cancels.
+/// Their square ends at 1, far behind where they are taken: of an infinite one they would make NaN, and an exception.
 template <class T>
 CCA_INLINE vec<T> tanh(vec<T> x) {
-  const vec<T> one(T(1)), magnitude = xsimd::abs(x), square = x * x;
+  const vec<T> one(T(1)), magnitude = xsimd::abs(x), square = (xsimd::min)(x * x, one);
   const vec<T> power = exp2<T>(magnitude * vec<T>(T(-2.8853900817779268)));  // e^-2|x|
   const vec<T> far_from_0 = (one - power) / (one + power);
   vec<T> near_0;
@@ -235,14 +236,14 @@ CCA_INLINE vec<T> tanh(vec<T> x) {
     vec<T> p(T(-5.70498872745e-3));
     for (const T c : {T(2.06390887954e-2), T(-5.37397155531e-2), T(1.33314422036e-1), T(-3.33332819422e-1)})
       p = fma<T>(p, square, vec<T>(c));
-    near_0 = fma<T>(p * square, x, x);
+    near_0 = x * fma<T>(p, square, one);
   } else {
     const vec<T> p = fma<T>(fma<T>(vec<T>(T(-9.64399179425052238628e-1)), square, vec<T>(T(-9.92877231001918586564e1))),
                             square, vec<T>(T(-1.61468768441708447952e3)));
     const vec<T> q =
         fma<T>(fma<T>(square + vec<T>(T(1.12811678491632931402e2)), square, vec<T>(T(2.23548839060100448583e3))),
                square, vec<T>(T(4.84406305325125486048e3)));
-    near_0 = fma<T>(p / q * square, x, x);
+    near_0 = x * fma<T>(p / q, square, one);
   }
   return xsimd::select(magnitude < vec<T>(T(0.625)), near_0, xsimd::select(x < vec<T>(T(0)), -far_from_0, far_from_0));
 }
