@@ -5,31 +5,36 @@
 //   peak       their share of the multiply-add peak of one core, measured around the calls
 //   byte/s     bytes of operands that have to move, where memory is the bound
 //   bandwidth  their share of the speed at which a plain loop reads the same operands
+//   best_ms, median_ms  of the iterations, whose mean is the time in the table
 //   token/s    queries of all sequences
 //   scratch    bytes that the call allocates beside its operands; per_thread: without the cores
+//
+// Beside Google Benchmark's options: --shape KIND:KEY=VALUE,... (again and again) runs cases of that shape alone. KIND
+// is dense, local, cca, one of these behind gradient/, or decode. Keys: B and H sequences and heads, Hkv heads of keys, L
+// tokens, Lq queries, D head size, g group size, s window, threads, dtype (float, double, bf16, half); for decode cores
+// (query_head, kv_head). `dense` with g or s has what they make beside it. ratios.py compares two files of
+// --benchmark_out.
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <iomanip>
-#include <limits>
+#include <iostream>
 #include <new>
 #include <sstream>
+#include <stdexcept>
 #include <string>
-#include <type_traits>
-#include <utility>
+#include <string_view>
 #include <vector>
 
 #include <benchmark/benchmark.h>
-#include <unsupported/Eigen/CXX11/ThreadPool>
+#include <Eigen/Core>
 
-#include <cca/cca.hpp>
-
-#include "baselines.hpp"
 #include "cases.hpp"
 #include "machine.hpp"
-#include "operands.hpp"
+#include "shape.hpp"
 #include "timing.hpp"
 
 namespace {
@@ -57,196 +62,11 @@ std::size_t bench::allocated_bytes() { return allocated; }
 
 namespace {
 
-using bench::add, bench::best_seconds, bench::count_bytes, bench::count_flops, bench::operands, bench::seconds,
-    bench::tensor, bench::time, bench::timing, bench::type_name;
-
-enum class kernel { cca, dense, local, eigen_cca };
-
-struct attention_case {
-  kernel what = kernel::cca;
-  std::int64_t batch = 1, heads = 1, kv_heads = 0, queries = 0, length = 0, dim = 128;
-  std::int64_t group_size = 0, window = cca::unlimited;
-  int threads = 1;
-  bool lse = false;
-
-  [[nodiscard]] std::int64_t kv_head_count() const { return kv_heads ? kv_heads : heads; }
-  [[nodiscard]] std::int64_t query_length() const { return queries ? queries : length; }
-  [[nodiscard]] bool pools() const { return what == kernel::cca || what == kernel::eigen_cca; }
-  [[nodiscard]] cca::options options() const { return {.group_size = group_size, .window = window}; }
-
-  [[nodiscard]] double flops() const {
-    const cca::partition partition = cca::partition_of(options());
-    const cca::range positions{length - query_length(), length};
-    std::int64_t pairs = partition.pair_count(positions);
-    if (!pools())
-      for (std::int64_t t = positions.begin; t < positions.end; ++t) pairs -= partition.core_count(t);
-    return 4.0 * static_cast<double>(dim) * static_cast<double>(batch * heads * pairs);
-  }
-
-  [[nodiscard]] std::string name(const char* type) const {
-    static constexpr const char* kernels[] = {"cca", "dense", "local", "eigen_cca"};
-    std::string text = std::string(kernels[static_cast<int>(what)]) + "/" + type;
-    const auto add = [&](const char* key, std::int64_t value) {
-      text += std::string("/") + key + ":" + std::to_string(value);
-    };
-    add("D", dim);
-    if (batch > 1) add("B", batch);
-    if (heads > 1) add("H", heads);
-    if (kv_heads) add("Hkv", kv_heads);
-    if (queries) add("Lq", queries);
-    add("L", length);
-    if (group_size > 1) add("g", group_size);
-    if (window != cca::unlimited) add("s", window);
-    if (threads > 1) add("threads", threads);
-    return lse ? text + "/lse" : text;
-  }
-};
-
-/// On the calling thread and those of the pool.
-template <class T>
-void call(const attention_case& c, operands<T>& data, Eigen::ThreadPool& helpers) {
-  const cca::thread_pool_executor run(helpers);
-  const auto q = std::as_const(data.query).view();
-  const auto k = std::as_const(data.key).view(), v = std::as_const(data.value).view();
-  if (c.what == kernel::eigen_cca) return bench::eigen_attention<T>(q, k, v, data.out.view(), c.options());
-  cca::results to{data.out.view(), cca::lse_view<float>{}};
-  if (c.lse) to.lse = data.lse_view();
-  cca::attention(cca::inputs{q, k, v}, to, c.options(), run);
-}
-
-template <class T>
-void attention(benchmark::State& state, const attention_case& c) {
-  operands<T> data(c.batch, c.heads, c.kv_head_count(), c.query_length(), c.length, c.dim);
-  Eigen::ThreadPool helpers(c.threads - 1);
-  const auto run = [&](Eigen::ThreadPool& pool) { call(c, data, pool); };
-
-  const std::size_t before = allocated;
-  run(helpers);
-  const std::size_t scratch = allocated - before;
-  if (!bench::check(data, c.pools(), c.options())) return state.SkipWithError("wrong result");
-
-  const timing best = time<T>(state, run, helpers);
-  count_flops(state, best, c.flops(), c.threads);
-  if (c.query_length() < 64) count_bytes(state, best, data.key, data.value);
-  state.counters["token/s"] = static_cast<double>(c.batch * c.query_length()) / best.seconds;
-  if (c.what == kernel::eigen_cca) return;
-  const std::int64_t cores =
-      c.pools() ? c.batch * c.heads * cca::partition_of(c.options()).core_count(c.length - 1) : 0;
-  state.counters["scratch"] = static_cast<double>(scratch);
-  state.counters["per_thread"] =
-      (static_cast<double>(scratch) - static_cast<double>(cores * 2 * c.dim) * sizeof(T)) / c.threads;
-}
-
-template <class T>
-void pooling(benchmark::State& state, std::int64_t length, std::int64_t dim, std::int64_t group_size) {
-  operands<T> data(1, 1, 1, length, length, dim);
-  tensor<T> core_key(1, 1, length / group_size, dim), core_value(1, 1, length / group_size, dim);
-  const auto q = std::as_const(data.query).view();
-  const auto k = std::as_const(data.key).view(), v = std::as_const(data.value).view();
-  const cca::options options{.group_size = group_size};
-  const auto run = [&] { cca::pool(q, k, v, core_key.view(), core_value.view(), options); };
-  run();
-  const auto exact = cca::reference::pool<bench::exact_type<T>>(q, k, v, options);
-  const auto plain = cca::reference::pool<T>(q, k, v, options);
-  if (!bench::agrees(core_key, exact.first, plain.first) || !bench::agrees(core_value, exact.second, plain.second))
-    return state.SkipWithError("wrong result");
-
-  const timing best = time<T>(state, run);
-  count_bytes(state, best, data.key, data.value);
-  state.counters["token/s"] = static_cast<double>(length) / best.seconds;
-  const double attention =
-      seconds([&] { cca::attention(q, k, v, data.out.view(), {.group_size = group_size, .window = 1024}); });
-  state.counters["share_of_cca"] = best.seconds / attention;
-}
-
-template <class T>
-void merging(benchmark::State& state, std::int64_t heads, std::int64_t length, std::int64_t dim) {
-  tensor<T> a(1, heads, length, dim), b(1, heads, length, dim), out(1, heads, length, dim);
-  tensor<float> lse_a(1, heads, length, 1), lse_b(1, heads, length, 1), lse(1, heads, length, 1);
-  bench::fill(a, 1);
-  bench::fill(b, 2);
-  bench::fill(lse_a, 3);
-  bench::fill(lse_b, 4);
-  const auto rows = [&](tensor<float>& of) { return cca::bhs(of.data.data(), 1, heads, length); };
-  const auto run = [&] {
-    cca::merge(cca::results{a.view(), rows(lse_a)}, cca::results{b.view(), rows(lse_b)},
-               cca::results{out.view(), rows(lse)});
-  };
-  run();
-  for (std::size_t i = 0; i < out.data.size(); ++i) {
-    const std::size_t row = i / static_cast<std::size_t>(dim);
-    const double share =
-        1 / (1 + std::exp(static_cast<double>(lse_b.data[row]) - static_cast<double>(lse_a.data[row])));
-    const double exact = share * static_cast<double>(a.data[i]) + (1 - share) * static_cast<double>(b.data[i]);
-    if (!(std::abs(static_cast<double>(out.data[i]) - exact) <= 8 * std::numeric_limits<T>::epsilon()))
-      return state.SkipWithError("wrong result");
-  }
-  const timing best = time<T>(state, run);
-  count_bytes(state, best, a, b, out);
-  state.counters["token/s"] = static_cast<double>(length) / best.seconds;
-}
-
-/// Eigen's matrix product, a ruler: `rows` x `depth` times `depth` x `columns`.
-template <class T>
-void gemm(benchmark::State& state, std::int64_t rows, std::int64_t columns, std::int64_t depth) {
-  const bench::matrix<T> a = bench::matrix<T>::Random(rows, depth), b = bench::matrix<T>::Random(depth, columns);
-  bench::matrix<T> product(rows, columns);
-  const timing best = time<T>(state, [&] { product.noalias() = a * b; });
-  benchmark::DoNotOptimize(product.data());
-  count_flops(state, best, 2.0 * static_cast<double>(rows * columns * depth));
-}
-
-template <class T>
-void add(const attention_case& c) {
-  const double estimate = c.flops() / (std::is_same_v<T, float> ? 80e9 : 40e9) / c.threads;
-  add(c.name(type_name<T>), estimate, [c](benchmark::State& state) { attention<T>(state, c); });
-}
-
-void add_cases() {
-  using enum kernel;
-  constexpr std::int64_t K = 1024;
-  for (const std::int64_t length : {32 * K, 128 * K})
-    add<float>({.what = cca, .length = length, .group_size = 16, .window = 1024});
-  for (const std::int64_t dim : {64, 80, 96, 256})
-    add<float>({.what = cca, .length = 32 * K, .dim = dim, .group_size = 16, .window = 1024});
-  for (const std::int64_t length : {4 * K, 32 * K}) add<float>({.what = dense, .length = length});
-  for (const std::int64_t window : {1024, 256, 64}) add<float>({.what = local, .length = 32 * K, .window = window});
-  for (const std::int64_t length : {512, 128, 64})
-    add<float>({.what = dense, .batch = 8, .heads = 8, .length = length});
-  add<double>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024});
-
-  // What else a caller chooses.
-  add<float>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024, .lse = true});
-  add<float>({.what = cca, .length = 32 * K, .group_size = 4, .window = 256});
-  add<float>({.what = cca, .length = 32 * K, .group_size = 32, .window = 2048});
-  add<float>({.what = cca, .heads = 32, .length = 4 * K, .group_size = 16, .window = 1024});
-  add<float>({.what = cca, .heads = 32, .kv_heads = 8, .length = 4 * K, .group_size = 16, .window = 1024});
-
-  // From decoding to prefill: a few queries after many keys.
-  for (std::int64_t queries = 1; queries <= 512; queries *= 2)
-    add<float>({.what = dense, .queries = queries, .length = 32 * K});
-  add<float>({.what = dense, .heads = 32, .kv_heads = 8, .queries = 1, .length = 8 * K});
-
-  add<float>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024, .threads = 2});
-  add<float>({.what = cca, .heads = 32, .length = 4 * K, .group_size = 16, .window = 1024, .threads = 2});
-
-  for (const std::int64_t length : {32 * K, 128 * K})
-    add("pool/float/D:128/L:" + std::to_string(length) + "/g:16", 0.02,
-        [length](benchmark::State& state) { pooling<float>(state, length, 128, 16); });
-  add("merge/float/D:128/H:32/L:2048", 0.02, [](benchmark::State& state) { merging<float>(state, 32, 2048, 128); });
-
-  // Baselines and rulers.
-  add<float>({.what = eigen_cca, .length = 32 * K, .group_size = 16, .window = 1024});
-  add("eigen_gemm/float/1024x1024x1024", 0.02, [](benchmark::State& state) { gemm<float>(state, 1024, 1024, 1024); });
-  add("eigen_gemm/float/128x1024x128", 0.02, [](benchmark::State& state) { gemm<float>(state, 128, 1024, 128); });
-  add("eigen_gemm/float/128x128x1024", 0.02, [](benchmark::State& state) { gemm<float>(state, 128, 128, 1024); });
-}
-
 /// Bytes per second at which one core reads `bytes` again and again.
 double read_speed(std::size_t bytes) {
   const std::vector<float> buffer(bytes / sizeof(float), 1.0f);
   return static_cast<double>(bytes) /
-         best_seconds(8, [&] { bench::read(buffer.data(), static_cast<std::int64_t>(buffer.size())); });
+         bench::best_seconds(8, [&] { bench::read(buffer.data(), static_cast<std::int64_t>(buffer.size())); });
 }
 
 void add_context() {
@@ -262,23 +82,75 @@ void add_context() {
   benchmark::AddCustomContext("instruction_set", bench::instruction_set());
   benchmark::AddCustomContext("fma_peak_float", giga(bench::fma_peak<float>(), "flop/s"));
   benchmark::AddCustomContext("fma_peak_double", giga(bench::fma_peak<double>(), "flop/s"));
-  benchmark::AddCustomContext("read_memory", giga(read_speed(16 * cache), "byte/s"));
+  benchmark::AddCustomContext("read_memory", giga(read_speed(std::max(4 * cache, std::size_t{1} << 28)), "byte/s"));
   benchmark::AddCustomContext("read_last_level_cache", giga(read_speed(cache / 2), "byte/s"));
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  Eigen::setNbThreads(1);
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  add_context();
-  add_cases();
+void add_all_cases() {
+  bench::add_attention_cases();
   bench::add_decode_cases();
   bench::add_gradient_cases();
   bench::add_packed_cases();
   bench::add_score_cases();
   bench::add_selection_cases();
   bench::add_unit_cases();
+}
+
+/// The cases of `--shape KIND:KEY=VALUE,...`.
+void add_shape(std::string_view text) {
+  bench::shape of(text);
+  std::string_view kind = of.kind();
+  constexpr std::string_view backward = "gradient/";
+  const bool gradient = kind.starts_with(backward);
+  if (gradient) kind.remove_prefix(backward.size());
+  if (kind == "decode" && !gradient) return bench::add_decode_shape(of);
+  if (kind != "dense" && kind != "local" && kind != "cca")
+    throw std::invalid_argument("--shape " + std::string(text) +
+                                ": wants dense, local, cca, one of these behind gradient/, or decode before the colon");
+  const std::string type = bench::shape(of).take_text("dtype", "float");
+  if (type == "bf16" || type == "half") return bench::add_unit_shape(of, kind, gradient);
+  if (type != "float" && type != "double") of.refuse("dtype", type, "float, double, bf16 or half");
+  gradient ? bench::add_gradient_shape(of, kind) : bench::add_attention_shape(of, kind);
+}
+
+/// Takes `option VALUE` and `option=VALUE` out of the arguments.
+std::vector<std::string> take_values(int& argc, char** argv, std::string_view option) {
+  std::vector<std::string> values;
+  int kept = 0;
+  for (int i = 0; i < argc; ++i) {
+    const std::string_view argument = argv[i];
+    if (argument == option && i + 1 < argc)
+      values.emplace_back(argv[++i]);
+    else if (argument.starts_with(option) && argument.substr(option.size()).starts_with('='))
+      values.emplace_back(argument.substr(option.size() + 1));
+    else
+      argv[kept++] = argv[i];
+  }
+  argc = kept;
+  return values;
+}
+
+/// Whether cases are run, and not listed alone, for which nothing is measured.
+bool runs(int argc, char** argv) {
+  const auto lists = [](std::string_view argument) {
+    return argument.starts_with("--benchmark_list_tests") && !argument.ends_with("=false");
+  };
+  return std::none_of(argv, argv + argc, lists);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  Eigen::setNbThreads(1);
+  const std::vector<std::string> shapes = take_values(argc, argv, "--shape");
+  const bool measures = runs(argc, argv);
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  for (const std::string& shape : shapes) add_shape(shape);
+  if (shapes.empty()) add_all_cases();
+  if (measures) add_context();
   benchmark::RunSpecifiedBenchmarks();
+} catch (const std::invalid_argument& error) {
+  std::cerr << error.what() << "\n";
+  return 1;
 }

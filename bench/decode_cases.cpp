@@ -22,17 +22,20 @@
 #include "cases.hpp"
 #include "machine.hpp"
 #include "operands.hpp"
+#include "shape.hpp"
 #include "timing.hpp"
 
 namespace bench {
 namespace {
 
 struct decode_case {
-  std::int64_t heads = 8, kv_heads = 8, length = 0, dim = 128;
+  std::int64_t heads = 8, kv_heads = 8, length = 0, dim = 128, group_size = 16, window = 1024;
   cca::core_heads cores = cca::core_heads::per_query_head;
   int threads = 1;
 
-  [[nodiscard]] cca::options options() const { return {.group_size = 16, .window = 1024, .core_heads = cores}; }
+  [[nodiscard]] cca::options options() const {
+    return {.group_size = group_size, .window = window, .core_heads = cores};
+  }
 
   [[nodiscard]] std::string name(const std::string& element) const {
     std::string text = "decode/" + element + "/D:" + std::to_string(dim) + "/H:" + std::to_string(heads);
@@ -40,7 +43,7 @@ struct decode_case {
       text += "/Hkv:" + std::to_string(kv_heads);
       text += cores == cca::core_heads::per_kv_head ? "/cores_per_kv_head" : "/cores_per_query_head";
     }
-    text += "/L:" + std::to_string(length) + "/g:16/s:1024";
+    text += "/L:" + std::to_string(length) + "/g:" + std::to_string(group_size) + "/s:" + std::to_string(window);
     return threads > 1 ? text + "/threads:" + std::to_string(threads) : text;
   }
 };
@@ -165,11 +168,13 @@ class decoder {
 
 /// Runs `f` a few times and times it once what it reads is in cache, as far as it fits.
 template <class F>
-double warm(double& shortest, const F& f) {
+double warm(const F& f) {
   f();
-  const double time = std::min({f(), f(), f()});
-  shortest = std::min(shortest, time);
-  return time;
+  return std::min({f(), f(), f()});
+}
+template <class F>
+void warm(double& shortest, const F& f) {
+  shortest = std::min(shortest, warm(f));
 }
 
 /// A step of decoding in floats. Whatever is compared takes turns.
@@ -179,17 +184,20 @@ void decoding(benchmark::State& state, const decode_case& c) {
   if (!decoder.agrees()) return state.SkipWithError("wrong result");
 
   const bool threads = c.threads > 1;
-  double best = std::numeric_limits<double>::infinity(), serial = best, read = best, serial_read = best, dense = best,
-         append = best;
+  iteration_times times(state);
+  double serial = std::numeric_limits<double>::infinity(), read = serial, serial_read = serial, dense = serial,
+         append = serial;
   for ([[maybe_unused]] auto _ : state) {
     dense = std::min(dense, decoder.dense_step());
     append = std::min(append, decoder.append());
-    state.SetIterationTime(warm(best, [&] { return decoder.step(true); }));
+    times.add(warm([&] { return decoder.step(true); }));
     warm(read, [&] { return decoder.read(true); });
     if (!threads) continue;
     warm(serial, [&] { return decoder.step(false); });
     warm(serial_read, [&] { return decoder.read(false); });
   }
+  times.report();
+  const double best = times.best();
   const auto bytes = static_cast<double>(decoder.visible_bytes());
   state.counters["byte/s"] = bytes / best;
   state.counters["bandwidth"] = read / best;
@@ -213,12 +221,15 @@ void decoding_beside_floats(benchmark::State& state, const decode_case& c) {
   floats.step(false);
   if (!decoder.agrees() || !floats.agrees()) return state.SkipWithError("wrong result");
 
-  double best = std::numeric_limits<double>::infinity(), of_floats = best, read = best;
+  iteration_times times(state);
+  double of_floats = std::numeric_limits<double>::infinity(), read = of_floats;
   for ([[maybe_unused]] auto _ : state) {
     warm(of_floats, [&] { return floats.step(false); });
-    state.SetIterationTime(warm(best, [&] { return decoder.step(false); }));
+    times.add(warm([&] { return decoder.step(false); }));
     warm(read, [&] { return decoder.read(false); });
   }
+  times.report();
+  const double best = times.best();
   const auto bytes = static_cast<double>(decoder.visible_bytes());
   state.counters["byte/s"] = bytes / best;
   state.counters["bandwidth"] = read / best;
@@ -288,6 +299,25 @@ void add_decode_cases() {
   add_decoding_beside_floats<Eigen::bfloat16, float>("bfloat16_cores_float", cases[0]);
   for (const std::int64_t length : {128 * K, 32 * K}) add_decoding({.length = length, .threads = 2});
   add_cache_memory();
+}
+
+void add_decode_shape(shape of) {
+  const std::string type = of.take_text("dtype", "float"), cores = of.take_text("cores", "query_head");
+  decode_case c{.heads = of.take("H", 8)};
+  c.kv_heads = of.take("Hkv", c.heads);
+  c.length = of.take("L", 32 * 1024);
+  c.dim = of.take("D", 128);
+  c.group_size = of.take("g", 16);
+  c.window = of.take("s", 1024);
+  c.threads = static_cast<int>(of.take("threads", 1));
+  of.finish();
+  if (cores != "query_head" && cores != "kv_head") of.refuse("cores", cores, "query_head or kv_head");
+  c.cores = cores == "kv_head" ? cca::core_heads::per_kv_head : cca::core_heads::per_query_head;
+  if (type == "float") return add_decoding(c);
+  if (c.threads > 1) of.refuse("dtype", type, "float, with threads");
+  if (type == "bf16") return add_decoding_beside_floats<Eigen::bfloat16>("bfloat16", c);
+  if (type == "half") return add_decoding_beside_floats<Eigen::half>("half", c);
+  of.refuse("dtype", type, "float, bf16 or half");
 }
 
 }  // namespace bench

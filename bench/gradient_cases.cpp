@@ -8,7 +8,9 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 #include <benchmark/benchmark.h>
 #include <unsupported/Eigen/CXX11/ThreadPool>
@@ -18,6 +20,7 @@
 #include "cases.hpp"
 #include "machine.hpp"
 #include "operands.hpp"
+#include "shape.hpp"
 #include "timing.hpp"
 
 namespace bench {
@@ -41,7 +44,8 @@ struct gradient_case {
     if (heads > 1) text += "/H:" + std::to_string(heads);
     if (kv_heads != heads) text += "/Hkv:" + std::to_string(kv_heads);
     text += "/L:" + std::to_string(length);
-    if (!dense) text += "/g:" + std::to_string(group_size) + "/s:" + std::to_string(window);
+    if (!dense) text += "/g:" + std::to_string(group_size);
+    if (window != cca::unlimited) text += "/s:" + std::to_string(window);
     if (threads > 1) text += "/threads:" + std::to_string(threads);
     return text;
   }
@@ -153,6 +157,23 @@ void add_gradient_cases() {
   add_gradient<double>({.length = 8 * K, .group_size = 16, .window = 1024});
   add_gradient<float>({.length = 32 * K, .group_size = 16, .window = 1024, .threads = 2});
   add_gradient<float>({.heads = 8, .kv_heads = 8, .length = 4 * K, .group_size = 16, .window = 1024, .threads = 2});
+}
+
+void add_gradient_shape(shape of, std::string_view kind) {
+  const std::string type = of.take_text("dtype", "float");
+  gradient_case c{.heads = of.take("H", 1)};
+  c.kv_heads = of.take("Hkv", c.heads);
+  c.length = of.take("L", 4096);
+  c.dim = of.take("D", 128);
+  c.threads = static_cast<int>(of.take("threads", 1));
+  const std::vector<context> contexts = take_contexts(of, kind);
+  of.finish();
+  for (const context& seen : contexts) {
+    c.dense = seen.group_size == 0;
+    c.group_size = seen.group_size;
+    c.window = seen.window;
+    type == "double" ? add_gradient<double>(c) : add_gradient<float>(c);
+  }
 }
 
 }  // namespace bench

@@ -1,10 +1,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include <benchmark/benchmark.h>
 
@@ -14,25 +16,49 @@
 /// How cases are timed and what they report.
 namespace bench {
 
+/// How long the iterations of a case took.
+class iteration_times {
+ public:
+  explicit iteration_times(benchmark::State& state) : state_(&state) {}
+
+  void add(double seconds) {
+    state_->SetIterationTime(seconds);
+    seconds_.push_back(seconds);
+  }
+  [[nodiscard]] double best() const { return *std::min_element(seconds_.begin(), seconds_.end()); }
+
+  /// Counters `best_ms` and `median_ms`.
+  void report() const {
+    std::vector<double> sorted = seconds_;
+    std::sort(sorted.begin(), sorted.end());
+    const std::size_t middle = sorted.size() / 2;
+    state_->counters["best_ms"] = 1e3 * sorted.front();
+    state_->counters["median_ms"] = 5e2 * (sorted[middle] + sorted[sorted.size() - 1 - middle]);
+  }
+
+ private:
+  benchmark::State* state_;
+  std::vector<double> seconds_;
+};
+
 /// The best of the iterations of a case, and the best peak measured around them.
 struct timing {
-  double seconds = std::numeric_limits<double>::infinity(), peak = 0;
+  double seconds = 0, peak = 0;
 };
 
 /// Times `f` by the clock `seconds_of`. `between` runs untimed in every iteration: what `f` is compared with has the
 /// same neighbours then.
 template <class T, class F, class Clock, class Between>
 timing time(benchmark::State& state, const F& f, const Clock& seconds_of, const Between& between) {
-  timing best;
+  iteration_times times(state);
+  double peak = 0;
   for ([[maybe_unused]] auto _ : state) {
-    best.peak = std::max(best.peak, fma_peak<T>());
-    const double time = seconds_of(f);
-    state.SetIterationTime(time);
-    best.seconds = std::min(best.seconds, time);
+    peak = std::max(peak, fma_peak<T>());
+    times.add(seconds_of(f));
     between();
   }
-  best.peak = std::max(best.peak, fma_peak<T>());
-  return best;
+  times.report();
+  return {times.best(), std::max(peak, fma_peak<T>())};
 }
 
 /// Times `f`, which runs on one thread.

@@ -15,6 +15,8 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,28 +28,39 @@
 #include "cases.hpp"
 #include "machine.hpp"
 #include "operands.hpp"
+#include "shape.hpp"
 #include "timing.hpp"
 
 namespace bench {
 namespace {
 
 struct unit_case {
-  bool gradient = false, dense = false;
-  std::int64_t heads = 1, length = 0, dim = 128;
+  bool gradient = false;
+  std::int64_t batch = 1, heads = 1, kv_heads = 0, length = 0, dim = 128;
+  context seen{16, 1024};
 
   [[nodiscard]] cca::options options(cca::matrix_unit unit) const {
-    return dense ? cca::options{.unit = unit} : cca::options{.group_size = 16, .window = 1024, .unit = unit};
+    return {.group_size = seen.group_size, .window = seen.window, .unit = unit};
   }
+  [[nodiscard]] std::int64_t kv_head_count() const { return kv_heads ? kv_heads : heads; }
   [[nodiscard]] double flops() const {
     const cca::options o = options(cca::matrix_unit::none);
     const std::int64_t pairs = cca::partition_of(o).pair_count({0, length});
-    return (gradient ? 10.0 : 4.0) * static_cast<double>(dim) * static_cast<double>(heads * pairs);
+    return (gradient ? 10.0 : 4.0) * static_cast<double>(dim) * static_cast<double>(batch * heads * pairs);
   }
   [[nodiscard]] std::string name(const char* element) const {
-    std::string text = std::string("unit/") + (gradient ? "gradient/" : "") + (dense ? "dense/" : "cca/") + element;
-    text += "/D:" + std::to_string(dim);
-    if (heads > 1) text += "/H:" + std::to_string(heads);
-    return text + "/L:" + std::to_string(length) + (dense ? "" : "/g:16/s:1024");
+    std::string text = std::string("unit/") + (gradient ? "gradient/" : "") + seen.name() + "/" + element;
+    const auto add = [&](const char* key, std::int64_t value) {
+      text += std::string("/") + key + ":" + std::to_string(value);
+    };
+    add("D", dim);
+    if (batch > 1) add("B", batch);
+    if (heads > 1) add("H", heads);
+    if (kv_heads) add("Hkv", kv_heads);
+    add("L", length);
+    if (seen.group_size > 0) add("g", seen.group_size);
+    if (seen.window != cca::unlimited) add("s", seen.window);
+    return text;
   }
 };
 
@@ -90,29 +103,37 @@ struct unit_operands {
     value = convert(from.value.data);
     grad_out = convert(from.out.data);
     out.resize(query.size());
-    lse.resize(static_cast<std::size_t>(c.heads * c.length));
-    if (c.gradient)
-      for (auto* grad : {&grad_query, &grad_key, &grad_value}) grad->resize(query.size());
+    lse.resize(static_cast<std::size_t>(c.batch * c.heads * c.length));
+    if (!c.gradient) return;
+    grad_query.resize(query.size());
+    for (auto* grad : {&grad_key, &grad_value}) grad->resize(key.size());
   }
 
   void run(const unit_case& c, cca::matrix_unit unit) {
-    const auto in = [&](const auto& x) { return cca::bhsd(std::as_const(x).data(), 1, c.heads, c.length, c.dim); };
-    const auto to = [&](std::vector<float>& x) { return cca::bhsd(x.data(), 1, c.heads, c.length, c.dim); };
-    if (c.gradient)
-      return cca::attention_gradient(cca::inputs{in(query), in(key), in(value)},
-                                     cca::results{in(out), cca::bhs(std::as_const(lse).data(), 1, c.heads, c.length)},
-                                     cca::incoming{in(grad_out)},
-                                     cca::gradients{to(grad_query), to(grad_key), to(grad_value)}, c.options(unit));
-    forward(c, unit);
+    if (!c.gradient) return forward(c, unit);
+    const std::int64_t kv = c.kv_head_count();
+    cca::attention_gradient(
+        inputs(c), cca::results{rows(c, std::as_const(out), c.heads), lses(c, std::as_const(lse))},
+        cca::incoming{rows(c, std::as_const(grad_out), c.heads)},
+        cca::gradients{rows(c, grad_query, c.heads), rows(c, grad_key, kv), rows(c, grad_value, kv)}, c.options(unit));
   }
   void forward(const unit_case& c, cca::matrix_unit unit) {
-    const auto in = [&](const auto& x) { return cca::bhsd(std::as_const(x).data(), 1, c.heads, c.length, c.dim); };
-    cca::attention(
-        cca::inputs{in(query), in(key), in(value)},
-        cca::results{cca::bhsd(out.data(), 1, c.heads, c.length, c.dim), cca::bhs(lse.data(), 1, c.heads, c.length)},
-        c.options(unit));
+    cca::attention(inputs(c), cca::results{rows(c, out, c.heads), lses(c, lse)}, c.options(unit));
   }
   [[nodiscard]] const std::vector<float>& result(const unit_case& c) const { return c.gradient ? grad_query : out; }
+
+ private:
+  template <class V>
+  static auto rows(const unit_case& c, V& of, std::int64_t heads) {
+    return cca::bhsd(of.data(), c.batch, heads, c.length, c.dim);
+  }
+  template <class V>
+  static auto lses(const unit_case& c, V& of) {
+    return cca::bhs(of.data(), c.batch, c.heads, c.length);
+  }
+  [[nodiscard]] auto inputs(const unit_case& c) const {
+    return cca::inputs{rows(c, query, c.heads), rows(c, key, c.kv_head_count()), rows(c, value, c.kv_head_count())};
+  }
 };
 
 double relative_error(const std::vector<float>& got, const std::vector<float>& want) {
@@ -127,7 +148,7 @@ double relative_error(const std::vector<float>& got, const std::vector<float>& w
 template <class Element>
 void on_unit(benchmark::State& state, const unit_case& c) {
   const cca::matrix_unit unit = cca::detail::present_unit<Element>();
-  operands<float> numbers(1, c.heads, c.heads, c.length, c.length, c.dim);
+  operands<float> numbers(c.batch, c.heads, c.kv_head_count(), c.length, c.length, c.dim);
   fill(numbers.out, 4);
   unit_operands<Element> stored(c, numbers);
   for (auto [from, to] : {std::pair(&stored.query, &numbers.query), std::pair(&stored.key, &numbers.key),
@@ -143,15 +164,16 @@ void on_unit(benchmark::State& state, const unit_case& c) {
   if (!(error <= static_cast<double>(std::numeric_limits<Element>::epsilon())))
     return state.SkipWithError("wrong result");
 
-  double on = std::numeric_limits<double>::infinity(), off = on, in_floats = on, peak = 0;
-  for (auto _ : state) {
-    peak = std::max(peak, unit_peak(unit, stored.query));
-    const double time = seconds([&] { stored.run(c, unit); });
-    on = std::min(on, time);
+  iteration_times times(state);
+  double off = std::numeric_limits<double>::infinity(), in_floats = off, peak = 0;
+  for ([[maybe_unused]] auto _ : state) {
+    peak = std::max(peak, unit == cca::matrix_unit::none ? fma_peak<float>() : unit_peak(unit, stored.query));
+    times.add(seconds([&] { stored.run(c, unit); }));
     off = std::min(off, seconds([&] { stored.run(c, cca::matrix_unit::none); }));
     in_floats = std::min(in_floats, seconds([&] { floats.run(c, cca::matrix_unit::none); }));
-    state.SetIterationTime(time);
   }
+  times.report();
+  const double on = times.best();
   state.counters["flop/s"] = c.flops() / on;
   state.counters["peak"] = c.flops() / on / peak;
   state.counters["speedup"] = in_floats / on;
@@ -161,26 +183,42 @@ void on_unit(benchmark::State& state, const unit_case& c) {
 }
 
 template <class Element>
-void add_cases_of(const char* element) {
+constexpr const char* element_name = std::is_same_v<Element, Eigen::half> ? "half" : "bfloat16";
+
+template <class Element>
+void add_case(const unit_case& c) {
+  add(c.name(element_name<Element>), c.flops() / 40e9, [c](benchmark::State& state) { on_unit<Element>(state, c); });
+}
+
+template <class Element>
+void add_cases_of() {
   if (cca::detail::present_unit<Element>() == cca::matrix_unit::none) return;
   constexpr std::int64_t K = 1024;
-  const auto add_case = [&](const unit_case& c) {
-    add(c.name(element), c.flops() / 40e9, [c](benchmark::State& state) { on_unit<Element>(state, c); });
-  };
-  for (const std::int64_t length : {32 * K, 128 * K}) add_case({.length = length});
-  for (const std::int64_t dim : {64, 80, 256}) add_case({.length = 32 * K, .dim = dim});
-  add_case({.heads = 8, .length = 4 * K});
-  for (const std::int64_t length : {4 * K, 16 * K}) add_case({.dense = true, .length = length});
-  add_case({.gradient = true, .length = 16 * K});
-  add_case({.gradient = true, .length = 16 * K, .dim = 64});
-  add_case({.gradient = true, .dense = true, .length = 4 * K});
+  for (const std::int64_t length : {32 * K, 128 * K}) add_case<Element>({.length = length});
+  for (const std::int64_t dim : {64, 80, 256}) add_case<Element>({.length = 32 * K, .dim = dim});
+  add_case<Element>({.heads = 8, .length = 4 * K});
+  for (const std::int64_t length : {4 * K, 16 * K}) add_case<Element>({.length = length, .seen = {}});
+  add_case<Element>({.gradient = true, .length = 16 * K});
+  add_case<Element>({.gradient = true, .length = 16 * K, .dim = 64});
+  add_case<Element>({.gradient = true, .length = 4 * K, .seen = {}});
 }
 
 }  // namespace
 
 void add_unit_cases() {
-  add_cases_of<Eigen::bfloat16>("bfloat16");
-  add_cases_of<Eigen::half>("half");
+  add_cases_of<Eigen::bfloat16>();
+  add_cases_of<Eigen::half>();
+}
+
+void add_unit_shape(shape of, std::string_view kind, bool gradient) {
+  const std::string type = of.take_text("dtype", "bf16");
+  unit_case c{gradient, of.take("B", 1), of.take("H", 1), of.take("Hkv", 0, 0), of.take("L", 4096), of.take("D", 128)};
+  const std::vector<context> contexts = take_contexts(of, kind);
+  of.finish();
+  for (const context& seen : contexts) {
+    c.seen = seen;
+    type == "half" ? add_case<Eigen::half>(c) : add_case<Eigen::bfloat16>(c);
+  }
 }
 
 }  // namespace bench
