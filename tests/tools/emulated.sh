@@ -8,8 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 cmake/install_packages.sh qemu-user
 
 preset=${1:-release}
-cmake --preset "$preset"
-cmake --build --preset "$preset" --target baseline.dispatch_test dispatch_element_test c_test
+build=build/emulated
+cmake --preset "$preset" -B "$build" -D "CCA_TEST_ARCHS=baseline;native"
+cmake --build "$build" --target baseline.dispatch_test dispatch_element_test c_test
 
 passed=0 failed=0
 # on PROCESSOR ARCHITECTURE
@@ -17,14 +18,14 @@ on() {
   echo "== $1 runs $2"
   for test in baseline.dispatch_test dispatch_element_test; do
     # Warnings tell of features of the processor that the emulator lacks.
-    if CCA_EXPECTED_ARCHITECTURE=$2 qemu-x86_64 -cpu "$1" "build/$preset/tests/$test" --gtest_brief=1 \
+    if CCA_EXPECTED_ARCHITECTURE=$2 qemu-x86_64 -cpu "$1" "$build/tests/$test" --gtest_brief=1 \
       2> >(grep -v 'warning: TCG' >&2); then
       passed=$((passed + 1))
     else
       failed=$((failed + 1))
     fi
   done
-  if qemu-x86_64 -cpu "$1" "build/$preset/tests/c_test" 2> >(grep -v 'warning: TCG' >&2) | grep ", $2: 0 failures"; then
+  if qemu-x86_64 -cpu "$1" "$build/tests/c_test" 2> >(grep -v 'warning: TCG' >&2) | grep ", $2: 0 failures"; then
     passed=$((passed + 1))
   else
     failed=$((failed + 1))
