@@ -200,7 +200,7 @@ class arguments {
   template <class T>
   far_context<T> take_far() {
     const std::int64_t block_rows = take_count(call_.block_rows), block_queries = take_count(call_.block_queries);
-    lists_ = lists_of(queries_, block_queries);
+    if (has(&cca_call::selected_blocks)) lists_ = lists_of(queries_, block_queries);
     return {of<const T, 4>(&cca_call::far_key, far_),
             of<const T, 4>(&cca_call::far_value, far_),
             of<const std::int64_t, 3>(&cca_call::seen, queries_),

@@ -122,12 +122,9 @@ extern "C" {
 const char* cca_error(void) { return error_text; }
 const char* cca_version(void) { return CCA_VERSION_STRING; }
 const char* cca_architecture(void) {
-  try {
-    return cca::plain::chosen().name;
-  } catch (const std::exception& e) {
-    failed(CCA_FAILED, e.what());
-    return nullptr;
-  }
+  const char* name = nullptr;
+  guarded([&] { name = cca::plain::chosen().name; });
+  return name;
 }
 cca_status cca_use(const char* architecture) {
   return guarded([&] { dispatch::use(architecture != nullptr ? architecture : "NULL"); });
