@@ -448,8 +448,8 @@ def merge(
     return out, lse
 
 
-def _gradient(function, operands, incoming, threads, given, known, sizes=_sizes):
-    """Runs a gradient: of the operands that have one, with what comes in."""
+def _gradient(function, operands, incoming, threads, given, known, sizes=_sizes, before=()):
+    """Runs a gradient: of the operands that have one, with what comes in. before: arguments before the call."""
     options = _split(operands, given, known)
     _, work = sizes(operands)
     wanted = {name: x for name, x in operands.items() if name in Gradients._fields}
@@ -463,6 +463,7 @@ def _gradient(function, operands, incoming, threads, given, known, sizes=_sizes)
         {"grad_" + name: x for name, x in written.items()},
         options,
         _library.threads_of(threads, work),
+        *before,
     )
     return Gradients(**{name: written.get(name) for name in Gradients._fields})
 

@@ -132,15 +132,9 @@ READ = WRITE
 # CCA_LIBRARY is for tests of a library that was built elsewhere.
 library = ctypes.CDLL(os.environ.get("CCA_LIBRARY") or str(pathlib.Path(__file__).parent / "libcca.so"))
 library.cca_error.restype = library.cca_version.restype = library.cca_architecture.restype = ctypes.c_char_p
-for _name in (
-    "cca_attention cca_attend cca_pool cca_merge cca_attention_gradient cca_attend_gradient cca_pool_gradient"
-).split():
-    getattr(library, _name).argtypes = [ctypes.c_void_p]
 library.cca_cache_make.argtypes = [ctypes.c_void_p, ctypes.c_void_p, DataType, ctypes.c_void_p]
 library.cca_cache_free.argtypes = [ctypes.c_void_p]
 library.cca_cache_free.restype = None
-for _name in ("cca_cache_attend", "cca_cache_append"):
-    getattr(library, _name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
 library.cca_cache_truncate.argtypes = library.cca_cache_fork.argtypes = [
     ctypes.c_void_p,
     ctypes.c_int64,
@@ -154,12 +148,28 @@ library.cca_cache_save.argtypes = [ctypes.c_void_p, WRITE, ctypes.c_void_p]
 library.cca_cache_load.argtypes = [ctypes.c_void_p, DataType, ctypes.c_int32, READ, ctypes.c_void_p]
 
 
-def check(status):
+def check(status, error=library.cca_error):
     """Raises what a status of the library means."""
     if status == 0:
         return
-    text = library.cca_error().decode()
-    raise {1: ValueError, 2: MemoryError}.get(status, RuntimeError)(text)
+    raise {1: ValueError, 2: MemoryError}.get(status, RuntimeError)(error().decode())
+
+
+def declare(function, *before):
+    """A function of a call, with the types of the arguments before it."""
+    function.argtypes = [*before, ctypes.c_void_p]
+    return function, check
+
+
+FUNCTIONS = {
+    name: declare(getattr(library, name))
+    for name in (
+        "cca_attention cca_attend cca_pool cca_merge cca_attention_gradient cca_attend_gradient cca_pool_gradient"
+    ).split()
+}
+"""By its name, what takes a call, and what checks its status."""
+for _name in ("cca_cache_attend", "cca_cache_append"):
+    FUNCTIONS[_name] = declare(getattr(library, _name), ctypes.c_void_p, ctypes.c_int64)
 
 
 ENUMS = {
@@ -382,7 +392,7 @@ class Plan:
     library's form is made once, for as many calls as run at a time."""
 
     def __init__(self, function, read, written, options):
-        self.function = getattr(library, function)
+        self.function, self.check = FUNCTIONS[function]
         self.tensors = [*((name, False) for name in read), *((name, True) for name in written)]
         options = dict(options)
         self.counts = {name: int64(name, options.pop(name)) for name in COUNTS if name in options}
@@ -423,7 +433,7 @@ class Plan:
         status = self.function(*before, address)
         self.free.append(frame)
         if status != 0:
-            check(status)
+            self.check(status)
         del keepers  # not before
 
 
