@@ -27,14 +27,14 @@ namespace {
 using cca::execution;
 using cca::detail::arguments;
 using cca::detail::guarded;
-using cca::detail::place;
+using cca::detail::tensor_place;
 using cca::detail::refuse;
 namespace detail = cca::detail;
 namespace dispatch = cca::dispatch;
 
 /// Calls `f(std::type_identity<T>, arguments)` with the elements of the tensor at `first`.
 template <class F>
-cca_status with_arguments(const cca_call* call, place first, const F& f) noexcept {
+cca_status with_arguments(const cca_call* call, tensor_place first, const F& f) noexcept {
   return guarded([&] {
     arguments all(call);
     detail::with_element(detail::name_of(first), all.elements(first), [&](auto type) { f(type, all); });

@@ -38,7 +38,7 @@ namespace {
 using cca::execution;
 using cca::detail::arguments;
 using cca::detail::guarded;
-using cca::detail::place;
+using cca::detail::tensor_place;
 using cca::detail::refuse;
 namespace detail = cca::detail;
 namespace mpi = cca::mpi;
@@ -59,7 +59,7 @@ cca_status on_all_ranks(const cca_mpi_ranks* ranks, const char* name, const Prep
 /// The same of a call: `take(std::type_identity<T>, arguments)` takes those that there is a use for and returns a function of
 /// options and execution.
 template <class Take>
-std::function<void()> understood(const cca_call* call, place first, const Take& take) {
+std::function<void()> understood(const cca_call* call, tensor_place first, const Take& take) {
   const auto all = std::make_shared<arguments>(call);
   return detail::with_element(detail::name_of(first), all->elements(first), [&](auto type) -> std::function<void()> {
     const auto run = take(type, *all);
