@@ -311,9 +311,7 @@ def _autograd():
             *tensors, out, lse = ctx.saved_tensors
             call, operands = ctx.call, dict(zip(ctx.call.names, tensors))
             with _together(call.ranks):
-                # Some ranks may have asked for what others have not.
                 grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
-                grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
                 gradients = _backward(*call[:4], operands, call.options, out, lse, grad_out, grad_lse)
                 answer = [getattr(gradients, name, None) for name in call.names]
                 return None, *(x if x is None else x.to(t.dtype) for x, t in zip(answer, tensors))

@@ -111,6 +111,10 @@ def test_layouts_are_checked():
         cca.mpi.Layout(2, [6], [(0, 0, 0, 4), (1, 0, 5, 6)])
     with pytest.raises(ValueError, match="layout.ranks: got 0"):
         cca.mpi.Layout.contiguous(0, [6])
+    head_to_tail = cca.mpi.Layout.head_to_tail(2, [8])
+    assert [head_to_tail.segments_of(r) for r in (0, 1)] == [[(0, 0, 0, 2), (0, 0, 6, 8)], [(1, 0, 2, 4), (1, 0, 4, 6)]]
+    assert cca.mpi.Layout.contiguous(2, [4, 2]).segments == [(0, 0, 0, 2), (0, 1, 0, 1), (1, 0, 2, 4), (1, 1, 1, 2)]
+    assert cca.mpi.Layout.concatenated(2, [4, 2]).segments == [(0, 0, 0, 3), (1, 0, 3, 4), (1, 1, 0, 2)]
     layout = cca.mpi.Layout(2, [6], [(0, 0, 0, 4), (1, 0, 4, 6)])
     assert layout.segments_of(1) == [(1, 0, 4, 6)] and layout.offsets_of(0) == [0, 4]
     with pytest.raises(TypeError, match="communicator: got int"):
