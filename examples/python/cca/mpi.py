@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Unpack
 from mpi4py import MPI
 
 from . import (
+    FarRows,
     Gradients,
     Options,
     Tensor,
@@ -41,7 +42,7 @@ from . import (
     _split,
 )
 
-__all__ = ["KvCache", "Layout", "Ranks", "Segment", "attention", "attention_gradient", "merge"]
+__all__ = ["KvCache", "Layout", "Ranks", "Segment", "attend", "attention", "attention_gradient", "merge"]
 
 
 class _Segment(ctypes.Structure):
@@ -97,6 +98,7 @@ def _counted(name, *before):
 _OVER = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32
 for _name, _before in (
     ("cca_mpi_attention", _OVER),
+    ("cca_mpi_attend", _OVER),
     ("cca_mpi_attention_gradient", _OVER),
     ("cca_mpi_merge", _OVER[:1]),
     ("cca_mpi_cache_append", _OVER[:2]),
@@ -269,13 +271,54 @@ def attention(
         return (out, lse) if return_lse else out
 
 
-def _forward(ranks, layout, overlap, threads, operands, options, out, lse, return_lse):
+class AttendArguments(Arguments, FarRows, total=False):
+    """Keyword arguments of `attend`: those of `attention`, and `cca.FarRows` of the rank's own far rows and queries."""
+
+
+_ATTEND = _TERMS | frozenset(FarRows.__annotations__)
+
+
+def attend(
+    ranks: Ranks,
+    layout: Layout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    far_key: Tensor,
+    far_value: Tensor,
+    seen: Tensor = None,
+    *,
+    far_offsets: Tensor,
+    overlap: bool = True,
+    out: Tensor = None,
+    lse: Tensor = None,
+    return_lse: bool = False,
+    threads: int | None = None,
+    **arguments: Unpack[AttendArguments],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`cca.attend` across ranks. far_key [1, far heads, rows, dim] and far_value [1, far heads, rows, value dim] hold the far
+    rows of the rank's segments one after the other, segment i those at [far_offsets[i], far_offsets[i + 1]); one without
+    tokens has none. All ranks' rows of a sequence are numbered in the order of their segments' tokens: so count `seen`,
+    [1, heads, tokens], and selected_blocks, which are for the rank's own queries. Everything else as for `attention`, but
+    that autograd does not follow it."""
+    with _together(ranks):
+        operands = _operands(ranks, layout, query, key, value)
+        operands |= {"far_key": far_key, "far_value": far_value, "far_offsets": far_offsets}
+        operands |= {} if seen is None else {"seen": seen}
+        options = _split(operands, arguments, _ATTEND)
+        _refuse_followed("cca.mpi.attend", operands)
+        over = ranks, layout, overlap, threads
+        out, lse = _forward(*over, operands, options, out, lse, return_lse, "cca_mpi_attend")
+        return (out, lse) if return_lse else out
+
+
+def _forward(ranks, layout, overlap, threads, operands, options, out, lse, return_lse, function="cca_mpi_attention"):
     extents, work = _sizes(operands)
     out = _empty(operands["query"], extents) if out is None else out
     lse = _empty(operands["query"], extents[:3], number=True) if lse is None and return_lse else lse
     over = ranks._handle, layout._handle, bool(overlap)
     threads = _library.threads_of(threads, work)
-    _library.run("cca_mpi_attention", operands, {"out": out, "lse": lse}, options, threads, *over)
+    _library.run(function, operands, {"out": out, "lse": lse}, options, threads, *over)
     return out, lse
 
 

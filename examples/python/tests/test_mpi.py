@@ -76,6 +76,38 @@ def test_terms():
     assert np.abs(got - own(layout, want)).max(initial=0) < 1e-5
 
 
+@pytest.mark.parametrize("name", layouts())
+def test_far_rows(name):
+    """Each three tokens have a far row on the rank of the last of them."""
+    q, k, v = problem()
+    layout, count = layouts()[name], [n // 3 for n in LENGTHS]
+    rng = np.random.default_rng(7)
+    far_key, far_value, bias = (rng.normal(size=(1, 2, sum(count), dim)) for dim in (5, 3, 1))
+    bias = bias[..., 0]
+    seen = np.concatenate([np.arange(n) // 3 for n in LENGTHS]) * np.ones((1, 4, 1), int)
+    offsets = np.cumsum([0, *count])
+    more = {"window": 4, "return_lse": True}
+    wanted = cca.attend(q, k, v, far_key, far_value, seen, far_bias=bias, far_offsets=offsets, **OFFSETS, **more)
+    rows, own_offsets = [np.zeros(0, int)], [0]
+    for s in layout.segments_of(ranks.rank):
+        rows.append(offsets[s.sequence] + np.arange(s.begin // 3, s.end // 3))
+        own_offsets.append(own_offsets[-1] + len(rows[-1]))
+    rows = np.concatenate(rows)
+    got = cca.mpi.attend(
+        ranks, layout, *(own(layout, x) for x in (q, k, v)), far_key[:, :, rows], far_value[:, :, rows],
+        own(layout, seen), far_bias=bias[:, :, rows], far_offsets=own_offsets, **more,
+    )  # fmt: skip
+    for a, b in zip(got, wanted):
+        assert np.abs(a - own(layout, b)).max(initial=0) < 1e-12
+    last = ranks.size - 1
+    with pytest.raises(ValueError, match=f"rank {last}: far_offsets: got|far_offsets: got float64, wants integers"):
+        wrong = np.array(own_offsets) + 0.5 if ranks.rank == last else own_offsets
+        cca.mpi.attend(
+            ranks, layout, *(own(layout, x) for x in (q, k, v)), far_key[:, :, rows], far_value[:, :, rows],
+            own(layout, seen), far_offsets=wrong, window=4,
+        )  # fmt: skip
+
+
 @contextlib.contextmanager
 def refused(rank, error, others, match):
     """Raises on every rank: on one what it got wrong, on the others that it did."""
