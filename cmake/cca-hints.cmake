@@ -25,14 +25,14 @@ function(cca_closure target options links)
   set(${links} ${seen} PARENT_SCOPE)
 endfunction()
 
-# cca_compiled_targets(folder result): the compiled targets of a folder and those below, but for the parts of cca::dispatch and
-# cca::c.
+# cca_compiled_targets(folder result): the compiled targets of a folder and those below, but for the parts of cca::dispatch,
+# cca::c and cca::c_mpi.
 function(cca_compiled_targets folder result)
   set(compiled "")
   get_property(targets DIRECTORY ${folder} PROPERTY BUILDSYSTEM_TARGETS)
   foreach(target IN LISTS targets)
     get_target_property(type ${target} TYPE)
-    if(type MATCHES "^(EXECUTABLE|(STATIC|SHARED|MODULE|OBJECT)_LIBRARY)$" AND NOT target MATCHES "^cca_(dispatch|c$)")
+    if(type MATCHES "^(EXECUTABLE|(STATIC|SHARED|MODULE|OBJECT)_LIBRARY)$" AND NOT target MATCHES "^cca_(dispatch|c$|c_mpi$)")
       list(APPEND compiled ${target})
     endif()
   endforeach()

@@ -11,7 +11,7 @@ packages=()
 cmake/install_packages.sh "${packages[@]}"
 
 cmake/python_environment.sh build/pytest examples/python/requirements-light.txt ||
-  echo "without the tests of Python, which need python3-venv, and NumPy and pytest from a package index"
+  echo "without the tests of Python, which need Python 3.11 with its venv module, and NumPy and pytest from a package index"
 
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 export CTEST_PARALLEL_LEVEL=${CTEST_PARALLEL_LEVEL:-$CMAKE_BUILD_PARALLEL_LEVEL}

@@ -41,13 +41,27 @@ class Program:
         sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "length": length, "dim": DIM, "threads": threads}
         sizes |= {"group": OPTIONS["group_size"], "window": OPTIONS["window"], "directory": folder, **more}
         command = [path, *(f"{name}={x}" for name, x in sizes.items())]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.built = self.process.stdout.readline().strip()
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+        self.built = self.answer().strip()
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            status = self.process.wait()
+            self.errors.seek(0)
+            sys.exit(f"{self.process.args[0]} ended with {status}: {self.errors.read().strip()}")
+        return line
 
     def ask(self, line):
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline()
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `answer` says why
+        return self.answer()
 
     def seconds(self):
         return float(self.ask("run").split('"seconds": ')[1].split(",")[0])

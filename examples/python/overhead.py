@@ -29,7 +29,7 @@ class Forward:
     function = _library.library.cca_attention
 
     def __init__(self, read, written):
-        self.kept = [read, written, _library.options_of(tuple(OPTIONS.items()))]
+        self.kept = [read, written, _library.options_of(OPTIONS)]
         self.call = _library.Call(ctypes.sizeof(_library.Call), threads=1, options=ctypes.addressof(self.kept[2]))
         for names, is_written in ((read, False), (written, True)):
             for name, x in names.items():

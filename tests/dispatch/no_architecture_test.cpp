@@ -3,6 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <cca/dispatch.hpp>
+#ifdef CCA_TEST_C
+#include <cca/dispatch/cca.h>
+#endif
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -32,5 +35,13 @@ TEST(WithoutArchitectures, EveryCallSaysSo) {
             why);
   EXPECT_EQ(out, std::vector<float>(6, 7.0f));
 }
+
+#ifdef CCA_TEST_C
+TEST(WithoutArchitectures, TheInterfaceForCSaysSo) {
+  EXPECT_EQ(cca_architecture(), nullptr);
+  EXPECT_EQ(std::string(cca_error()),
+            "cca: processor: it runs none of the instruction sets that cca::dispatch was compiled for: ");
+}
+#endif
 
 }}  // namespace cca::test

@@ -26,3 +26,25 @@ foreach(test IN ITEMS mpi_attention_test mpi_decoding_test)
     set_tests_properties(${test}.${ranks} PROPERTIES ENVIRONMENT "${cca_mpi_environment}" TIMEOUT 600 PROCESSORS 2)
   endforeach()
 endforeach()
+
+# The same for C and from Python. Whatever else a rank does that fails, mpi4py ends the others.
+if(TARGET cca::c_mpi)
+  target_compile_options(cca_c_mpi PRIVATE $<TARGET_PROPERTY:cca_development,INTERFACE_COMPILE_OPTIONS>)
+  execute_process(COMMAND ${CCA_TEST_PYTHON} -c "import numpy, pytest; from mpi4py import MPI; from typing import Unpack"
+                  RESULT_VARIABLE no_mpi4py OUTPUT_QUIET ERROR_QUIET)
+  if(no_mpi4py EQUAL 0)
+    add_custom_target(cca_test_c_mpi ALL DEPENDS cca_c_mpi cca_c)
+    add_test(NAME c_mpi.symbols COMMAND ${CMAKE_NM} --dynamic --defined-only $<TARGET_FILE:cca_c_mpi>)
+    set_tests_properties(c_mpi.symbols PROPERTIES PASS_REGULAR_EXPRESSION "^([0-9a-f]+ T cca_mpi_[a-z_]+\n)+$")
+    set(environment ${cca_mpi_environment} "CCA_LIBRARY=$<TARGET_FILE:cca_c>" "CCA_MPI_LIBRARY=$<TARGET_FILE:cca_c_mpi>"
+                    PYTHONPATH=${PROJECT_SOURCE_DIR}/examples/python PYTHONDONTWRITEBYTECODE=1)
+    foreach(ranks IN LISTS CCA_TEST_RANKS)
+      add_test(NAME python_mpi.${ranks}
+               COMMAND ${cca_mpirun} ${MPIEXEC_NUMPROC_FLAG} ${ranks} ${CCA_TEST_PYTHON} -m mpi4py -m pytest -q -x
+                       -p no:cacheprovider ${PROJECT_SOURCE_DIR}/examples/python/tests/test_mpi.py)
+      set_tests_properties(python_mpi.${ranks} PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 300 PROCESSORS 2)
+    endforeach()
+  else()
+    message(STATUS "cca: no tests of Python across ranks, which need mpi4py in CCA_TEST_PYTHON")
+  endif()
+endif()

@@ -41,7 +41,7 @@ set(order
     mpi/forward.hpp mpi/far_rows.hpp mpi/backward.hpp mpi/merge.hpp mpi/prompt.hpp mpi/cache_share.hpp mpi/kv_cache.hpp mpi.hpp
     # Compiled kernels behind the same functions.
     dispatch/plain.hpp dispatch/to_plain.hpp dispatch/kv_cache.hpp dispatch.hpp
-    dispatch/c_tensors.hpp dispatch/c_arguments.hpp)
+    dispatch/c_tensors.hpp dispatch/c_arguments.hpp dispatch/c_status.hpp)
 
 # Where what is not ours comes in.
 set(home_of_xsimd detail/simd/arch.hpp)

@@ -177,7 +177,10 @@ class Gradients(NamedTuple):
 
 def architecture() -> str:
     """The instruction set in use: avx512, avx2_fma, sse4_2, sse2 or neon64."""
-    return library.cca_architecture().decode()
+    name = library.cca_architecture()
+    if name is None:
+        raise RuntimeError(library.cca_error().decode())
+    return name.decode()
 
 
 def use(architecture: str) -> None:
@@ -211,18 +214,26 @@ _INTEGERS = frozenset(
 _TENSORS = _INTEGERS | {*Terms.__annotations__, "far_bias"}
 
 
-def _integers(x, like):
+def _integers(name, x, like):
     """Lengths, offsets and counts as the library takes them: tensors of int64."""
     if _is_torch(like) or _is_torch(x):
         import torch
 
-        return x if isinstance(x, torch.Tensor) and x.dtype == torch.int64 else torch.as_tensor(x).to(torch.int64)
-    if getattr(getattr(x, "dtype", None), "name", "") == "int64":
+        if isinstance(x, torch.Tensor) and x.dtype == torch.int64:
+            return x
+        x = torch.as_tensor(x)
+        whole = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+        if whole or x.numel() == 0:
+            return x.to(torch.int64)
+        raise ValueError(f"cca: {name}: got {str(x.dtype).removeprefix('torch.')}, wants integers")
+    if getattr(getattr(x, "dtype", None), "name", "") == "int64" and getattr(x.dtype, "isnative", True):
         return x
     import numpy
 
     x = numpy.asarray(x)
-    return x.astype(numpy.int64) if x.dtype.kind in "iu" or x.size == 0 else x
+    if x.dtype.kind in "iu" or x.size == 0:
+        return x.astype(numpy.int64)
+    raise ValueError(f"cca: {name}: got {x.dtype.name}, wants integers")
 
 
 def _split(operands, given, known):
@@ -233,13 +244,15 @@ def _split(operands, given, known):
     for name, x in given.items():
         if name not in _TENSORS:
             options[name] = x
+        elif x is None:
+            continue
         elif name not in known:
             raise TypeError(f"cca: {name}: got a {type(x).__name__}, wants none: this function has no use for it")
-        elif x is not None:
+        else:
             operands[name] = x
     for name, x in operands.items():
         if name in _INTEGERS:
-            operands[name] = _integers(x, operands["query"])
+            operands[name] = _integers(name, x, operands["query"])
     return options
 
 
@@ -247,13 +260,22 @@ def _sizes(operands):
     """(extents of the output, multiply-adds)"""
     try:
         b, h, n, d = operands["query"].shape
-        return (b, h, n, operands["value"].shape[3]), b * h * n * d * operands["key"].shape[2]
-    except (AttributeError, IndexError, ValueError):
+        _, _, keys, _ = operands["key"].shape
+        _, _, _, value_dim = operands["value"].shape
+        return (b, h, n, value_dim), b * h * n * d * keys
+    except (AttributeError, ValueError):
         for name in ("query", "key", "value"):
             _require_tensor(name, operands[name])
             if len(operands[name].shape) != 4:
                 raise ValueError(f"cca: {name}: got {len(operands[name].shape)} dimensions, wants 4") from None
         raise
+
+
+def _pool_sizes(operands):
+    """The same of pooling, where each key meets one query per head."""
+    extents, _ = _sizes(operands)
+    b, h, n, d = operands["query"].shape
+    return extents, b * h * n * d
 
 
 def _require_tensor(name, x):
@@ -276,11 +298,6 @@ def _empty(like, extents, *, number=False, zero=False):
     return (numpy.zeros if zero else numpy.empty)(extents, dtype)
 
 
-def _has_padding(names):
-    """Whether something of results is not written."""
-    return any(name.endswith(("_lengths", "_offsets")) for name in names)
-
-
 def _answer(name, operands, out, lse, return_lse, threads, given, known):
     """What `attention` and `attend` have in common."""
     options = _split(operands, given, known) if given or len(operands) > 3 else given
@@ -293,7 +310,7 @@ def _answer(name, operands, out, lse, return_lse, threads, given, known):
                     raise ValueError(f"cca: {what}: got a tensor, wants None where PyTorch follows the call")
             return operators.OPERATORS[name](followed, operands, options, threads, return_lse)
     extents, work = _sizes(operands)
-    padded = len(operands) > 3 and _has_padding(operands)
+    padded = len(operands) > 3 and _library.has_padding(operands)
     if out is None:
         out = _empty(operands["query"], extents, zero=padded)
     if lse is None and return_lse:
@@ -394,19 +411,18 @@ def pool(
     `pool="max"`. Where keys have lengths or offsets of their own, give core_key, core_value and, as far_lengths or
     far_offsets, theirs. PyTorch's autograd does not see it: see `pool_gradient`."""
     operands = {"query": query, "key": key, "value": value}
-    options = _split(operands, arguments, _POOL)
-    extents, _ = _sizes(operands)
+    options = _library.plain(_split(operands, arguments, _POOL))
+    _, work = _pool_sizes(operands)
     _refuse_followed("pool", operands)
     if core_key is None or core_value is None:
-        group_size, sinks = options.get("group_size", 0), options.get("sink_tokens", 0)
+        group_size, sinks = options.get("group_size") or 0, options.get("sink_tokens") or 0
         groups = max(0, key.shape[2] - sinks) // group_size if group_size > 0 else 0
         per_kv = options.get("core_heads") == "per_kv_head" or options.get("pool") in ("mean", "max")
         extents = (key.shape[0], (key if per_kv else query).shape[1], groups)
         core_key = _empty(query, (*extents, key.shape[3])) if core_key is None else core_key
         core_value = _empty(query, (*extents, value.shape[3])) if core_value is None else core_value
     written = {"core_key": core_key, "core_value": core_value}
-    b, h, n, d = key.shape
-    _library.run("cca_pool", operands, written, options, _library.threads_of(threads, b * h * n * d * n))
+    _library.run("cca_pool", operands, written, options, _library.threads_of(threads, work))
     return core_key, core_value
 
 
@@ -432,14 +448,14 @@ def merge(
     return out, lse
 
 
-def _gradient(function, operands, incoming, threads, given, known):
-    """Runs a gradient: of the operands that have one, with what comes in."""
+def _gradient(function, operands, incoming, threads, given, known, sizes=_sizes, before=()):
+    """Runs a gradient: of the operands that have one, with what comes in. before: arguments before the call."""
     options = _split(operands, given, known)
-    _, work = _sizes(operands)
+    _, work = sizes(operands)
     wanted = {name: x for name, x in operands.items() if name in Gradients._fields}
     operands |= {name: x for name, x in incoming.items() if x is not None}
     _refuse_followed("a gradient", operands)
-    padded = _has_padding(operands)
+    padded = _library.has_padding(operands)
     written = {name: _empty(operands["query"], tuple(x.shape), number=True, zero=padded) for name, x in wanted.items()}
     _library.run(
         function,
@@ -447,6 +463,7 @@ def _gradient(function, operands, incoming, threads, given, known):
         {"grad_" + name: x for name, x in written.items()},
         options,
         _library.threads_of(threads, work),
+        *before,
     )
     return Gradients(**{name: written.get(name) for name in Gradients._fields})
 
@@ -504,7 +521,7 @@ def pool_gradient(
     """The gradients of `pool`, of query, key and value."""
     operands = {"query": query, "key": key, "value": value}
     incoming = {"grad_core_key": grad_core_key, "grad_core_value": grad_core_value}
-    return _gradient("cca_pool_gradient", operands, incoming, threads, arguments, _POOL)
+    return _gradient("cca_pool_gradient", operands, incoming, threads, arguments, _POOL, _pool_sizes)
 
 
 class CacheShape(NamedTuple):
@@ -556,9 +573,10 @@ class KvCache:
     ):
         self._cache = ctypes.c_void_p()
         self._type = _data_type(dtype)
-        sizes = [_library.int64("shape", x) for x in (batch, heads, kv_heads, dim, value_dim, capacity, rewind)]
+        sizes = zip(CacheShape._fields, (batch, heads, kv_heads, dim, value_dim, capacity, rewind))
+        sizes = [_library.int64("shape." + name, x) for name, x in sizes]
         shape = _library.CacheShape(ctypes.sizeof(_library.CacheShape), *sizes)
-        settings = _library.options_of(tuple(options.items()))
+        settings = _library.options_of(options)
         _library.check(
             library.cca_cache_make(ctypes.byref(self._cache), ctypes.byref(shape), self._type, ctypes.byref(settings))
         )
@@ -579,7 +597,8 @@ class KvCache:
         read = {name: x for name, x in read.items() if x is not None}
         (*extents, _), work = _sizes(read)
         if threads is None and self._shape.batch:
-            work += extents[0] * extents[1] * extents[2] * self._shape.dim * self.length(sequence or 0)
+            counts = self._counts(sequence or 0)
+            work += extents[0] * extents[1] * extents[2] * self._shape.dim * (counts.cores + counts.raw)
         number = -1 if sequence is None else _library.int64("sequence", sequence)
         _library.run(function, read, written, {}, _library.threads_of(threads, work), self._cache, number)
 
@@ -707,7 +726,7 @@ class KvCache:
 
         self = cls.__new__(cls)
         self._cache, self._type = ctypes.c_void_p(), _data_type(dtype)
-        self._unit = _library.options_of((("unit", unit),)).unit
+        self._unit = _library.options_of({"unit": unit}).unit
         status = library.cca_cache_load(ctypes.byref(self._cache), self._type, self._unit, read, None)
         if errors:
             raise errors[0]

@@ -3,6 +3,7 @@ lock while a function of the library runs."""
 
 import ctypes
 import functools
+import numbers
 import operator
 import os
 import pathlib
@@ -131,15 +132,9 @@ READ = WRITE
 # CCA_LIBRARY is for tests of a library that was built elsewhere.
 library = ctypes.CDLL(os.environ.get("CCA_LIBRARY") or str(pathlib.Path(__file__).parent / "libcca.so"))
 library.cca_error.restype = library.cca_version.restype = library.cca_architecture.restype = ctypes.c_char_p
-for _name in (
-    "cca_attention cca_attend cca_pool cca_merge cca_attention_gradient cca_attend_gradient cca_pool_gradient"
-).split():
-    getattr(library, _name).argtypes = [ctypes.c_void_p]
 library.cca_cache_make.argtypes = [ctypes.c_void_p, ctypes.c_void_p, DataType, ctypes.c_void_p]
 library.cca_cache_free.argtypes = [ctypes.c_void_p]
 library.cca_cache_free.restype = None
-for _name in ("cca_cache_attend", "cca_cache_append"):
-    getattr(library, _name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
 library.cca_cache_truncate.argtypes = library.cca_cache_fork.argtypes = [
     ctypes.c_void_p,
     ctypes.c_int64,
@@ -153,12 +148,28 @@ library.cca_cache_save.argtypes = [ctypes.c_void_p, WRITE, ctypes.c_void_p]
 library.cca_cache_load.argtypes = [ctypes.c_void_p, DataType, ctypes.c_int32, READ, ctypes.c_void_p]
 
 
-def check(status):
+def check(status, error=library.cca_error):
     """Raises what a status of the library means."""
     if status == 0:
         return
-    text = library.cca_error().decode()
-    raise {1: ValueError, 2: MemoryError}.get(status, RuntimeError)(text)
+    raise {1: ValueError, 2: MemoryError}.get(status, RuntimeError)(error().decode())
+
+
+def declare(function, *before):
+    """A function of a call, with the types of the arguments before it."""
+    function.argtypes = [*before, ctypes.c_void_p]
+    return function, check
+
+
+FUNCTIONS = {
+    name: declare(getattr(library, name))
+    for name in (
+        "cca_attention cca_attend cca_pool cca_merge cca_attention_gradient cca_attend_gradient cca_pool_gradient"
+    ).split()
+}
+"""By its name, what takes a call, and what checks its status."""
+for _name in ("cca_cache_attend", "cca_cache_append"):
+    FUNCTIONS[_name] = declare(getattr(library, _name), ctypes.c_void_p, ctypes.c_int64)
 
 
 ENUMS = {
@@ -169,23 +180,66 @@ ENUMS = {
 }
 UNLIMITED = 2**63 - 1
 OPTIONS = [name for name, _ in Options._fields_[1:]]
+COUNTS = ("block_rows", "block_queries")
+"""Numbers of a call that are no options."""
+
+
+def _kind_refusal(name, value, wanted):
+    got = repr(value) if isinstance(value, (int, float, str)) or value is None else f"a {type(value).__name__}"
+    return TypeError(f"cca: {name}: got {got}, wants {wanted}")
 
 
 def int64(name, value):
     """ctypes would cut off what does not fit."""
-    value = operator.index(value)
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise _kind_refusal(name, value, "an integer") from None
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"cca: {name}: got {value}, wants a number of 64 bits")
     return value
 
 
-@functools.lru_cache(maxsize=256)
-def options_of(items):
-    """The structure of options for `tuple(options.items())`."""
+_USUAL = dict.fromkeys([*OPTIONS, *COUNTS], int) | dict.fromkeys(ENUMS, str)
+_USUAL |= dict.fromkeys(("softmax_scale", "pooling_scale", "softcap"), float)
+"""What type an option or a count is, as a rule."""
+
+
+_KINDS = {int: (numbers.Integral, "an integer"), float: (numbers.Real, "a number"), str: (str, "a word")}
+
+
+def _plain(name, value):
+    usual = _USUAL.get(name)
+    if usual is None:
+        raise unknown_option(name, OPTIONS)
+    if value is None:
+        return None
+    where = name if name in COUNTS else "options." + name
+    kind, wanted = _KINDS[usual]
+    if not isinstance(value, kind):
+        raise _kind_refusal(where, value, wanted)
+    return operator.index(value) if usual is int else usual(value)
+
+
+def unknown_option(name, known):
+    return TypeError(f"cca: options: got {name}, wants one of {', '.join(known)}")
+
+
+def plain(options):
+    """Options and counts as plain numbers and words. What is made of them is remembered by their values, which those of an
+    array or a tensor are not: it would be taken for what it once was."""
+    for name, value in options.items():
+        if type(value) is not _USUAL.get(name):
+            return {name: _plain(name, value) for name, value in options.items()}
+    return options
+
+
+def options_of(given):
+    """The structure for a dictionary of options."""
     options = Options(ctypes.sizeof(Options), window=UNLIMITED, pooling_scale=1.0)
-    for name, value in items:
-        if name not in OPTIONS:
-            raise TypeError(f"cca: options: got {name}, wants one of {', '.join(OPTIONS)}")
+    for name, value in plain(given).items():
+        if name in COUNTS:
+            raise unknown_option(name, OPTIONS)
         if name in ENUMS:
             if value not in ENUMS[name]:
                 raise ValueError(f"cca: options.{name}: got {value}, wants one of {', '.join(ENUMS[name])}")
@@ -199,9 +253,9 @@ def options_of(items):
         elif name == "softmax_scale":
             value = ctypes.pointer(ctypes.c_double(value))
         elif name == "first_position":
-            value = ctypes.pointer(ctypes.c_int64(int64(name, value)))
-        elif name not in ("pooling_scale", "softcap"):
-            value = int64(name, value)
+            value = ctypes.pointer(ctypes.c_int64(int64("options." + name, value)))
+        elif _USUAL[name] is int:
+            value = int64("options." + name, value)
         setattr(options, name, value)
     return options
 
@@ -242,6 +296,8 @@ _ARRAY_TYPES = {"float32": FLOAT, "float64": FLOAT, "float16": FLOAT, "bfloat16"
 
 def _by_array(x, name, written, to):
     """NumPy's, which exports no bfloat16 and, before 2.1, nothing that is read-only."""
+    if not x.dtype.isnative:
+        raise ValueError(f"cca: {name}: got {x.dtype.name} in the other byte order, wants the processor's")
     if written and not x.flags.writeable:
         raise ValueError(f"cca: {name}: got a read-only array, wants one that can be written")
     if x.flags.writeable and x.dtype.kind != "V":
@@ -331,20 +387,16 @@ def export(x, name, written, to):
     return exporter(x, name, written, to)
 
 
-# Numbers of a call that are no options.
-COUNTS = ("block_rows", "block_queries")
-
-
 class Plan:
     """A function of the library with the names of the tensors and the options that it is called with. What they need in the
     library's form is made once, for as many calls as run at a time."""
 
     def __init__(self, function, read, written, options):
-        self.function = getattr(library, function)
+        self.function, self.check = FUNCTIONS[function]
         self.tensors = [*((name, False) for name in read), *((name, True) for name in written)]
         options = dict(options)
         self.counts = {name: int64(name, options.pop(name)) for name in COUNTS if name in options}
-        self.options = options_of(tuple(options.items())) if options else None
+        self.options = options_of(options) if options else None
         self.free = []
 
     def _frame(self):
@@ -381,7 +433,7 @@ class Plan:
         status = self.function(*before, address)
         self.free.append(frame)
         if status != 0:
-            check(status)
+            self.check(status)
         del keepers  # not before
 
 
@@ -390,13 +442,7 @@ _plan_of = functools.lru_cache(maxsize=256)(Plan)
 
 def plan_of(function, read, written, options):
     """The plan of a function of this name, the names of its tensors, and a dictionary of options."""
-    try:
-        return _plan_of(function, read, written, tuple(options.items()))
-    except TypeError:
-        for name, x in options.items():
-            if getattr(x, "__hash__", None) is None:
-                raise TypeError(f"cca: options.{name}: got {type(x).__name__}, wants a number or a word") from None
-        raise
+    return _plan_of(function, read, written, tuple(plain(options).items()))
 
 
 def run(function, read, written, options, threads, *before):
@@ -406,6 +452,11 @@ def run(function, read, written, options, threads, *before):
     written = {name: x for name, x in written.items() if x is not None}
     plan = plan_of(function, tuple(read), tuple(written), options)
     plan((*read.values(), *written.values()), threads, *before)
+
+
+def has_padding(names):
+    """Whether results of a call with these tensors may have tokens of no sequence, which the library does not write."""
+    return any(name.endswith(("_lengths", "_offsets")) for name in names)
 
 
 _THREADED = 2**21  # multiply-adds of queries and keys: less takes no longer than to make a thread

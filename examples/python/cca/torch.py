@@ -66,12 +66,15 @@ def who_follows(tensors):
     return followed
 
 
+_SYMBOLS = (torch.SymInt, torch.SymFloat)
+
+
 class _Call:
     """A call of an operator: the names of the tensors that are given, and the options."""
 
     def __init__(self, operator, names, options):
         self.operator, self.names, self.options = operator, names, options
-        self.padded = any(name.startswith("query_") for name in names)
+        self.padded = _library.has_padding(names)
         self.plan = None
         self.gradient_plans = {}
 
@@ -105,8 +108,8 @@ class _Call:
         if grad_out.stride(-1) != 1:  # of a sum, say: one number for all
             grad_out = grad_out.contiguous()
         read = (*tensors, *results, grad_out) if grad_lse is None else (*tensors, *results, grad_out, grad_lse)
-        places, plan, padded = self._gradient_plan(tuple(wanted), grad_lse is not None)
-        written = [empty(tensors[i], tuple(tensors[i].shape), number=True, zero=padded) for i in places]
+        places, plan = self._gradient_plan(tuple(wanted), grad_lse is not None)
+        written = [empty(tensors[i], tuple(tensors[i].shape), number=True, zero=self.padded) for i in places]
         query, key = tensors[:2]
         plan((*read, *written), _library.threads_of(threads, query.numel() * key.shape[2]))
         answer = [None] * len(tensors)
@@ -117,7 +120,7 @@ class _Call:
         return answer
 
     def _gradient_plan(self, wanted, has_grad_lse):
-        """(the places of the tensors whose gradients are written, the plan, whether there is padding)"""
+        """(the places of the tensors whose gradients are written, the plan)"""
         made = self.gradient_plans.get((wanted, has_grad_lse))
         if made is None:
             names = self.names
@@ -126,8 +129,7 @@ class _Call:
             read = (*names, "out", "lse", "grad_out", *(("grad_lse",) if has_grad_lse else ()))
             written = tuple("grad_" + names[i] for i in places)
             plan = _library.plan_of(self.operator.gradient_function, read, written, self.options)
-            padded = any(name.endswith(("_lengths", "_offsets")) for name in names)
-            made = self.gradient_plans[wanted, has_grad_lse] = places, plan, padded
+            made = self.gradient_plans[wanted, has_grad_lse] = places, plan
         return made
 
     def in_order(self, values):
@@ -168,13 +170,13 @@ class _Operator:
     def __call__(self, followed, operands, options, threads, return_lse):
         """Calls the operator: operands are its tensors by their names."""
         if followed == AUTOGRAD:
-            call = self.call_of(tuple(operands), tuple(options.items()))
+            call = self.call_of(tuple(operands), tuple(_library.plain(options).items()))
             return self.apply(
                 call, threads, return_lse, True, *operands.values()
             )  # the operator's own, at a third of its cost
         for name in options:
             if name not in self.options:
-                raise TypeError(f"cca: options: got {name}, wants one of {', '.join(self.options)}")
+                raise _library.unknown_option(name, self.options)
         results = self.op(*(operands.get(name) for name in self.tensors), **options, threads=threads)
         return results if return_lse else results[0]
 
@@ -183,7 +185,10 @@ class _Operator:
         settings = self.options | dict(zip(self.options, arguments[len(self.tensors) :])) | options
         threads = settings.pop("threads")
         given = {name: x for name, x in zip(self.tensors, arguments) if x is not None}
-        return _Call(self, tuple(given), settings), tuple(given.values()), threads
+        names, tensors = tuple(given), tuple(given.values())
+        if any(isinstance(x, _SYMBOLS) for x in settings.values()):  # of a graph, not yet known
+            return _Call(self, names, settings), tensors, threads
+        return self.call_of(names, tuple(settings.items())), tensors, threads
 
     def _gradient_call(self, arguments, options):
         """The same of the gradient's, and (out, lse, grad_out, grad_lse, wanted)."""

@@ -1,12 +1,13 @@
 """cca for NumPy's arrays and for what speaks DLPack."""
 
 import copy
+import concurrent.futures
 import ctypes
+import fractions
 import io
 import pathlib
 import pickle
 import re
-import threading
 
 import numpy as np
 import pytest
@@ -244,7 +245,7 @@ def test_selected_rows_are_refused():
         cca.attention(q, k, v, **who)
     with pytest.raises(ValueError, match=r"block_rows: got 0, wants at least 1|block_rows: got -1"):
         cca.attend(q, k, v, k, v, **who | {"block_rows": -1})
-    with pytest.raises(ValueError, match="selected_blocks: got float64, wants int64"):
+    with pytest.raises(ValueError, match="selected_blocks: got float64, wants integers"):
         cca.attend(q, k, v, k, v, selected_blocks=np.zeros((1, 1, 5, 1)), block_queries=4)
     with pytest.raises(ValueError, match="far.seen: got"):
         cca.attend(q, k, v, k, v)
@@ -262,19 +263,12 @@ def test_calls_at_once():
     rng = np.random.default_rng(6)
     everything = [rng.normal(size=(3, 1, 2, 300, 16)).astype(np.float32) for _ in range(4)]
     want = [cca.attention(*x, threads=1, **OPTIONS) for x in everything]
-    wrong = []
 
     def call(x, y):
-        for _ in range(50):
-            if not np.array_equal(cca.attention(*x, threads=1, **OPTIONS), y):
-                wrong.append(1)
+        return all(np.array_equal(cca.attention(*x, threads=1, **OPTIONS), y) for _ in range(50))
 
-    workers = [threading.Thread(target=call, args=pair) for pair in zip(everything, want)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
+    with concurrent.futures.ThreadPoolExecutor(len(everything)) as workers:
+        assert all(workers.map(call, everything, want))  # which raises what they do
 
 
 def cache_of(**more):
@@ -326,6 +320,8 @@ def test_cache():
         (lambda q, k, v: (q, k[..., :0], v), "key: got dim 0"),
         (lambda q, k, v: (q, k, v[:, :, :3]), "value: got"),
         (lambda q, k, v: (q.astype(complex), k, v), "query: got complex128"),
+        (lambda q, k, v: (q, k, v.astype(">f8")), "value: got float64 in the other byte order, wants the processor's"),
+        (lambda q, k, v: (q, np.broadcast_to(k.astype(">f8"), k.shape), v), "key: got float64 in the other byte order"),
     ],
 )
 def test_refusals(change, text):
@@ -341,15 +337,128 @@ def test_refusals(change, text):
         ({"groupsize": 3}, TypeError, "got groupsize, wants one of group_size"),
         ({"group_size": -1, "window": 3}, ValueError, "options.group_size: got -1"),
         ({"window": 2**63}, ValueError, "window: got 9223372036854775808, wants a number of 64 bits"),
-        ({"window": 2.5}, TypeError, "float"),
+        ({"window": 2.5}, TypeError, "cca: options.window: got 2.5, wants an integer"),
+        ({"window": "4"}, TypeError, "cca: options.window: got '4', wants an integer"),
+        ({"group_size": np.array(3)}, TypeError, "cca: options.group_size: got a ndarray, wants an integer"),
+        ({"softcap": np.array(3.0)}, TypeError, "cca: options.softcap: got a ndarray, wants a number"),
+        ({"softmax_scale": "1"}, TypeError, "cca: options.softmax_scale: got '1', wants a number"),
+        ({"softmax_scale": 1j}, TypeError, "cca: options.softmax_scale: got a complex, wants a number"),
+        ({"pool": 3}, TypeError, "cca: options.pool: got 3, wants a word"),
         ({"pool": "mode"}, ValueError, "options.pool: got mode, wants one of last_query"),
-        ({"window": [3]}, TypeError, "cca: options.window: got list, wants a number"),
+        ({"window": [3]}, TypeError, "cca: options.window: got a list, wants an integer"),
         ({"softcap": None}, ValueError, "options.softcap: got None"),
     ],
 )
 def test_refused_options(options, error, text):
     with pytest.raises(error, match=text):
         cca.attention(*operands(), **options)
+
+
+class Changing:
+    """A number that is remembered by what it is, whatever it is at the time."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+    __float__ = __index__
+
+
+def test_options_are_what_they_are_at_the_call():
+    q, k, v = operands()
+    number = Changing(3)
+    for name in ("window", "softcap"):
+        with pytest.raises(TypeError, match=f"cca: options.{name}: got a Changing, wants"):
+            cca.attention(q, k, v, **{name: number})
+    with pytest.raises(TypeError, match="cca: block_rows: got a Changing, wants an integer"):
+        cca.attend(q, k, v, k, v, selected_blocks=np.zeros((1, 1, 19, 1), int), block_rows=number)
+    cca.attention(q, k, v, window=3)
+    with pytest.raises(TypeError, match="cca: options.window: got 3.0, wants an integer"):
+        cca.attention(q, k, v, window=3.0)  # which equals 3
+    with pytest.raises(TypeError, match="cca: options: got block_rows, wants one of group_size"):
+        cache_of(block_rows=1)
+    with pytest.raises(TypeError, match="cca: shape.heads: got 4.0, wants an integer"):
+        cca.KvCache(heads=4.0, kv_heads=2, dim=5)
+
+
+def test_numbers_of_other_kinds():
+    q, k, v = operands()
+    want = cca.attention(q, k, v, window=4, group_size=3, softmax_scale=0.5, softcap=2.0)
+    scales = np.float32(0.5), fractions.Fraction(1, 2)
+    for scale in scales:
+        got = cca.attention(q, k, v, window=np.int32(4), group_size=np.uint8(3), softmax_scale=scale, softcap=2)
+        assert np.array_equal(got, want)
+
+
+def test_nothing_for_a_tensor_is_none():
+    q, k, v = operands()
+    assert np.array_equal(cca.attention(q, k, v, far_lengths=None, seen=None), cca.attention(q, k, v))
+
+
+def test_no_kernels_for_the_processor(monkeypatch):
+    class Nothing:
+        cca_architecture = staticmethod(lambda: None)
+        cca_error = staticmethod(lambda: b"cca: processor: why")
+
+    monkeypatch.setattr(cca, "library", Nothing)
+    with pytest.raises(RuntimeError, match="^cca: processor: why$"):
+        cca.architecture()
+
+
+def work_of(monkeypatch, call):
+    """The multiply-adds that a call is thought to take."""
+    found = []
+    monkeypatch.setattr(_library, "threads_of", lambda threads, multiply_adds: found.append(multiply_adds) or 1)
+    call()
+    return found[-1]
+
+
+def test_the_work_that_decides_about_threads(monkeypatch):
+    q, k, v = operands()
+
+    def attention():
+        cca.attention(q, k, v)
+
+    def pool():
+        cores = cca.pool(q, k, v, group_size=3)
+        cca.pool_gradient(q, k, v, *cores, group_size=3)
+
+    assert work_of(monkeypatch, attention) == 2 * 4 * 19 * 5 * 19
+    assert work_of(monkeypatch, pool) == 2 * 4 * 19 * 5
+    assert work_of(monkeypatch, lambda: cca.pool(q, k, v, group_size=3)) == 2 * 4 * 19 * 5
+    cache = cache_of()
+    cache.append(q, k, v)
+    rows = cache.core_count() + cache.raw_count()
+    assert rows < 19
+    step = [x[:, :, :1] for x in (q, k, v)]
+    assert work_of(monkeypatch, lambda: cache.attend(*step)) == 2 * 4 * 1 * 5 * (rows + 1)
+
+
+def test_refusals_of_pool():
+    q, k, v = operands()
+    with pytest.raises(ValueError, match="^cca: key: got 3 dimensions, wants 4"):
+        cca.pool(q, k[0], v, group_size=3)
+    with pytest.raises(ValueError, match="^cca: value: got 3 dimensions, wants 4"):
+        cca.pool(q, k, v[0], group_size=3)
+    with pytest.raises(TypeError, match="^cca: key: got NoneType, wants a tensor"):
+        cca.pool(q, None, v, group_size=3)
+    with pytest.raises(TypeError, match="^cca: options.group_size: got '3', wants an integer"):
+        cca.pool(q, k, v, group_size="3")
+    with pytest.raises(ValueError, match="^cca: options.group_size: got None, wants a number"):
+        cca.pool(q, k, v, group_size=None)
+
+
+def test_lengths_are_integers_in_the_processors_order():
+    q, k, v = operands()
+    want = cca.attention(q, k, v, query_lengths=[7, 19], key_lengths=[7, 19])
+    lengths = np.array([7, 19], ">i8")
+    lengths.flags.writeable = False
+    assert np.array_equal(cca.attention(q, k, v, query_lengths=lengths, key_lengths=lengths), want)
+    for wrong, name in ((np.array([7.0, 19.0]), "float64"), ([True, False], "bool")):
+        with pytest.raises(ValueError, match=f"cca: key_lengths: got {name}, wants integers"):
+            cca.attention(q, k, v, key_lengths=wrong)
 
 
 def test_what_is_no_tensor():

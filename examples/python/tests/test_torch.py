@@ -30,10 +30,10 @@ def test_every_argument_is_in_the_schema():
     for name, annotations in (("attention", cca.AttentionArguments), ("attend", cca.AttendArguments)):
         arguments = [x.name for x in operators[name].op._schema.arguments]
         assert {*annotations.__annotations__} <= {*arguments} and len(arguments) == len({*arguments})
-    defaults = cca._library.options_of(())
+    defaults = cca._library.options_of({})
     for name, default in operators["attention"].options.items():
         if name != "threads":
-            assert bytes(cca._library.options_of(((name, default),))) == bytes(defaults), name
+            assert bytes(cca._library.options_of({name: default})) == bytes(defaults), name
 
 
 @pytest.mark.parametrize("layout", ["bhld", "blhd"])
@@ -145,6 +145,35 @@ def test_releases_without_the_interface_for_c(monkeypatch):
             cca.attention(q, torch.imag(torch.complex(k, k).conj()), v)
         with pytest.raises(ValueError, match="key: got a sparse"):
             cca.attention(q, k.to_sparse(), v)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_options_are_no_tensors(grad):
+    """Which change, while what is made of options is remembered."""
+    q, k, v = operands(grad=grad)
+    for name, x, wanted in (("window", torch.tensor(3), "an integer"), ("softcap", torch.tensor(3.0), "a number")):
+        with pytest.raises(TypeError, match=f"cca: options.{name}: got a Tensor, wants {wanted}"):
+            cca.attention(q, k, v, **{name: x})
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_lengths_are_integers(grad):
+    q, k, v = operands(grad=grad)
+    want = cca.attention(q, k, v, key_lengths=torch.tensor([7, 4]))
+    assert torch.equal(cca.attention(q, k, v, key_lengths=torch.tensor([7, 4], dtype=torch.uint8)), want)
+    truths = torch.tensor([True, True])
+    for wrong, name in ((torch.tensor([7.5, 4.0]), "float32"), (truths, "bool"), ([7.5, 4], "float32")):
+        with pytest.raises(ValueError, match=f"cca: key_lengths: got {name}, wants integers"):
+            cca.attention(q, k, v, key_lengths=wrong)
+
+
+def test_operators_remember_their_plans(monkeypatch):
+    """As the library's functions do."""
+    q, k, v = operands()
+    none = [None] * (len(cca.torch.OPERATORS["attention"].tensors) - 3)
+    want = torch.ops.cca.attention(q, k, v, *none, window=4)
+    monkeypatch.setattr(cca._library, "plan_of", None)
+    assert torch.equal(torch.ops.cca.attention(q, k, v, *none, window=4)[0], want[0])
 
 
 def test_gradients_of_16_bits_have_their_elements():

@@ -132,12 +132,12 @@ struct callers_threads {
   }
 };
 
-using place = const DLTensor* cca_call::*;
+using tensor_place = const DLTensor* cca_call::*;
 
 /// The tensors of a call by their names.
 struct named_place {
   const char* name;
-  place at;
+  tensor_place at;
 };
 inline constexpr named_place all_tensors[] = {
 #define CCA_TENSOR(name) {#name, &cca_call::name}
@@ -159,7 +159,7 @@ static_assert(std::size(all_tensors) * sizeof(void*) ==
               offsetof(cca_call, options) - offsetof(cca_call, query) +  //
                   offsetof(cca_call, block_rows) - offsetof(cca_call, visible_from));
 
-inline const char* name_of(place at) {
+inline const char* name_of(tensor_place at) {
   for (const auto& tensor : all_tensors)
     if (tensor.at == at) return tensor.name;
   return "?";
@@ -175,10 +175,10 @@ class arguments {
         far_(take_ranges(&cca_call::far_lengths, &cca_call::far_begins, &cca_call::far_offsets)) {}
   arguments(const arguments&) = delete;  // views refer to the ranges
 
-  [[nodiscard]] bool has(place at) const { return call_.*at != nullptr; }
+  [[nodiscard]] bool has(tensor_place at) const { return call_.*at != nullptr; }
 
   /// The elements of a tensor that has to be there.
-  [[nodiscard]] DLDataType elements(place at) const {
+  [[nodiscard]] DLDataType elements(tensor_place at) const {
     if (!has(at)) refuse(name_of(at), {"NULL"}, {"a tensor"});
     return (call_.*at)->dtype;
   }
@@ -200,7 +200,7 @@ class arguments {
   template <class T>
   far_context<T> take_far() {
     const std::int64_t block_rows = take_count(call_.block_rows), block_queries = take_count(call_.block_queries);
-    lists_ = lists_of(queries_, block_queries);
+    if (has(&cca_call::selected_blocks)) lists_ = lists_of(queries_, block_queries);
     return {of<const T, 4>(&cca_call::far_key, far_),
             of<const T, 4>(&cca_call::far_value, far_),
             of<const std::int64_t, 3>(&cca_call::seen, queries_),
@@ -211,11 +211,12 @@ class arguments {
             {of<const std::int64_t, 4>(&cca_call::selected_blocks, lists_), block_rows, block_queries}};
   }
   template <class T, class Lse = compute_type<T>>
-  results<T, Lse> take_results(place out = &cca_call::out, place lse = &cca_call::lse) {
+  results<T, Lse> take_results(tensor_place out = &cca_call::out, tensor_place lse = &cca_call::lse) {
     return {of<T, 4>(out, queries_), of<Lse, 3>(lse, queries_)};
   }
   template <class T>
-  results<const T, const compute_type<T>> take_read(place out = &cca_call::out, place lse = &cca_call::lse) {
+  results<const T, const compute_type<T>> take_read(tensor_place out = &cca_call::out,
+                                                    tensor_place lse = &cca_call::lse) {
     return take_results<const T, const compute_type<T>>(out, lse);
   }
   template <class T>
@@ -224,7 +225,7 @@ class arguments {
             of<const compute_type<T>, 3>(&cca_call::grad_lse, queries_)};
   }
   template <class T>
-  cores<T> take_cores(place key, place value) {
+  cores<T> take_cores(tensor_place key, tensor_place value) {
     return {of<T, 4>(key, far_), of<T, 4>(value, far_)};
   }
   /// `T` is what gradients are of.
@@ -272,7 +273,7 @@ class arguments {
   }
 
  private:
-  const DLTensor* take(place at) { return std::exchange(call_.*at, nullptr); }
+  const DLTensor* take(tensor_place at) { return std::exchange(call_.*at, nullptr); }
 
   /// A number of which 0 means 1.
   static std::int64_t take_count(std::int64_t& count) {
@@ -283,13 +284,13 @@ class arguments {
     if (count != 0) refuse(name, {count}, {"0: this function has no use for it"});
   }
 
-  token_ranges take_ranges(place lengths, place begins, place offsets) {
-    const auto named = [&](place at) { return named_tensor{name_of(at), take(at)}; };
+  token_ranges take_ranges(tensor_place lengths, tensor_place begins, tensor_place offsets) {
+    const auto named = [&](tensor_place at) { return named_tensor{name_of(at), take(at)}; };
     return ranges_of(named(lengths), named(begins), named(offsets));
   }
 
   template <class T, std::size_t Rank>
-  tensor_view<T, Rank> of(place at, const token_ranges& sequences) {
+  tensor_view<T, Rank> of(tensor_place at, const token_ranges& sequences) {
     const DLTensor* tensor = take(at);
     if (tensor == nullptr) return {};
     sequences.taken = true;
@@ -297,7 +298,7 @@ class arguments {
   }
   /// One number per head, or per query.
   template <class T>
-  tensor_view<T, 3> per_query(place at) {
+  tensor_view<T, 3> per_query(tensor_place at) {
     const bool per_head = has(at) && ((call_.*at)->ndim != 3 || (call_.*at)->shape[2] == 1);
     return of<T, 3>(at, per_head ? token_ranges{} : queries_);
   }

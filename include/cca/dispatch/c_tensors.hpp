@@ -188,8 +188,10 @@ inline token_ranges lists_of(const token_ranges& queries, std::int64_t size) {
   to.packed = queries.packed;
   if (to.packed) to.computed_ends.push_back(0);
   for (std::int64_t b = 0; b < to.batch; ++b) {
-    const std::int64_t length = queries.ends[b] - (queries.begins != nullptr ? queries.begins[b] : 0);
-    const std::int64_t lists = larger<std::int64_t>(length / size + (length % size > 0), 0);
+    // Those of sequences that are refused later are none.
+    const std::int64_t begin = queries.begins != nullptr ? larger<std::int64_t>(queries.begins[b], 0) : 0;
+    const std::int64_t length = larger(queries.ends[b], begin) - begin;
+    const std::int64_t lists = length / size + (length % size > 0);
     to.longest = larger(to.longest, lists);
     to.computed_ends.push_back(to.packed ? to.computed_ends.back() + lists : lists);
   }

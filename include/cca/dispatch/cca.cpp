@@ -2,20 +2,17 @@
 
 #include "cca.h"
 
-#include <cstdio>
 #include <cstring>
-#include <exception>
 #include <istream>
 #include <memory>
-#include <new>
 #include <ostream>
-#include <stdexcept>
 #include <streambuf>
 #include <type_traits>
 #include <variant>
 
 #include "../dispatch.hpp"
 #include "c_arguments.hpp"
+#include "c_status.hpp"
 
 /// Of every type of elements.
 struct cca_cache {
@@ -29,39 +26,15 @@ namespace {
 
 using cca::execution;
 using cca::detail::arguments;
-using cca::detail::place;
+using cca::detail::guarded;
+using cca::detail::tensor_place;
 using cca::detail::refuse;
 namespace detail = cca::detail;
 namespace dispatch = cca::dispatch;
 
-thread_local char error_text[1024] = "";
-
-cca_status failed(cca_status status, const char* what) {
-  std::snprintf(error_text, sizeof error_text, "%s", what);
-  return status;
-}
-
-/// Runs `f()`: what it throws becomes a status and a text.
-template <class F>
-cca_status guarded(const F& f) noexcept {
-  try {
-    error_text[0] = '\0';
-    f();
-    return CCA_OK;
-  } catch (const std::invalid_argument& e) {
-    return failed(CCA_INVALID_ARGUMENT, e.what());
-  } catch (const std::bad_alloc&) {
-    return failed(CCA_OUT_OF_MEMORY, "cca: out of memory");
-  } catch (const std::exception& e) {
-    return failed(CCA_FAILED, e.what());
-  } catch (...) {
-    return failed(CCA_FAILED, "cca: an exception that says nothing");
-  }
-}
-
 /// Calls `f(std::type_identity<T>, arguments)` with the elements of the tensor at `first`.
 template <class F>
-cca_status with_arguments(const cca_call* call, place first, const F& f) noexcept {
+cca_status with_arguments(const cca_call* call, tensor_place first, const F& f) noexcept {
   return guarded([&] {
     arguments all(call);
     detail::with_element(detail::name_of(first), all.elements(first), [&](auto type) { f(type, all); });
@@ -119,15 +92,12 @@ class callers_file : public std::streambuf {
 
 extern "C" {
 
-const char* cca_error(void) { return error_text; }
+const char* cca_error(void) { return cca::detail::last_error.text; }
 const char* cca_version(void) { return CCA_VERSION_STRING; }
 const char* cca_architecture(void) {
-  try {
-    return cca::plain::chosen().name;
-  } catch (const std::exception& e) {
-    failed(CCA_FAILED, e.what());
-    return nullptr;
-  }
+  const char* name = nullptr;
+  guarded([&] { name = cca::plain::chosen().name; });
+  return name;
 }
 cca_status cca_use(const char* architecture) {
   return guarded([&] { dispatch::use(architecture != nullptr ? architecture : "NULL"); });

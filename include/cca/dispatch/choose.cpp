@@ -32,6 +32,7 @@ constexpr bool has(std::string_view name) { return compiled.find(name) != std::s
 // xsimd 8.1 does not ask that, and takes AVX from the wrong leaf of CPUID; and `xsimd::dispatch` is noexcept to this
 // day, so that a refusal would end the program.
 std::vector<const architecture*> available() {
+  std::vector<const architecture*> all;  // a table that was not compiled must not be named
 #if defined(__x86_64__)
   __builtin_cpu_init();  // constructors may call before the library's own has run
   const bool sse4_2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
@@ -39,8 +40,6 @@ std::vector<const architecture*> available() {
   const bool avx512 = avx2_fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512cd") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
-  std::vector<const architecture*> all;
-  // A table that was not compiled must not be named.
   if constexpr (has("avx512"))
     if (avx512) all.push_back(&CCA_DISPATCH_TABLE(avx512));
   if constexpr (has("avx2_fma"))
@@ -48,10 +47,10 @@ std::vector<const architecture*> available() {
   if constexpr (has("sse4_2"))
     if (sse4_2) all.push_back(&CCA_DISPATCH_TABLE(sse4_2));
   if constexpr (has("sse2")) all.push_back(&CCA_DISPATCH_TABLE(sse2));
-  return all;
 #else
-  return {&CCA_DISPATCH_TABLE(neon64)};
+  if constexpr (has("neon64")) all.push_back(&CCA_DISPATCH_TABLE(neon64));
 #endif
+  return all;
 }
 
 const architecture& chosen() {

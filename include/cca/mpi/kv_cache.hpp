@@ -50,6 +50,8 @@ class kv_cache : private detail::cache_share<Element, Core> {
   using T = compute_type<Element>;
 
  public:
+  using element_type = Element;  ///< of keys and values
+
   /// @param ranks  outlives the cache
   /// @param shape  its sequences grow together; without `rewind` and `capacity`
   /// @param options  as for `cca::kv_cache`, without a matrix unit
