@@ -376,7 +376,7 @@ TEST(Ranks, RefuseAlikeWhereTheyDisagree) {
              if (odd) in.alibi_slopes = logits.view();
              mpi::attention(over(p), in, r.view(), p.options);
            }),
-           "alibi_slopes: got none on one rank and one for each head on another");
+           "alibi_slopes: got none on one rank and given on another");
   std::vector<mpi::segment> moved(p.layout.segments().begin(), p.layout.segments().end());
   if (ranks > 1 && world().rank() == 0) moved[0].tokens.end = moved[1].tokens.begin = 9;
   const mpi::layout other(ranks, p.lengths, moved);
