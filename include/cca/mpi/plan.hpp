@@ -116,9 +116,10 @@ class plan {
     return all;
   }
 
-  /// Query-key pairs of a rank's queries, per head: the scores that it computes.
+  /// Query-key pairs of a rank's queries, per head: the scores that it computes. And the tokens that it pools, per head of
+  /// cores: each is scored as well, and added.
   struct pair_counts {
-    std::int64_t raw = 0, cores = 0;
+    std::int64_t raw = 0, cores = 0, pooled = 0;
   };
   [[nodiscard]] pair_counts pairs_of(std::int64_t rank) const {
     pair_counts pairs;
@@ -126,6 +127,7 @@ class plan {
     for (std::int64_t i = own.begin; i < own.end; ++i) {
       const segment& s = segment_of(i);
       const range all{0, tokens_->length(s.sequence)};
+      pairs.pooled += (*this)[i].groups.size() * by_.group_size;
       for (std::int64_t t = s.tokens.begin; t < s.tokens.end; ++t) {
         pairs.cores += cores_at(t);
         pairs.raw += intersection(by_.sinks(t), all).size() + intersection(by_.raw(t), all).size();
