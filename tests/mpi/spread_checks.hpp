@@ -1,6 +1,6 @@
 #pragma once
 
-// Attention and its gradients across ranks against the textbook, for operands of any elements.
+// Attention, its gradients and decoding across ranks against the textbook, for operands of any elements.
 
 #include "ranks.hpp"
 
@@ -105,6 +105,83 @@ void check_gradients(std::uint64_t seed, int count) {
   }
   if (world().rank() != 0) return;
   for (const auto& rule : rules) EXPECT_TRUE(rule.holds());
+}
+
+/// A prompt, chunks, tokens one by one: each as the whole sequence in one process.
+template <class T, class Element, class Core>
+void check_decoding(std::uint64_t seed, int repeats) {
+  random_engine random(seed);
+  error_rule<T> out, lse;
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    spread_problem p = random_problem(random, world().size());
+    p.lengths.assign(static_cast<std::size_t>(draw(random, 1, 2)), draw(random, 60, 140));
+    p.options.lookahead = p.options.prefix = 0;
+    p.key_bias = p.sinks_per_query = false;
+    const whole_operands<T, Element> all(p, random);
+    const std::int64_t batch = std::ssize(p.lengths), length = p.lengths[0];
+    mpi::kv_cache<Element, Core> cache(
+        world(), {.batch = batch, .heads = p.heads, .kv_heads = p.kv_heads, .dim = p.dim, .value_dim = p.value_dim},
+        p.options, static_cast<int>(draw(random, 0, world().size() - 1)));
+    whole_tensor<T> outs = make_whole<T>(p, p.heads, p.value_dim), lses = make_whole<T>(p, p.heads, 1);
+    // Half of the time a prompt is answered across the ranks, and then taken over.
+    const std::int64_t prompt = draw(random, 0, 1) * draw(random, 0, length);
+    spread_problem of_prompt = p;
+    of_prompt.lengths.assign(p.lengths.size(), prompt);
+    of_prompt.layout = random_spread(random, world().size(), of_prompt.lengths);
+    if (prompt > 0) {
+      const own_operands<T, Element> own(of_prompt, all, draw_from(random, all_ragged_layouts));
+      const own_results<T> r(of_prompt, ragged_layout::packed);
+      mpi::attention(over(of_prompt), own.in, r.view(), p.options);
+      cache.append(over(of_prompt), {own.query.view(), own.key.view(), own.value.view()});
+      const auto prompt_outs = r.out.whole(of_prompt), prompt_lses = r.lse.whole(of_prompt);
+      for (std::size_t q = 0; q < p.lengths.size(); ++q)
+        for_each_row(prompt_outs[q].view(), [&](std::int64_t b, std::int64_t h, std::int64_t t) {
+          std::copy_n(prompt_outs[q].row(b, h, t), p.value_dim, outs[q].row(0, h, t));
+          *lses[q].row(0, h, t) = *prompt_lses[q].row(b, h, t);
+        });
+    }
+    for (std::int64_t first = prompt; first < length;) {
+      const std::int64_t count =
+          std::min(length - first, draw(random, 0, 3) == 0 ? draw(random, 1, 40) : draw(random, 0, 3));
+      const auto chunk = [&](const whole_tensor<T>& from, std::int64_t heads, std::int64_t dim) {
+        tensor<Element> some({batch, heads, count, dim});
+        for_each_row(some.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+          const T* const row = from[static_cast<std::size_t>(b)].row(0, h, first + i);
+          std::transform(row, row + dim, some.row(b, h, i), [](T x) { return static_cast<Element>(x); });
+        });
+        return some;
+      };
+      const tensor<Element> query = chunk(all.query, p.heads, p.dim), key = chunk(all.key, p.kv_heads, p.dim),
+                            value = chunk(all.value, p.kv_heads, p.value_dim);
+      inputs<Element> in{query.view(), key.view(), value.view()};
+      if (p.sink_logits) in.sink_logits = all.sinks.view();
+      if (p.alibi) in.alibi_slopes = all.slopes.view();
+      tensor<T> to({batch, p.heads, count, p.value_dim});
+      tensor<T, 3> to_lse({batch, p.heads, count});
+      cache.attend(in, cca::results{to.view(), to_lse.view()});
+      for_each_row(to.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+        std::copy_n(to.row(b, h, i), p.value_dim, outs[static_cast<std::size_t>(b)].row(0, h, first + i));
+        *lses[static_cast<std::size_t>(b)].row(0, h, first + i) = *to_lse.row(b, h, i);
+      });
+      first += count;
+      EXPECT_EQ(first, cache.length());
+      std::int64_t cores = cache.core_count();
+      MPI_Allreduce(MPI_IN_PLACE, &cores, 1, MPI_INT64_T, MPI_SUM, MPI_COMM_WORLD);
+      EXPECT_EQ(detail::pools(p.options) ? partition_of(p.options).group_count(first) : 0, cores);
+    }
+    if (world().rank() != 0) continue;
+    std::ostringstream label;
+    label << "problem " << repeat << ": " << p;
+    for (std::size_t q = 0; q < p.lengths.size(); ++q) {
+      const auto plain = reference::attention<T>(all.sequence(p, q), p.options);
+      const auto exact = reference::attention<exact_type<T>>(all.sequence(p, q), p.options);
+      add_whole(out, outs[q], plain.out, exact.out, label.str());
+      add_whole(lse, lses[q], plain.lse, exact.lse, label.str());
+    }
+  }
+  if (world().rank() != 0) return;
+  EXPECT_TRUE(out.holds());
+  EXPECT_TRUE(lse.holds());
 }
 
 }  // namespace cca::test
