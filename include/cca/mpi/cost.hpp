@@ -88,9 +88,8 @@ struct call_cost {
                            : 0;
     // Options are compared first: one number to all ranks and back.
     const double compared = 2 * log2_of(ranks) * cluster.latency;
-    all.seconds =
-        cca::detail::larger(all.seconds, compared + halo + pooling +
-                                             (overlap ? cca::detail::larger(window, way) : window + way) + far_part);
+    const double meanwhile = overlap ? cca::detail::larger(window, way) : window + way;
+    all.seconds = cca::detail::larger(all.seconds, compared + halo + pooling + meanwhile + far_part);
     pairs += static_cast<double>(work.raw + work.cores);
     pooling_seconds += pooling;
     most = cca::detail::larger(most, static_cast<double>(work.raw + work.cores));
