@@ -127,10 +127,7 @@ class piece_exchange {
       const std::int64_t holder = of.rank_of(pieces_[i].holder), reader = of.rank_of(pieces_[i].reader);
       place& to = places_[i];
       to = {holder == ranks.rank(), reader == ranks.rank(), 0};
-      if (to.local()) {
-        longest_ = larger(longest_, pieces_[i].tokens.size());
-        continue;
-      }
+      if (to.local()) continue;
       auto& rows = to.held ? held[static_cast<std::size_t>(reader)] : read[static_cast<std::size_t>(holder)];
       to.row = rows.end;
       rows.end += pieces_[i].tokens.size();
@@ -152,7 +149,7 @@ class piece_exchange {
     const bool to_readers = way == direction::to_readers;
     const std::int64_t out_rows = to_readers ? held_rows_ : read_rows_, in_rows = to_readers ? read_rows_ : held_rows_;
     const auto &out_peers = to_readers ? held_ : read_, &in_peers = to_readers ? read_ : held_;
-    const buffer<std::byte> out(out_rows * row_bytes), in(in_rows * row_bytes), local(longest_ * row_bytes);
+    const buffer<std::byte> out(out_rows * row_bytes), in(in_rows * row_bytes), local(local_rows * row_bytes);
     const row_type row(row_bytes);
     open_requests under_way(in_peers.size(), out_peers.size());
     for (std::size_t i = 0; i < in_peers.size(); ++i)
@@ -169,8 +166,14 @@ class piece_exchange {
     under_way.wait(doing);
     for (std::size_t i = 0; i < pieces_.size(); ++i) {
       if (places_[i].local()) {
-        pack(pieces_[i], local.data());
-        unpack(pieces_[i], local.data());
+        piece some = pieces_[i];
+        while (!some.tokens.empty()) {
+          const std::int64_t end = some.tokens.end;
+          some.tokens.end = smaller(end, some.tokens.begin + local_rows);
+          pack(some, local.data());
+          unpack(some, local.data());
+          some.tokens = {some.tokens.end, end};
+        }
       } else if (places_[i].held != to_readers) {
         unpack(pieces_[i], in.data() + places_[i].row * row_bytes);
       }
@@ -179,6 +182,9 @@ class piece_exchange {
   }
 
  private:
+  /// What a rank moves to itself at a time: little enough to be in its caches when it is read again.
+  static constexpr std::int64_t local_rows = 32;
+
   struct place {
     bool held = false, read = false;  ///< here
     std::int64_t row = 0;             ///< in the messages to readers, or from holders
@@ -202,7 +208,7 @@ class piece_exchange {
   std::vector<piece> pieces_;
   std::vector<place> places_;
   std::vector<peer> held_, read_;
-  std::int64_t held_rows_ = 0, read_rows_ = 0, longest_ = 0;
+  std::int64_t held_rows_ = 0, read_rows_ = 0;
 };
 
 /// Rows that each rank gives to all: cores, or a caller's far rows. They travel while something else is computed.
