@@ -1,7 +1,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "call.hpp"
 #include "detail/base/numbers.hpp"
 #include "detail/base/target.hpp"
 #include "detail/base/validate.hpp"
@@ -24,6 +26,16 @@ struct cache_shape {
 };
 
 namespace detail {
+
+/// Whether a cache may keep these elements; if not, the compiler's message says which it may.
+template <class Element, class Core>
+constexpr bool check_cache_elements() {
+  static_assert(
+      std::is_same_v<Element, double> || !std::is_same_v<Core, double>,
+      "cca: cores are computed in float unless keys and values are double: as double they would hold no more. "
+      "Core is float, Eigen::bfloat16 or Eigen::half, or double beside double");
+  return check_elements<Element, Core>();
+}
 
 /// The most elements that memory could hold.
 inline constexpr long double max_elements = 0x1p58L;

@@ -43,9 +43,7 @@ struct cache_file;
 /// Source: arXiv 2412.12465, section 3.4 (inference).
 template <class Element = float, class Core = Element>
 class kv_cache {
-  static_assert(detail::check_elements<Element, Core>());
-  static_assert(std::is_same_v<Element, double> || !std::is_same_v<Core, double>,
-                "cores are computed in float unless keys and values are double: as double they would hold no more");
+  static_assert(detail::check_cache_elements<Element, Core>());
 
  public:
   using element_type = Element;  ///< of keys and values
@@ -160,9 +158,9 @@ class kv_cache {
   void truncate(std::int64_t b, std::int64_t length) {
     require_sequence("b", b);
     if (!(least_length(b) <= length && length <= held_.at(b).length))
-      detail::refuse("length", {length},
-                     {"between ", least_length(b), " and ", held_.at(b).length,
-                      ": what earlier queries saw has left the window"});
+      detail::refuse(
+          "length", {length},
+          {"between ", least_length(b), " and ", held_.at(b).length, ": what earlier queries saw has left the window"});
     held_.at(b).length = length;
   }
 
@@ -210,8 +208,7 @@ class kv_cache {
   }
 
   void require_sequence(const char* name, std::int64_t b) const {
-    if (!(0 <= b && b < held_.shape.batch))
-      detail::refuse(name, {b}, {"a sequence in [0, ", held_.shape.batch, ")"});
+    if (!(0 <= b && b < held_.shape.batch)) detail::refuse(name, {b}, {"a sequence in [0, ", held_.shape.batch, ")"});
   }
 
   /// A step has as many new tokens for every sequence.
@@ -242,8 +239,7 @@ class kv_cache {
   };
 
   /// Keys and values of a step, and room for its tokens.
-  void require_tokens(const step_extent& extent, const detail::named_view& key,
-                      const detail::named_view& value) const {
+  void require_tokens(const step_extent& extent, const detail::named_view& key, const detail::named_view& value) const {
     const auto& [first, batch, count] = extent;
     detail::require_operand(key);
     detail::require_operand(value);

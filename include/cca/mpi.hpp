@@ -46,7 +46,8 @@ namespace cca { inline namespace CCA_TARGET { namespace mpi {
 /// @param over  the ranks and the layout
 /// @param in  a sequence for each of the rank's segments, see `layout`; a query for every key. `sink_logits` are
 ///   `[1, query heads, 1]`, the same on all ranks, or one for each query; `alibi_slopes` are `[1, query heads, 1]`;
-///   `key_bias` is for each of the rank's keys.
+///   `key_bias` is for each of the rank's keys. Sink logits of a rank with one query are what they are on the other ranks; where
+///   all have one query at most, those of heads, unless the view has lengths.
 /// @param to  as for `cca::attention`
 /// @param options  as there, but for `first_position`; the same on all ranks
 /// @param run  an executor, without a workspace; the results are bitwise the same for any. With `over.overlap` off, and in
@@ -68,7 +69,7 @@ void attention(const context_parallel& over, const inputs<Query, Key, Value, Sin
     });
     const plan planned(over.tokens, partition_of(options), cca::detail::pools(options));
     cca::detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
-      const detail::rank_call<Element, Core, Query, Key, Value, Sink> call(over.ranks, planned, in, options, true);
+      const detail::rank_call<Element, Core, Query, Key, Value, Sink> call(over.ranks, planned, in, options);
       detail::pooled_cores cores(call);
       detail::attend_over_ranks<Element>(call, cores, to, over.overlap, run);
     });
@@ -112,7 +113,7 @@ void attend(const context_parallel& over, const inputs<Query, Key, Value, Sink>&
       detail::require_far_counts(detail::named(in).query, far_rows, counts.all_rows(far_rows.key));
     });
     const plan planned(over.tokens, partition_of(options), false);
-    const detail::rank_call<Element, T, Query, Key, Value, Sink> call(over.ranks, planned, in, options, false);
+    const detail::rank_call<Element, T, Query, Key, Value, Sink> call(over.ranks, planned, in, options);
     detail::spread_far_rows far_part(call, counts, context);
     detail::attend_over_ranks<Element>(call, far_part, to, over.overlap && !detail::given(far_rows.blocks), run);
   }
@@ -152,8 +153,8 @@ void attention_gradient(const context_parallel& over, const inputs<Query, Key, V
     });
     const plan planned(over.tokens, partition_of(options), cca::detail::pools(options));
     cca::detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
-      const detail::rank_call<Element, Core, Query, Key, Value, Sink> call(over.ranks, planned, in, options, true);
-      detail::differentiate_over_ranks<Element>(call, of, from, to, run);
+      const detail::rank_call<Element, Core, Query, Key, Value, Sink> call(over.ranks, planned, in, options);
+      detail::differentiate_over_ranks<Element>(call, of, from, to, same.shared("sink_logits"), run);
     });
   }
 }
@@ -179,7 +180,7 @@ void pool(const context_parallel& over, const inputs<Query, Key, Value, Sink>& i
     detail::add_call<Element>(same, over, in, options);
   });
   const plan planned = plan::of_pooling(over.tokens, partition_of(options));
-  const detail::rank_call<Element, T, Query, Key, Value, Sink> call(over.ranks, planned, in, options, true);
+  const detail::rank_call<Element, T, Query, Key, Value, Sink> call(over.ranks, planned, in, options);
   call.exchange_tokens();
   call.pool_own_groups(run, [&](std::int64_t b, std::int64_t h, std::int64_t c) {
     const std::int64_t i = c - call.planned_of(b).groups.begin;

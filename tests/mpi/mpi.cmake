@@ -17,7 +17,7 @@ endif()
 list(APPEND cca_mpi_environment ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1)
 
 set(CCA_TEST_RANKS 1 3 CACHE STRING "Numbers of ranks that the tests of MPI run with; 1;2;3;4;8 for all that are meant")
-foreach(test IN ITEMS mpi_attention_test mpi_decoding_test)
+foreach(test IN ITEMS mpi_attention_test mpi_decoding_test mpi_elements_test)
   set(name ${cca_newest_arch}.${test})
   cca_add_program(${name} ${cca_newest_arch} mpi/${test}.cpp mpi/mpi_main.cpp)
   target_link_libraries(${name} PRIVATE cca::mpi ${cca_newest_arch}.textbook GTest::gtest)

@@ -1,138 +1,19 @@
 // Attention across ranks: what all of them together get is what one process gets. Run by mpirun, see mpi.cmake.
 
-#include "ranks.hpp"
+#include "spread_checks.hpp"
 
 #include "executors.hpp"
+
+#include <chrono>
+#include <thread>
 
 namespace cca::test { namespace {
 
 using T = float;
 
-/// The results of a call, of all ranks.
-std::pair<whole_tensor<T>, whole_tensor<T>> attend(const spread_problem& p, const own_operands<T>& operands,
-                                                   ragged_layout memory, bool overlap, const any_executor& run = {}) {
-  const own_results<T> r(p, memory);
-  mpi::attention(over(p, overlap), operands.in, r.view(), p.options, run);
-  EXPECT_TRUE(r.out.canaries_intact());
-  EXPECT_TRUE(r.lse.canaries_intact());
-  return {r.out.whole(p), r.lse.whole(p)};
-}
+TEST(Ranks, GetWhatTheTextbookSays) { check_attention<T, T>(1, problems(40)); }
 
-TEST(Ranks, GetWhatTheTextbookSays) {
-  random_engine random(1);
-  error_rule<T> out, lse;
-  for (int repeat = 0; repeat < problems(40); ++repeat) {
-    const spread_problem p = random_problem(random, world().size());
-    const whole_operands<T> all(p, random);
-    const ragged_layout memory = draw_from(random, all_ragged_layouts);
-    const own_operands<T> own(p, all, memory);
-    const auto [outs, lses] = attend(p, own, memory, draw(random, 0, 2) > 0);
-    std::ostringstream label;
-    label << "problem " << repeat << ": " << p;
-    if (world().rank() != 0) continue;
-    error_rule<T> out_of_one;
-    for (std::size_t q = 0; q < p.lengths.size(); ++q) {
-      if (p.lengths[q] == 0) continue;
-      const auto plain = reference::attention<T>(all.sequence(p, q), p.options);
-      const auto exact = reference::attention<exact_type<T>>(all.sequence(p, q), p.options);
-      for (error_rule<T>* rule : {&out, &out_of_one}) add_whole(*rule, outs[q], plain.out, exact.out, label.str());
-      add_whole(lse, lses[q], plain.lse, exact.lse, label.str());
-    }
-  }
-  if (world().rank() != 0) return;
-  EXPECT_TRUE(out.holds());
-  EXPECT_TRUE(lse.holds());
-}
-
-/// Numbers that all ranks have: on each the same, to the bit.
-void expect_same_on_all_ranks(const tensor<T, 3>& numbers) {
-  for_each_row(numbers.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
-    T first = *numbers.row(b, h, i);
-    MPI_Bcast(&first, 1, MPI_FLOAT, 0, MPI_COMM_WORLD);
-    EXPECT_TRUE(same_bits(first, *numbers.row(b, h, i)));
-  });
-}
-
-/// All gradients of a problem.
-struct spread_gradient {
-  own_part<T> query, key, value, sinks_per_query, key_bias;
-  tensor<T, 3> sinks, slopes;
-
-  spread_gradient(const spread_problem& p, ragged_layout memory)
-      : query(p, p.heads, p.dim, memory),
-        key(p, p.kv_heads, p.dim, memory),
-        value(p, p.kv_heads, p.value_dim, memory),
-        sinks_per_query(p, p.heads, 1, memory),
-        key_bias(p, p.kv_heads, 1, memory),
-        sinks({1, p.heads, 1}),
-        slopes({1, p.heads, 1}) {}
-
-  [[nodiscard]] gradients<T> view(const spread_problem& p) {
-    gradients<T> to{query.view(), key.view(), value.view()};
-    if (p.sink_logits) to.sink_logits = p.sinks_per_query ? without_dim(sinks_per_query.view()) : sinks.view();
-    if (p.alibi) to.alibi_slopes = slopes.view();
-    if (p.key_bias) to.key_bias = without_dim(key_bias.view());
-    return to;
-  }
-};
-
-TEST(Ranks, HaveTheGradientsThatTheTextbookSays) {
-  random_engine random(2);
-  std::array<error_rule<T>, 7> rules;
-  for (int repeat = 0; repeat < problems(40); ++repeat) {
-    const spread_problem p = random_problem(random, world().size());
-    const whole_operands<T> all(p, random);
-    const auto grad_out = random_whole<T>(p, p.heads, p.value_dim, random),
-               grad_lse = random_whole<T>(p, p.heads, 1, random);
-    const ragged_layout memory = draw_from(random, all_ragged_layouts);
-    const own_operands<T> own(p, all, memory);
-    const own_results<T> r(p, memory);
-    own_results<T> incoming_gradients(p, memory);
-    incoming_gradients.out.take(grad_out);
-    incoming_gradients.lse.take(grad_lse);
-    spread_gradient grad(p, memory);
-    mpi::attention(over(p), own.in, r.view(), p.options);
-    mpi::attention_gradient(over(p), own.in, r.view(),
-                            incoming{incoming_gradients.view().out, incoming_gradients.view().lse}, grad.view(p),
-                            p.options);
-    for (const auto* part : {&grad.query, &grad.key, &grad.value, &grad.sinks_per_query, &grad.key_bias})
-      EXPECT_TRUE(part->canaries_intact());
-    const std::array got{grad.query.whole(p), grad.key.whole(p), grad.value.whole(p), grad.sinks_per_query.whole(p),
-                         grad.key_bias.whole(p)};
-    if (p.sink_logits && !p.sinks_per_query) expect_same_on_all_ranks(grad.sinks);
-    if (p.alibi) expect_same_on_all_ranks(grad.slopes);
-    if (world().rank() != 0) continue;
-    std::ostringstream label;
-    label << "problem " << repeat << ": " << p;
-    reference::tensor<T> sinks(1, p.heads, 1, 1), slopes(1, p.heads, 1, 1);
-    reference::tensor<exact_type<T>> exact_sinks(1, p.heads, 1, 1), exact_slopes(1, p.heads, 1, 1);
-    for (std::size_t q = 0; q < p.lengths.size(); ++q) {
-      if (p.lengths[q] == 0) continue;
-      const incoming from{std::as_const(grad_out[q]).view(), without_dim(std::as_const(grad_lse[q]).view())};
-      const auto plain = reference::attention_gradient<T>(all.sequence(p, q), from, p.options);
-      const auto exact = reference::attention_gradient<exact_type<T>>(all.sequence(p, q), from, p.options);
-      add_whole(rules[0], got[0][q], plain.query, exact.query, "query, " + label.str());
-      add_whole(rules[1], got[1][q], plain.key, exact.key, "key, " + label.str());
-      add_whole(rules[2], got[2][q], plain.value, exact.value, "value, " + label.str());
-      if (p.sinks_per_query)
-        add_whole(rules[3], got[3][q], plain.sink_logits, exact.sink_logits, "sinks, " + label.str());
-      if (p.key_bias) add_whole(rules[4], got[4][q], plain.key_bias, exact.key_bias, "biases, " + label.str());
-      const auto add = [&](auto& sum, const auto& one) {
-        for (std::size_t i = 0; i < one.data.size(); ++i) sum.data[i] += one.data[i];
-      };
-      if (p.sink_logits && !p.sinks_per_query) add(sinks, plain.sink_logits), add(exact_sinks, exact.sink_logits);
-      if (p.alibi) add(slopes, plain.alibi_slopes), add(exact_slopes, exact.alibi_slopes);
-    }
-    if (p.sink_logits && !p.sinks_per_query)
-      rules[5].add(with_dim(std::as_const(grad.sinks).view()), std::as_const(sinks).view(),
-                   std::as_const(exact_sinks).view(), label.str());
-    if (p.alibi)
-      rules[6].add(with_dim(std::as_const(grad.slopes).view()), std::as_const(slopes).view(),
-                   std::as_const(exact_slopes).view(), label.str());
-  }
-  if (world().rank() != 0) return;
-  for (const auto& rule : rules) EXPECT_TRUE(rule.holds());
-}
+TEST(Ranks, HaveTheGradientsThatTheTextbookSays) { check_gradients<T, T>(2, problems(40)); }
 
 TEST(Ranks, PoolEachItsOwnGroups) {
   random_engine random(3);
@@ -234,9 +115,9 @@ TEST(Ranks, GetTheSameBitsForAnyNumberOfThreads) {
     const whole_operands<T> all(p, random);
     const own_operands<T> own(p, all, ragged_layout::packed);
     const own_results<T> r(p, ragged_layout::packed);
-    spread_gradient grad(p, ragged_layout::packed);
+    spread_gradient<T> grad(p, ragged_layout::packed);
     mpi::attention(over(p), own.in, r.view(), p.options);
-    const auto differentiate = [&](const own_results<T>& of, spread_gradient& to, const any_executor& run) {
+    const auto differentiate = [&](const own_results<T>& of, spread_gradient<T>& to, const any_executor& run) {
       mpi::attention_gradient(over(p), own.in, of.view(), incoming{of.view().out}, to.view(p), p.options, run);
     };
     differentiate(r, grad, {});
@@ -245,7 +126,7 @@ TEST(Ranks, GetTheSameBitsForAnyNumberOfThreads) {
       const any_executor& run = all_executors[e].run;
       const std::string& name = all_executors[e].name;
       const own_results<T> again(p, ragged_layout::packed);
-      spread_gradient grad_again(p, ragged_layout::packed);
+      spread_gradient<T> grad_again(p, ragged_layout::packed);
       mpi::attention(over(p), own.in, again.view(), p.options, run);
       differentiate(again, grad_again, run);
       const auto expect_same = [&](const auto& a, const auto& b) {
@@ -303,22 +184,6 @@ TEST(Ranks, SeeNothingOfWhatIsUnseen) {
   }
 }
 
-/// What a call throws, which is the same on every rank.
-template <class Call>
-std::string refusal(const Call& call) {
-  std::string said = "nothing";
-  try {
-    call();
-  } catch (const std::exception& why) {
-    said = why.what();
-  }
-  std::array<char, 1200> of_first{};
-  std::copy_n(said.begin(), std::min(said.size(), of_first.size() - 1), of_first.begin());
-  MPI_Bcast(of_first.data(), static_cast<int>(of_first.size()), MPI_CHAR, 0, MPI_COMM_WORLD);
-  EXPECT_EQ(of_first.data(), said) << "on rank " << world().rank();
-  return said;
-}
-
 TEST(Ranks, RefuseAlikeWhereTheyDisagree) {
   random_engine random(7);
   const std::int64_t ranks = world().size(), last = ranks - 1;
@@ -327,93 +192,247 @@ TEST(Ranks, RefuseAlikeWhereTheyDisagree) {
   p.options = {.group_size = 4, .window = 8};
   const whole_operands<T> all(p, random);
   const own_operands<T> own(p, all, ragged_layout::packed);
-  const own_results<T> r(p, ragged_layout::packed);
-  const auto with = [&](const options& o) { return refusal([&] { mpi::attention(over(p), own.in, r.view(), o); }); };
-  const auto expect = [&](const std::string& said, const std::string& name) {
+  // A call is refused before anything is written, or has written all.
+  const auto expect = [&](const std::string& name, const auto& call) {
+    const own_results<T> r(p, ragged_layout::packed);
+    const std::string said = refusal([&] { call(r); });
     EXPECT_NE(std::string::npos, said.find(name)) << said;
-    EXPECT_TRUE(r.out.canaries_intact());
+    EXPECT_EQ(said != "nothing", r.out.untouched() && r.lse.untouched()) << said;
   };
   // One rank cannot differ from itself.
-  const auto disagree = [&](const std::string& said, const std::string& name) {
-    if (ranks > 1) return expect(said, name);
-    EXPECT_EQ("nothing", said);
+  const auto disagree = [&](const std::string& name, const auto& call) { expect(ranks > 1 ? name : "nothing", call); };
+  const auto with = [&](const options& o) {
+    return [&own, &p, o](const own_results<T>& r) { mpi::attention(over(p), own.in, r.view(), o); };
   };
   options o = p.options;
   o.window += odd;
-  disagree(with(o), "cca: options.window: got 8 on one rank and 9 on another, wants the same on every rank");
+  disagree("cca: options.window: got 8 on one rank and 9 on another, wants the same on every rank", with(o));
   o = p.options;
   if (odd) o.softmax_scale = 0.5;
-  disagree(with(o), "options.softmax_scale: got none on one rank and given on another");
+  disagree("options.softmax_scale: got none on one rank and given on another", with(o));
   o = p.options;
   o.softcap = odd ? 2.5 : 2;
-  disagree(with(o), "options.softcap: got 2 on one rank and 2.5 on another");
+  disagree("options.softcap: got 2 on one rank and 2.5 on another", with(o));
   o = p.options;
   if (odd) o.pool = pooling::mean;
-  disagree(with(o), "options.pool: got last_query on one rank and mean on another");
-  disagree(refusal([&] { mpi::attention(over(p, !odd), own.in, r.view(), p.options); }), "overlap");
+  disagree("options.pool: got last_query on one rank and mean on another", with(o));
+  disagree("overlap", [&](const own_results<T>& r) { mpi::attention(over(p, !odd), own.in, r.view(), p.options); });
 
   // Another function, other elements, other heads, other numbers.
-  if (ranks > 1)
-    expect(refusal([&] {
-             if (odd) {
-               spread_gradient grad(p, ragged_layout::packed);
-               mpi::attention_gradient(over(p), own.in, r.view(), incoming{r.view().out}, grad.view(p), p.options);
-             } else {
-               mpi::attention(over(p), own.in, r.view(), p.options);
-             }
-           }),
-           "cca: call: got different functions on different ranks, wants the same call on every rank");
+  disagree("cca: call: got different functions on different ranks, wants the same call on every rank",
+           [&](const own_results<T>& r) {
+             if (!odd || ranks == 1) return mpi::attention(over(p), own.in, r.view(), p.options);
+             spread_gradient<T> grad(p, ragged_layout::packed);
+             mpi::attention_gradient(over(p), own.in, r.view(), incoming{r.view().out}, grad.view(p), p.options);
+           });
   tensor<T, 3> logits({1, p.heads, 1});
   logits.fill(odd ? T(2) : T(1));
-  disagree(refusal([&] {
-             inputs<T> in = own.in;
-             in.sink_logits = logits.view();
-             mpi::attention(over(p), in, r.view(), p.options);
-           }),
-           "sink_logits");
-  disagree(refusal([&] {
-             inputs<T> in = own.in;
-             if (odd) in.alibi_slopes = logits.view();
-             mpi::attention(over(p), in, r.view(), p.options);
-           }),
-           "alibi_slopes: got none on one rank and one for each head on another");
+  disagree("sink_logits", [&](const own_results<T>& r) {
+    inputs<T> in = own.in;
+    in.sink_logits = logits.view();
+    mpi::attention(over(p), in, r.view(), p.options);
+  });
+  disagree("alibi_slopes: got none on one rank and given on another", [&](const own_results<T>& r) {
+    inputs<T> in = own.in;
+    if (odd) in.alibi_slopes = logits.view();
+    mpi::attention(over(p), in, r.view(), p.options);
+  });
   std::vector<mpi::segment> moved(p.layout.segments().begin(), p.layout.segments().end());
   if (ranks > 1 && world().rank() == 0) moved[0].tokens.end = moved[1].tokens.begin = 9;
   const mpi::layout other(ranks, p.lengths, moved);
-  if (ranks > 1)
-    expect(refusal([&] { mpi::attention({world(), other}, own.in, r.view(), p.options); }), "cca: rank 0: query: got ");
+  disagree("cca: rank 0: query: got ", [&](const own_results<T>& r) {
+    mpi::attention({world(), other}, own.in, r.view(), p.options);
+  });
 
   // What one rank refuses, all do, by its text.
   o = p.options;
   if (odd) o.window = 0;
-  expect(with(o), "cca: rank " + std::to_string(last) + ": options.window: got 0, wants at least 1");
+  expect("cca: rank " + std::to_string(last) + ": options.window: got 0, wants at least 1", with(o));
   o.window = 8;
   o.first_position = 0;
-  expect(with(o), "options.first_position");
-  expect(refusal([&] {
-           cca::results<T, T> to = r.view();
-           if (odd) to.out.data = nullptr, to.out.extent[3] += 1;
-           mpi::attention(over(p), own.in, to, p.options);
-         }),
-         "cca: rank " + std::to_string(last) + ": out: got");
+  expect("options.first_position", with(o));
+  expect("cca: rank " + std::to_string(last) + ": out: got", [&](const own_results<T>& r) {
+    cca::results<T, T> to = r.view();
+    if (odd) to.out.data = nullptr, to.out.extent[3] += 1;
+    mpi::attention(over(p), own.in, to, p.options);
+  });
   std::array<std::byte, 64> workspace;
-  expect(refusal([&] {
-           mpi::attention(over(p), own.in, r.view(), p.options, {serial_executor{}, workspace});
-         }),
-         "workspace: got 64 bytes, wants none");
-  expect(refusal([&] {
-           const mpi::layout of_more = mpi::layout::contiguous(ranks + 1, p.lengths);
-           mpi::attention({world(), of_more}, own.in, r.view(), p.options);
-         }),
-         "layout: got one for");
+  expect("workspace: got 64 bytes, wants none", [&](const own_results<T>& r) {
+    mpi::attention(over(p), own.in, r.view(), p.options, {serial_executor{}, workspace});
+  });
   const std::vector<std::int64_t> longer{80};
-  expect(refusal([&] {
-           const mpi::layout of_more = mpi::layout::contiguous(ranks, longer);
-           mpi::attention({world(), of_more}, own.in, r.view(), p.options);
-         }),
-         "query: got ");
+  const mpi::layout of_more = mpi::layout::contiguous(ranks + 1, p.lengths),
+                    of_longer = mpi::layout::contiguous(ranks, longer);
+  expect("layout: got one for", [&](const own_results<T>& r) {
+    mpi::attention({world(), of_more}, own.in, r.view(), p.options);
+  });
+  expect("query: got ", [&](const own_results<T>& r) {
+    mpi::attention({world(), of_longer}, own.in, r.view(), p.options);
+  });
   // And then they go on.
-  EXPECT_EQ("nothing", with(p.options));
+  expect("nothing", with(p.options));
+}
+
+/// Sink logits of one number for each head of a rank are those of its heads, or of its only query: as on the other ranks.
+TEST(Ranks, AgreeWhoseSinkLogitsAre) {
+  random_engine random(12);
+  error_rule<T> out, grad_sinks;
+  const std::int64_t ranks = world().size(), me = world().rank();
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    // Of `ranks` tokens each rank has one; of one more the last has two.
+    const bool longer = repeat % 2 == 1, per_query = repeat / 2 % 2 == 1;
+    const std::vector<std::int64_t> lengths{ranks + longer};
+    spread_problem p{lengths, mpi::layout::contiguous(ranks, lengths)};
+    p.sink_logits = true, p.sinks_per_query = per_query;
+    const range mine = p.layout.segments()[static_cast<std::size_t>(me)].tokens;
+    const whole_operands<T> all(p, random);
+    own_operands<T> own(p, all, ragged_layout::packed);
+    const auto grad_out = random_whole<T>(p, p.heads, p.value_dim, random);
+    own_results<T> from(p, ragged_layout::packed);
+    from.out.take(grad_out);
+    const own_results<T> r(p, ragged_layout::packed);
+    spread_gradient<T> grad(p, ragged_layout::packed);
+    gradients<T> to = grad.view(p);
+    tensor<T, 3> logits({1, p.heads, per_query ? mine.size() : 1}), grad_logits(logits);
+    for_each_row(logits.view(), [&](std::int64_t, std::int64_t h, std::int64_t i) {
+      *logits.row(0, h, i) = per_query ? *all.sinks_per_query[0].row(0, h, mine.begin + i) : *all.sinks.row(0, h, 0);
+    });
+    // Without lengths, but where no rank could tell.
+    if (longer || !per_query) own.in.sink_logits = std::as_const(logits).view(), to.sink_logits = grad_logits.view();
+    mpi::attention(over(p), own.in, r.view(), p.options);
+    mpi::attention_gradient(over(p), own.in, r.view(), incoming{from.view().out}, to, p.options);
+    const auto outs = r.out.whole(p);
+    const auto plain =
+        reference::attention_gradient<T>(all.sequence(p, 0), incoming{std::as_const(grad_out[0]).view()}, p.options);
+    const auto exact = reference::attention_gradient<exact_type<T>>(
+        all.sequence(p, 0), incoming{std::as_const(grad_out[0]).view()}, p.options);
+    const auto own_rows = [&](const auto& whole) {
+      return per_query ? whole.view().slice(mine.begin, mine.size()) : whole.view();
+    };
+    grad_sinks.add(with_dim(tensor_view<const T, 3>(to.sink_logits)), own_rows(std::as_const(plain.sink_logits)),
+                   own_rows(std::as_const(exact.sink_logits)));
+    if (me != 0) continue;
+    add_whole(out, outs[0], reference::attention<T>(all.sequence(p, 0), p.options).out,
+              reference::attention<exact_type<T>>(all.sequence(p, 0), p.options).out, "");
+  }
+  EXPECT_TRUE(grad_sinks.holds());
+  if (me == 0) {
+    EXPECT_TRUE(out.holds());
+  }
+}
+
+/// What a rank has received, by its count, is what the layout says.
+TEST(Ranks, CountWhatTheyReceive) {
+  random_engine random(13);
+  const std::int64_t ranks = world().size(), me = world().rank();
+  const std::vector<std::int64_t> lengths{64 * ranks};
+  spread_problem p{lengths, mpi::layout::contiguous(ranks, lengths)};
+  const whole_operands<T> all(p, random);
+  const own_operands<T> own(p, all, ragged_layout::packed);
+  const own_results<T> r(p, ragged_layout::packed);
+  const auto bytes_of = [&](std::int64_t heads) {
+    return heads * (p.dim + p.value_dim) * static_cast<std::int64_t>(sizeof(T));
+  };
+  const auto count = [&](const options& o, bool backward) {
+    world().received() = {};
+    mpi::attention(over(p), own.in, r.view(), o);
+    if (!backward) return world().received();
+    world().received() = {};
+    spread_gradient<T> grad(p, ragged_layout::packed);
+    mpi::attention_gradient(over(p), own.in, r.view(), incoming{r.view().out}, grad.view(p), o);
+    return world().received();
+  };
+  // Dense: all tokens before one's own; and gradients of one's own from all behind.
+  mpi::traffic got = count({}, false);
+  EXPECT_EQ(64 * me * bytes_of(p.kv_heads), got.raw);
+  EXPECT_EQ(0, got.cores + got.gradients + got.partials);
+  EXPECT_EQ(ranks > 1, got.compared > 0);
+  got = count({}, true);
+  EXPECT_EQ(64 * me * bytes_of(p.kv_heads), got.raw);
+  EXPECT_EQ(64 * (ranks - 1 - me) * bytes_of(p.kv_heads), got.gradients);
+  // Groups of 4, a window of 8, 3 sink tokens: query 64 r sees from token 3 + 4 floor((64 r + 1 - 11) / 4) on, 9 before its own.
+  // Cores of the last rank stay there; rank 0 has the last tokens of 15 groups, the others of 16.
+  const options o{.group_size = 4, .window = 8, .sink_tokens = 3};
+  const std::int64_t sent = 16 * (ranks - 1) - 1, own_sent = me + 1 == ranks ? 0 : me == 0 ? 15 : 16;
+  for (const bool backward : {false, true}) {
+    got = count(o, backward);
+    EXPECT_EQ(me > 0 ? (9 + 3) * bytes_of(p.kv_heads) : 0, got.raw);
+    EXPECT_EQ(ranks > 1 ? (sent - own_sent) * bytes_of(p.heads) : 0, got.cores);
+  }
+}
+
+/// An executor that ends a call between what is sent and what is received, on all ranks: they go on.
+TEST(Ranks, GoOnAfterAnExceptionOnAllOfThem) {
+  random_engine random(14);
+  const std::int64_t ranks = world().size();
+  const std::vector<std::int64_t> lengths{200 * ranks};
+  spread_problem p{lengths, mpi::layout::head_to_tail(ranks, lengths)};
+  p.options = {.group_size = 4, .window = 8};
+  const whole_operands<T> all(p, random);
+  const own_operands<T> own(p, all, ragged_layout::packed);
+  const own_results<T> before(p, ragged_layout::packed), after(p, ragged_layout::packed);
+  mpi::attention(over(p), own.in, before.view(), p.options);
+  for (int good = 0; good < 4; ++good) {
+    int runs = 0;
+    const any_executor ends{1, [&](std::int64_t n, const auto& f) {
+                              if (runs++ == good) throw std::runtime_error("no more");
+                              for (std::int64_t i = 0; i < n; ++i) f(i);
+                            }};
+    const own_results<T> lost(p, ragged_layout::packed);
+    const std::string said = refusal([&] { mpi::attention(over(p), own.in, lost.view(), p.options, ends); });
+    EXPECT_EQ(good < 2 || ranks > 1 ? "no more" : said, said);
+    mpi::attention(over(p), own.in, after.view(), p.options);
+    EXPECT_TRUE(same_bits(before.out.view(), after.out.view()));
+  }
+}
+
+/// Memory into which messages come stays until MPI needs it no more, whatever ends a call.
+TEST(Messages, AreNotWrittenIntoFreedMemory) {
+  const std::int64_t ranks = world().size(), row = 64, rows = 256;
+  const std::vector<std::int64_t> lengths{rows * ranks};
+  const mpi::layout tokens = mpi::layout::contiguous(ranks, lengths);
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    {
+      mpi::detail::gathering all(world(), tokens, row, [&](std::int64_t) { return rows; });
+      std::fill_n(all.own(), rows * row, std::byte{1});
+      // The others have begun, and would wait for this one.
+      if (world().rank() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      all.start();
+    }
+    const mpi::detail::buffer<std::byte> next(ranks * rows * row);
+    std::fill_n(next.data(), next.size(), std::byte{7});
+    MPI_Barrier(MPI_COMM_WORLD);
+    EXPECT_EQ(next.size(), std::count(next.data(), next.data() + next.size(), std::byte{7}));
+  }
+}
+
+/// Where a rank cannot write its message, it takes back what it has asked for: what it gets next is what is meant.
+TEST(Messages, OfAnExchangeThatFailedAreNotWaitedFor) {
+  const std::int64_t ranks = world().size();
+  const std::vector<std::int64_t> lengths{10 * ranks};
+  const mpi::layout tokens = mpi::layout::contiguous(ranks, lengths);
+  const mpi::plan planned(tokens, {.window = unlimited, .lookahead = unlimited}, false);
+  const mpi::detail::piece_exchange exchange(world(), planned, planned.pieces_of(world().rank()));
+  using way = mpi::detail::piece_exchange::direction;
+  const auto move = [&](bool fails, const auto& take) {
+    return exchange.move(
+        way::to_readers, sizeof(std::int64_t), "testing",
+        [&](const mpi::piece& p, std::byte* to) {
+          if (fails) throw std::runtime_error("no message");
+          for (std::int64_t t = p.tokens.begin; t < p.tokens.end; ++t, to += sizeof t) std::memcpy(to, &t, sizeof t);
+        },
+        take);
+  };
+  EXPECT_EQ("no message", refusal([&] { move(true, [](const mpi::piece&, const std::byte*) { FAIL(); }); }));
+  std::int64_t taken = 0;
+  move(false, [&](const mpi::piece& p, const std::byte* from) {
+    for (std::int64_t t = p.tokens.begin; t < p.tokens.end; ++t, ++taken) {
+      std::int64_t got = -1;
+      std::memcpy(&got, from + (t - p.tokens.begin) * static_cast<std::int64_t>(sizeof got), sizeof got);
+      EXPECT_EQ(t, got);
+    }
+  });
+  EXPECT_EQ(10 * ranks, taken);
 }
 
 }}  // namespace cca::test

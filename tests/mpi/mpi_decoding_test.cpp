@@ -1,6 +1,6 @@
 // Across ranks: a caller's far rows, results that are merged, and decoding over a spread cache. Run by mpirun, see mpi.cmake.
 
-#include "ranks.hpp"
+#include "spread_checks.hpp"
 
 namespace cca::test { namespace {
 
@@ -168,79 +168,60 @@ TEST(Ranks, MergeInTheirOrder) {
   });
 }
 
-/// A prompt, chunks, tokens one by one: each as the whole sequence in one process.
-TEST(Ranks, DecodeOverASpreadCache) {
-  random_engine random(11);
-  error_rule<T> out, lse;
-  for (int repeat = 0; repeat < problems(10); ++repeat) {
-    spread_problem p = random_problem(random, world().size());
-    p.lengths.assign(static_cast<std::size_t>(draw(random, 1, 2)), draw(random, 60, 140));
-    p.options.lookahead = p.options.prefix = 0;
-    p.key_bias = p.sinks_per_query = false;
+TEST(Ranks, DecodeOverASpreadCache) { check_decoding<T, T, T>(11, problems(10)); }
+
+/// A prompt on ranks of another order would go to the wrong ones.
+TEST(Ranks, TakePromptsOfTheCachesRanksAlone) {
+  random_engine random(15);
+  MPI_Comm turned = MPI_COMM_NULL;
+  MPI_Comm_split(MPI_COMM_WORLD, 0, -world().rank(), &turned);
+  {
+    const mpi::communicator others(turned), again(MPI_COMM_WORLD);
+    const std::int64_t ranks = world().size(), length = 20 * ranks;
+    const std::vector<std::int64_t> lengths{length};
+    spread_problem p{lengths, mpi::layout::contiguous(ranks, lengths)};
+    p.options = {.group_size = 4, .window = 8};
     const whole_operands<T> all(p, random);
-    const std::int64_t batch = std::ssize(p.lengths), length = p.lengths[0];
-    mpi::kv_cache<T> cache(
-        world(), {.batch = batch, .heads = p.heads, .kv_heads = p.kv_heads, .dim = p.dim, .value_dim = p.value_dim},
-        p.options, static_cast<int>(draw(random, 0, world().size() - 1)));
-    whole_tensor<T> outs = make_whole<T>(p, p.heads, p.value_dim), lses = make_whole<T>(p, p.heads, 1);
-    // Half of the time a prompt is answered across the ranks, and then taken over.
-    const std::int64_t prompt = draw(random, 0, 1) * draw(random, 0, length);
-    spread_problem of_prompt = p;
-    of_prompt.lengths.assign(p.lengths.size(), prompt);
-    of_prompt.layout = random_spread(random, world().size(), of_prompt.lengths);
-    if (prompt > 0) {
-      const own_operands<T> own(of_prompt, all, draw_from(random, all_ragged_layouts));
-      const own_results<T> r(of_prompt, ragged_layout::packed);
-      mpi::attention(over(of_prompt), own.in, r.view(), p.options);
-      cache.append(over(of_prompt), {own.query.view(), own.key.view(), own.value.view()});
-      const auto prompt_outs = r.out.whole(of_prompt), prompt_lses = r.lse.whole(of_prompt);
-      for (std::size_t q = 0; q < p.lengths.size(); ++q)
-        for_each_row(prompt_outs[q].view(), [&](std::int64_t b, std::int64_t h, std::int64_t t) {
-          std::copy_n(prompt_outs[q].row(b, h, t), p.value_dim, outs[q].row(0, h, t));
-          *lses[q].row(0, h, t) = *prompt_lses[q].row(b, h, t);
-        });
-    }
-    for (std::int64_t first = prompt; first < length;) {
-      const std::int64_t count =
-          std::min(length - first, draw(random, 0, 3) == 0 ? draw(random, 1, 40) : draw(random, 0, 3));
-      const auto chunk = [&](const whole_tensor<T>& from, std::int64_t heads, std::int64_t dim) {
-        tensor<T> some({batch, heads, count, dim});
-        for_each_row(some.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
-          std::copy_n(from[static_cast<std::size_t>(b)].row(0, h, first + i), dim, some.row(b, h, i));
-        });
-        return some;
-      };
-      const tensor<T> query = chunk(all.query, p.heads, p.dim), key = chunk(all.key, p.kv_heads, p.dim),
-                      value = chunk(all.value, p.kv_heads, p.value_dim);
-      inputs<T> in{query.view(), key.view(), value.view()};
-      if (p.sink_logits) in.sink_logits = all.sinks.view();
-      if (p.alibi) in.alibi_slopes = all.slopes.view();
-      tensor<T> to({batch, p.heads, count, p.value_dim});
-      tensor<T, 3> to_lse({batch, p.heads, count});
-      cache.attend(in, cca::results{to.view(), to_lse.view()});
-      for_each_row(to.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
-        std::copy_n(to.row(b, h, i), p.value_dim, outs[static_cast<std::size_t>(b)].row(0, h, first + i));
-        *lses[static_cast<std::size_t>(b)].row(0, h, first + i) = *to_lse.row(b, h, i);
-      });
-      first += count;
-      EXPECT_EQ(first, cache.length());
-      std::int64_t cores = cache.core_count();
-      MPI_Allreduce(MPI_IN_PLACE, &cores, 1, MPI_INT64_T, MPI_SUM, MPI_COMM_WORLD);
-      EXPECT_EQ(detail::pools(p.options) ? partition_of(p.options).group_count(first) : 0, cores);
-    }
-    if (world().rank() != 0) continue;
-    std::ostringstream label;
-    label << "problem " << repeat << ": " << p;
-    for (std::size_t q = 0; q < p.lengths.size(); ++q) {
-      const auto plain = reference::attention<T>(all.sequence(p, q), p.options);
-      const auto exact = reference::attention<exact_type<T>>(all.sequence(p, q), p.options);
-      add_whole(out, outs[q], plain.out, exact.out, label.str());
-      add_whole(lse, lses[q], plain.lse, exact.lse, label.str());
-    }
+    const own_operands<T> own(p, all, ragged_layout::packed);
+    const inputs<T> in{own.query.view(), own.key.view(), own.value.view()};
+    mpi::kv_cache<T> cache(world(), {.heads = p.heads, .kv_heads = p.kv_heads, .dim = p.dim, .value_dim = p.value_dim},
+                           p.options);
+    const std::string said = refusal([&] { cache.append({others, p.layout}, in); });
+    EXPECT_EQ(ranks == 1
+                  ? "nothing"
+                  : "cca: rank 0: ranks: got a communicator of other ranks, or in another order, wants the cache's "
+                    "ranks in their order",
+              said);
+    EXPECT_EQ(ranks == 1 ? length : 0, cache.length());
+    if (ranks == 1) return;
+    // By another communicator of the same ranks messages are still the cache's own.
+    world().received() = {};
+    cache.append({again, p.layout}, in);
+    EXPECT_EQ(length, cache.length());
+    EXPECT_LT(0, world().received().cores);
+    EXPECT_EQ(0, again.received().cores + again.received().raw + again.received().compared);
   }
-  if (world().rank() != 0) return;
-  EXPECT_TRUE(out.holds());
-  EXPECT_TRUE(lse.holds());
+  MPI_Comm_free(&turned);
+}
+
+/// Of slopes for each sequence, too: those of the last one count as those of the first.
+TEST(Ranks, CompareSlopesOfEverySequence) {
+  const std::int64_t batch = 3, heads = 2, dim = 4;
+  random_engine random(16);
+  mpi::kv_cache<T> cache(world(), {.batch = batch, .heads = heads, .kv_heads = heads, .dim = dim}, {.window = 8});
+  const tensor<T> query = tensor<T>({batch, heads, 1, dim}).randomize(random);
+  tensor<T> out({batch, heads, 1, dim});
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t h = 0; h < heads; ++h) {
+      tensor<T, 3> slopes({batch, heads, 1});
+      slopes.fill(T(0.5));
+      if (world().rank() + 1 == world().size()) *slopes.row(b, h, 0) = T(0.25);
+      inputs<T> in{query.view(), query.view(), query.view()};
+      in.alibi_slopes = std::as_const(slopes).view();
+      const std::string said = refusal([&] { cache.attend(in, cca::results{out.view()}); });
+      EXPECT_EQ(world().size() == 1, said == "nothing") << said;
+      EXPECT_EQ(world().size() == 1, said.find("alibi_slopes") == std::string::npos) << said;
+    }
 }
 
 }}  // namespace cca::test

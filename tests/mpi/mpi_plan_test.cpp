@@ -6,6 +6,8 @@
 
 #include <gtest/gtest.h>
 
+#include "layouts.hpp"
+
 #include <algorithm>
 #include <numeric>
 #include <random>
@@ -19,21 +21,6 @@ using lengths = std::vector<std::int64_t>;
 
 std::int64_t draw(std::mt19937_64& random, std::int64_t least, std::int64_t greatest) {
   return std::uniform_int_distribution<std::int64_t>(least, greatest)(random);
-}
-
-/// Any boundaries, on any ranks.
-layout random_layout(std::mt19937_64& random, std::int64_t ranks, const lengths& all) {
-  std::vector<segment> segments;
-  for (std::size_t q = 0; q < all.size(); ++q) {
-    std::vector<std::int64_t> cuts{0, all[q]};
-    for (std::int64_t more = draw(random, 0, 2 * ranks); more > 0; --more) cuts.push_back(draw(random, 0, all[q]));
-    std::sort(cuts.begin(), cuts.end());
-    for (std::size_t i = 0; i + 1 < cuts.size(); ++i)
-      segments.push_back({draw(random, 0, ranks - 1), static_cast<std::int64_t>(q), {cuts[i], cuts[i + 1]}});
-  }
-  std::stable_sort(segments.begin(), segments.end(),
-                   [](const segment& a, const segment& b) { return a.rank < b.rank; });
-  return {ranks, all, segments};
 }
 
 partition random_partition(std::mt19937_64& random) {
@@ -94,7 +81,7 @@ TEST(Plan, HasWhatQueriesSee) {
   for (int repeat = 0; repeat < 300; ++repeat) {
     const std::int64_t ranks = draw(random, 1, 6);
     const lengths all{draw(random, 0, 90), draw(random, 0, 90)};
-    const layout of = random_layout(random, ranks, all);
+    const layout of = test::random_segments(random, ranks, all);
     const partition by = random_partition(random);
     const bool pooled = by.group_size > 0;
     const plan planned(of, by, pooled);
@@ -150,7 +137,7 @@ TEST(Plan, SendersAndReceiversAgree) {
   for (int repeat = 0; repeat < 200; ++repeat) {
     const std::int64_t ranks = draw(random, 1, 5);
     const lengths all{draw(random, 0, 60), draw(random, 0, 60)};
-    const layout of = random_layout(random, ranks, all);
+    const layout of = test::random_segments(random, ranks, all);
     const partition by = random_partition(random);
     const plan planned(of, by, by.group_size > 0);
     for (const bool cores : {false, true}) {
@@ -208,28 +195,103 @@ TEST(Plan, CountsWorkAndRows) {
     }
 }
 
-/// The model's bytes are those of its comment.
+/// Counted token by token, for any layout: what every rank receives and computes, and how long the slowest takes.
+TEST(Plan, CostsWhatIsCounted) {
+  std::mt19937_64 random(3);
+  // Of each a share that shows in the sum.
+  const machine cluster{.pairs_per_second = 1e4, .bandwidth = 1e6, .latency = 1e-3};
+  for (int repeat = 0; repeat < 200; ++repeat) {
+    const std::int64_t ranks = draw(random, 1, 6);
+    const lengths all{draw(random, 0, 90), draw(random, 1, 90)};
+    const layout of = test::random_segments(random, ranks, all);
+    const partition by = random_partition(random);
+    options o{.group_size = by.group_size, .window = by.window, .sink_tokens = by.sink_tokens};
+    o.lookahead = by.lookahead, o.prefix = by.prefix;
+    if (by.group_size > 0 && draw(random, 0, 1) == 0) o.core_heads = core_heads::per_kv_head;
+    const call_shape shape{.heads = 4, .kv_heads = 2, .dim = 3, .value_dim = 5, .element_bytes = 2, .core_bytes = 4};
+    const std::int64_t pooled_heads = o.core_heads == core_heads::per_kv_head ? 2 : 4;
+    const bool overlap = draw(random, 0, 1) == 0;
+    const plan planned(of, by, by.group_size > 0);
+    const auto rank_of_token = [&](std::int64_t q, std::int64_t t) {
+      std::int64_t rank = -1;
+      for (const segment& s : of.segments())
+        if (s.sequence == q && s.tokens.contains(t)) rank = s.rank;
+      return rank;
+    };
+    std::int64_t most_raw = 0, most_cores = 0, pairs_of_all = 0, pooled_of_all = 0, most_pairs = 0;
+    double seconds = 0;
+    const double log2_ranks = ranks == 1 ? 0 : ranks == 2 ? 1 : ranks <= 4 ? 2 : 3;
+    for (std::int64_t r = 0; r < ranks; ++r) {
+      std::int64_t raw_rows = 0, core_rows = 0, raw_pairs = 0, core_pairs = 0, pooled = 0;
+      std::set<std::int64_t> senders;
+      for (std::int64_t i = 0; i < std::ssize(of.segments()); ++i) {
+        const segment& s = of.segments()[static_cast<std::size_t>(i)];
+        const std::int64_t length = of.length(s.sequence);
+        if (s.rank != r) continue;
+        for (const range rows : {planned[i].sinks, planned[i].raw})
+          for (std::int64_t t = rows.begin; t < rows.end; ++t)
+            if (const std::int64_t from = rank_of_token(s.sequence, t); from != r) ++raw_rows, senders.insert(from);
+        for (std::int64_t t = s.tokens.begin; t < s.tokens.end; ++t) {
+          core_pairs += by.group_size > 0 ? by.core_count(t) : 0;
+          for (std::int64_t j = 0; j < length; ++j) raw_pairs += by.sinks(t).contains(j) || by.raw(t).contains(j);
+        }
+      }
+      for (std::int64_t q = 0; q < of.sequences() && by.group_size > 0; ++q)
+        for (std::int64_t c = 0; by.group(c).end <= of.length(q); ++c) {
+          bool seen = false, elsewhere = false;
+          const std::int64_t at = rank_of_token(q, by.group(c).end - 1);
+          for (std::int64_t t = 0; t < of.length(q); ++t)
+            if (by.core_count(t) > c) seen = true, elsewhere |= rank_of_token(q, t) != at;
+          if (at == r && seen) pooled += by.group_size;
+          if (at != r && elsewhere) ++core_rows;
+        }
+      const auto of_messages = [&](double messages, std::int64_t bytes) {
+        return messages * cluster.latency + static_cast<double>(bytes) / cluster.bandwidth;
+      };
+      const auto of_pairs = [&](std::int64_t pairs, std::int64_t heads) {
+        return static_cast<double>(pairs * heads) / cluster.pairs_per_second;
+      };
+      const double halo = of_messages(static_cast<double>(senders.size()), raw_rows * 2 * 8 * 2);
+      const double way = by.group_size > 0 ? of_messages(log2_ranks, core_rows * pooled_heads * 8 * 4) : 0;
+      const double window = of_pairs(raw_pairs, 4);
+      seconds = std::max(seconds, of_messages(2 * log2_ranks, 0) + halo + of_pairs(pooled, pooled_heads) +
+                                      (overlap ? std::max(window, way) : window + way) + of_pairs(core_pairs, 4));
+      most_raw = std::max(most_raw, raw_rows * 2 * 8 * 2);
+      most_cores = std::max(most_cores, core_rows * pooled_heads * 8 * 4);
+      most_pairs = std::max(most_pairs, raw_pairs + core_pairs);
+      pairs_of_all += raw_pairs + core_pairs, pooled_of_all += pooled;
+    }
+    const call_cost cost = cost_of(of, o, shape, cluster, overlap);
+    EXPECT_EQ(most_raw, cost.most_raw_bytes);
+    EXPECT_EQ(most_cores, cost.most_core_bytes);
+    EXPECT_NEAR(static_cast<double>(most_pairs * ranks) / static_cast<double>(pairs_of_all), cost.balance, 1e-12);
+    EXPECT_NEAR(seconds, cost.seconds, 1e-12 * seconds);
+    const double work = static_cast<double>(pairs_of_all * 4 + pooled_of_all * pooled_heads) / cluster.pairs_per_second;
+    EXPECT_NEAR(work / static_cast<double>(ranks), cost.compute_seconds, 1e-12 * work);
+    EXPECT_NEAR(cost.compute_seconds / seconds, cost.efficiency(), 1e-12);
+  }
+}
+
+/// The bytes of large calls are those of the header's comment.
 TEST(Plan, CostsWhatItsFormulasSay) {
   const lengths all{65536};
   const options o{.group_size = 16, .window = 1024, .sink_tokens = 4};
   const call_shape shape{.heads = 8, .kv_heads = 2, .dim = 64, .value_dim = 64, .element_bytes = 4, .core_bytes = 4};
+  const std::int64_t row = 2 * 128 * 4;
   for (const std::int64_t ranks : {2, 8, 64}) {
     const layout of = layout::contiguous(ranks, all);
-    const call_cost cost = cost_of(of, o, shape, {.pairs_per_second = 1e9, .bandwidth = 1e9, .latency = 1e-6});
-    const std::int64_t row = 2 * 128 * 4, ring = all[0] / ranks * (ranks - 1) * row;
-    EXPECT_EQ(ring, cost.ring_bytes);
+    const call_cost cost = cost_of(of, o, shape, {});
+    EXPECT_EQ(all[0] / ranks * (ranks - 1) * row, cost.ring_bytes);
+    // A window, the rest of a group and the sink tokens: before token 1024 r of 65536 / ranks there are 1024 + 15 - 4 of them.
     EXPECT_LE(cost.most_raw_bytes, (1024 + 16 + 4) * row);
-    // The cores of the last window are never seen, so the ranks there send fewer.
-    EXPECT_NEAR(static_cast<double>(ring) * 8 / 2 / 16, static_cast<double>(cost.most_core_bytes),
-                0.05 * static_cast<double>(ring) / 4);
+    EXPECT_GE(cost.most_raw_bytes, 1024 * row);
+    // L / g (1 - 1 / R), but for those of the last window, which no query sees.
+    const std::int64_t cores = all[0] / 16 / ranks * (ranks - 1) * 8 * 128 * 4, unseen = (1024 / 16 + 1) * 8 * 128 * 4;
+    EXPECT_LE(cost.most_core_bytes, cores);
+    EXPECT_GE(cost.most_core_bytes, cores - unseen);
     options shared = o;
     shared.core_heads = core_heads::per_kv_head;
-    const call_cost fewer = cost_of(of, shared, shape, {.pairs_per_second = 1e9, .bandwidth = 1e9, .latency = 1e-6});
-    EXPECT_EQ(cost.most_core_bytes, 4 * fewer.most_core_bytes);
-    EXPECT_GE(cost.balance, 1);
-    EXPECT_LE(cost.efficiency(), 1);
-    EXPECT_LE(cost_of(of, o, shape, {1e9, 1e9, 1e-6}, true).seconds,
-              cost_of(of, o, shape, {1e9, 1e9, 1e-6}, false).seconds);
+    EXPECT_EQ(cost.most_core_bytes, 4 * cost_of(of, shared, shape, {}).most_core_bytes);
   }
 }
 

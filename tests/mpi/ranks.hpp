@@ -2,6 +2,7 @@
 
 // Problems across ranks: every rank makes the same one, holds its own part, and gets the whole of the results back.
 
+#include "layouts.hpp"
 #include "ragged.hpp"
 
 // After support.hpp, which has a say in how Eigen is compiled.
@@ -44,22 +45,6 @@ inline int problems(int few) {
 }
 
 inline mpi::context_parallel over(const spread_problem& p, bool overlap = true) { return {world(), p.layout, overlap}; }
-
-/// Any boundaries, on any ranks: segments of no tokens, several of a sequence on a rank, ranks without any.
-inline mpi::layout random_segments(random_engine& random, std::int64_t ranks,
-                                   const std::vector<std::int64_t>& lengths) {
-  std::vector<mpi::segment> all;
-  for (std::size_t q = 0; q < lengths.size(); ++q) {
-    std::vector<std::int64_t> cuts{0, lengths[q]};
-    for (std::int64_t more = draw(random, 0, 2 * ranks); more > 0; --more) cuts.push_back(draw(random, 0, lengths[q]));
-    std::sort(cuts.begin(), cuts.end());
-    for (std::size_t i = 0; i + 1 < cuts.size(); ++i)
-      all.push_back({draw(random, 0, ranks - 1), static_cast<std::int64_t>(q), {cuts[i], cuts[i + 1]}});
-  }
-  std::shuffle(all.begin(), all.end(), random);
-  std::stable_sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.rank < b.rank; });
-  return {ranks, lengths, all};
-}
 
 inline mpi::layout random_spread(random_engine& random, std::int64_t ranks, const std::vector<std::int64_t>& lengths) {
   switch (draw(random, 0, 3)) {
@@ -155,22 +140,23 @@ class own_part {
     return none;
   }
 
-  void take(const whole_tensor<T>& from) {
+  template <class From>
+  void take(const whole_tensor<From>& from) {
     each([&](T* mine, std::int64_t q, std::int64_t h, std::int64_t t) {
       copy_row(from[static_cast<std::size_t>(q)].row(0, h, t), mine);
     });
   }
-  /// Writes what the rank has into what holds zeros elsewhere, and adds up all ranks'.
+  /// What all ranks have: each its bits, and zeros elsewhere.
   [[nodiscard]] whole_tensor<T> whole(const spread_problem& p) const {
     whole_tensor<T> all = make_whole<T>(p, heads_, dim_);
     each([&](T* mine, std::int64_t q, std::int64_t h, std::int64_t t) {
       copy_row(mine, all[static_cast<std::size_t>(q)].row(0, h, t));
     });
-    for (tensor<T>& one : all)
-      for_each_row(one.view(), [&](std::int64_t, std::int64_t h, std::int64_t t) {
-        EXPECT_EQ(MPI_SUCCESS, MPI_Allreduce(MPI_IN_PLACE, one.row(0, h, t), static_cast<int>(dim_),
-                                             sizeof(T) == 4 ? MPI_FLOAT : MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD));
-      });
+    for (tensor<T>& one : all) {  // rows without gaps
+      const std::int64_t bytes = heads_ * one.view().length() * dim_ * static_cast<std::int64_t>(sizeof(T));
+      EXPECT_EQ(MPI_SUCCESS, MPI_Allreduce(MPI_IN_PLACE, one.view().data, static_cast<int>(bytes), MPI_BYTE, MPI_BOR,
+                                           MPI_COMM_WORLD));
+    }
     return all;
   }
 
@@ -184,20 +170,32 @@ class own_part {
             segments_[b].tokens.begin + i);
   }
 
+  /// Whether nothing was written, into rows neither.
+  [[nodiscard]] bool untouched() const {
+    bool all = true;
+    each([&](const T* mine, std::int64_t, std::int64_t, std::int64_t) {
+      for (std::int64_t d = 0; d < dim_; ++d) all &= same_bits(mine[d], canary<T>());
+    });
+    return all && canaries_intact();
+  }
+
   [[nodiscard]] testing::AssertionResult canaries_intact() const {
     return rows_ ? rows_->canaries_intact() : testing::AssertionSuccess();
   }
 
  private:
-  void copy_row(const T* from, T* to) const { std::copy_n(from, dim_, to); }
+  template <class From>
+  void copy_row(const From* from, T* to) const {
+    std::transform(from, from + dim_, to, [](From x) { return static_cast<T>(x); });
+  }
 
   std::int64_t heads_, dim_;
   std::vector<mpi::segment> segments_;
   std::optional<ragged_tensor<T, Rank>> rows_;
 };
 
-/// The operands of a problem, of all ranks.
-template <class T>
+/// The operands of a problem, of all ranks: of T, what is computed in, but no more precise than `Element`.
+template <class T, class Element = T>
 struct whole_operands {
   whole_tensor<T> query, key, value, sinks_per_query, key_bias;
   tensor<T, 3> sinks, slopes;
@@ -212,6 +210,12 @@ struct whole_operands {
         slopes({1, p.heads, 1}) {
     sinks.randomize(random);
     slopes.generate([&] { return static_cast<T>(draw(random, 1, 8)) / 16; });
+    for (auto* all : {&query, &key, &value})
+      for (tensor<T>& one : *all)
+        for_each_row(one.view(), [&](std::int64_t, std::int64_t h, std::int64_t t) {
+          T* const row = one.row(0, h, t);
+          std::transform(row, row + one.view().dim(), row, [](T x) { return static_cast<T>(static_cast<Element>(x)); });
+        });
   }
 
   /// Sequence q in one process.
@@ -225,12 +229,13 @@ struct whole_operands {
 };
 
 /// This rank's part of them.
-template <class T>
+template <class T, class Element = T>
 struct own_operands {
-  own_part<T> query, key, value, sinks_per_query, key_bias;
-  inputs<T> in;
+  own_part<Element> query, key, value;
+  own_part<T> sinks_per_query, key_bias;
+  inputs<Element> in;
 
-  own_operands(const spread_problem& p, const whole_operands<T>& all, ragged_layout memory)
+  own_operands(const spread_problem& p, const whole_operands<T, Element>& all, ragged_layout memory)
       : query(p, p.heads, p.dim, memory),
         key(p, p.kv_heads, p.dim, memory),
         value(p, p.kv_heads, p.value_dim, memory),
@@ -257,11 +262,51 @@ struct own_results {
   [[nodiscard]] cca::results<T, T> view() const { return {out.view(), without_dim(lse.view())}; }
 };
 
+/// All gradients of a problem.
+template <class T>
+struct spread_gradient {
+  own_part<T> query, key, value, sinks_per_query, key_bias;
+  tensor<T, 3> sinks, slopes;
+
+  spread_gradient(const spread_problem& p, ragged_layout memory)
+      : query(p, p.heads, p.dim, memory),
+        key(p, p.kv_heads, p.dim, memory),
+        value(p, p.kv_heads, p.value_dim, memory),
+        sinks_per_query(p, p.heads, 1, memory),
+        key_bias(p, p.kv_heads, 1, memory),
+        sinks({1, p.heads, 1}),
+        slopes({1, p.heads, 1}) {}
+
+  [[nodiscard]] gradients<T> view(const spread_problem& p) {
+    gradients<T> to{query.view(), key.view(), value.view()};
+    if (p.sink_logits) to.sink_logits = p.sinks_per_query ? without_dim(sinks_per_query.view()) : sinks.view();
+    if (p.alibi) to.alibi_slopes = slopes.view();
+    if (p.key_bias) to.key_bias = without_dim(key_bias.view());
+    return to;
+  }
+};
+
 /// The error rule, which rank 0 applies for all.
 template <class T>
 void add_whole(error_rule<T>& rule, const tensor<T>& got, const reference::tensor<T>& textbook,
                const reference::tensor<exact_type<T>>& exact, const std::string& label) {
   rule.add(std::as_const(got).view(), textbook.view(), exact.view(), label);
+}
+
+/// What a call throws, which is the same on every rank.
+template <class Call>
+std::string refusal(const Call& call) {
+  std::string said = "nothing";
+  try {
+    call();
+  } catch (const std::exception& why) {
+    said = why.what();
+  }
+  std::array<char, 1200> of_first{};
+  std::copy_n(said.begin(), std::min(said.size(), of_first.size() - 1), of_first.begin());
+  MPI_Bcast(of_first.data(), static_cast<int>(of_first.size()), MPI_CHAR, 0, MPI_COMM_WORLD);
+  EXPECT_EQ(of_first.data(), said) << "on rank " << world().rank();
+  return said;
 }
 
 }  // namespace cca::test

@@ -1,6 +1,6 @@
 #!/bin/bash
 # slips.sh <include folder> <c++>..: usual slips do not compile, and what the compiler says of them fits a screen and tells
-# what is wanted.
+# what is wanted. Of cca/mpi.hpp as well, where MPI_INCLUDES has the include folders of MPI.
 set -u
 include=$1
 shift
@@ -15,10 +15,15 @@ cat > "$work/headers.hpp" << END
 #include <cstdint>
 #include <vector>
 END
+with_mpi=()
+if [ -n "${MPI_INCLUDES:-}" ]; then
+  for folder in $MPI_INCLUDES; do with_mpi+=(-isystem "$folder"); done
+  echo '#include <cca/mpi.hpp>' >> "$work/headers.hpp"
+fi
 
 # The headers are compiled once for all slips.
 precompile() {
-  "$compiler" -std=c++20 -I"$include" -x c++-header "$work/headers.hpp" -o "$work/headers.hpp.gch"
+  "$compiler" -std=c++20 -I"$include" "${with_mpi[@]}" -x c++-header "$work/headers.hpp" -o "$work/headers.hpp.gch"
   headers=(-include "$work/headers.hpp")
   "$compiler" --version | grep -q clang && headers=(-include-pch "$work/headers.hpp.gch")
 }
@@ -37,7 +42,7 @@ void f(std::vector<float>& numbers, std::vector<std::uint16_t>& bits, std::vecto
   $1;
 }
 END
-  "$compiler" -std=c++20 -fsyntax-only -I"$include" "${headers[@]}" "$work/slip.cpp" 2> "$work/said"
+  "$compiler" -std=c++20 -fsyntax-only -I"$include" "${with_mpi[@]}" "${headers[@]}" "$work/slip.cpp" 2> "$work/said"
 }
 
 fault() {
@@ -63,6 +68,7 @@ slip() {
 
 view='Use cca::bhsd\(pointer, batch, heads, length, dim\)'
 elements='elements are float, double, Eigen::bfloat16 or Eigen::half. View .* reinterpret_cast<const Eigen::bfloat16'
+cores='cores are computed in float unless keys and values are double'
 options="to .*const cca::(\w+::)?options"
 
 for compiler in "$@"; do
@@ -88,6 +94,7 @@ for compiler in "$@"; do
   slip 'cca::attend(cca::inputs{q, k, v}, cca::far_context{bf16, v, cca::lse_view<const std::int64_t>{}}, {out})' "$elements"
   slip 'cca::merge(cca::results{int8, lse}, {out, lse}, {out, lse})' "$elements"
   slip 'cca::kv_cache<std::uint16_t> c({}, options)' "$elements"
+  slip 'cca::kv_cache<float, double> c({}, options)' "$cores"
   slip 'cca::attention({d, d, d}, {d}, options)' 'convert.*inputs<|convers.*inputs<'
   slip 'cca::attention(q, k, v, constant, options)' 'written'
   slip 'cca::attention(cca::inputs{d, k, v, lse}, {d}, options)' 'sink_logits, alibi_slopes and key_bias are of the type'
@@ -95,5 +102,14 @@ for compiler in "$@"; do
   slip 'cca::attention_gradient(cca::inputs{d, d, d}, cca::results{d, lse}, cca::incoming{d}, cca::gradients{d, d, d})' \
     'a float one would cost double gradients'
   slip 'cache.attend(q, k, v, out)' "keys and values have the cache's element type"
+  [ ${#with_mpi[@]} -gt 0 ] || continue
+  ranks='const cca::mpi::communicator ranks(MPI_COMM_WORLD); const std::int64_t length[] = {4}'
+  ranks+='; const auto tokens = cca::mpi::layout::contiguous(1, length)'
+  right "$ranks; cca::mpi::attention({ranks, tokens}, {q, k, v}, {out, lse}, options)"
+  slip "$ranks; cca::mpi::attention({ranks, tokens}, {numbers, k, v}, {out}, options)" '(convert|convers|invalid initialization).*inputs<'
+  slip "$ranks; cca::mpi::attention({ranks, tokens}, cca::inputs{int8, k, v}, {out}, options)" "$elements"
+  slip "$ranks; cca::mpi::attention({ranks, tokens}, cca::inputs{d, k, v, lse}, {d}, options)" 'sink_logits, alibi_slopes and key_bias are'
+  slip "$ranks; cca::mpi::kv_cache<float, double> c(ranks, {}, options)" "$cores"
+  slip "$ranks; cca::mpi::kv_cache<std::uint16_t> c(ranks, {}, options)" "$elements"
 done
 exit $((faults > 0))

@@ -4,7 +4,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <exception>
+#include <limits>
 #include <stdexcept>
 #include <type_traits>
 
@@ -27,6 +29,9 @@ inline text whole_number(std::int64_t n) { return {n}; }
 inline text yes_or_no(std::int64_t n) { return {n != 0 ? "given" : "none"}; }
 inline text hidden_number(std::int64_t) { return {"other ones"}; }
 
+/// Whose the numbers of an optional view are, as far as one rank can tell: with a single token the same view may be either.
+enum class number_form : std::int64_t { none, for_heads, for_queries, either };
+
 /// What has to be the same on every rank, and whether each rank could begin: compared before anything else is sent, in one
 /// message that is as long whatever is compared. So ranks that disagree, even about which function they call, all throw the
 /// same.
@@ -43,6 +48,7 @@ class agreement {
   }
 
   void add(const char* name, std::int64_t value, number_text print = whole_number, const char* of = "") {
+    if (count_ == most) throw std::logic_error("cca: more arguments than ranks compare");
     entries_[count_++] = {name, value, print, of};
   }
 
@@ -68,24 +74,29 @@ class agreement {
     add(name, code, [](std::int64_t) { return text{"other elements"}; });
   }
 
-  /// Of an optional view, whether it is given, and where all ranks share its numbers that they are the same. A rank without
+  /// Of an optional view whose numbers it has, and where all ranks share them that they are the same. A rank without
   /// segments gives one of no sequences.
   template <class T>
-  void add_shared(const char* name, const tensor_view<T, 3>& view, bool shared) {
-    add(name,
-        !given(view) ? 0
-        : shared     ? 1
-                     : 2,
-        [](std::int64_t n) {
-          return text{n == 0 ? "none" : n == 1 ? "one for each head" : "one for each query"};
-        });
+  void add_shared(const char* name, const tensor_view<T, 3>& view, number_form form) {
+    add(name, form != number_form::none, yes_or_no);
+    add(name, static_cast<std::int64_t>(form),
+        [](std::int64_t n) { return text{n == shared_form ? "one for each head" : "one for each query"}; });
+    entries_[count_ - 1].open = form == number_form::either;
     std::uint64_t hash = 0;
-    if (view.data != nullptr && shared)
-      for (std::int64_t h = 0; h < view.heads(); ++h) {
-        double number = static_cast<double>(*view.row(0, h, 0));
-        hash = (hash ^ __builtin_bit_cast(std::uint64_t, number)) * 1099511628211u;
-      }
+    if (form == number_form::for_heads || form == number_form::either)
+      for (std::int64_t b = 0; b < view.batch(); ++b)
+        for (std::int64_t h = 0; h < view.heads(); ++h) {
+          double number = static_cast<double>(*view.row(b, h, 0));
+          hash = (hash ^ __builtin_bit_cast(std::uint64_t, number)) * 1099511628211u;
+        }
     add(name, static_cast<std::int64_t>(hash >> 1), hidden_number);
+    entries_[count_ - 1].of_shared = true;
+  }
+  /// Whether the ranks have agreed that they share them: also where none could tell.
+  [[nodiscard]] bool shared(const char* name) const {
+    for (std::size_t i = 0; i < count_; ++i)
+      if (std::strcmp(entries_[i].name, name) == 0) return entries_[i + 1].value == shared_form;
+    return false;
   }
 
   /// This rank cannot begin.
@@ -105,16 +116,20 @@ class agreement {
     std::int64_t mine[2 * most + 1] = {}, least[2 * most + 1];
     // The least of ~x is ~ of the largest x.
     for (std::size_t i = 0; i < most; ++i) {
-      mine[2 * i] = entries_[i].value;
-      mine[2 * i + 1] = ~entries_[i].value;
+      mine[2 * i] = entries_[i].open ? none : entries_[i].value;
+      mine[2 * i + 1] = entries_[i].open ? none : ~entries_[i].value;
     }
     mine[2 * most] = failed_ ? ranks.rank() : none;
     check(MPI_Allreduce(mine, least, static_cast<int>(2 * most + 1), MPI_INT64_T, MPI_MIN, ranks.get()),
           "comparing the ranks' arguments");
     ranks.received().compared += ranks.size() > 1 ? static_cast<std::int64_t>(sizeof mine) : 0;
     if (least[2 * most] != none) throw_failure(ranks, static_cast<int>(least[2 * most]));
-    for (std::size_t i = 0; i < most; ++i)
-      if (least[2 * i] != ~least[2 * i + 1]) refuse_difference(i, least[2 * i], ~least[2 * i + 1]);
+    for (std::size_t i = 0; i < most; ++i) {
+      const std::int64_t from = least[2 * i], to = ~least[2 * i + 1];
+      if (entries_[i].open) entries_[i].value = from > to ? shared_form : from;  // the others know, if any does
+      if (entries_[i].of_shared && entries_[i - 1].value != shared_form) continue;
+      if (from < to) refuse_difference(i, from, to);
+    }
   }
 
  private:
@@ -123,7 +138,10 @@ class agreement {
     std::int64_t value = 0;
     number_text print = whole_number;
     const char* of = "";
+    bool open = false;       ///< for the others to say
+    bool of_shared = false;  ///< counts where the entry before is that of numbers that ranks share
   };
+  static constexpr auto shared_form = static_cast<std::int64_t>(number_form::for_heads);
 
   template <class Element>
   static constexpr std::int64_t number_of() {

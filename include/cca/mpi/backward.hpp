@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
-#include <vector>
 
 #include "../call.hpp"
 #include "../detail/base/numbers.hpp"
@@ -103,8 +102,8 @@ class rank_gradient {
 
   /// The gradients of cores go to where they are pooled, and from there to the tokens of their groups. Collective.
   void finish_cores(const gradients<T>& to, const execution& run) const {
-    bring_home(call_.planned.core_pieces_of(call_.ranks.rank()), "bringing home gradients of cores", seen_cores_,
-               own_cores_.key, own_cores_.value, own_cores_.bias,
+    const piece_exchange home(call_.ranks, call_.planned, call_.planned.core_pieces_of(call_.ranks.rank()));
+    bring_home(home, "bringing home gradients of cores", seen_cores_, own_cores_.key, own_cores_.value, own_cores_.bias,
                [this](std::int64_t b) { return own_cores_.places.first(b); });
     const auto plan = call_.pool_memory_plan(run);
     scratch memory({}, plan.bytes());
@@ -136,30 +135,26 @@ class rank_gradient {
     fill_zero(to.key, run);
     fill_zero(to.value, run);
     if (to.key_bias.data != nullptr) fill_zero(to.key_bias);
-    bring_home(call_.planned.pieces_of(call_.ranks.rank()), "bringing home gradients of tokens", raw_, to.key, to.value,
-               to.key_bias, [this](std::int64_t b) { return call_.own[b].tokens.begin; });
+    bring_home(call_.tokens, "bringing home gradients of tokens", raw_, to.key, to.value, to.key_bias,
+               [this](std::int64_t b) { return call_.own[b].tokens.begin; });
   }
 
  private:
   /// Adds to the gradients of what is held here, the first row of which is `first(b)`, what the readers have, one after the
   /// other.
   template <class Bias, class First>
-  void bring_home(const std::vector<piece>& pieces, const char* doing, const held_rows<T, T, T>& read,
+  void bring_home(const piece_exchange& home, const char* doing, const held_rows<T, T, T>& read,
                   const tensor_view<T>& key, const tensor_view<T>& value, const Bias& bias, const First& first) const {
-    const piece_exchange home(call_.ranks, call_.planned, pieces);
     call_.ranks.received().gradients += home.move(
         piece_exchange::direction::to_holders, bytes_of_row(read.key, read.value, read.bias), doing,
         [&](const piece& p, std::byte* to) {
           const std::int64_t b = call_.own.index(p.reader);
           const held_rows<T, T, T>& rows = p.in == piece::part::sinks ? sinks_ : read;
-          const std::int64_t row = rows.places.first(b);
-          for (std::int64_t t = p.tokens.begin; t < p.tokens.end; ++t)
-            to = put_row(rows.bias, b, t - row, put_row(rows.value, b, t - row, put_row(rows.key, b, t - row, to)));
+          put_rows(to, b, shifted(p.tokens, -rows.places.first(b)), rows.key, rows.value, rows.bias);
         },
         [&](const piece& p, const std::byte* from) {
-          const std::int64_t b = call_.own.index(p.holder), row = first(b);
-          for (std::int64_t t = p.tokens.begin; t < p.tokens.end; ++t)
-            from = add_row(add_row(add_row(from, key, b, t - row), value, b, t - row), bias, b, t - row);
+          const std::int64_t b = call_.own.index(p.holder);
+          add_rows(from, b, shifted(p.tokens, -first(b)), key, value, bias);
         });
   }
 
@@ -169,17 +164,16 @@ class rank_gradient {
       own_cores_;  ///< of the cores that queries here see, and of those that are pooled here
 };
 
-/// The backward pass of a rank. Collective.
+/// The backward pass of a rank. Collective. `shared_sinks`: sink logits are those of heads, not of queries.
 template <class Element, class Call, class Out, class Lse, class GradOut, class GradLse, class T>
 void differentiate_over_ranks(const Call& call, const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from,
-                              const gradients<T>& to, const execution& run) {
+                              const gradients<T>& to, bool shared_sinks, const execution& run) {
   const auto sized = [&](const auto& view) { return view.data == nullptr ? view : call.own.sized(view); };
   const auto results = results_of<compute_type<Element>>(
       call.in, cca::results<Out, Lse>{sized(of.out), sized(of.lse)},
       incoming<std::remove_const_t<GradOut>, std::remove_const_t<GradLse>>{sized(from.grad_out), sized(from.grad_lse)});
   gradients<T> grad{sized(to.query), sized(to.key), sized(to.value)};
   grad.key_bias = sized(to.key_bias);
-  const bool shared_sinks = is_shared(call.in.sink_logits);
   const shared_sums<T> sink_sums(to.sink_logits, shared_sinks), slope_sums(to.alibi_slopes, true);
   grad.sink_logits = shared_sinks ? sink_sums.grad : sized(to.sink_logits);
   grad.alibi_slopes = slope_sums.grad;

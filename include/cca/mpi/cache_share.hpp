@@ -2,7 +2,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "../cache_shape.hpp"
@@ -123,7 +122,7 @@ class cache_share {
         for (std::int64_t c = groups.begin; c < groups.end; ++c)
           if (share_.owner(c) == r) {
             const std::int64_t i = c - groups.begin;
-            rows = put_row(bias, b, i, put_row(value, b, i, put_row(key, b, i, rows)));
+            rows = put_rows(rows, b, {i, i + 1}, key, value, bias);
           }
   }
 
@@ -141,29 +140,17 @@ class cache_share {
   }
   /// Takes core `j` of those kept.
   const std::byte* take_core(sequence& s, std::int64_t j, const std::byte* from) const {
-    from = take_row(s.cores, core_heads_, j, from);
+    from = take_row(s.cores, j, from);
     if (!biased()) return from;
-    return take_elements(
-        core_heads_, 1, [&](std::int64_t h) { return s.biases.key(h, j); }, from);
+    return take_rows(from, 0, {j, j + 1}, bhs(s.biases.key(0, 0), 1, core_heads_, s.biases.capacity()));
   }
 
-  /// @{
-  /// Takes a row of all heads from a message, as `put_row` wrote it. Returns what is behind it.
+  /// Takes a row of all heads from a message. Returns what is behind it.
   template <class Row>
-  const std::byte* take_row(row_store<Row>& to, std::int64_t heads, std::int64_t i, const std::byte* from) const {
-    from = take_elements(
-        heads, shape_.dim, [&](std::int64_t h) { return to.key(h, i); }, from);
-    return take_elements(
-        heads, shape_.value_dim, [&](std::int64_t h) { return to.value(h, i); }, from);
+  const std::byte* take_row(const row_store<Row>& to, std::int64_t i, const std::byte* from) const {
+    return take_rows(from, 0, {i, i + 1}, bhsd(to.key(0, 0), 1, to.heads(), to.capacity(), shape_.dim),
+                     bhsd(to.value(0, 0), 1, to.heads(), to.capacity(), shape_.value_dim));
   }
-  template <class Place>
-  static const std::byte* take_elements(std::int64_t heads, std::int64_t count, const Place& place,
-                                        const std::byte* from) {
-    const auto bytes = static_cast<std::size_t>(count) * sizeof(*place(0));
-    for (std::int64_t h = 0; h < heads; ++h, from += bytes) std::memcpy(static_cast<void*>(place(h)), from, bytes);
-    return from;
-  }
-  /// @}
 
   cache_shape shape_;
   cca::options options_;

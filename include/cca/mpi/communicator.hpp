@@ -78,6 +78,13 @@ class communicator {
   [[nodiscard]] int size() const { return size_; }
   /// @}
 
+  /// Whether the other one has the same ranks in the same order. Not collective.
+  [[nodiscard]] bool alike(const communicator& other) const {
+    int how = MPI_UNEQUAL;
+    detail::check(MPI_Comm_compare(comm_, other.comm_, &how), "comparing communicators");
+    return how == MPI_IDENT || how == MPI_CONGRUENT;
+  }
+
   /// The duplicate.
   [[nodiscard]] MPI_Comm get() const { return comm_; }
 

@@ -23,7 +23,8 @@
 /// A backward pass receives the same once more, as floats, and the halo and the cores of the forward pass again.
 ///
 /// The time of a call is that of its slowest rank: halo, pooling, then the longer one of the window's scores and the cores'
-/// way, then the cores' scores. A message takes `latency + bytes / bandwidth`; all ranks' cores take `log2 R` latencies.
+/// way, then the cores' scores. A token of a group that is pooled takes as long as a score, once for each head of cores. A
+/// message takes `latency + bytes / bandwidth`; all ranks' cores take `log2 R` latencies.
 namespace cca { inline namespace CCA_TARGET { namespace mpi {
 
 /// What is sent and computed with.
@@ -46,7 +47,7 @@ struct call_cost {
   std::int64_t most_core_bytes = 0;  ///< the same of cores
   std::int64_t ring_bytes = 0;       ///< what a ring of all keys and values would receive
   double balance = 1;                ///< the most scores of a rank by their mean: 1 is even
-  double compute_seconds = 0;        ///< of all scores, evenly shared: the least that R ranks can take
+  double compute_seconds = 0;        ///< of all scores, and of pooling, evenly shared: the least that R ranks can take
   double seconds = 0;                ///< of the slowest rank
   /// How much of R times the speed of one rank is left.
   [[nodiscard]] double efficiency() const { return seconds > 0 ? compute_seconds / seconds : 1; }
@@ -67,7 +68,7 @@ struct call_cost {
   };
   const double pair_seconds = static_cast<double>(shape.heads) / cluster.pairs_per_second;
   call_cost all;
-  double pairs = 0, most = 0;
+  double pairs = 0, most = 0, pooling_seconds = 0;
   std::int64_t total = 0;
   for (std::int64_t q = 0; q < tokens.sequences(); ++q) total += tokens.length(q);
   for (std::int64_t r = 0; r < ranks; ++r) {
@@ -78,7 +79,8 @@ struct call_cost {
     all.most_raw_bytes = cca::detail::larger(all.most_raw_bytes, raw_bytes);
     all.most_core_bytes = cca::detail::larger(all.most_core_bytes, core_bytes);
     const double window = static_cast<double>(work.raw) * pair_seconds,
-                 far_part = static_cast<double>(work.cores) * pair_seconds;
+                 far_part = static_cast<double>(work.cores) * pair_seconds,
+                 pooling = static_cast<double>(work.pooled * core_heads) / cluster.pairs_per_second;
     const double halo =
         static_cast<double>(received.messages) * cluster.latency + static_cast<double>(raw_bytes) / cluster.bandwidth;
     const double way = pooled && ranks > 1
@@ -86,14 +88,15 @@ struct call_cost {
                            : 0;
     // Options are compared first: one number to all ranks and back.
     const double compared = 2 * log2_of(ranks) * cluster.latency;
-    all.seconds = cca::detail::larger(
-        all.seconds, compared + halo + (overlap ? cca::detail::larger(window, way) : window + way) + far_part);
+    const double meanwhile = overlap ? cca::detail::larger(window, way) : window + way;
+    all.seconds = cca::detail::larger(all.seconds, compared + halo + pooling + meanwhile + far_part);
     pairs += static_cast<double>(work.raw + work.cores);
+    pooling_seconds += pooling;
     most = cca::detail::larger(most, static_cast<double>(work.raw + work.cores));
   }
   all.ring_bytes = (total - total / ranks) * shape.kv_heads * dims * shape.element_bytes;
   all.balance = pairs > 0 ? most * static_cast<double>(ranks) / pairs : 1;
-  all.compute_seconds = pairs * pair_seconds / static_cast<double>(ranks);
+  all.compute_seconds = (pairs * pair_seconds + pooling_seconds) / static_cast<double>(ranks);
   return all;
 }
 

@@ -58,6 +58,61 @@ class row_type {
   MPI_Datatype type_ = MPI_DATATYPE_NULL;
 };
 
+/// How many rows of a message each rank has, one rank's behind the other's, as MPI counts them.
+class row_counts {
+ public:
+  /// `count(r)` rows of rank r.
+  template <class Count>
+  row_counts(int ranks, const Count& count) : counts_(ranks), begins_(ranks) {
+    for (int r = 0; r < ranks; ++r) {
+      begins_[r] = row_type::require_count("rows", total_);
+      counts_[r] = row_type::require_count("rows", count(r));
+      total_ += counts_[r];
+    }
+  }
+
+  [[nodiscard]] std::int64_t total() const { return total_; }
+  [[nodiscard]] range of(int rank) const { return {begins_[rank], begins_[rank] + counts_[rank]}; }
+  /// @{
+  /// For MPI.
+  [[nodiscard]] const int* counts() const { return counts_.data(); }
+  [[nodiscard]] const int* begins() const { return begins_.data(); }
+  /// @}
+
+ private:
+  buffer<int> counts_, begins_;
+  std::int64_t total_ = 0;
+};
+
+/// Receives and sends under way. MPI writes to their buffers and reads them until each is done, so an exception on the way out
+/// of a call waits here: what nobody has begun to send is cancelled, what is being sent has a rank that waits for it. Comes
+/// behind the buffers.
+class open_requests {
+ public:
+  open_requests(std::size_t receives, std::size_t sends)
+      : receives_(receives), all_(receives + sends, MPI_REQUEST_NULL) {}
+  open_requests(const open_requests&) = delete;
+  open_requests& operator=(const open_requests&) = delete;
+  ~open_requests() {
+    for (std::size_t i = 0; i < all_.size(); ++i) {
+      if (all_[i] == MPI_REQUEST_NULL) continue;
+      if (i < receives_) MPI_Cancel(&all_[i]);
+      MPI_Wait(&all_[i], MPI_STATUS_IGNORE);
+    }
+  }
+
+  [[nodiscard]] MPI_Request* receive(std::size_t i) { return &all_[i]; }
+  [[nodiscard]] MPI_Request* send(std::size_t i) { return &all_[receives_ + i]; }
+
+  void wait(const char* doing) {
+    for (MPI_Request& r : all_) check(MPI_Wait(&r, MPI_STATUS_IGNORE), doing);
+  }
+
+ private:
+  std::size_t receives_;
+  std::vector<MPI_Request> all_;
+};
+
 /// Moves rows between those who hold them and those who read them, from rank to rank, one message for each pair of ranks
 /// that has some. Where a rank is both, they are moved all the same.
 class piece_exchange {
@@ -72,10 +127,7 @@ class piece_exchange {
       const std::int64_t holder = of.rank_of(pieces_[i].holder), reader = of.rank_of(pieces_[i].reader);
       place& to = places_[i];
       to = {holder == ranks.rank(), reader == ranks.rank(), 0};
-      if (to.local()) {
-        longest_ = larger(longest_, pieces_[i].tokens.size());
-        continue;
-      }
+      if (to.local()) continue;
       auto& rows = to.held ? held[static_cast<std::size_t>(reader)] : read[static_cast<std::size_t>(holder)];
       to.row = rows.end;
       rows.end += pieces_[i].tokens.size();
@@ -89,8 +141,6 @@ class piece_exchange {
     }
   }
 
-  [[nodiscard]] const std::vector<piece>& pieces() const { return pieces_; }
-
   /// `pack(piece, to)` writes the rows of a piece, each of `row_bytes` bytes, `unpack(piece, from)` takes them: those that
   /// a rank gets in the order of their readers, whoever sent them and whenever they came. Collective.
   template <class Pack, class Unpack>
@@ -99,26 +149,31 @@ class piece_exchange {
     const bool to_readers = way == direction::to_readers;
     const std::int64_t out_rows = to_readers ? held_rows_ : read_rows_, in_rows = to_readers ? read_rows_ : held_rows_;
     const auto &out_peers = to_readers ? held_ : read_, &in_peers = to_readers ? read_ : held_;
-    const buffer<std::byte> out(out_rows * row_bytes), in(in_rows * row_bytes), local(longest_ * row_bytes);
+    const buffer<std::byte> out(out_rows * row_bytes), in(in_rows * row_bytes), local(local_rows * row_bytes);
     const row_type row(row_bytes);
-    std::vector<request> all;
-    all.reserve(in_peers.size() + out_peers.size());
-    for (const peer& p : in_peers)
-      check(MPI_Irecv(in.data() + p.rows.begin * row_bytes, row_type::require_count("rows", p.rows.size()), row.get(),
-                      p.rank, 0, ranks_->get(), &all.emplace_back().of),
+    open_requests under_way(in_peers.size(), out_peers.size());
+    for (std::size_t i = 0; i < in_peers.size(); ++i)
+      check(MPI_Irecv(in.data() + in_peers[i].first_row * row_bytes, in_peers[i].rows, row.get(), in_peers[i].rank, 0,
+                      ranks_->get(), under_way.receive(i)),
             doing);
     for (std::size_t i = 0; i < pieces_.size(); ++i)
       if (!places_[i].local() && places_[i].held == to_readers)
         pack(pieces_[i], out.data() + places_[i].row * row_bytes);
-    for (const peer& p : out_peers)
-      check(MPI_Isend(out.data() + p.rows.begin * row_bytes, row_type::require_count("rows", p.rows.size()), row.get(),
-                      p.rank, 0, ranks_->get(), &all.emplace_back().of),
+    for (std::size_t i = 0; i < out_peers.size(); ++i)
+      check(MPI_Isend(out.data() + out_peers[i].first_row * row_bytes, out_peers[i].rows, row.get(), out_peers[i].rank,
+                      0, ranks_->get(), under_way.send(i)),
             doing);
-    for (request& r : all) check(MPI_Wait(&r.of, MPI_STATUS_IGNORE), doing);
+    under_way.wait(doing);
     for (std::size_t i = 0; i < pieces_.size(); ++i) {
       if (places_[i].local()) {
-        pack(pieces_[i], local.data());
-        unpack(pieces_[i], local.data());
+        piece some = pieces_[i];
+        while (!some.tokens.empty()) {
+          const std::int64_t end = some.tokens.end;
+          some.tokens.end = smaller(end, some.tokens.begin + local_rows);
+          pack(some, local.data());
+          unpack(some, local.data());
+          some.tokens = {some.tokens.end, end};
+        }
       } else if (places_[i].held != to_readers) {
         unpack(pieces_[i], in.data() + places_[i].row * row_bytes);
       }
@@ -127,24 +182,25 @@ class piece_exchange {
   }
 
  private:
+  /// What a rank moves to itself at a time: little enough to be in its caches when it is read again.
+  static constexpr std::int64_t local_rows = 32;
+
   struct place {
     bool held = false, read = false;  ///< here
     std::int64_t row = 0;             ///< in the messages to readers, or from holders
     [[nodiscard]] bool local() const { return held && read; }
   };
   struct peer {
-    int rank;
-    range rows;
-  };
-  struct request {
-    MPI_Request of = MPI_REQUEST_NULL;
+    int rank, rows;
+    std::int64_t first_row;
   };
 
   static void begin_peers(std::vector<range>& rows, std::vector<peer>& peers, std::int64_t& total) {
     for (std::size_t r = 0; r < rows.size(); ++r) {
       rows[r] = shifted(rows[r], total);
       total = rows[r].end;
-      if (!rows[r].empty()) peers.push_back({static_cast<int>(r), rows[r]});
+      if (!rows[r].empty())
+        peers.push_back({static_cast<int>(r), row_type::require_count("rows", rows[r].size()), rows[r].begin});
     }
   }
 
@@ -152,7 +208,7 @@ class piece_exchange {
   std::vector<piece> pieces_;
   std::vector<place> places_;
   std::vector<peer> held_, read_;
-  std::int64_t held_rows_ = 0, read_rows_ = 0, longest_ = 0;
+  std::int64_t held_rows_ = 0, read_rows_ = 0;
 };
 
 /// Rows that each rank gives to all: cores, or a caller's far rows. They travel while something else is computed.
@@ -161,26 +217,32 @@ class gathering {
   /// `count(i)` rows of segment i of the layout.
   template <class Count>
   gathering(const communicator& ranks, const layout& tokens, std::int64_t row_bytes, const Count& count)
-      : ranks_(&ranks), row_bytes_(row_bytes), row_(row_bytes), counts_(2 * ranks.size()) {
-    std::int64_t next = 0;
-    for (int r = 0; r < ranks.size(); ++r) {
-      const range own = tokens.segments_of(r);
-      displacement(r) = row_type::require_count("rows", next);
-      for (std::int64_t i = own.begin; i < own.end; ++i) next += count(i);
-      counts_[r] = row_type::require_count("rows", next - displacement(r));
-    }
-    rows_ = buffer<std::byte>(next * row_bytes);
-    if (ranks.size() > 1) received_ = (next - counts_[ranks.rank()]) * row_bytes;
+      : ranks_(&ranks),
+        row_bytes_(row_bytes),
+        row_(row_bytes),
+        of_segment_(std::ssize(tokens.segments())),
+        of_rank_(ranks.size(), [&](int r) {
+          std::int64_t rows = 0;
+          const range own = tokens.segments_of(r);
+          for (std::int64_t i = own.begin; i < own.end; ++i) rows += of_segment_[i] = count(i);
+          return rows;
+        }) {
+    rows_ = buffer<std::byte>(of_rank_.total() * row_bytes);
   }
   gathering(const gathering&) = delete;
   gathering& operator=(const gathering&) = delete;
+  /// The memory stays until MPI needs it no more, also where an exception ends the call: the other ranks have begun as well,
+  /// or will.
+  ~gathering() {
+    if (request_ != MPI_REQUEST_NULL) MPI_Wait(&request_, MPI_STATUS_IGNORE);
+  }
 
   /// Where this rank's rows go before `start`.
-  [[nodiscard]] std::byte* own() const { return rows_.data() + displacement(ranks_->rank()) * row_bytes_; }
+  [[nodiscard]] std::byte* own() const { return rows_.data() + of_rank_.of(ranks_->rank()).begin * row_bytes_; }
 
   /// Collective, as is `finish`; `progress` is for in between.
   void start() {
-    check(MPI_Iallgatherv(MPI_IN_PLACE, 0, row_.get(), rows_.data(), counts_.data(), &displacement(0), row_.get(),
+    check(MPI_Iallgatherv(MPI_IN_PLACE, 0, row_.get(), rows_.data(), of_rank_.counts(), of_rank_.begins(), row_.get(),
                           ranks_->get(), &request_),
           "gathering cores");
   }
@@ -188,20 +250,22 @@ class gathering {
     int done = 0;
     check(MPI_Test(&request_, &done, MPI_STATUS_IGNORE), "gathering cores");
   }
-  /// The rows of all ranks, by segment.
-  [[nodiscard]] const std::byte* finish() {
+  /// Calls `take(i, rows)` for each segment of the layout. Then the memory is free again.
+  template <class Take>
+  void finish(const Take& take) {
     check(MPI_Wait(&request_, MPI_STATUS_IGNORE), "gathering cores");
-    ranks_->received().cores += received_;
-    return rows_.data();
+    ranks_->received().cores += (of_rank_.total() - of_rank_.of(ranks_->rank()).size()) * row_bytes_;
+    const std::byte* from = rows_.data();
+    for (std::int64_t i = 0; i < of_segment_.size(); from += of_segment_[i++] * row_bytes_) take(i, from);
+    rows_ = buffer<std::byte>();
   }
 
  private:
-  [[nodiscard]] int& displacement(int r) const { return counts_[ranks_->size() + r]; }
-
   const communicator* ranks_;
-  std::int64_t row_bytes_, received_ = 0;
+  std::int64_t row_bytes_;
   row_type row_;
-  buffer<int> counts_;
+  buffer<std::int64_t> of_segment_;
+  row_counts of_rank_;
   buffer<std::byte> rows_;
   MPI_Request request_ = MPI_REQUEST_NULL;
 };

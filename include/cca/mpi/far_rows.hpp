@@ -34,15 +34,10 @@ class far_counts {
         before_(rows_.size()),
         of_sequence_(over.tokens.sequences()),
         own_totals_(own_.size() + 1) {
-    const int ranks = over.ranks.size();
-    const buffer<int> counts(ranks), displacements(ranks);
-    for (int r = 0; r < ranks; ++r) {
-      displacements[r] = row_type::require_count("segments", over.tokens.segments_of(r).begin);
-      counts[r] = row_type::require_count("segments", over.tokens.segments_of(r).size());
-    }
+    const row_counts segments(over.ranks.size(), [&](int r) { return over.tokens.segments_of(r).size(); });
     for (std::int64_t b = 0; b < own_.size(); ++b)
       rows_[own_.begin + b] = key.has_lengths() ? key.length(b) : key.length();
-    check(MPI_Allgatherv(MPI_IN_PLACE, 0, MPI_INT64_T, rows_.data(), counts.data(), displacements.data(), MPI_INT64_T,
+    check(MPI_Allgatherv(MPI_IN_PLACE, 0, MPI_INT64_T, rows_.data(), segments.counts(), segments.begins(), MPI_INT64_T,
                          over.ranks.get()),
           "counting far rows");
     over.ranks.received().compared += (rows_.size() - own_.size()) * static_cast<std::int64_t>(sizeof(std::int64_t));
@@ -138,28 +133,19 @@ class spread_far_rows {
   void start(const execution&) {
     std::byte* to = all_.own();
     for (std::int64_t b = 0; b < call_.own.size(); ++b)
-      for (std::int64_t j = 0; j < counts_.rows(call_.own.number(b)); ++j) {
-        to = put_row(own_.bias, b, j, put_row(own_.value, b, j, put_row(own_.key, b, j, to)));
-        to = put_row(own_.visible_until, b, j, put_row(own_.visible_from, b, j, put_row(own_.positions, b, j, to)));
-      }
+      to = put_rows(to, b, {0, counts_.rows(call_.own.number(b))}, own_.key, own_.value, own_.bias, own_.positions,
+                    own_.visible_from, own_.visible_until);
     all_.start();
   }
   void progress() { all_.progress(); }
   void finish() {
-    const std::byte* from = all_.finish();
-    const std::int64_t bytes =
-        bytes_of_row(rows_.key, rows_.value, rows_.bias, positions_.view, from_.view, until_.view);
-    const auto segments = call_.planned.tokens().segments();
-    for (std::int64_t i = 0; i < std::ssize(segments); ++i) {
-      const std::int64_t b = call_.sequences_here.segment_of(segments[static_cast<std::size_t>(i)].sequence);
-      for (std::int64_t j = 0; j < counts_.rows(i) && b >= 0; ++j) {
-        const std::int64_t row = counts_.before(i) + j;
-        const std::byte* next =
-            take_row(take_row(take_row(from + j * bytes, rows_.key, b, row), rows_.value, b, row), rows_.bias, b, row);
-        take_row(take_row(take_row(next, positions_.view, b, row), from_.view, b, row), until_.view, b, row);
-      }
-      from += counts_.rows(i) * bytes;
-    }
+    all_.finish([this](std::int64_t i, const std::byte* from) {
+      const segment& s = call_.planned.tokens().segments()[static_cast<std::size_t>(i)];
+      const std::int64_t b = call_.sequences_here.segment_of(s.sequence);
+      const range rows = shifted({0, counts_.rows(i)}, counts_.before(i));
+      if (b >= 0)
+        take_rows(from, b, rows, rows_.key, rows_.value, rows_.bias, positions_.view, from_.view, until_.view);
+    });
   }
 
   template <class F>

@@ -46,7 +46,7 @@ class kv_cache : private detail::cache_share<Element, Core> {
   using share::by, share::biased, share::has_window, share::group_count, share::shape_, share::options_, share::share_,
       share::core_heads_, share::length_, share::oldest_, share::held_, share::window_rank_;
   using typename share::sequence;
-  static_assert(cca::detail::check_elements<Element, Core>());
+  static_assert(cca::detail::check_cache_elements<Element, Core>());
   using T = compute_type<Element>;
 
  public:
@@ -115,7 +115,7 @@ class kv_cache : private detail::cache_share<Element, Core> {
       same.add("tokens in the cache", length_);
       same.add_elements<Query, Out, Lse>("elements of query, out and lse");
       same.add("sink_logits", detail::given(views.sink_logits), detail::yes_or_no);
-      same.add_shared("alibi_slopes", in.alibi_slopes, true);
+      same.add_shared("alibi_slopes", in.alibi_slopes, detail::form_for_heads(in.alibi_slopes));
     });
     const std::int64_t tokens = in.query.length();
     if (tokens == 0 || shape_.batch == 0) return;
@@ -133,7 +133,9 @@ class kv_cache : private detail::cache_share<Element, Core> {
   /// Takes over a prompt that lies across the ranks, which `attention` answers. The cache is empty. Every rank gives its own
   /// tokens: each keeps its share of the cores, and the rank of the window what later queries see.
   ///
-  /// @param over,in  as for `attention`; the layout's sequences are the cache's, all of one length
+  /// @param over  the cache's ranks in their order, by its communicator or another; the layout's sequences are the cache's, all
+  ///   of one length
+  /// @param in  as for `attention`
   /// @param run  an executor; the results are bitwise the same for any
   /// @throws std::invalid_argument  before anything changes, on every rank
   template <class Query = Element>
@@ -146,9 +148,10 @@ class kv_cache : private detail::cache_share<Element, Core> {
       same.add("tokens in the cache", length_);
       same.add_elements<Query>("elements of query");
     });
+    const context_parallel here{*ranks_, over.tokens, over.overlap};  // messages are the cache's
     if (detail::pools(options_)) {
       for (sequence& s : held_) this->reserve_cores(s, share_.count(group_count(tokens)));
-      detail::gather_prompt_cores<Core>(over, in, options_, run,
+      detail::gather_prompt_cores<Core>(here, in, options_, run,
                                         [&](std::int64_t q, std::int64_t c, const std::byte* from) {
                                           if (share_.owner(c) == share_.rank)
                                             this->take_core(held_[static_cast<std::size_t>(q)], c / share_.ranks, from);
@@ -161,11 +164,11 @@ class kv_cache : private detail::cache_share<Element, Core> {
       s.sinks.reserve(sinks, unlimited);
       s.raw.reserve(kept.size(), unlimited);
     }
-    detail::gather_prompt_tokens(over, in, sinks, kept, [&](std::int64_t q, std::int64_t t, const std::byte* from) {
+    detail::gather_prompt_tokens(here, in, sinks, kept, [&](std::int64_t q, std::int64_t t, const std::byte* from) {
       if (!has_window()) return;
       sequence& s = held_[static_cast<std::size_t>(q)];
-      if (t < sinks) this->take_row(s.sinks, shape_.kv_heads, t, from);
-      if (kept.contains(t)) this->take_row(s.raw, shape_.kv_heads, t - kept.begin, from);
+      if (t < sinks) this->take_row(s.sinks, t, from);
+      if (kept.contains(t)) this->take_row(s.raw, t - kept.begin, from);
     });
     oldest_ = kept.begin;
     length_ = tokens;
@@ -191,6 +194,9 @@ class kv_cache : private detail::cache_share<Element, Core> {
   }
 
   void require_prompt(const context_parallel& over, const cca::detail::input_views& in, std::int64_t tokens) const {
+    if (!ranks_->alike(over.ranks))
+      detail::refuse("ranks", {"a communicator of other ranks, or in another order"},
+                     {"the cache's ranks in their order"});
     detail::require_layout(over);
     if (length_ != 0) detail::refuse("cache", {length_, " tokens"}, {"none: a prompt is taken over first"});
     if (over.tokens.sequences() != shape_.batch)
@@ -219,26 +225,17 @@ class kv_cache : private detail::cache_share<Element, Core> {
     const std::int64_t row = core_heads_ * ((shape_.dim + shape_.value_dim) * static_cast<std::int64_t>(sizeof(Core)) +
                                             (biased() ? static_cast<std::int64_t>(sizeof(T)) : 0));
     // In the order of their owners, so that each gets one message.
-    std::vector<range> places(static_cast<std::size_t>(ranks_->size()));
-    std::int64_t next = 0;
-    for (int r = 0; r < ranks_->size(); ++r) {
+    const detail::row_counts places(ranks_->size(), [&](int r) {
       const detail::core_share of_rank{r, ranks_->size()};
-      places[static_cast<std::size_t>(r)] = {
-          next, next + shape_.batch * (of_rank.count(groups.end) - of_rank.count(groups.begin))};
-      next = places[static_cast<std::size_t>(r)].end;
-    }
-    const auto& mine = places[static_cast<std::size_t>(ranks_->rank())];
-    const detail::buffer<std::byte> rows((has_window() ? next : mine.size()) * row);
+      return shape_.batch * (of_rank.count(groups.end) - of_rank.count(groups.begin));
+    });
+    const range mine = places.of(ranks_->rank());
+    const detail::buffer<std::byte> rows((has_window() ? places.total() : mine.size()) * row);
     const detail::row_type type(row);
     if (has_window()) this->pool_new(in, groups, rows.data(), run);
-    const detail::buffer<int> counts(ranks_->size()), begins(ranks_->size());
-    for (int r = 0; r < ranks_->size(); ++r) {
-      counts[r] = detail::row_type::require_count("rows", places[static_cast<std::size_t>(r)].size());
-      begins[r] = detail::row_type::require_count("rows", places[static_cast<std::size_t>(r)].begin);
-    }
-    detail::check(MPI_Scatterv(rows.data(), counts.data(), begins.data(), type.get(),
-                               has_window() ? MPI_IN_PLACE : static_cast<void*>(rows.data()), counts[ranks_->rank()],
-                               type.get(), window_rank_, ranks_->get()),
+    detail::check(MPI_Scatterv(rows.data(), places.counts(), places.begins(), type.get(),
+                               has_window() ? MPI_IN_PLACE : static_cast<void*>(rows.data()),
+                               static_cast<int>(mine.size()), type.get(), window_rank_, ranks_->get()),
                   "sending new cores to their owners");
     if (!has_window()) ranks_->received().cores += mine.size() * row;
     this->keep_cores(groups, rows.data() + (has_window() ? mine.begin * row : 0));

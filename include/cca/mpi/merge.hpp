@@ -82,21 +82,16 @@ void merge_over_ranks(const communicator& ranks, const results<Part, PartLse>& p
   const std::int64_t part_bytes = result_row<Element, Number>::bytes(dim), bytes = result_row<Out, Lse>::bytes(dim);
   const range mine = share_of(rows, ranks.rank(), size);
   const buffer<std::byte> sent(rows * part_bytes), received(size * mine.size() * part_bytes), merged(rows * bytes);
-  const buffer<int> counts(size), places(size), own_counts(size), own_places(size);
-  for (int r = 0; r < ranks.size(); ++r) {
-    counts[r] = row_type::require_count("rows", share_of(rows, r, size).size());
-    places[r] = row_type::require_count("rows", share_of(rows, r, size).begin);
-    own_counts[r] = row_type::require_count("rows", mine.size());
-    own_places[r] = row_type::require_count("rows", r * mine.size());
-  }
+  const row_counts shares(ranks.size(), [&](int r) { return share_of(rows, r, size).size(); });
+  const row_counts parts(ranks.size(), [&](int) { return mine.size(); });
   for_each_row(part.out, [&](std::int64_t row, std::int64_t b, std::int64_t h, std::int64_t i) {
     std::byte* to = sent.data() + row * part_bytes;
     std::memcpy(to, static_cast<const void*>(part.out.row(b, h, i)), static_cast<std::size_t>(dim) * sizeof(Element));
     std::memcpy(to + dim * static_cast<std::int64_t>(sizeof(Element)), part.lse.row(b, h, i), sizeof(Number));
   });
   const row_type part_row(part_bytes), row(bytes);
-  check(MPI_Alltoallv(sent.data(), counts.data(), places.data(), part_row.get(), received.data(), own_counts.data(),
-                      own_places.data(), part_row.get(), ranks.get()),
+  check(MPI_Alltoallv(sent.data(), shares.counts(), shares.begins(), part_row.get(), received.data(), parts.counts(),
+                      parts.begins(), part_row.get(), ranks.get()),
         "merging results");
   const buffer<double> sum(dim);
   const buffer<Out> out(dim);
@@ -108,7 +103,8 @@ void merge_over_ranks(const communicator& ranks, const results<Part, PartLse>& p
     std::memcpy(to, static_cast<const void*>(out.data()), static_cast<std::size_t>(dim) * sizeof(Out));
     std::memcpy(to + dim * static_cast<std::int64_t>(sizeof(Out)), &lse, sizeof lse);
   }
-  check(MPI_Allgatherv(MPI_IN_PLACE, 0, row.get(), merged.data(), counts.data(), places.data(), row.get(), ranks.get()),
+  check(MPI_Allgatherv(MPI_IN_PLACE, 0, row.get(), merged.data(), shares.counts(), shares.begins(), row.get(),
+                       ranks.get()),
         "merging results");
   ranks.received().partials += (size - 1) * mine.size() * part_bytes + (rows - mine.size()) * bytes;
   for_each_row(whole.out, [&](std::int64_t number, std::int64_t b, std::int64_t h, std::int64_t i) {

@@ -47,6 +47,8 @@ class plan {
 
   [[nodiscard]] const layout& tokens() const { return *tokens_; }       ///< who holds which
   [[nodiscard]] const partition& who_sees_what() const { return by_; }  ///< who sees what
+  /// Whether ranks keep cores, since queries see some.
+  [[nodiscard]] bool keeps_cores() const { return pooled_ && !pooling_alone_; }
 
   /// Of segment i of the layout.
   [[nodiscard]] const segment_plan& operator[](std::int64_t i) const { return segments_[static_cast<std::size_t>(i)]; }
@@ -114,9 +116,10 @@ class plan {
     return all;
   }
 
-  /// Query-key pairs of a rank's queries, per head: the scores that it computes.
+  /// Query-key pairs of a rank's queries, per head: the scores that it computes. And the tokens that it pools, per head of
+  /// cores: each is scored as well, and added.
   struct pair_counts {
-    std::int64_t raw = 0, cores = 0;
+    std::int64_t raw = 0, cores = 0, pooled = 0;
   };
   [[nodiscard]] pair_counts pairs_of(std::int64_t rank) const {
     pair_counts pairs;
@@ -124,6 +127,7 @@ class plan {
     for (std::int64_t i = own.begin; i < own.end; ++i) {
       const segment& s = segment_of(i);
       const range all{0, tokens_->length(s.sequence)};
+      pairs.pooled += (*this)[i].groups.size() * by_.group_size;
       for (std::int64_t t = s.tokens.begin; t < s.tokens.end; ++t) {
         pairs.cores += cores_at(t);
         pairs.raw += intersection(by_.sinks(t), all).size() + intersection(by_.raw(t), all).size();
@@ -134,9 +138,9 @@ class plan {
 
  private:
   plan(const layout& tokens, const partition& by, bool pooled, bool pooling_alone)
-      : tokens_(&tokens), by_(by), pooled_(pooled) {
-    for (const segment& s : tokens.segments()) segments_.push_back(plan_of(s, pooling_alone));
-    if (pooled && !pooling_alone) share_cores();
+      : tokens_(&tokens), by_(by), pooled_(pooled), pooling_alone_(pooling_alone) {
+    for (const segment& s : tokens.segments()) segments_.push_back(plan_of(s));
+    if (keeps_cores()) share_cores();
   }
 
   [[nodiscard]] const segment& segment_of(std::int64_t i) const {
@@ -145,15 +149,15 @@ class plan {
 
   [[nodiscard]] std::int64_t cores_at(std::int64_t t) const { return pooled_ ? by_.core_count(t) : 0; }
 
-  [[nodiscard]] segment_plan plan_of(const segment& s, bool pooling_alone) const {
+  [[nodiscard]] segment_plan plan_of(const segment& s) const {
     if (s.tokens.empty()) return {};
     const std::int64_t first = s.tokens.begin, last = s.tokens.end - 1, length = tokens_->length(s.sequence);
     segment_plan of;
     if (pooled_) {
-      const std::int64_t seen = pooling_alone ? by_.group_count(length) : cores_at(length - 1);
+      const std::int64_t seen = pooling_alone_ ? by_.group_count(length) : cores_at(length - 1);
       of.groups = {detail::smaller(by_.group_count(first), seen), detail::smaller(by_.group_count(s.tokens.end), seen)};
     }
-    if (pooling_alone) {
+    if (pooling_alone_) {
       if (!of.groups.empty()) of.raw = hull(by_.group(of.groups.begin), by_.group(of.groups.end - 1));
       return of;
     }
@@ -211,7 +215,7 @@ class plan {
 
   const layout* tokens_;
   partition by_;
-  bool pooled_;
+  bool pooled_, pooling_alone_;
   std::vector<segment_plan> segments_;
 };
 

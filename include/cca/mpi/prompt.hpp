@@ -29,7 +29,7 @@ void gather_prompt_cores(const context_parallel& over, const inputs<Query, Eleme
   using T = compute_type<Element>;
   using Product = product_type<Query, Element>;
   const plan planned = plan::of_pooling(over.tokens, partition_of(options));
-  const rank_call<Product, Core, Query, Element, Element, Sink> call(over.ranks, planned, in, options, false);
+  const rank_call<Product, Core, Query, Element, Element, Sink> call(over.ranks, planned, in, options);
   const held_rows<Core, Core, T> pooled(
       row_places(call.own.size(), [&](std::int64_t b) { return call.planned_of(b).groups; }), call.core_heads,
       in.key.dim(), in.value.dim(), has_core_biases(options) ? call.core_heads : 0);
@@ -43,15 +43,13 @@ void gather_prompt_cores(const context_parallel& over, const inputs<Query, Eleme
   gathering all(over.ranks, over.tokens, bytes, [&](std::int64_t i) { return planned[i].groups.size(); });
   std::byte* to = all.own();
   for (std::int64_t b = 0; b < call.own.size(); ++b)
-    for (std::int64_t c = call.planned_of(b).groups.begin; c < call.planned_of(b).groups.end; ++c) {
-      const std::int64_t i = c - pooled.places.first(b);
-      to = put_row(pooled.bias, b, i, put_row(pooled.value, b, i, put_row(pooled.key, b, i, to)));
-    }
+    to = put_rows(to, b, shifted(call.planned_of(b).groups, -pooled.places.first(b)), pooled.key, pooled.value,
+                  pooled.bias);
   all.start();
-  const std::byte* from = all.finish();
-  for (std::int64_t i = 0; i < std::ssize(over.tokens.segments()); ++i)
+  all.finish([&](std::int64_t i, const std::byte* from) {
     for (std::int64_t c = planned[i].groups.begin; c < planned[i].groups.end; ++c, from += bytes)
       take(over.tokens.segments()[static_cast<std::size_t>(i)].sequence, c, from);
+  });
 }
 
 /// Calls `take(sequence, token, message)` on every rank for the tokens `kept` and the first `sinks` of every sequence.
@@ -62,27 +60,26 @@ void gather_prompt_tokens(const context_parallel& over, const inputs<Query, Elem
   const auto each = [&](std::int64_t i, const auto& f) {
     const segment& s = over.tokens.segments()[static_cast<std::size_t>(i)];
     for (const range some : {intersection(s.tokens, {0, sinks}), intersection(s.tokens, kept)})
-      for (std::int64_t t = some.begin; t < some.end; ++t) f(s, t);
+      if (!some.empty()) f(s, some);
   };
   const std::int64_t bytes = bytes_of_row(in.key, in.value);
   gathering all(over.ranks, over.tokens, bytes, [&](std::int64_t i) {
     std::int64_t count = 0;
-    each(i, [&](const segment&, std::int64_t) { ++count; });
+    each(i, [&](const segment&, range some) { count += some.size(); });
     return count;
   });
   std::byte* to = all.own();
   const range own = over.tokens.segments_of(over.ranks.rank());
   for (std::int64_t i = own.begin; i < own.end; ++i)
-    each(i, [&](const segment& s, std::int64_t t) {
-      to = put_row(in.value, i - own.begin, t - s.tokens.begin, put_row(in.key, i - own.begin, t - s.tokens.begin, to));
+    each(i, [&](const segment& s, range some) {
+      to = put_rows(to, i - own.begin, shifted(some, -s.tokens.begin), in.key, in.value);
     });
   all.start();
-  const std::byte* from = all.finish();
-  for (std::int64_t i = 0; i < std::ssize(over.tokens.segments()); ++i)
-    each(i, [&](const segment& s, std::int64_t t) {
-      take(s.sequence, t, from);
-      from += bytes;
+  all.finish([&](std::int64_t i, const std::byte* from) {
+    each(i, [&](const segment& s, range some) {
+      for (std::int64_t t = some.begin; t < some.end; ++t, from += bytes) take(s.sequence, t, from);
     });
+  });
 }
 
 }}}}  // namespace cca::CCA_TARGET::mpi::detail

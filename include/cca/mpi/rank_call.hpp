@@ -100,7 +100,8 @@ class own_sequences {
     for (std::int64_t b = 0; b < own.size(); ++b) {
       const segment_plan& planned = of[own.number(b)];
       segment_[own[b].sequence] = b;
-      cores_[own[b].sequence] = larger(cores_[own[b].sequence], larger(planned.cores.end, planned.groups.end));
+      if (of.keeps_cores())
+        cores_[own[b].sequence] = larger(cores_[own[b].sequence], larger(planned.cores.end, planned.groups.end));
     }
   }
 
@@ -141,7 +142,7 @@ class rank_call {
   piece_exchange tokens;
 
   rank_call(const communicator& comm, const plan& of, const inputs<Query, Key, Value, Sink>& operands,
-            const cca::options& by, bool with_cores)
+            const cca::options& by)
       : ranks(comm),
         planned(of),
         options(by),
@@ -150,8 +151,8 @@ class rank_call {
         in{own.sized(operands.query), own.sized(operands.key), own.sized(operands.value),
            operands.sink_logits,      operands.alibi_slopes,   operands.key_bias},
         core_heads(core_head_count(by, in.query.heads(), in.key.heads())),
-        pooled(with_cores && pools(by)),
-        biased(with_cores && has_core_biases(by)),
+        pooled(of.keeps_cores()),
+        biased(pooled && has_core_biases(by)),
         sinks(row_places(own.size(), [&](std::int64_t b) { return planned_of(b).sinks; }), in.key.heads(), in.key.dim(),
               in.value.dim(), in.key_bias.heads()),
         raw(row_places(own.size(), [&](std::int64_t b) { return planned_of(b).raw; }), in.key.heads(), in.key.dim(),
@@ -171,16 +172,12 @@ class rank_call {
         "exchanging the tokens of windows",
         [&](const piece& p, std::byte* to) {
           const std::int64_t b = own.index(p.holder), first = own[b].tokens.begin;
-          for (std::int64_t t = p.tokens.begin; t < p.tokens.end; ++t)
-            to = put_row(in.key_bias, b, t - first, put_row(in.value, b, t - first, put_row(in.key, b, t - first, to)));
+          put_rows(to, b, shifted(p.tokens, -first), in.key, in.value, in.key_bias);
         },
         [&](const piece& p, const std::byte* from) {
           const std::int64_t b = own.index(p.reader);
           const auto& rows = p.in == piece::part::sinks ? sinks : raw;
-          const std::int64_t first = rows.places.first(b);
-          for (std::int64_t t = p.tokens.begin; t < p.tokens.end; ++t)
-            from = take_row(take_row(take_row(from, rows.key, b, t - first), rows.value, b, t - first), rows.bias, b,
-                            t - first);
+          take_rows(from, b, shifted(p.tokens, -rows.places.first(b)), rows.key, rows.value, rows.bias);
         });
   }
 
@@ -221,26 +218,18 @@ class rank_call {
   void start_cores(gathering& all) const {
     std::byte* to = all.own();
     for (std::int64_t b = 0; b < own.size(); ++b)
-      for (std::int64_t c = planned_of(b).sent.begin; c < planned_of(b).sent.end; ++c)
-        to = put_row(cores.bias, b, c, put_row(cores.value, b, c, put_row(cores.key, b, c, to)));
+      to = put_rows(to, b, planned_of(b).sent, cores.key, cores.value, cores.bias);
     all.start();
   }
   void finish_cores(gathering& all) const {
-    const std::byte* from = all.finish();
-    const std::int64_t bytes = bytes_of_row(cores.key, cores.value, cores.bias);
-    const auto segments = planned.tokens().segments();
-    for (std::int64_t i = 0; i < std::ssize(segments); ++i) {
-      const range sent = planned[i].sent;
-      const segment& s = segments[static_cast<std::size_t>(i)];
-      const std::int64_t b = s.rank == ranks.rank() ? -1 : sequences_here.segment_of(s.sequence);
-      for (std::int64_t c = sent.begin; c < sent.end && b >= 0; ++c) {
-        const std::byte* row = from + (c - sent.begin) * bytes;
-        // Others may see more of the sequence than this rank does.
-        if (c < sequences_here.cores_of(s.sequence))
-          take_row(take_row(take_row(row, cores.key, b, c), cores.value, b, c), cores.bias, b, c);
-      }
-      from += sent.size() * bytes;
-    }
+    all.finish([this](std::int64_t i, const std::byte* rows) {
+      const segment& s = planned.tokens().segments()[static_cast<std::size_t>(i)];
+      const std::int64_t b = sequences_here.segment_of(s.sequence);
+      if (s.rank == ranks.rank() || b < 0) return;
+      // Others may see more of the sequence than this rank does.
+      const range sent = planned[i].sent, kept{sent.begin, smaller(sent.end, sequences_here.cores_of(s.sequence))};
+      take_rows(rows, b, kept, cores.key, cores.value, cores.bias);
+    });
   }
 
   /// @{

@@ -122,36 +122,56 @@ std::int64_t bytes_of_row(const View&... views) {
           ... + 0);
 }
 
-/// Writes a row of all heads to a message. Returns what is behind it.
-template <class T, std::size_t Rank>
-std::byte* put_row(const tensor_view<T, Rank>& from, std::int64_t b, std::int64_t i, std::byte* to) {
-  const std::size_t bytes = static_cast<std::size_t>(elements_of_row(from)) * sizeof(T);
-  for (std::int64_t h = 0; h < from.heads(); ++h, to += bytes)
-    std::memcpy(to, static_cast<const void*>(from.row(b, h, i)), bytes);
+/// Calls `f(row, elements)` for what a message has of these rows of segment b: row by row, of each view every head.
+template <class F, class... View>
+void for_each_part(std::int64_t b, range rows, const F& f, const View&... views) {
+  const auto heads_of = [&](const auto& view, std::int64_t i) {
+    for (std::int64_t h = 0; h < view.heads(); ++h) f(view.row(b, h, i), elements_of_row(view));
+  };
+  for (std::int64_t i = rows.begin; i < rows.end; ++i) (heads_of(views, i), ...);
+}
+
+/// Writes these rows to a message. Returns what is behind them.
+template <class... View>
+std::byte* put_rows(std::byte* to, std::int64_t b, range rows, const View&... views) {
+  for_each_part(
+      b, rows,
+      [&](const auto* row, std::int64_t count) {
+        const std::size_t bytes = static_cast<std::size_t>(count) * sizeof *row;
+        std::memcpy(to, static_cast<const void*>(row), bytes);
+        to += bytes;
+      },
+      views...);
   return to;
 }
 
-/// Takes a row of all heads from a message.
-template <class T, std::size_t Rank>
-const std::byte* take_row(const std::byte* from, const tensor_view<T, Rank>& to, std::int64_t b, std::int64_t i) {
-  const std::size_t bytes = static_cast<std::size_t>(elements_of_row(to)) * sizeof(T);
-  for (std::int64_t h = 0; h < to.heads(); ++h, from += bytes)
-    std::memcpy(static_cast<void*>(to.row(b, h, i)), from, bytes);
+/// Takes them from a message.
+template <class... View>
+const std::byte* take_rows(const std::byte* from, std::int64_t b, range rows, const View&... views) {
+  for_each_part(
+      b, rows,
+      [&](auto* row, std::int64_t count) {
+        const std::size_t bytes = static_cast<std::size_t>(count) * sizeof *row;
+        std::memcpy(static_cast<void*>(row), from, bytes);
+        from += bytes;
+      },
+      views...);
   return from;
 }
 
-/// Adds it.
-template <class T, std::size_t Rank>
-const std::byte* add_row(const std::byte* from, const tensor_view<T, Rank>& to, std::int64_t b, std::int64_t i) {
-  const std::int64_t count = elements_of_row(to);
-  for (std::int64_t h = 0; h < to.heads(); ++h) {
-    T* const row = to.row(b, h, i);
-    for (std::int64_t d = 0; d < count; ++d, from += sizeof(T)) {
-      T number;
-      std::memcpy(&number, from, sizeof(T));
-      row[d] += number;
-    }
-  }
+/// Adds them.
+template <class... View>
+const std::byte* add_rows(const std::byte* from, std::int64_t b, range rows, const View&... views) {
+  for_each_part(
+      b, rows,
+      [&](auto* row, std::int64_t count) {
+        for (std::int64_t d = 0; d < count; ++d, from += sizeof *row) {
+          auto number = *row;
+          std::memcpy(&number, from, sizeof number);
+          row[d] += number;
+        }
+      },
+      views...);
   return from;
 }
 

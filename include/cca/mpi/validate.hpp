@@ -48,10 +48,21 @@ inline void require_layout(const context_parallel& over) {
     refuse("layout", {"one for ", over.tokens.ranks(), " ranks"}, {"one for the communicator's ", over.ranks.size()});
 }
 
-/// Whether one number of a view is for all queries of a head.
+/// Whose the numbers of a view are: those of a rank's heads, or of its queries. Only other ranks can tell, where this one has
+/// one query.
 template <class T>
-bool is_shared(const tensor_view<T, 3>& numbers) {
-  return numbers.data != nullptr && numbers.batch() == 1 && numbers.length() == 1 && !numbers.has_lengths();
+number_form form_of(const context_parallel& over, const tensor_view<T, 3>& numbers) {
+  if (!given(numbers)) return number_form::none;
+  if (numbers.batch() != 1 || numbers.length() != 1 || numbers.has_lengths()) return number_form::for_queries;
+  const bool one_query =
+      over.tokens.segments_of(over.ranks.rank()).size() == 1 && over.tokens.tokens_of(over.ranks.rank()) == 1;
+  return one_query ? number_form::either : number_form::for_heads;
+}
+
+/// Of numbers that are always those of heads.
+template <class T>
+number_form form_for_heads(const tensor_view<T, 3>& numbers) {
+  return given(numbers) ? number_form::for_heads : number_form::none;
 }
 
 /// Numbers that all ranks share: a segment's own would have to be those of its sequence on other ranks.
@@ -83,7 +94,7 @@ void require_tokens(const context_parallel& over, const inputs<Query, Key, Value
   require_shared(views.alibi_slopes, "");
   if (given(views.key_bias))
     require_extents(views.key_bias, {in.key.batch(), in.key_bias.heads(), in.key_bias.length(), 1});
-  if (!given(views.sink_logits) || is_shared(in.sink_logits)) return;
+  if (form_of(over, in.sink_logits) != number_form::for_queries) return;
   if (views.sink_logits.batch() != in.query.batch() || (views.sink_logits.length() == 1 && in.query.length() > 1))
     require_shared(views.sink_logits, ", or one for each query");
 }
@@ -143,8 +154,8 @@ void add_call(agreement& same, const context_parallel& over, const inputs<Query,
   same.add("key heads", in.key.heads());
   same.add("dim of query and key", in.query.dim());
   same.add("dim of value", in.value.dim());
-  same.add_shared("sink_logits", in.sink_logits, is_shared(in.sink_logits));
-  same.add_shared("alibi_slopes", in.alibi_slopes, true);
+  same.add_shared("sink_logits", in.sink_logits, form_of(over, in.sink_logits));
+  same.add_shared("alibi_slopes", in.alibi_slopes, form_for_heads(in.alibi_slopes));
   same.add("heads of key_bias", in.key_bias.heads());
 }
 
