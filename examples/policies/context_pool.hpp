@@ -26,10 +26,7 @@ class context_pool {
 
   [[nodiscard]] rows<T> pooled(view<const T> x) const {
     rows<T> y(x.heads(), x.length(), x.dim());
-    for_each_pair([&](std::int64_t i, std::int64_t j, T p) {
-      for (std::int64_t h = 0; h < y.heads; ++h)
-        for (std::int64_t d = 0; d < y.dim; ++d) y.row(h, i)[d] += p * x.row(0, h, j)[d];
-    });
+    for_each_pair([&](std::int64_t i, std::int64_t j, T p) { add_of_heads(p, x, j, y.view(), i); });
     return y;
   }
 
@@ -43,12 +40,13 @@ class context_pool {
     for (auto* grad : {&grad_weight, &grad_width, &grad_key.data, &grad_value.data})
       std::fill(grad->begin(), grad->end(), T(0));
     const auto product = [&](std::int64_t i, std::int64_t j) {
-      return dot(grad_pooled_key, i, key, j) + dot(grad_pooled_value, i, value, j);
+      return static_cast<T>(dot_of_heads(grad_pooled_key.view(), i, key, j) +
+                            dot_of_heads(grad_pooled_value.view(), i, value, j));
     };
     for_each_pair([&](std::int64_t i, std::int64_t j, T p) {
       mean[index(i)] += p * product(i, j);
-      add(p, grad_pooled_key, i, grad_key, j);
-      add(p, grad_pooled_value, i, grad_value, j);
+      add_of_heads(p, grad_pooled_key.view(), i, grad_key.view(), j);
+      add_of_heads(p, grad_pooled_value.view(), i, grad_value.view(), j);
     });
     for_each_pair([&](std::int64_t i, std::int64_t j, T p) {
       const T slope = p * (product(i, j) - mean[index(i)]), s = width_[index(i)], away = static_cast<T>(i - j);
@@ -74,18 +72,6 @@ class context_pool {
       }
       for (std::int64_t j = first; j <= i; ++j) f(i, j, p[index(j - first)] / sum);
     }
-  }
-
-  /// Of all heads together.
-  static T dot(const rows<T>& a, std::int64_t i, view<const T> b, std::int64_t j) {
-    T sum = 0;
-    for (std::int64_t h = 0; h < a.heads; ++h)
-      for (std::int64_t d = 0; d < a.dim; ++d) sum += a.row(h, i)[d] * b.row(0, h, j)[d];
-    return sum;
-  }
-  static void add(T factor, const rows<T>& from, std::int64_t i, rows<T>& to, std::int64_t j) {
-    for (std::int64_t h = 0; h < to.heads; ++h)
-      for (std::int64_t d = 0; d < to.dim; ++d) to.row(h, j)[d] += factor * from.row(h, i)[d];
   }
 
   const std::vector<T>& weight_;

@@ -77,4 +77,21 @@ void add_rows(view<const T> from, view<T> to) {
       for (std::int64_t d = 0; d < from.dim(); ++d) to.row(0, h, t)[d] += from.row(0, h, t)[d];
 }
 
+/// The product of two tokens' rows, of all heads together.
+template <class T>
+[[nodiscard]] double dot_of_heads(view<const T> a, std::int64_t i, view<const T> b, std::int64_t j) {
+  double sum = 0;
+  for (std::int64_t h = 0; h < a.heads(); ++h)
+    for (std::int64_t d = 0; d < a.dim(); ++d)
+      sum += static_cast<double>(a.row(0, h, i)[d]) * static_cast<double>(b.row(0, h, j)[d]);
+  return sum;
+}
+
+/// Adds a token's rows, times a factor, to another's, in all heads.
+template <class T>
+void add_of_heads(T factor, view<const T> from, std::int64_t i, view<T> to, std::int64_t j) {
+  for (std::int64_t h = 0; h < to.heads(); ++h)
+    for (std::int64_t d = 0; d < to.dim(); ++d) to.row(0, h, j)[d] += factor * from.row(0, h, i)[d];
+}
+
 }  // namespace policies

@@ -10,15 +10,14 @@
 
 namespace policies {
 
-/// What queries gave to each key, summed over them and over the query heads that share the key's head:
-/// `mass[key/value head][j] += sum_h sum_i exp(scale q_i . k_j - lse_i)`. Attention hands out no weights; its
-/// log-sum-exps give them back.
+/// What queries give to keys: `f(h, i, j, exp(scale q_i . k_j - lse_i))` for each query head h, query i and key j that
+/// it sees. Attention hands out no weights; its log-sum-exps give them back.
 ///
 /// @param first  the position of query 0; a query sees the keys up to its position, and all where `first` is
 ///   `cca::unlimited`
-template <class T>
-void add_mass(view<const T> query, view<const T> key, cca::lse_view<const T> lse, std::int64_t first,
-              rows<double>& mass) {
+template <class T, class F>
+void for_each_weight(view<const T> query, view<const T> key, cca::lse_view<const T> lse, std::int64_t first,
+                     const F& f) {
   const std::int64_t sharing = query.heads() / key.heads();
   const double scale = 1 / std::sqrt(static_cast<double>(query.dim()));
   for (std::int64_t h = 0; h < query.heads(); ++h)
@@ -28,9 +27,19 @@ void add_mass(view<const T> query, view<const T> key, cca::lse_view<const T> lse
         double product = 0;
         for (std::int64_t d = 0; d < query.dim(); ++d)
           product += static_cast<double>(query.row(0, h, i)[d]) * static_cast<double>(key.row(0, h / sharing, j)[d]);
-        *mass.row(h / sharing, j) += std::exp(scale * product - static_cast<double>(*lse.row(0, h, i)));
+        f(h, i, j, std::exp(scale * product - static_cast<double>(*lse.row(0, h, i))));
       }
     }
+}
+
+/// The same summed over queries and over the query heads that share the key's head: `mass[key/value head][j]`.
+template <class T>
+void add_mass(view<const T> query, view<const T> key, cca::lse_view<const T> lse, std::int64_t first,
+              rows<double>& mass) {
+  const std::int64_t sharing = query.heads() / key.heads();
+  for_each_weight(query, key, lse, first, [&](std::int64_t h, std::int64_t, std::int64_t j, double weight) {
+    *mass.row(h / sharing, j) += weight;
+  });
 }
 
 /// The places of the `count` largest of `length` numbers, ascending; the first of equals.

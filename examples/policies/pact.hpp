@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <numeric>
 #include <vector>
 
+#include "clusters.hpp"
 #include "kernels.hpp"
 #include "mass.hpp"
 
@@ -29,8 +29,9 @@ class merged_prefix {
                 double radius) {
     const auto tokens = places_of_largest(importance.data(), key.length(), kept);
     assign(key, tokens, radius);
-    key_ = mean(key, tokens);
-    value_ = mean(value, tokens);
+    const auto size = static_cast<std::int64_t>(log_size_.size());
+    key_ = cluster_sums(key, cluster_, weight_, size);
+    value_ = cluster_sums(value, cluster_, weight_, size);
   }
 
   /// Visible from the first position of those queries on.
@@ -42,61 +43,38 @@ class merged_prefix {
     return all;
   }
 
-  /// The cluster of each kept token.
+  /// The cluster of each token, -1 where it is left out.
   [[nodiscard]] const std::vector<std::int64_t>& clusters() const { return cluster_; }
   [[nodiscard]] std::int64_t size() const { return key_.length; }
 
  private:
-  static double distance(view<const T> key, std::int64_t i, std::int64_t j) {
-    double product = 0, of_i = 0, of_j = 0;
-    for (std::int64_t h = 0; h < key.heads(); ++h)
-      for (std::int64_t d = 0; d < key.dim(); ++d) {
-        const auto a = static_cast<double>(key.row(0, h, i)[d]), b = static_cast<double>(key.row(0, h, j)[d]);
-        product += a * b, of_i += a * a, of_j += b * b;
-      }
-    return 1 - product / std::sqrt(of_i * of_j);
-  }
-
   /// Finds the centres and who joins which.
   void assign(view<const T> key, const std::vector<std::int64_t>& tokens, double radius) {
-    const auto count = static_cast<std::int64_t>(tokens.size());
     const auto apart = [&](std::int64_t i, std::int64_t j) {
-      return distance(key, tokens[index(i)], tokens[index(j)]);
+      return 1 - dot_of_heads(key, i, key, j) / std::sqrt(dot_of_heads(key, i, key, i) * dot_of_heads(key, j, key, j));
     };
-    std::vector<double> density(index(count));
-    for (std::int64_t i = 0; i < count; ++i)
-      for (std::int64_t j = 0; j < count; ++j) density[index(i)] += std::exp(-apart(i, j) / radius);
-    std::vector<std::int64_t> order(index(count)), centres;
-    std::iota(order.begin(), order.end(), 0);
+    std::vector<double> density(index(key.length()));
+    for (const std::int64_t i : tokens)
+      for (const std::int64_t j : tokens) density[index(i)] += std::exp(-apart(i, j) / radius);
+    std::vector<std::int64_t> order = tokens, centres;
     std::stable_sort(order.begin(), order.end(),
                      [&](std::int64_t i, std::int64_t j) { return density[index(i)] > density[index(j)]; });
     for (const std::int64_t i : order)
       if (std::all_of(centres.begin(), centres.end(), [&](std::int64_t c) { return apart(i, c) > radius; }))
         centres.push_back(i);
-    std::vector<std::int64_t> sizes(centres.size());
-    for (std::int64_t i = 0; i < count; ++i) {
-      const auto nearest = std::min_element(centres.begin(), centres.end(),
-                                            [&](std::int64_t a, std::int64_t b) { return apart(i, a) < apart(i, b); });
-      cluster_.push_back(nearest - centres.begin());
-      ++sizes[index(cluster_.back())];
+    std::vector<T> sizes(centres.size());
+    cluster_.assign(density.size(), -1);
+    weight_.resize(density.size());
+    for (const std::int64_t i : tokens) {
+      cluster_[index(i)] = nearest_centre(centres, i, apart);
+      ++sizes[index(cluster_[index(i)])];
     }
-    for (const std::int64_t size : sizes) {
-      size_.push_back(static_cast<T>(size));
-      log_size_.push_back(std::log(size_.back()));
-    }
-  }
-
-  [[nodiscard]] rows<T> mean(view<const T> of, const std::vector<std::int64_t>& tokens) const {
-    rows<T> result(of.heads(), static_cast<std::int64_t>(log_size_.size()), of.dim());
-    for (std::int64_t h = 0; h < of.heads(); ++h)
-      for (std::size_t i = 0; i < tokens.size(); ++i)
-        for (std::int64_t d = 0; d < of.dim(); ++d)
-          result.row(h, cluster_[i])[d] += of.row(0, h, tokens[i])[d] / size_[index(cluster_[i])];
-    return result;
+    for (const std::int64_t i : tokens) weight_[index(i)] = 1 / sizes[index(cluster_[index(i)])];
+    for (const T size : sizes) log_size_.push_back(std::log(size));
   }
 
   std::vector<std::int64_t> cluster_;
-  std::vector<T> size_, log_size_;
+  std::vector<T> weight_, log_size_;
   rows<T> key_, value_;
 };
 
