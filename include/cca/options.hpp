@@ -46,7 +46,8 @@ enum class matrix_unit {
   none,         ///< products of floats
   best,         ///< the fastest of all for the operands, which for floats and doubles is `none`; see `best_unit`
   avx512_bf16,  ///< for bfloat16
-  amx           ///< tiles, for bfloat16, and on processors that have them for half
+  amx,          ///< tiles, for bfloat16, and on processors that have them for half
+  vnni          ///< integers of 8 bits, forward only, see below
 };
 
 namespace detail {
@@ -120,7 +121,7 @@ constexpr void for_each_option(Options& all, const F& f) {
 constexpr auto enumerators(pooling) { return std::array{"last_query", "mean", "max", "select"}; }
 constexpr auto enumerators(core_heads) { return std::array{"per_query_head", "per_kv_head"}; }
 constexpr auto enumerators(core_bias) { return std::array{"none", "entropy"}; }
-constexpr auto enumerators(matrix_unit) { return std::array{"none", "best", "avx512_bf16", "amx"}; }
+constexpr auto enumerators(matrix_unit) { return std::array{"none", "best", "avx512_bf16", "amx", "vnni"}; }
 
 /// The value of an option in words.
 template <class Option>
