@@ -28,6 +28,12 @@ void require_unit(const options& options) {
     refuse("options.unit", {option_text(unit)}, {"best, or a unit that this processor has for the operands' type"});
 }
 
+/// Integers are forward only: gradients would take the weights of other scores than those of the output.
+inline void require_differentiable(const options& options) {
+  if (options.unit == matrix_unit::vnni)
+    refuse("options.unit", {option_text(options.unit)}, {"none, or a unit of 16 bits: integers have no gradients"});
+}
+
 [[noreturn, gnu::cold, gnu::noinline]] inline void refuse_enumerator(const char* option, int got,
                                                                      const char* const* names, std::size_t count) {
   text wanted{names[0]};

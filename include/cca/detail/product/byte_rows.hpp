@@ -22,15 +22,12 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// Calls `f(piece, count, d)` for pieces of a row as floats, from element `d` on: whole vectors, zeros behind the row.
 template <class Element, class F>
 CCA_INLINE void for_each_piece(const Element* row, std::int64_t dim, const F& f) {
+  if constexpr (std::is_same_v<Element, float>)
+    if (dim % width<float> == 0) return f(row, dim, std::int64_t{0});
   constexpr std::int64_t most = 64;
   alignas(alignment<float>) float buffer[most];
   for (std::int64_t d = 0; d < dim; d += most) {
     const std::int64_t count = smaller(most, dim - d), whole = padded<float>(count);
-    if constexpr (std::is_same_v<Element, float>)
-      if (count == whole) {
-        f(row + d, count, d);
-        continue;
-      }
     convert(row + d, count, buffer);
     fill(buffer + count, buffer + whole, 0.0f);
     f(buffer, whole, d);
@@ -81,6 +78,17 @@ struct byte_scale {
   [[nodiscard]] float factor() const { return finite ? 1.0f / scale : 0.0f; }
 };
 
+[[nodiscard]] CCA_INLINE std::int32_t reduce_max(vec<std::int32_t> x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32(x);
+#else
+  alignas(alignment<std::int32_t>) std::int32_t lanes[width<std::int32_t>];
+  x.store_aligned(lanes);
+  for (std::int64_t i = 1; i < width<std::int32_t>; ++i) lanes[0] = larger(lanes[0], lanes[i]);
+  return lanes[0];
+#endif
+}
+
 /// Of `dim` elements. What is below `least` in all of them counts as zero.
 template <class Element>
 [[nodiscard]] byte_scale scale_of(const Element* row, std::int64_t dim, float least) {
@@ -91,10 +99,7 @@ template <class Element>
       largest = (xsimd::max)(
           largest, cast_bits<std::int32_t>(vec<float>::load_unaligned(piece + i)) & vec<std::int32_t>(0x7fffffff));
   });
-  alignas(alignment<float>) std::int32_t lanes[W];
-  largest.store_aligned(lanes);
-  for (std::int64_t i = 1; i < W; ++i) lanes[0] = larger(lanes[0], lanes[i]);
-  float magnitude = __builtin_bit_cast(float, lanes[0]);
+  float magnitude = __builtin_bit_cast(float, reduce_max(largest));
   const bool finite = magnitude <= largest_finite<float>;
   if (!finite) {
     magnitude = 0.0f;

@@ -127,7 +127,7 @@ struct eight_bits {
   // ------------------------------------------------------------------------------------------------------- products
 
   /// As `vectors::score`; the maxima are those of `find_scaled_maxima`.
-  static void score(const stack_memory& memory, const staged_block& block, const whole_part& part, const tile_form& form,
+  static void score(const stack_memory&, const staged_block& block, const whole_part& part, const tile_form& form,
                     const score_rule<float>& rule, const float* packed, const score_block<float> to, bool first) {
     for (std::int64_t j = part.rows.begin; first && j < part.rows.end; ++j) block.ask_behind(j);
     const float unit = rule.unit_in_base_2();
