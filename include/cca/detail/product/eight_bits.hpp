@@ -23,6 +23,14 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
+/// Sizes of the kernels of integers, as in `tile_shape`. Stacks are as large as second-level cache allows, for long and short
+/// sequences: rounding a row costs as much as some ten queries of its products.
+struct eight_bit_shape {
+  static constexpr std::int64_t lanes = sixteen_bit_shape::lanes;
+  static constexpr std::int64_t block = 256;
+  static constexpr std::int64_t stack = 12, least_stack = stack;
+};
+
 /// Products of integers of 8 bits, of operands of any type that are rounded to them: queries, keys and values row by row, the
 /// weights of a block relative to the largest in their lane. The softmax is of floats.
 ///
@@ -32,7 +40,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// what it sees is rounded.
 struct eight_bits {
   using number = float;
-  using shape = sixteen_bit_shape;
+  using shape = eight_bit_shape;
   using softmax = scaled_softmax;
   using visible_lanes = whole_part::visible_lanes;
   using vector = vec<float>;
