@@ -145,6 +145,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
                                                   const options& options = {}, const execution& run = {}) {
   using Element = detail::product_type<Query, Key, Value>;
   detail::require_options<Element>(options);
+  detail::require_differentiable(options);
   detail::require_sizes(detail::named(in));
   return detail::with_core_type<Element>(options.unit, [&]<class Core>(std::type_identity<Core>) {
     return detail::cca_gradient_plan<Element, Core>(in, options, run).bytes() + detail::scratch_alignment;
@@ -157,6 +158,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 [[nodiscard]] std::size_t gradient_workspace_size(const inputs<Query, Key, Value, Sink>& in,
                                                   const far_context<FarKey, FarValue, FarBias>& context,
                                                   const options& options = {}, const execution& run = {}) {
+  detail::require_differentiable(options);
   detail::require_sizes(detail::named(in), detail::named(context));
   return detail::attend_backward(in, context, options.unit, run).bytes() + detail::scratch_alignment;
 }
@@ -221,6 +223,7 @@ void attention_gradient(const inputs<Query, Key, Value, Sink>& in, const results
     const auto read = detail::named(of, from);
     const auto grad = detail::named(to);
     detail::require_options<Element>(options);
+    detail::require_differentiable(options);
     detail::require_attention(views, options);
     detail::require_read(views, read);
     detail::require_no_far_gradients(grad);
@@ -270,6 +273,7 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
     const auto read = detail::named(of, from);
     const auto grad = detail::named(to);
     detail::require_options<detail::product_type<Query, Key, Value, FarKey, FarValue>>(options);
+    detail::require_differentiable(options);
     detail::require_attend(views, far_rows, options, sizeof(Number));
     detail::require_read(views, read);
     detail::require_far_gradients(far_rows, grad);

@@ -143,6 +143,7 @@ void attention_gradient(const context_parallel& over, const inputs<Query, Key, V
       const auto read = detail::named(of, from);
       const auto grad = detail::named(to);
       detail::require_attention<Element>(over, in, options, run);
+      cca::detail::require_differentiable(options);
       detail::require_read(views, read);
       detail::require_no_far_gradients(grad);
       detail::require_gradients(views, grad, {read.out, read.lse, read.grad_out, read.grad_lse});

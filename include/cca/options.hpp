@@ -38,15 +38,20 @@ enum class core_bias {
   entropy
 };
 
-/// What multiplies operands of 16 bits. By default nothing but the vectors of floats, exactly as if floats were stored. A
-/// matrix unit is much faster; it multiplies the elements as they are stored and adds in float, so that what lies between
-/// two products, the cores and the weights of the softmax, is rounded to the operands' 16 bits, and denormals of bfloat16
-/// are taken for zeros. The softmax itself is computed in float.
+/// What multiplies. By default nothing but the vectors of floats, of 16 bits exactly as if floats were stored. A matrix unit
+/// is much faster; it multiplies elements of 16 bits as they are stored and adds in float, so that what lies between two
+/// products, the cores and the weights of the softmax, is rounded to the operands' 16 bits, and denormals of bfloat16 are
+/// taken for zeros. The softmax itself is computed in float.
+///
+/// `vnni` rounds further, and therefore is taken by name alone: every query, key and value to integers of 8 bits in a scale
+/// of its own, weights to 8 bits relative to the largest of a block of rows. It takes floats as well, and other types
+/// than the query's; cores stay as without a unit. It is forward only. Rows of values below 2^-64 count as zeros.
 enum class matrix_unit {
   none,         ///< products of floats
-  best,         ///< the fastest of all for the operands, which for floats and doubles is `none`; see `best_unit`
+  best,         ///< the fastest for the operands but `vnni`, which for floats and doubles is `none`; see `best_unit`
   avx512_bf16,  ///< for bfloat16
-  amx           ///< tiles, for bfloat16, and on processors that have them for half
+  amx,          ///< tiles, for bfloat16, and on processors that have them for half
+  vnni          ///< four products of 8 bits at a time (AVX-512 VNNI): for float, bfloat16 and half, forward only
 };
 
 namespace detail {
@@ -85,7 +90,7 @@ struct options {
   double pooling_scale = 1;  ///< a factor on the scale of the weights of `last_query` pooling, at least 0; 1: the paper's
   double softcap = 0;        ///< a scaled score x becomes `softcap tanh(x / softcap)` before the softmax; 0: it stays
   std::optional<std::int64_t> first_position{};  ///< position of query 0; default: the last query is the last key
-  matrix_unit unit = matrix_unit::none;          ///< for operands that are all bfloat16 or all half, see `matrix_unit`
+  matrix_unit unit = matrix_unit::none;          ///< see `matrix_unit`
 };
 
 /// Who sees what by these options.
@@ -120,7 +125,7 @@ constexpr void for_each_option(Options& all, const F& f) {
 constexpr auto enumerators(pooling) { return std::array{"last_query", "mean", "max", "select"}; }
 constexpr auto enumerators(core_heads) { return std::array{"per_query_head", "per_kv_head"}; }
 constexpr auto enumerators(core_bias) { return std::array{"none", "entropy"}; }
-constexpr auto enumerators(matrix_unit) { return std::array{"none", "best", "avx512_bf16", "amx"}; }
+constexpr auto enumerators(matrix_unit) { return std::array{"none", "best", "avx512_bf16", "amx", "vnni"}; }
 
 /// The value of an option in words.
 template <class Option>

@@ -42,6 +42,7 @@ void call_gradient(const problem& p, const unit_arguments<Element>& a, const any
     local_attention_gradient(operands, of, from, to, p.options, run);
 }
 
+template void call(const problem&, const unit_arguments<float>&, const any_executor&);
 template void call(const problem&, const unit_arguments<Eigen::bfloat16>&, const any_executor&);
 template void call(const problem&, const unit_arguments<Eigen::half>&, const any_executor&);
 template void call_gradient(const problem&, const unit_arguments<Eigen::bfloat16>&, const any_executor&);

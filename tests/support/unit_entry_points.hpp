@@ -1,7 +1,7 @@
 #pragma once
 
-// Entry points and gradients of operands of 16 bits, with results of floats: the kernels, those of matrix units among them,
-// are compiled once, in unit_entry_points.cpp, for all tests of an instruction set.
+// Entry points of operands of float and of 16 bits, and gradients of the latter, with results of floats: the kernels, those of
+// matrix units among them, are compiled once, in unit_entry_points.cpp, for all tests of an instruction set.
 
 #include "gradient_entry_points.hpp"
 

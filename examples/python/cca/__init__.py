@@ -74,7 +74,7 @@ class Options(TypedDict, total=False):
     pooling_scale: float
     softcap: float
     first_position: int | None
-    unit: Literal["none", "best", "avx512_bf16", "amx"]
+    unit: Literal["none", "best", "avx512_bf16", "amx", "vnni"]
 
 
 class Terms(TypedDict, total=False):

@@ -176,7 +176,7 @@ ENUMS = {
     "pool": ("last_query", "mean", "max", "select"),
     "core_heads": ("per_query_head", "per_kv_head"),
     "core_bias": ("none", "entropy"),
-    "unit": ("none", "best", "avx512_bf16", "amx"),
+    "unit": ("none", "best", "avx512_bf16", "amx", "vnni"),
 }
 UNLIMITED = 2**63 - 1
 OPTIONS = [name for name, _ in Options._fields_[1:]]

@@ -62,7 +62,7 @@ enum cca_core_heads { CCA_CORES_PER_QUERY_HEAD, CCA_CORES_PER_KV_HEAD };
 /** `cca::core_bias` */
 enum cca_core_bias { CCA_CORE_BIAS_NONE, CCA_CORE_BIAS_ENTROPY };
 /** `cca::matrix_unit` */
-enum cca_matrix_unit { CCA_UNIT_NONE, CCA_UNIT_BEST, CCA_UNIT_AVX512_BF16, CCA_UNIT_AMX };
+enum cca_matrix_unit { CCA_UNIT_NONE, CCA_UNIT_BEST, CCA_UNIT_AVX512_BF16, CCA_UNIT_AMX, CCA_UNIT_VNNI };
 
 /** `cca::options`. New members come at the end; a program that was compiled without them gets their defaults. */
 typedef struct cca_options {

@@ -20,6 +20,7 @@ struct matrix_units {
   bool avx512_bf16 = false;
   bool amx_bf16 = false;
   bool amx_fp16 = false;
+  bool avx512_vnni = false;  ///< four products of bytes
 };
 
 #if defined(CCA_MATRIX_UNITS)
@@ -63,6 +64,9 @@ inline matrix_units find_matrix_units() {
   const auto has = [](unsigned bits, unsigned bit) { return (bits >> bit & 1u) != 0; };
   matrix_units found;
   found.avx512_bf16 = (saved & vectors) == vectors && has(features.ebx, 16) && has(more.eax, 5);
+  // All that the kernels use: AVX-512 F, BW and VNNI.
+  found.avx512_vnni =
+      (saved & vectors) == vectors && has(features.ebx, 16) && has(features.ebx, 30) && has(features.ecx, 11);
   if ((saved & tiles) == tiles && has(features.edx, 24) && request_tiles()) {
     found.amx_bf16 = has(features.edx, 22);
     found.amx_fp16 = has(more.eax, 21);

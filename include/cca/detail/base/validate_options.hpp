@@ -20,10 +20,18 @@ template <class Element>
 void require_unit(const options& options) {
   const matrix_unit unit = options.unit;
   if (unit == matrix_unit::none || unit == matrix_unit::best) return;
-  if (!is_unit_element<Element>)
+  if (unit == matrix_unit::vnni && std::is_same_v<compute_type<Element>, double>)
+    refuse("options.unit", {option_text(unit)}, {"none: integers stand for floats and 16-bit operands, not for doubles"});
+  if (unit != matrix_unit::vnni && !is_unit_element<Element>)
     refuse("options.unit", {option_text(unit)}, {"none: the operands are not all of the same 16-bit type"});
   if (!has_unit<Element>(unit))
     refuse("options.unit", {option_text(unit)}, {"best, or a unit that this processor has for the operands' type"});
+}
+
+/// Integers are forward only: gradients would take the weights of other scores than those of the output.
+inline void require_differentiable(const options& options) {
+  if (options.unit == matrix_unit::vnni)
+    refuse("options.unit", {option_text(options.unit)}, {"none, or a unit of 16 bits: integers have no gradients"});
 }
 
 [[noreturn, gnu::cold, gnu::noinline]] inline void refuse_enumerator(const char* option, int got,

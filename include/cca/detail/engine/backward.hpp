@@ -181,7 +181,7 @@ class backward {
         [&](std::int64_t b) { return lanes(results.query.length(b)); }, sharing_);
     T* slopes = memory.take<T>(stacks_);
     if (to.alibi_slopes.data == nullptr) slopes = nullptr;
-    with_product<Element, (of_elements<Element, std::remove_cvref_t<decltype(gradients.source)>> && ...)>(
+    with_gradient_product<Element, (of_elements<Element, std::remove_cvref_t<decltype(gradients.source)>> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
           const score_rule<T> scaled = Product::balances ? rule.balanced() : rule;
           run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
@@ -197,7 +197,7 @@ class backward {
 
   template <class F>
   [[nodiscard]] std::int64_t of_tile(const F& f) const {
-    return with_product<Element>(form_.unit, [&]<class Product>(std::type_identity<Product>) {
+    return with_gradient_product<Element>(form_.unit, [&]<class Product>(std::type_identity<Product>) {
       return f(std::type_identity<gradient_tile<Product>>{});
     });
   }

@@ -11,6 +11,7 @@
 #include "../../pooling.hpp"
 #include "../../tensor_view.hpp"
 #include "../base/numbers.hpp"
+#include "../base/refuse.hpp"
 #include "../base/scratch.hpp"
 #include "../context/sources.hpp"
 #include "../context/tasks.hpp"
@@ -27,7 +28,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 template <class Element, class F>
 decltype(auto) with_core_type(matrix_unit unit, const F& f) {
   if constexpr (is_unit_element<Element>)
-    if (chosen_unit<Element>(unit) != matrix_unit::none) return f(std::type_identity<Element>{});
+    if (unit != matrix_unit::vnni && chosen_unit<Element>(unit) != matrix_unit::none) return f(std::type_identity<Element>{});
   return f(std::type_identity<compute_type<Element>>{});
 }
 
@@ -37,6 +38,9 @@ template <class Element, class Query, class... Rows>
 forward<Element> plan(const sequences& all, const tensor_view<Query>& query, std::int64_t value_dim,
                       std::int64_t head_groups, const piece_form& pieces, bool staged, matrix_unit unit,
                       const execution& run, const Rows&... rows) {
+  constexpr std::int64_t most_of_bytes = 65536;  // their sums have 32 bits
+  if (unit == matrix_unit::vnni && query.dim() > most_of_bytes)
+    refuse("query", {"the dim ", query.dim()}, {"at most ", most_of_bytes, " with options.unit vnni"});
   const tile_form form{query.dim(), value_dim, chosen_unit<Element>(unit)};
   return {all, query.heads(), form, head_groups, pieces, staged, run.concurrency(), lengths_of(query), rows...};
 }

@@ -9,7 +9,6 @@
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
-#include "../softmax/lane_softmax.hpp"
 #include "../softmax/score_rule.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -49,7 +48,7 @@ class query_tile {
   static constexpr std::int64_t lanes = Product::lanes;
 
   static constexpr std::int64_t size(const tile_form& form) {
-    return Product::packed_size(form.dim) + form.value_dim * lanes + lane_softmax<number>::size(lanes);
+    return Product::packed_size(form.dim) + form.value_dim * lanes + Product::softmax::size(lanes);
   }
 
   /// Queries of a stack for `length` queries per head over `rows` of context: the more, the less memory traffic. Where
@@ -92,8 +91,8 @@ class query_tile {
               const Place& at) {
     Product::for_each_part(block.rows(), visible, count_, [&](const auto& part) {
       const score_block<number> scores = memory.scores(part);
-      const typename Product::weights weights(memory, part, scores);
-      Product::score(memory, block, part, call_.form, query_, scores, place == 0);
+      const typename Product::weights weights(memory, block, part, scores);
+      Product::score(memory, block, part, call_.form, *call_.rule, query_, scores, place == 0);
       call_.rule->apply(part, scores, at);
       softmax_.absorb(part, scores, weights);
       Product::add(memory, part, block.value_columns(part.rows.begin), call_.form.value_dim, weights.at,
@@ -131,7 +130,7 @@ class query_tile {
   tile_call<number> call_;
   std::int64_t count_;
   number *query_, *out_;
-  lane_softmax<number> softmax_;
+  typename Product::softmax softmax_;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

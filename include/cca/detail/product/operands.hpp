@@ -32,4 +32,50 @@ struct pair_rows {
   std::int64_t stride = 0;
 };
 
+// Operands of 8 bits, four at a time along what is added up: a signed byte of a row times an unsigned one of a lane.
+
+/// Four neighbouring bytes, the first in the lowest bits.
+using packed_quad = std::uint32_t;
+
+/// `n` rounded up to whole quads.
+[[nodiscard]] constexpr std::int64_t whole_quads(std::int64_t n) { return (n + 3) / 4 * 4; }
+
+/// Rows of keys, signed. `scale` turns the product of row `i` into numbers, `start[i]` is where its sum begins: queries are
+/// 128 more than they stand for.
+struct byte_keys {
+  const std::int8_t* data = nullptr;
+  std::int64_t stride = 0;
+  const float* scale = nullptr;
+  const std::int32_t* start = nullptr;
+};
+
+/// Queries in lanes, `[steps][stride]`, and what turns the product of a lane into numbers.
+struct byte_queries {
+  const packed_quad* data = nullptr;
+  std::int64_t stride = 0, steps = 0;
+  const float* scale = nullptr;
+};
+
+/// Where scores go, `[row][stride]`, and the largest `unit * score + exponent[row]` of each lane.
+struct byte_scores {
+  float* data = nullptr;
+  std::int64_t stride = 0;
+  float* maximum = nullptr;
+  const float* exponent = nullptr;
+  float unit = 1;
+};
+
+/// Columns of values, signed: row `d` holds element `d` of consecutive values.
+struct byte_columns {
+  const std::int8_t* data = nullptr;
+  std::int64_t stride = 0;
+};
+
+/// Weights in lanes, unsigned, four rows in a quad, `[rows / 4][stride]`; and what turns sums of each lane into numbers.
+struct byte_weights {
+  packed_quad* data = nullptr;
+  std::int64_t stride = 0;
+  float* share = nullptr;
+};
+
 }}}  // namespace cca::CCA_TARGET::detail

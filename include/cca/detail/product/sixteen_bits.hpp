@@ -18,6 +18,8 @@
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
+#include "../softmax/lane_softmax.hpp"
+#include "../softmax/score_rule.hpp"
 #include "multiply_pairs.hpp"
 #include "operands.hpp"
 #include "pairs.hpp"
@@ -49,6 +51,7 @@ struct sixteen_bits {
   using number = float;
   using element = Element;
   using shape = sixteen_bit_shape;
+  using softmax = lane_softmax<float>;
   using visible_lanes = whole_part::visible_lanes;
   using vector = vec<float>;
   static constexpr std::int64_t W = width<float>, lanes = shape::lanes;
@@ -192,7 +195,7 @@ struct sixteen_bits {
     static constexpr bool exact = false;
     packed_pair* at;
 
-    weights(const stack_memory& memory, const whole_part&, const score_block<float>&) : at(memory.weights) {}
+    weights(const stack_memory& memory, const staged_block&, const whole_part&, const score_block<float>&) : at(memory.weights) {}
 
     static CCA_INLINE vector exp2(vector x, const exp2_range<float>& range) { return exp2_rounded(x, range); }
     CCA_INLINE vector put(std::int64_t j, std::int64_t n, const vector (&weight)[2]) const {
@@ -234,7 +237,8 @@ struct sixteen_bits {
 
   /// As `vectors::score`.
   static void score(const stack_memory& memory, const staged_block& block, const whole_part& part,
-                    const tile_form& form, const float* packed, const score_block<float> to, bool first) {
+                    const tile_form& form, const score_rule<float>&, const float* packed, const score_block<float> to,
+                    bool first) {
     for (std::int64_t j = part.rows.begin; j < part.rows.end; j += chunk_rows) {
       for (std::int64_t i = j; first && i < j + chunk_rows; ++i) block.ask_behind(i);
       multiply<Element>(memory.unit, block.keys(j), {reinterpret_cast<const packed_pair*>(packed), lanes},

@@ -12,6 +12,8 @@
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
+#include "../softmax/lane_softmax.hpp"
+#include "../softmax/score_rule.hpp"
 #include "vector_rows.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -32,6 +34,7 @@ struct vectors {
   using number = T;
   using element = T;
   using shape = tile_shape<T>;
+  using softmax = lane_softmax<T>;
   using visible_lanes = lane_ranges<T>;
   static constexpr std::int64_t W = width<T>, lanes = shape::lanes;
   static constexpr bool balances = true;  ///< whether queries may carry a part of the scale
@@ -128,7 +131,7 @@ struct vectors {
     score_block<T> at;
 
     template <class Part>
-    weights(const stack_memory&, const Part&, const score_block<T>& scores) : at(scores) {}
+    weights(const stack_memory&, const staged_block&, const Part&, const score_block<T>& scores) : at(scores) {}
 
     static CCA_INLINE vec<T> exp2(vec<T> x, const exp2_range<T>& range) { return detail::exp2<T>(x, range); }
     CCA_INLINE void put(std::int64_t j, std::int64_t n, const vec<T> (&weight)[1]) const {
@@ -211,7 +214,7 @@ struct vectors {
   /// rows that follow: memory answers while the products run.
   template <class Part>
   static void score(const stack_memory&, const staged_block& block, const Part& part, const tile_form& form,
-                    const T* packed, const score_block<T>& to, bool first) {
+                    const score_rule<T>&, const T* packed, const score_block<T>& to, bool first) {
     constexpr std::int64_t N = Part::vectors;
     const row_span<T> keys = block.keys(part.rows.begin);
     const bool asks = first && (N > 1 || part.first == 0);  // vectors by themselves leave it to the first

@@ -29,14 +29,7 @@ class lane_softmax {
   static constexpr std::int64_t size(std::int64_t lanes) { return 4 * lanes; }
 
   lane_softmax(T* memory, std::int64_t lanes, const score_rule<T>& rule, int headroom)
-      : lanes_(lanes),
-        rule_(&rule),
-        headroom_(headroom),
-        maximum_(memory),
-        sum_(maximum_ + lanes),
-        stored_(sum_ + lanes),
-        rescale_(stored_ + lanes) {}
-
+      : lane_softmax(memory, lanes, rule, headroom, rule.unit_in_base_2()) {}
   void begin() {
     fill(maximum_, sum_, -infinity<T>);
     fill(sum_, rescale_, T(0));
@@ -81,11 +74,49 @@ class lane_softmax {
     return rule_->log(total(i), of.b, of.head_of(i), of.query_of(i));
   }
 
+ protected:
+  /// Maxima count `unit` each, in base 2.
+  lane_softmax(T* memory, std::int64_t lanes, const score_rule<T>& rule, int headroom, T unit)
+      : lanes_(lanes),
+        rule_(&rule),
+        headroom_(headroom),
+        unit_(unit),
+        maximum_(memory),
+        sum_(maximum_ + lanes),
+        stored_(sum_ + lanes),
+        rescale_(stored_ + lanes) {}
+
+  /// Raises the maxima of the lanes from `lane` on, and says how much they shrink by. Returns what weights are relative to: a
+  /// lane that has seen nothing has the maximum -inf, and -inf - 0 is -inf where -inf - -inf were NaN.
+  CCA_INLINE vec<T> raise(std::int64_t lane, vec<T> maximum) const {
+    const vec<T> old = vec<T>::load_aligned(maximum_ + lane);
+    const vec<T> raised = (xsimd::max)(old, maximum);
+    const vec<T> base = or_zero(raised);
+    raised.store_aligned(maximum_ + lane);
+    exp2<T>((old - base) * vec<T>(unit_)).store_aligned(rescale_ + lane);
+    return base;
+  }
+
+  /// A maximum, 0 where there is none.
+  static CCA_INLINE vec<T> or_zero(vec<T> maximum) {
+    return xsimd::select(maximum == vec<T>(-infinity<T>), vec<T>(T(0)), maximum);
+  }
+
+  /// Adds what a part gave to the sums of the weights and of those stored, from `lane` on.
+  CCA_INLINE void add(std::int64_t lane, vec<T> sum, vec<T> stored) const {
+    const vec<T> rescale = vec<T>::load_aligned(rescale_ + lane);
+    fma<T>(vec<T>::load_aligned(sum_ + lane), rescale, sum).store_aligned(sum_ + lane);
+    fma<T>(vec<T>::load_aligned(stored_ + lane), rescale, stored).store_aligned(stored_ + lane);
+  }
+
+  [[nodiscard]] const score_rule<T>& rule() const { return *rule_; }
+  [[nodiscard]] int headroom() const { return headroom_; }
+
  private:
   /// What lane `i` has seen, in base 2.
   [[nodiscard]] exponential_sum<T> total(std::int64_t i) const {
     if (sum_[i] == T(0)) return {};
-    return {product(maximum_[i], rule_->unit_in_base_2()), detail::ldexp(sum_[i], headroom_)};
+    return {product(maximum_[i], unit_), detail::ldexp(sum_[i], headroom_)};
   }
 
   /// The same of `N` vectors of the part, from `first` on.
@@ -93,12 +124,12 @@ class lane_softmax {
   CCA_INLINE void absorb_vectors(std::int64_t first, const Part& part, const score_block<T> scores,
                                  const Weights weights) {
     constexpr std::int64_t R = Weights::rows_at_once;
-    const vec<T> unit(rule_->unit_in_base_2());
+    const vec<T> unit(unit_);
     const exp2_range<T> range(headroom_);
     const std::int64_t lane = (part.first + first) * W, count = part.rows.size();
     vec<T> base[extent(N)], sum[extent(N)], stored[extent(N)];
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
-      base[n] = raise(lane + n * W, vec<T>::load_aligned(scores.maximum + (first + n) * W), unit);
+      base[n] = raise(lane + n * W, vec<T>::load_aligned(scores.maximum + (first + n) * W));
       sum[n] = stored[n] = vec<T>(T(0));
     });
     for (std::int64_t j = 0; j < count; j += R)
@@ -114,31 +145,14 @@ class lane_softmax {
         else
           stored[n] += weights.put(j, first + n, weight);
       });
-    unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
-      const vec<T> rescale = vec<T>::load_aligned(rescale_ + lane + n * W);
-      add(sum_ + lane + n * W, rescale, sum[n]);
-      add(stored_ + lane + n * W, rescale, Weights::exact ? sum[n] : stored[n]);
-    });
-  }
-
-  /// Raises the maxima of the lanes from `lane` on, and says how much they shrink by. Returns what weights are relative to: a
-  /// lane that has seen nothing has the maximum -inf, and -inf - 0 is -inf where -inf - -inf were NaN.
-  CCA_INLINE vec<T> raise(std::int64_t lane, vec<T> maximum, vec<T> unit) const {
-    const vec<T> old = vec<T>::load_aligned(maximum_ + lane);
-    const vec<T> raised = (xsimd::max)(old, maximum);
-    const vec<T> base = xsimd::select(raised == vec<T>(-infinity<T>), vec<T>(T(0)), raised);
-    raised.store_aligned(maximum_ + lane);
-    exp2<T>((old - base) * unit).store_aligned(rescale_ + lane);
-    return base;
-  }
-
-  static CCA_INLINE void add(T* sum, vec<T> rescale, vec<T> more) {
-    fma<T>(vec<T>::load_aligned(sum), rescale, more).store_aligned(sum);
+    unroll<N>([&](auto n)
+                  CCA_INLINE_LAMBDA { add(lane + n * W, sum[n], Weights::exact ? sum[n] : stored[n]); });
   }
 
   std::int64_t lanes_;
   const score_rule<T>* rule_;
   int headroom_;
+  T unit_;
   T *maximum_, *sum_, *stored_, *rescale_;
 };
 

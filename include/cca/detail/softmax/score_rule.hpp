@@ -53,6 +53,9 @@ struct score_rule {
   /// The scaled `q . k` of a score of 1.
   [[nodiscard]] T score_unit() const { return scale == T(0) ? T(1) : detail::ldexp(magnitude(scale), -exponent); }
 
+  /// Whether logits are more than scores times a unit.
+  [[nodiscard]] bool shapes() const { return softcap != T(0) || shifts(); }
+
   [[nodiscard]] bool has_sinks() const { return sink_logits.data != nullptr; }
   /// The sink of query `i` of head `h` of sequence `b` as a sum of exponentials; nothing where there are none.
   [[nodiscard]] exponential_sum<T> sink_sum(std::int64_t b, std::int64_t h, std::int64_t i) const {
@@ -119,9 +122,6 @@ struct score_rule {
   }
 
  private:
-  /// Whether logits are more than scores times a unit.
-  [[nodiscard]] bool shapes() const { return softcap != T(0) || shifts(); }
-
   /// What a score is before it is shifted: `x = unit * score`, then the softcap.
   struct logit_of {
     T unit, softcap, inverse_softcap;

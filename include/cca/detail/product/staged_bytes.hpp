@@ -1,0 +1,179 @@
+#pragma once
+
+#include <cstdint>
+
+#include "../../partition.hpp"
+#include "../base/numbers.hpp"
+#include "../context/row_span.hpp"
+#include "../context/source.hpp"
+#include "../simd/convert.hpp"
+#include "../simd/register_block.hpp"
+#include "../simd/simd.hpp"
+#include "../simd/transpose.hpp"
+#include "../softmax/scaled_softmax.hpp"
+#include "byte_rows.hpp"
+#include "operands.hpp"
+
+namespace cca { inline namespace CCA_TARGET { namespace detail {
+
+/// A block of keys and values in 8 bits, keys as rows and values as columns, made once for all tiles of a stack. Rows are
+/// padded to whole quads with zeros, which begin at multiples of 4. Rows that are not finite are zeros, too: whoever
+/// multiplies adds them to the lanes that see them.
+class staged_bytes {
+  /// Bytes of a row, and quads of rows that are transposed at once.
+  static constexpr std::int64_t row_bytes(std::int64_t dim) { return (dim + 15) / 16 * 16; }
+  static constexpr std::int64_t quads_at_once = 16;
+
+ public:
+  /// The first row of the quad that holds row `j`.
+  [[nodiscard]] static constexpr std::int64_t quad_begin(std::int64_t j) { return j - j % 4; }
+
+  /// Columns of values from row `j` of a block on, where a quad begins.
+  struct columns_from {
+    const staged_bytes* of;
+    std::int64_t j;
+  };
+
+  /// Scratch floats for blocks of `rows` rows, whole quads.
+  static constexpr std::int64_t size(const tile_form& form, std::int64_t rows, bool) {
+    return rows / 4 * (row_bytes(form.dim) + row_bytes(form.value_dim)) + 4 * rows +
+           (quads_at_once + 1) * row_bytes(form.value_dim);
+  }
+
+  staged_bytes(float* scratch, const tile_form& form, std::int64_t rows)
+      : form_(form),
+        most_(rows),
+        key_scale_(scratch),
+        exponent_(key_scale_ + rows),
+        inverse_(exponent_ + rows),
+        start_(reinterpret_cast<std::int32_t*>(inverse_ + rows)),
+        keys_(reinterpret_cast<std::int8_t*>(start_ + rows)),
+        columns_(reinterpret_cast<packed_quad*>(keys_ + rows * row_bytes(form.dim))),
+        interleaved_(columns_ + rows / 4 * row_bytes(form.value_dim)),
+        quad_(reinterpret_cast<std::int8_t*>(interleaved_ + quads_at_once * row_bytes(form.value_dim))) {}
+
+  /// Takes in the rows `rows` of a head, which the rows from `following` on follow.
+  template <class Key, class Value>
+  void stage(const context_rows<Key, Value>& head, range rows, std::int64_t following) {
+    rows_ = rows;
+    following_ = following - rows.begin;
+    key_memory_ = as_bytes(head.key, head.key_stride);
+    value_memory_ = as_bytes(head.value, head.value_stride);
+    key_size_ = form_.dim * static_cast<std::int64_t>(sizeof(Key));
+    value_size_ = form_.value_dim * static_cast<std::int64_t>(sizeof(Value));
+    infinite_keys_ = infinite_values_ = {};
+    key_rows_ = {head.key, head.key_stride, form_.dim};
+    value_rows_ = {head.value, head.value_stride, form_.value_dim};
+    const std::int64_t begin = quad_begin(rows.begin), bytes = row_bytes(form_.value_dim);
+    for (std::int64_t j = begin; j < rows.end; j += 4) {
+      for (std::int64_t r = 0; r < 4; ++r) {
+        if (rows.contains(j + r))
+          stage_row(head, j + r, quad_ + r * bytes);
+        else
+          clear_row(j + r, quad_ + r * bytes);
+      }
+      const std::int64_t quad = (j - begin) / 4, place = quad % quads_at_once;
+      interleave_quads(quad_, bytes, interleaved_ + place * bytes);
+      if (place + 1 == quads_at_once || j + 4 >= rows.end)
+        transpose(interleaved_, bytes, columns_ + quad - place, most_ / 4, place + 1, form_.value_dim);
+    }
+  }
+
+  [[nodiscard]] range rows() const { return rows_; }
+
+  /// @{
+  /// From row `j` on, where a quad begins.
+  [[nodiscard]] byte_keys keys(std::int64_t j) const {
+    const std::int64_t i = place_of(j);
+    return {keys_ + i * row_bytes(form_.dim), row_bytes(form_.dim), key_scale_ + i, start_ + i};
+  }
+  [[nodiscard]] columns_from value_columns(std::int64_t j) const { return {this, j}; }
+  [[nodiscard]] byte_columns columns(std::int64_t j) const {
+    return {reinterpret_cast<const std::int8_t*>(columns_ + place_of(j) / 4), most_};
+  }
+  [[nodiscard]] scaled_rows value_scales(std::int64_t j) const {
+    return {exponent_ + place_of(j), inverse_ + place_of(j)};
+  }
+  /// @}
+
+  /// As in `vectors`.
+  CCA_INLINE void ask_behind(std::int64_t j) const {
+    prefetch_row(key_memory_, j + following_, key_size_);
+    prefetch_row(value_memory_, j + following_, value_size_);
+  }
+
+  /// @{
+  /// Whether any of these rows is left out, and calls `f(j, d, x)` for the elements of those that are.
+  [[nodiscard]] bool has_infinite_keys(range rows) const { return !intersection(rows, infinite_keys_).empty(); }
+  template <class F>
+  void for_each_infinite_key(range rows, const F& f) const {
+    for_each_infinite(intersection(rows, infinite_keys_), key_rows_, f);
+  }
+  template <class F>
+  void for_each_infinite_value(range rows, const F& f) const {
+    for_each_infinite(intersection(rows, infinite_values_), value_rows_, f);
+  }
+  /// @}
+
+ private:
+  [[nodiscard]] std::int64_t place_of(std::int64_t j) const { return j - quad_begin(rows_.begin); }
+
+  template <class Element>
+  static row_span<std::int8_t> as_bytes(const Element* rows, std::int64_t stride) {
+    return {reinterpret_cast<const std::int8_t*>(rows), stride * static_cast<std::int64_t>(sizeof(Element))};
+  }
+
+  template <class F>
+  static void for_each_infinite(range some, const float_rows& rows, const F& f) {
+    for (std::int64_t j = some.begin; j < some.end; ++j)
+      rows.for_each_of_infinite(j, [&](std::int64_t d, float x) { f(j, d, x); });
+  }
+
+  template <class Key, class Value>
+  void stage_row(const context_rows<Key, Value>& head, std::int64_t j, std::int8_t* value_bytes) {
+    constexpr float least_key = 0x1p-100f, least_value = 0x1p-64f;
+    const std::int64_t i = place_of(j);
+    const Key* key = head.key + j * head.key_stride;
+    const byte_scale of_key = scale_of(key, form_.dim, least_key);
+    key_scale_[i] = of_key.scale;
+    start_[i] = -128 * put_row(key, form_.dim, of_key, keys_ + i * row_bytes(form_.dim));
+    if (!of_key.finite) infinite_keys_ = hull(infinite_keys_, {j, j + 1});
+
+    const Value* value = head.value + j * head.value_stride;
+    const byte_scale of_value = scale_of(value, form_.value_dim, least_value);
+    exponent_[i] = detail::log2(of_value.scale);
+    inverse_[i] = 1.0f / (255.0f * of_value.scale);
+    put_row(value, form_.value_dim, of_value, value_bytes);
+    if (!of_value.finite) infinite_values_ = hull(infinite_values_, {j, j + 1});
+  }
+
+  void clear_row(std::int64_t j, std::int8_t* value_bytes) {
+    const std::int64_t i = place_of(j);
+    key_scale_[i] = exponent_[i] = inverse_[i] = 0.0f;
+    start_[i] = 0;
+    fill_n(keys_ + i * row_bytes(form_.dim), row_bytes(form_.dim), std::int8_t{0});
+    fill_n(value_bytes, row_bytes(form_.value_dim), std::int8_t{0});
+  }
+
+  /// Returns the sum of the bytes. Those behind the row are zeros.
+  template <class Element>
+  static std::int32_t put_row(const Element* row, std::int64_t dim, const byte_scale& as, std::int8_t* to) {
+    const std::int64_t written = as.finite ? padded<float>(dim) : 0;
+    fill(to + written, to + row_bytes(dim), std::int8_t{0});
+    return as.finite ? put_bytes(row, dim, as.factor(), to) : 0;
+  }
+
+  tile_form form_;
+  std::int64_t most_;
+  float *key_scale_, *exponent_, *inverse_;
+  std::int32_t* start_;
+  std::int8_t* keys_;
+  packed_quad *columns_, *interleaved_;
+  std::int8_t* quad_;
+  range rows_, infinite_keys_, infinite_values_;
+  float_rows key_rows_, value_rows_;
+  row_span<std::int8_t> key_memory_, value_memory_;
+  std::int64_t key_size_ = 0, value_size_ = 0, following_ = 0;
+};
+
+}}}  // namespace cca::CCA_TARGET::detail
