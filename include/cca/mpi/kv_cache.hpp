@@ -180,7 +180,7 @@ class kv_cache : private detail::cache_share<Element, Core> {
     if (in.query.has_lengths() || in.key.has_lengths())
       detail::refuse("query", {"lengths per sequence"}, {"as many tokens for each"});
     detail::require_extents(in.query, {shape_.batch, shape_.heads, tokens, shape_.dim});
-    detail::require_key_value(in.query, in.key, in.value);
+    detail::require_key_value(in.query, in);
     detail::require_extents(in.key, {shape_.batch, shape_.kv_heads, tokens, shape_.dim});
     detail::require_extents(in.value, {shape_.batch, shape_.kv_heads, tokens, shape_.value_dim});
     detail::require_sink_logits(in.query, in.sink_logits);
@@ -197,7 +197,7 @@ class kv_cache : private detail::cache_share<Element, Core> {
       if (over.tokens.length(q) != tokens)
         detail::refuse("layout", {over.tokens.length(q), " tokens in sequence ", q}, {tokens, ", as in sequence 0"});
     detail::require_operand(in.query);
-    detail::require_key_value(in.query, in.key, in.value);
+    detail::require_key_value(in.query, in);
     const std::int64_t segments = over.tokens.segments_of(ranks_->rank()).size();
     detail::require_extents(in.query, {segments, shape_.heads, in.query.length(), shape_.dim});
     detail::require_extents(in.key, {segments, shape_.kv_heads, in.key.length(), shape_.dim});
