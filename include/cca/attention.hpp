@@ -160,10 +160,10 @@ void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey,
     const auto far_rows = detail::named(context);
     detail::require_options<detail::product_type<Query, Key, Value, FarKey, FarValue>>(options);
     detail::require_attend(views, far_rows, options, sizeof(T));
-    detail::require_results(views, in.value.dim(), detail::named(to),
-                            {far_rows.key, far_rows.value, far_rows.seen, far_rows.bias, far_rows.positions,
-                             far_rows.visible_from, far_rows.visible_until, far_rows.blocks, far_rows.key_scales,
-                             far_rows.value_scales});
+    detail::require_results(
+        views, in.value.dim(), detail::named(to),
+        {far_rows.key, far_rows.value, far_rows.seen, far_rows.bias, far_rows.positions, far_rows.visible_from,
+         far_rows.visible_until, far_rows.blocks, far_rows.key_scales, far_rows.value_scales});
 
     const auto forward = detail::attend_plan(in, context, options, run);
     detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size");

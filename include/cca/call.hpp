@@ -69,10 +69,11 @@ constexpr bool check_elements() {
 /// The same of rows of keys and values, which may have scales.
 template <class... Elements>
 constexpr bool check_rows() {
-  static_assert(((is_q8<Elements> || is_element<std::remove_const_t<Elements>>) && ...),
-                "cca: elements are float, double, Eigen::bfloat16 or Eigen::half. View the bits of bf16 numbers in "
-                "std::uint16_t as reinterpret_cast<const Eigen::bfloat16*>(bits). Those of keys and values may be cca::q8, "
-                "too, with a scale per row");
+  static_assert(
+      ((is_q8<Elements> || is_element<std::remove_const_t<Elements>>)&&...),
+      "cca: elements are float, double, Eigen::bfloat16 or Eigen::half. View the bits of bf16 numbers in "
+      "std::uint16_t as reinterpret_cast<const Eigen::bfloat16*>(bits). Those of keys and values may be cca::q8, "
+      "too, with a scale per row");
   return true;
 }
 

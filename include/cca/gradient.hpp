@@ -264,8 +264,8 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
                      const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from, const gradients<T>& to,
                      const options& options = {}, const execution& run = {}) {
   using Number = compute_type<Query, Key, Value, FarKey, FarValue>;
-  if constexpr (detail::check_differentiable<Key, Value, FarKey, FarValue>() &&
-                detail::check_numbers<Number, Sink>() && detail::check_gradients<Number, T>()) {
+  if constexpr (detail::check_differentiable<Key, Value, FarKey, FarValue>() && detail::check_numbers<Number, Sink>() &&
+                detail::check_gradients<Number, T>()) {
     const auto views = detail::named(in);
     const auto far_rows = detail::named(context);
     const auto read = detail::named(of, from);

@@ -124,8 +124,7 @@ class kv_cache {
   /// Of views, without log-sum-exps.
   template <detail::view_or_mistaken Query, class Key, class Value, class Out>
   void attend(const Query& query, const Key& key, const Value& value, const Out& out, const execution& run = {}) {
-    if constexpr (detail::check_views<Query, Key, Value, Out>())
-      attend(inputs{query, key, value}, results{out}, run);
+    if constexpr (detail::check_views<Query, Key, Value, Out>()) attend(inputs{query, key, value}, results{out}, run);
   }
 
   /// The same for sequence `b` alone: the views' batch is 1. So sequences grow to different lengths.
@@ -220,8 +219,8 @@ class kv_cache {
   static constexpr bool check_tokens() {
     constexpr bool taken = detail::takes_tokens<Element, Key, Value>;
     static_assert(taken,
-                  "cca: keys and values have the cache's element type: attention sees them as it keeps them. Where that is "
-                  "q8 they may be float, Eigen::bfloat16 or Eigen::half as well");
+                  "cca: keys and values have the cache's element type, which for q8 may be rounded from float, "
+                  "Eigen::bfloat16 or Eigen::half: attention sees them as it keeps them");
     return taken;
   }
 

@@ -201,8 +201,7 @@ struct cache_file {
       copy_n(reinterpret_cast<const bias*>(core_biases.data()) + h * biases, biases, sequence.biases.key(h, 0));
     for (std::int64_t h = 0; h < shape.kv_heads && sinks > 0; ++h)
       sequence.sinks.copy_rows(h, 0, sink_rows.of_head(h, shape), sinks);
-    if (!held.empty())
-      sequence.raw.write(held, [&](std::int64_t h) { return raw_rows.of_head(h, shape); });
+    if (!held.empty()) sequence.raw.write(held, [&](std::int64_t h) { return raw_rows.of_head(h, shape); });
     sequence.length = length;
     sequence.oldest = oldest;
     cache.held_.add(std::move(sequence));

@@ -88,7 +88,8 @@ void pool(const inputs<Query, Key, Value, Sink>& in, const cores<CoreKey, CoreVa
   detail::require_output(core_key);
   detail::require_output(core_value);
   detail::require_cores(views, core_key, core_value, options);
-  detail::require_apart({core_key, core_value}, {views.query, views.key, views.value, views.key_scales, views.value_scales});
+  detail::require_apart({core_key, core_value},
+                        {views.query, views.key, views.value, views.key_scales, views.value_scales});
 
   const auto plan = detail::plan_pooling<T>(in, options, run);
   detail::scratch memory(run.workspace(), plan.bytes(), "workspace_size");

@@ -88,7 +88,7 @@ class converter {
   template <class Query, class Key, class Value, class Sink>
   [[nodiscard]] operands<Scalar> operator()(const inputs<Query, Key, Value, Sink>& in) {
     return {(*this)(in.query),       rows(in.key, in.key_scales), rows(in.value, in.value_scales),
-            (*this)(in.sink_logits), (*this)(in.alibi_slopes), (*this)(in.key_bias)};
+            (*this)(in.sink_logits), (*this)(in.alibi_slopes),    (*this)(in.key_bias)};
   }
   template <class Key, class Value, class Bias>
   [[nodiscard]] far_operands<Scalar> operator()(const far_context<Key, Value, Bias>& context) {
@@ -110,7 +110,8 @@ class converter {
  private:
   /// Rows of 8 bits are their elements times their scales.
   template <class T>
-  tensor_view<const Scalar> rows(const tensor_view<const T>& elements, [[maybe_unused]] const lse_view<const float>& scales) {
+  tensor_view<const Scalar> rows(const tensor_view<const T>& elements,
+                                 [[maybe_unused]] const lse_view<const float>& scales) {
     const tensor_view<const Scalar> all = (*this)(elements);
     if constexpr (cca::detail::is_q8<T>) {
       if (elements.data == nullptr) return all;

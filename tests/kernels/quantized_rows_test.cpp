@@ -159,8 +159,9 @@ TEST(QuantizedRows, AreAsGoodAsTheTextbookOfTheirNumbers) {
       const quantized_operands o(s, random, [&] {
         return draw(random, 0, 9) == 0 ? 0.0f : least * static_cast<float>(draw(random, 1000, 3000)) * 1e-3f;
       });
-      rule.add(attention_of(s, o.rows(), {}),
-               [&]<class Scalar>() { return reference::attention<Scalar>(o.rows(), options{}); }, describe(s));
+      rule.add(
+          attention_of(s, o.rows(), {}),
+          [&]<class Scalar>() { return reference::attention<Scalar>(o.rows(), options{}); }, describe(s));
     }
   EXPECT_TRUE(rule.holds());
 }
@@ -322,8 +323,8 @@ TEST(Quantize, HoldsNumbersOfAnySize) {
 }
 
 TEST(Quantize, MakesARowThatIsNotFiniteNaN) {
-  for (const float bad : {not_a_number, -not_a_number, std::numeric_limits<float>::infinity(),
-                          -std::numeric_limits<float>::infinity()})
+  for (const float bad :
+       {not_a_number, -not_a_number, std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()})
     for (const std::size_t place : {0u, 3u, 40u}) {
       std::vector<float> row(41, 1.0f);
       row[place] = bad;

@@ -31,7 +31,9 @@ void round_rows_to(tensor_view<Scalar> rows) {
       for (Scalar* x = begin; x < end; ++x) largest = std::max(largest, std::fabs(static_cast<float>(*x)));
       const float scale = largest / 127;
       for (Scalar* x = begin; x < end; ++x)
-        *x = scale == 0 ? 0 : static_cast<Scalar>(std::nearbyint(static_cast<float>(*x) / scale)) * static_cast<Scalar>(scale);
+        *x = scale == 0
+                 ? 0
+                 : static_cast<Scalar>(std::nearbyint(static_cast<float>(*x) / scale)) * static_cast<Scalar>(scale);
     } else {
       for (Scalar* x = begin; x < end; ++x) *x = static_cast<Scalar>(static_cast<Element>(*x));
     }
@@ -266,9 +268,8 @@ class cache_life {
              (static_cast<std::size_t>(setup_.shape.dim + setup_.value_dim()) * sizeof(Row) + scales);
     };
     const std::size_t biases = detail::has_core_biases(setup_.options) ? static_cast<std::size_t>(core_rows) : 0;
-    EXPECT_EQ(cache_.bytes(),
-              bytes(core_rows, std::type_identity<Core>{}) + biases * sizeof(compute_type<T>) +
-                  bytes(raw_rows, std::type_identity<Element>{}));
+    EXPECT_EQ(cache_.bytes(), bytes(core_rows, std::type_identity<Core>{}) + biases * sizeof(compute_type<T>) +
+                                  bytes(raw_rows, std::type_identity<Element>{}));
     EXPECT_GE(cache_.allocated_bytes(), cache_.bytes());
     EXPECT_EQ(cache_.shape().capacity, setup_.shape.capacity);
     EXPECT_EQ(cache_.shape().batch, setup_.shape.batch);

@@ -89,7 +89,8 @@ inline void require_scales(const named_view& rows, const named_view& scales) {
     if (given(scales)) refuse(scales.name, {scales.extents()}, {"none: ", rows.name, " has no elements of 8 bits"});
     return;
   }
-  if (!given(scales) && !rows.empty()) refuse(scales.name, {"none"}, {"a scale for each row of ", rows.name, ", of 8 bits"});
+  if (!given(scales) && !rows.empty())
+    refuse(scales.name, {"none"}, {"a scale for each row of ", rows.name, ", of 8 bits"});
   if (!given(scales)) return;
   require_operand(scales);
   require_shape(scales, rows.heads(), 1, rows);

@@ -16,10 +16,10 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// Whether a cache of `Element` takes tokens of these elements: its own, or numbers that it rounds to rows of 8 bits.
 template <class Element, class Key, class Value>
-inline constexpr bool takes_tokens =
-    (std::is_same_v<Key, Element> && std::is_same_v<Value, Element>) ||
-    (is_q8<Element> && (std::is_same_v<Key, float> || is_unit_element<Key>) &&
-     (std::is_same_v<Value, float> || is_unit_element<Value>));
+inline constexpr bool takes_tokens = (std::is_same_v<Key, Element> && std::is_same_v<Value, Element>) ||
+                                     (is_q8<Element> &&
+                                      (std::is_same_v<Key, float> ||
+                                       is_unit_element<Key>)&&(std::is_same_v<Value, float> || is_unit_element<Value>));
 
 /// The new tokens of a step as a cache of `Element` keeps them. Numbers that become rows of 8 bits are rounded first of
 /// all, in scratch memory: what is pooled, attended to and kept is the same, so that answers do not depend on how a

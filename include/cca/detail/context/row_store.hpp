@@ -43,7 +43,9 @@ class row_store {
   /// @{
   /// The scale of a row of 8 bits; of others there are none, null.
   [[nodiscard]] float* key_scale(std::int64_t head, std::int64_t row) const { return scale(key_scales_, head, row); }
-  [[nodiscard]] float* value_scale(std::int64_t head, std::int64_t row) const { return scale(value_scales_, head, row); }
+  [[nodiscard]] float* value_scale(std::int64_t head, std::int64_t row) const {
+    return scale(value_scales_, head, row);
+  }
   /// @}
 
   /// The rows of a head from row `first` on.

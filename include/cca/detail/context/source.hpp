@@ -192,7 +192,7 @@ inline constexpr bool of_elements<Element, source_ref<Element, Element, Bias>> =
 /// The rows of a head of two views of extents `[batch, heads, length, dim]`, whose elements are numbers.
 template <class Key, class Value>
 auto rows_of(const tensor_view<Key>& key, const tensor_view<Value>& value, std::int64_t b, std::int64_t h) {
-  static_assert(!is_q8<Key> && !is_q8<Value>, "they have scales");
+  static_assert(!is_q8<Key> && !is_q8<Value>, "cca: rows of 8 bits have scales, which this call does not take");
   return context_rows<std::remove_const_t<Key>, std::remove_const_t<Value>>{key.row(b, h, 0), key.stride[2],
                                                                             value.row(b, h, 0), value.stride[2]};
 }
@@ -220,6 +220,7 @@ auto view_source(const row_views<Key, Value>& of, Visible visible, Terms terms) 
 }
 template <class Key, class Value, class Visible, class Terms>
 auto view_source(tensor_view<Key> key, tensor_view<Value> value, Visible visible, Terms terms) {
+  static_assert(!is_q8<Key> && !is_q8<Value>, "cca: rows of 8 bits have scales, which this call does not take");
   return view_source(row_views<std::remove_const_t<Key>, std::remove_const_t<Value>>{key, value}, visible, terms);
 }
 

@@ -211,10 +211,10 @@ void add_group_gradients(const pool_heads& heads, const Groups& groups, const Fi
     const std::int64_t sharing = heads.query_heads / heads.core_heads;
     group_rows<T> group(memory.workers[worker], dim, value_dim, forward_rule);
     group.clear();
-    const auto [grad_key, grad_value, grad_bias] = grad_core(b, h, c);
-    copy_n(grad_key, dim, group.grad_core.key);
-    copy_n(grad_value, value_dim, group.grad_core.value);
-    if (grad_bias != nullptr) group.grad_bias = *grad_bias;
+    const auto grad = grad_core(b, h, c);
+    copy_n(grad.key, dim, group.grad_core.key);
+    copy_n(grad.value, value_dim, group.grad_core.value);
+    if (grad.bias != nullptr) group.grad_bias = *grad.bias;
     if (uses_query(options.pool))
       load_mean_query(group, h, sharing, [&](std::int64_t q) { return query_row(b, q, tokens.end - 1); });
     Pooling(group).differentiate(rows(b, kv_head), grad_rows(b, kv_head), shifted(tokens, -first(b)));

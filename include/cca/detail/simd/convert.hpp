@@ -10,8 +10,8 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-// Elements of 16 and of 8 bits are converted many at a time, those of 16 by their bits; other types by `static_cast`, one after the other. Never by
-// Eigen's own functions: units of different flags would share them, see detail/base/target.hpp.
+// Elements of 16 bits are converted by their bits, those of 8 as integers, many at a time; other types by `static_cast`, one
+// after the other. Never by Eigen's own functions: units of different flags would share them, see detail/base/target.hpp.
 
 /// The upper half of a float.
 CCA_INLINE float float_of_bfloat16(std::uint16_t bits) {
@@ -92,8 +92,8 @@ template <class T, class Element>
 inline constexpr bool loads_as = std::is_same_v<Element, T> ||
                                  (std::is_same_v<T, float> && widens_in_registers<Element>);
 
-/// `width<T>` elements from `from` on, those of 8 bits without their scale. A bfloat16 takes one shuffle that puts it over zeros: widening and shifting would be
-/// two operations, on the units that shuffle and shift.
+/// `width<T>` elements from `from` on, those of 8 bits without their scale. A bfloat16 takes one shuffle that puts it over
+/// zeros: widening and shifting would be two operations, on the units that shuffle and shift.
 template <class T, class Element>
 CCA_INLINE vec<T> load_as(const Element* from) {
   static_assert(loads_as<T, Element>);
@@ -101,7 +101,9 @@ CCA_INLINE vec<T> load_as(const Element* from) {
 #if defined(__AVX512BW__)
   if constexpr (is_q8<Element>)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-  [[maybe_unused]] const auto load = [from]() CCA_INLINE_LAMBDA { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); };
+  [[maybe_unused]] const auto load = [from]() CCA_INLINE_LAMBDA {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  };
   if constexpr (is_bfloat16<Element>) {
     // Word 16 is the first of the upper half, which is zeros.
     const __m512i element = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -112,7 +114,9 @@ CCA_INLINE vec<T> load_as(const Element* from) {
 #elif defined(__AVX2__) && defined(__F16C__)
   if constexpr (is_q8<Element>)
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-  [[maybe_unused]] const auto load = [from]() CCA_INLINE_LAMBDA { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); };
+  [[maybe_unused]] const auto load = [from]() CCA_INLINE_LAMBDA {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  };
   if constexpr (is_bfloat16<Element>) {
     constexpr char z = -1;                                                                  // a zero
     const __m256i place = _mm256_setr_epi8(z, z, 0, 1, z, z, 2, 3, z, z, 4, 5, z, z, 6, 7,  //
@@ -135,7 +139,8 @@ CCA_INLINE vec<T> load_as(const Element* from, std::int64_t n) {
   }
 }
 
-/// `to[i] = from[i]` for i in `[0, count)`, across element types, those of 8 bits without their scale. Exact where `To` is wider; otherwise rounded to nearest.
+/// `to[i] = from[i]` for i in `[0, count)`, across element types, those of 8 bits without their scale. Exact where `To` is
+/// wider; otherwise rounded to nearest.
 template <class From, class To>
 void convert(const From* from, std::int64_t count, To* to) {
   std::int64_t i = 0;
