@@ -444,7 +444,7 @@ TEST(DispatchCache, ComputesInDouble) {
 }
 
 /// Scales go through to who refuses them beside floats.
-TEST(Dispatch, PassesScalesOver) {
+TEST(DispatchCall, PassesScalesOver) {
   const tensor<float> rows({1, 1, 3, 4});
   tensor<float> out({1, 1, 3, 4});
   const tensor<float, 3> scales({1, 1, 3});

@@ -85,15 +85,16 @@ template <class T, class Element>
 template <class T, class Element>
 [[nodiscard]] row_span<T> stage_numbers(const Element* from, std::int64_t stride, [[maybe_unused]] row_scales scales,
                                         std::int64_t dim, std::int64_t count, T* buffer) {
-  if constexpr (is_q8<Element>)
-    for (std::int64_t i = 0; i < count; ++i) {
-      convert(from + i * stride, dim, buffer + i * dim);
-      const T scale = static_cast<T>(scales[i]);
-      for (T *x = buffer + i * dim, *end = x + dim; x < end; ++x) *x *= scale;
-    }
-  else
-    return stage(from, stride, dim, count, buffer);
-  return {buffer, dim};
+  const row_span<T> rows = stage(from, stride, dim, count, buffer);
+  for (std::int64_t i = 0; is_q8<Element> && i < count; ++i) {
+    T* const row = buffer + i * dim;
+    const T scale = static_cast<T>(scales[i]);
+    std::int64_t d = 0;
+    for (; d + width<T> <= dim; d += width<T>)
+      (vec<T>::load_unaligned(row + d) * vec<T>(scale)).store_unaligned(row + d);
+    for (; d < dim; ++d) row[d] *= scale;
+  }
+  return rows;
 }
 
 /// Consecutive rows of keys and values of a source, `rows` of it, in the type that they are computed in.
