@@ -4,7 +4,7 @@
 //   dense/cca  how much longer a step over all keys and values takes
 //   append/step  a token that comes without asking, pooling included, averaged over a group
 //   speedup    of threads, where read_1_thread and read_threads are the plain loop's bytes per second; or of a cache of 16
-//              bits over one of floats
+//              or 8 bits over one of floats
 //   cache_bytes, dense_bytes  what the cache holds, and all keys and values
 
 #include <algorithm>
@@ -18,6 +18,7 @@
 #include <unsupported/Eigen/CXX11/ThreadPool>
 
 #include <cca/kv_cache.hpp>
+#include <cca/quantize.hpp>
 
 #include "cases.hpp"
 #include "machine.hpp"
@@ -48,11 +49,31 @@ struct decode_case {
   }
 };
 
+/// Rounds rows to elements of the type, as a cache keeps them.
+template <class Stored, class Scalar>
+void round_to(tensor<Scalar>& rows) {
+  if constexpr (std::is_same_v<Stored, cca::q8>) {
+    const auto [batch, heads, length, dim] = rows.extent;
+    std::vector<cca::q8> elements(static_cast<std::size_t>(dim));
+    float scale = 0;
+    for (std::int64_t i = 0; i < batch * heads * length; ++i) {
+      Scalar* const row = rows.data.data() + i * dim;
+      cca::quantize(cca::bhsd(std::as_const(row), 1, 1, 1, dim), cca::bhsd(elements.data(), 1, 1, 1, dim),
+                    cca::bhs(&scale, 1, 1, 1));
+      std::transform(elements.begin(), elements.end(), row,
+                     [&](cca::q8 x) { return static_cast<Scalar>(x) * static_cast<Scalar>(scale); });
+    }
+  } else {
+    for (Scalar& x : rows.data) x = static_cast<Scalar>(static_cast<Stored>(x));
+  }
+}
+
 /// A cache that all but the last tokens have come to, and that last step. It answers in the type that it computes in.
 template <class Element, class Core = Element>
 class decoder {
  public:
   using T = cca::compute_type<Element>;
+  using Token = typename cca::kv_cache<Element, Core>::number_type;
 
   explicit decoder(const decode_case& c)
       : case_(c),
@@ -69,7 +90,7 @@ class decoder {
   [[nodiscard]] const cca::kv_cache<Element, Core>& cache() const { return cache_; }
   [[nodiscard]] std::size_t visible_bytes() const { return visible_.data.size() * sizeof(float); }
   [[nodiscard]] std::size_t dense_bytes() const {
-    return (data_.key.data.size() + data_.value.data.size()) * sizeof(Element);
+    return (data_.key.data.size() + data_.value.data.size()) * sizeof(Token);
   }
 
   /// The last token comes, completes a group that is pooled, and asks.
@@ -119,8 +140,8 @@ class decoder {
   [[nodiscard]] cca::range before() const { return {0, case_.length - 1}; }
   [[nodiscard]] cca::range last() const { return {case_.length - 1, case_.length}; }
 
-  static cca::tensor_view<const Element> tokens(const tensor<Element>& of, cca::range part) {
-    cca::tensor_view<const Element> view = of.view();
+  static cca::tensor_view<const Token> tokens(const tensor<Token>& of, cca::range part) {
+    cca::tensor_view<const Token> view = of.view();
     view.data = view.row(0, 0, part.begin);
     view.extent[2] = part.size();
     return view;
@@ -130,10 +151,10 @@ class decoder {
   [[nodiscard]] std::int64_t visible_size() const {
     const cca::partition partition = cca::partition_of(case_.options());
     const std::int64_t core_heads = case_.cores == cca::core_heads::per_kv_head ? case_.kv_heads : case_.heads;
-    const auto cores = static_cast<std::int64_t>(sizeof(Core)) * core_heads * partition.core_count(case_.length - 1),
-               raw =
-                   static_cast<std::int64_t>(sizeof(Element)) * case_.kv_heads * partition.raw(case_.length - 1).size();
-    return 2 * case_.dim * (cores + raw);
+    const std::int64_t cores = core_heads * partition.core_count(case_.length - 1),
+                       raw = case_.kv_heads * partition.raw(case_.length - 1).size();
+    return cores * cca::detail::row_bytes<Core>(case_.dim, case_.dim) +
+           raw * cca::detail::row_bytes<Element>(case_.dim, case_.dim);
   }
 
   /// Seconds of `f`: of the thread, or by the clock on the wall where threads help.
@@ -143,14 +164,15 @@ class decoder {
     return elapsed_seconds([&] { f(cca::thread_pool_executor(threads ? helpers_ : none_)); });
   }
 
-  /// Computed in `Scalar` from cores that are kept as `Stored`.
+  /// Computed in `Scalar` from tokens as the cache keeps them, and cores that are kept as `Stored`.
   template <class Scalar, class Stored>
   [[nodiscard]] tensor<Scalar> textbook() const {
     const cca::options options = case_.options();
-    const auto key = data_.key.view(), value = data_.value.view();
+    auto rounded = std::pair{data_.key, data_.value};
+    for (tensor<Token>* rows : {&rounded.first, &rounded.second}) round_to<Element>(*rows);
+    const auto key = std::as_const(rounded.first).view(), value = std::as_const(rounded.second).view();
     auto cores = cca::reference::pool<Scalar>(data_.query.view(), key, value, options);
-    for (tensor<Scalar>* rows : {&cores.first, &cores.second})
-      for (Scalar& x : rows->data) x = static_cast<Scalar>(static_cast<Stored>(x));
+    for (tensor<Scalar>* rows : {&cores.first, &cores.second}) round_to<Stored>(*rows);
     const cca::partition partition = cca::partition_of(options);
     const std::vector<std::int64_t> seen(static_cast<std::size_t>(case_.heads), partition.core_count(case_.length - 1));
     const cca::far_context far{std::as_const(cores.first).view(), std::as_const(cores.second).view(),
@@ -159,7 +181,7 @@ class decoder {
   }
 
   decode_case case_;
-  operands<Element> data_;
+  operands<Token> data_;
   tensor<T> answer_;
   cca::kv_cache<Element, Core> cache_;
   tensor<float> visible_;  // as many bytes
@@ -212,7 +234,7 @@ void decoding(benchmark::State& state, const decode_case& c) {
   state.counters["read_threads"] = bytes / read;
 }
 
-/// A step through a cache of 16 bits, or of cores of 16 bits, in turns with one through a cache of floats.
+/// A step through a cache of 16 or 8 bits, or of such cores, in turns with one through a cache of floats.
 template <class Element, class Core>
 void decoding_beside_floats(benchmark::State& state, const decode_case& c) {
   decoder<Element, Core> decoder(c);
@@ -294,9 +316,11 @@ void add_decode_cases() {
   for (const decode_case& c : cases) {
     add_decoding_beside_floats<Eigen::bfloat16>("bfloat16", c);
     add_decoding_beside_floats<Eigen::half>("half", c);
+    add_decoding_beside_floats<cca::q8>("q8", c);
   }
   add_decoding_beside_floats<float, Eigen::bfloat16>("float_cores_bfloat16", cases[0]);
   add_decoding_beside_floats<Eigen::bfloat16, float>("bfloat16_cores_float", cases[0]);
+  add_decoding_beside_floats<float, cca::q8>("float_cores_q8", cases[0]);
   for (const std::int64_t length : {128 * K, 32 * K}) add_decoding({.length = length, .threads = 2});
   add_cache_memory();
 }

@@ -16,6 +16,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "../common/progress.hpp"
@@ -60,16 +61,23 @@ struct row {
   std::int64_t kv_entries;  // that the last token reads: keys, over all heads of a layer
 };
 
-row parse_row(const std::string& text, const config& model, std::int64_t tokens, std::int64_t sink_tokens,
+/// Behind a form of attention: its keys, values and cores are rounded to rows of 8 bits.
+constexpr std::string_view rounded_suffix = "/q8";
+
+row parse_row(std::string text, const config& model, std::int64_t tokens, std::int64_t sink_tokens,
               cca::openmp_executor executor) {
+  const bool rounded = text.ends_with(rounded_suffix);
+  if (rounded) text.resize(text.size() - rounded_suffix.size());
   const cca::options options = parse_attention("--rows", text, sink_tokens);
   const cca::partition partition = cca::partition_of(options);
   const std::int64_t last = tokens - 1;
   const bool shared = options.core_heads == cca::core_heads::per_kv_head;
   const cca::range raw = cca::intersection(partition.raw(last), {0, tokens});
-  return {name_of(options),
+  return {name_of(options) + (rounded ? ", 8 bits" : ""),
           [=](std::int64_t, input_view query, input_view key, input_view value, output_view out) {
-            cca::attention(query, key, value, out, options, executor);
+            if (!rounded) return cca::attention(query, key, value, out, options, executor);
+            cca::kv_cache<cca::q8> cache({.heads = query.heads(), .kv_heads = key.heads(), .dim = query.dim()}, options);
+            cache.attend(query, key, value, out, executor);
           },
           (shared ? model.kv_heads : model.heads) * partition.core_count(last) +
               model.kv_heads * (partition.sinks(last).size() + raw.size())};
@@ -155,7 +163,8 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--threads", arguments.threads, "Threads")->check(CLI::Range(1, 1024))->capture_default_str();
   app.add_option("--rows", arguments.rows,
-                 std::string("Lines of the table: ") + attention_forms)
+                 std::string("Lines of the table: ") + attention_forms +
+                     "; /q8 behind either rounds keys, values and cores to 8 bits, as a cache of them does")
       ->delimiter(',')
       ->capture_default_str();
   app.add_option("--sink-tokens", arguments.sink_tokens, "First tokens that stay raw beside every window")

@@ -121,7 +121,7 @@ void attention(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse
       const lse_view<T> core_bias = plan.cores.template take_bias<T>(memory, offsets);
       const auto pooler = plan.pooler.take(memory);
       if (detail::pools(options))
-        detail::pool_views<T>(in.query, in.key, in.value, cores, core_bias, options, run, pooler);
+        detail::pool_views<T>(in.query, detail::row_views_of(in), cores, core_bias, options, run, pooler);
       const auto rule = detail::make_score_rule<T>(options, in, plan.cores.biased || detail::given(in.key_bias));
       plan.forward(in.query, to.out, to.lse, rule, run, memory, detail::sink_source(in, options),
                    detail::core_source(cores, lse_view<const T>(core_bias), options, in.query.heads()),
@@ -160,9 +160,10 @@ void attend(const inputs<Query, Key, Value, Sink>& in, const far_context<FarKey,
     const auto far_rows = detail::named(context);
     detail::require_options<detail::product_type<Query, Key, Value, FarKey, FarValue>>(options);
     detail::require_attend(views, far_rows, options, sizeof(T));
-    detail::require_results(views, in.value.dim(), detail::named(to),
-                            {far_rows.key, far_rows.value, far_rows.seen, far_rows.bias, far_rows.positions,
-                             far_rows.visible_from, far_rows.visible_until, far_rows.blocks});
+    detail::require_results(
+        views, in.value.dim(), detail::named(to),
+        {far_rows.key, far_rows.value, far_rows.seen, far_rows.bias, far_rows.positions, far_rows.visible_from,
+         far_rows.visible_until, far_rows.blocks, far_rows.key_scales, far_rows.value_scales});
 
     const auto forward = detail::attend_plan(in, context, options, run);
     detail::scratch memory(run.workspace(), forward.bytes(), "workspace_size");

@@ -34,7 +34,7 @@ constexpr bool check_cache_elements() {
       std::is_same_v<Element, double> || !std::is_same_v<Core, double>,
       "cca: cores are computed in float unless keys and values are double: as double they would hold no more. "
       "Core is float, Eigen::bfloat16 or Eigen::half, or double beside double");
-  return check_elements<Element, Core>();
+  return check_rows<Element, Core>();
 }
 
 /// The most elements that memory could hold.

@@ -66,6 +66,25 @@ constexpr bool check_elements() {
   return true;
 }
 
+/// The same of rows of keys and values, which may have scales.
+template <class... Elements>
+constexpr bool check_rows() {
+  static_assert(
+      ((is_q8<Elements> || is_element<std::remove_const_t<Elements>>)&&...),
+      "cca: elements are float, double, Eigen::bfloat16 or Eigen::half. View the bits of bf16 numbers in "
+      "std::uint16_t as reinterpret_cast<const Eigen::bfloat16*>(bits). Those of keys and values may be cca::q8, "
+      "too, with a scale per row");
+  return true;
+}
+
+/// Whether gradients of rows of these elements can be asked for; if not, the compiler's message says why.
+template <class... Elements>
+constexpr bool check_differentiable() {
+  constexpr bool numbers = !(is_q8<Elements> || ...);
+  static_assert(numbers, "cca: rows of 8 bits have no gradients: what they were rounded from has");
+  return numbers;
+}
+
 /// An output's elements are mutable.
 template <class T>
 concept written = !std::is_const_v<T>;
@@ -92,7 +111,7 @@ constexpr bool check_views() {
 /// what belongs to a query has those of the queries: sink logits per query, results, the counts of a far context.
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>>
 struct inputs {
-  static_assert(detail::check_elements<Query, Key, Value, Sink>());
+  static_assert(detail::check_elements<Query, Sink>() && detail::check_rows<Key, Value>());
   tensor_view<const Query> query;  ///< `[batch, query heads, query length, dim]`
   tensor_view<const Key> key;      ///< `[batch, heads, key length, dim]`, `heads` a divisor of the query's
   tensor_view<const Value> value;  ///< `[batch, heads, key length, value dim]`
@@ -107,6 +126,10 @@ struct inputs {
   /// the same: it is multiplied by 0. Raw tokens have them: a core stands for several keys, so there are none where groups
   /// are pooled, and none in a cache.
   lse_view<const Sink> key_bias{};
+  /// @}
+  /// @{
+  /// Of keys and values of `q8`, and of no others: a scale per row, `[batch, heads, key length]`, with strides of its own.
+  lse_view<const float> key_scales{}, value_scales{};
   /// @}
 };
 template <class Q, class K, class V>
@@ -199,7 +222,7 @@ struct far_selection {
 /// all of `seen`, `visible_from` and `visible_until`, or `selected` let it see: what is not given leaves them all.
 template <class Key = float, class Value = Key, class Bias = compute_type<Key, Value>>
 struct far_context {
-  static_assert(detail::check_elements<Key, Value, Bias>());
+  static_assert(detail::check_rows<Key, Value>() && detail::check_elements<Bias>());
   tensor_view<const Key> key;         ///< `[batch, far heads, far length, dim]`, heads a divisor of the query's
   tensor_view<const Value> value;     ///< `[batch, far heads, far length, value dim]`
   /// `[batch, query heads, query length]`: the query sees far rows `[0, seen)`. May be missing where others say who
@@ -218,6 +241,10 @@ struct far_context {
   /// @}
   /// Which rows are seen; not beside `visible_from` and `visible_until`.
   far_selection selected{};
+  /// @{
+  /// Of far rows of `q8`, and of no others: a scale per row, `[batch, far heads, far length]`, with strides of its own.
+  lse_view<const float> key_scales{}, value_scales{};
+  /// @}
 };
 template <class K, class V, class Count>
 far_context(tensor_view<K>, tensor_view<V>, lse_view<Count>)

@@ -14,5 +14,6 @@
 #include "options.hpp"
 #include "partition.hpp"
 #include "pooling.hpp"
+#include "quantize.hpp"
 #include "tensor_view.hpp"
 #include "version.hpp"

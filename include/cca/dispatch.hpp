@@ -16,7 +16,7 @@
 /// The functions of the library for the processor that the program runs on, whatever it was compiled for: link
 /// `cca::dispatch`, and `cca::attention` becomes `cca::dispatch::attention`. Parameters, results and errors are those of
 /// the function of the same name in `cca`; operands and outputs of a call have elements of one type: float, double,
-/// `Eigen::bfloat16` or `Eigen::half`. (Matrix units are found at run time with the headers alone, too.)
+/// `Eigen::bfloat16` or `Eigen::half`. There are caches of these, and of `q8`. (Matrix units are found at run time with the headers alone, too.)
 namespace cca { inline namespace CCA_TARGET { namespace dispatch {
 
 using detail::call;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
 #include "detail/base/target.hpp"
@@ -11,6 +12,10 @@ struct half;
 }  // namespace Eigen
 
 namespace cca { inline namespace CCA_TARGET {
+
+/// An element of rows of 8 bits, whose number is `element * scale`: each row has a scale of its own, a float beside it.
+/// `quantize` makes such rows. Rows of keys and values may be of it, nothing else.
+using q8 = std::int8_t;
 
 /// What elements are computed in: double if any of them is, otherwise float.
 template <class... Elements>
@@ -27,7 +32,10 @@ inline constexpr bool is_half = std::is_same_v<T, Eigen::half>;
 template <class T>
 inline constexpr bool is_unit_element = is_bfloat16<T> || is_half<T>;
 
-/// Elements that cores are kept in and that `cca::dispatch` has kernels for.
+template <class T>
+inline constexpr bool is_q8 = std::is_same_v<std::remove_const_t<T>, q8>;
+
+/// Elements that are numbers by themselves, which cores are kept in and that `cca::dispatch` has kernels for.
 template <class T>
 inline constexpr bool is_element = std::is_same_v<T, float> || std::is_same_v<T, double> || is_unit_element<T>;
 

@@ -177,7 +177,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 void pool_gradient(const inputs<Query, Key, Value, Sink>& in, const cores<GradCore>& from, const gradients<T>& to,
                    const options& options, const execution& run = {}) {
   static_assert(std::is_same_v<std::remove_const_t<GradCore>, T>, "cca: gradients of cores are of the gradients' type");
-  (void)detail::check_gradients<compute_type<Query, Key, Value>, T>();
+  (void)(detail::check_differentiable<Key, Value>() && detail::check_gradients<compute_type<Query, Key, Value>, T>());
   const auto views = detail::named(in);
   const auto grad = detail::named(to);
   const detail::named_view grad_key("grad_core_key", from.key), grad_value("grad_core_value", from.value);
@@ -217,7 +217,7 @@ void attention_gradient(const inputs<Query, Key, Value, Sink>& in, const results
                         const incoming<GradOut, GradLse>& from, const gradients<T>& to, const options& options = {},
                         const execution& run = {}) {
   using Element = detail::product_type<Query, Key, Value>;
-  if constexpr (detail::check_numbers<compute_type<Element>, Sink>() &&
+  if constexpr (detail::check_differentiable<Key, Value>() && detail::check_numbers<compute_type<Element>, Sink>() &&
                 detail::check_gradients<compute_type<Element>, T>()) {
     const auto views = detail::named(in);
     const auto read = detail::named(of, from);
@@ -240,7 +240,7 @@ void attention_gradient(const inputs<Query, Key, Value, Sink>& in, const results
       const auto pooler = plan.pooler.take(memory);
       const lse_view<T> core_bias = plan.cores.template take_bias<T>(memory, offsets);
       const lse_view<T> grad_bias = plan.cores.biased ? plan.core_bias.take(memory) : lse_view<T>{};
-      if (pooled) detail::pool_views<T>(in.query, in.key, in.value, core_rows, core_bias, options, run, pooler);
+      if (pooled) detail::pool_views<T>(in.query, detail::row_views_of(in), core_rows, core_bias, options, run, pooler);
       for (const auto& sum : {to.key, to.value, grad_cores.key, grad_cores.value}) detail::fill_zero(sum, run);
       const auto cores = detail::core_source(core_rows, lse_view<const T>(core_bias), options, in.query.heads());
       const auto rule = detail::make_score_rule<T>(options, in, plan.cores.biased || detail::given(in.key_bias));
@@ -267,7 +267,8 @@ void attend_gradient(const inputs<Query, Key, Value, Sink>& in, const far_contex
                      const results<Out, Lse>& of, const incoming<GradOut, GradLse>& from, const gradients<T>& to,
                      const options& options = {}, const execution& run = {}) {
   using Number = compute_type<Query, Key, Value, FarKey, FarValue>;
-  if constexpr (detail::check_numbers<Number, Sink>() && detail::check_gradients<Number, T>()) {
+  if constexpr (detail::check_differentiable<Key, Value, FarKey, FarValue>() && detail::check_numbers<Number, Sink>() &&
+                detail::check_gradients<Number, T>()) {
     const auto views = detail::named(in);
     const auto far_rows = detail::named(context);
     const auto read = detail::named(of, from);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -12,6 +13,8 @@
 #include "detail/base/numbers.hpp"
 #include "detail/base/validate.hpp"
 #include "detail/context/cached_sequences.hpp"
+#include "detail/context/kept_tokens.hpp"
+#include "detail/context/row_store.hpp"
 #include "detail/context/tasks.hpp"
 #include "detail/softmax/score_rule.hpp"
 #include "element.hpp"
@@ -35,9 +38,12 @@ struct cache_file;
 /// matrix unit, which queries, tokens and cores all of the same 16-bit type can have, a prompt is attended to by the unit;
 /// up to `detail::most_few_queries` at a time, which are bound by memory, by floats.
 ///
-/// @tparam Element  of keys and values; computed with in `compute_type`
+/// @tparam Element  of keys and values; computed with in `compute_type`. With `q8` a cache of a quarter of the bytes: tokens
+///   come as float, `Eigen::bfloat16` or `Eigen::half` and are rounded as `quantize` does before anything sees them, so
+///   that the cache is one of the rounded tokens; or they come as rows of `q8`, with scales.
 /// @tparam Core  of cores, which are rounded to it once: with `float` cores beside `Eigen::bfloat16` tokens they stay as
-///   they were computed, with `Eigen::bfloat16` cores beside `float` tokens far context takes half the bytes
+///   they were computed, with `Eigen::bfloat16` cores beside `float` tokens far context takes half the bytes, with `q8`
+///   a quarter
 /// Every method that throws leaves the cache as it was: `std::invalid_argument` for what it refuses, naming the argument,
 /// and `std::bad_alloc`. One thread at a time may use a cache.
 /// Source: arXiv 2412.12465, section 3.4 (inference).
@@ -48,6 +54,8 @@ class kv_cache {
  public:
   using element_type = Element;  ///< of keys and values
   using core_type = Core;        ///< of cores
+  /// Of queries, tokens and outputs in braces: the cache's, or float where it rounds them to `q8`.
+  using number_type = std::conditional_t<detail::is_q8<Element>, float, Element>;
 
   /// @throws std::invalid_argument  naming the member of `shape` or `options` that makes no sense
   kv_cache(const cache_shape& shape, const options& options)
@@ -74,16 +82,17 @@ class kv_cache {
     return held_.partition().first_query_beyond(known(b).oldest);
   }
 
-  /// Bytes of the cores, their biases where they have any, and raw tokens held.
+  /// Bytes of the cores, their biases where they have any, and raw tokens held, with the scales of rows of 8 bits.
   [[nodiscard]] std::size_t bytes() const {
-    std::size_t column = 0, cores = 0;  // one element of every row
+    std::int64_t cores = 0, raw = 0;  // rows
     for (std::int64_t b = 0; b < held_.shape.batch; ++b) {
-      cores += static_cast<std::size_t>(held_.core_heads * core_count(b));
-      column += static_cast<std::size_t>(held_.shape.kv_heads * raw_count(b)) * sizeof(Element);
+      cores += held_.core_heads * core_count(b);
+      raw += held_.shape.kv_heads * raw_count(b);
     }
-    column += cores * sizeof(Core);
-    return column * static_cast<std::size_t>(held_.shape.dim + held_.shape.value_dim) +
-           (detail::has_core_biases(held_.options) ? cores * sizeof(compute_type<Element>) : 0);
+    const auto [dim, value_dim] = std::array{held_.shape.dim, held_.shape.value_dim};
+    const std::int64_t bias = detail::has_core_biases(held_.options) ? sizeof(compute_type<Element>) : 0;
+    return static_cast<std::size_t>(cores * (detail::row_bytes<Core>(dim, value_dim) + bias) +
+                                    raw * detail::row_bytes<Element>(dim, value_dim));
   }
   /// Bytes of memory taken for keys and values.
   [[nodiscard]] std::size_t allocated_bytes() const {
@@ -96,58 +105,77 @@ class kv_cache {
   /// `attention` over each whole sequence, its last rows.
   ///
   /// @param in  the new tokens: query `[batch, heads, new tokens, dim]`; key `[batch, kv_heads, new tokens, dim]` and value,
-  ///   the same with `value_dim`, of the cache's element type; sink logits for these queries, and slopes. With `last_query`
+  ///   the same with `value_dim`, of elements that the cache takes; sink logits for these queries, and slopes. With `last_query`
   ///   and `select` pooling groups are pooled with the query of their last token.
   /// @param to  `out` `[batch, heads, new tokens, value_dim]` and, where given, `lse`, written whole
   /// @param run  executor; the results are bitwise the same for any. A cache has a workspace of its own.
-  template <class Query = Element, class Sink = compute_type<Query, Element>, detail::written Out = Element,
+  template <class Query = number_type, class Key = number_type, class Value = Key,
+            class Sink = compute_type<Query, Element>, detail::written Out = number_type,
             class Lse = compute_type<Query, Element>>
-  void attend(const inputs<Query, Element, Element, Sink>& in, const results<Out, Lse>& to, const execution& run = {}) {
-    require_answers(detail::named(in), detail::named(to), held_.shape.batch);
-    step(0, in, &to, run);
+  void attend(const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse>& to, const execution& run = {}) {
+    if constexpr (check_tokens<Key, Value>()) {
+      require_answers(detail::named(in), detail::named(to), held_.shape.batch);
+      step(0, in, &to, run);
+    }
   }
 
   /// Of views, without log-sum-exps.
   template <detail::view_or_mistaken Query, class Key, class Value, class Out>
   void attend(const Query& query, const Key& key, const Value& value, const Out& out, const execution& run = {}) {
-    if constexpr (detail::check_views<Query, Key, Value, Out>() && check_tokens<Key, Value>())
-      attend(inputs{query, key, value}, results{out}, run);
+    if constexpr (detail::check_views<Query, Key, Value, Out>()) attend(inputs{query, key, value}, results{out}, run);
   }
 
   /// The same for sequence `b` alone: the views' batch is 1. So sequences grow to different lengths.
-  template <class Query = Element, class Sink = compute_type<Query, Element>, detail::written Out = Element,
+  template <class Query = number_type, class Key = number_type, class Value = Key,
+            class Sink = compute_type<Query, Element>, detail::written Out = number_type,
             class Lse = compute_type<Query, Element>>
-  void attend(std::int64_t b, const inputs<Query, Element, Element, Sink>& in, const results<Out, Lse>& to,
+  void attend(std::int64_t b, const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse>& to,
               const execution& run = {}) {
-    require_sequence("b", b);
-    require_answers(detail::named(in), detail::named(to), 1);
-    step(b, in, &to, run);
+    if constexpr (check_tokens<Key, Value>()) {
+      require_sequence("b", b);
+      require_answers(detail::named(in), detail::named(to), 1);
+      step(b, in, &to, run);
+    }
   }
 
   /// Of views, without log-sum-exps.
   template <class Query, class Key, class Value, class Out>
   void attend(std::int64_t b, const Query& query, const Key& key, const Value& value, const Out& out,
               const execution& run = {}) {
-    if constexpr (detail::check_views<Query, Key, Value, Out>() && check_tokens<Key, Value>())
+    if constexpr (detail::check_views<Query, Key, Value, Out>())
       attend(b, inputs{query, key, value}, results{out}, run);
   }
 
   /// Appends to every sequence without attending.
   template <detail::view_or_mistaken Query, class Key, class Value>
   void append(const Query& query, const Key& key, const Value& value, const execution& run = {}) {
-    if constexpr (detail::check_views<Query, Key, Value>() && check_tokens<Key, Value>()) {
-      require_query({"query", query}, held_.shape.batch);
-      step<float, compute_type<Element>>(0, inputs{query, key, value}, nullptr, run);
+    if constexpr (detail::check_views<Query, Key, Value>()) append(inputs{query, key, value}, run);
+  }
+
+  /// The same of inputs: tokens of `q8` have scales.
+  template <class Query = number_type, class Key = number_type, class Value = Key,
+            class Sink = compute_type<Query, Element>>
+  void append(const inputs<Query, Key, Value, Sink>& in, const execution& run = {}) {
+    if constexpr (check_tokens<Key, Value>()) {
+      require_query({"query", in.query}, held_.shape.batch);
+      step<float, compute_type<Element>>(0, in, nullptr, run);
     }
   }
 
   /// Appends to sequence `b` alone without attending.
   template <class Query, class Key, class Value>
   void append(std::int64_t b, const Query& query, const Key& key, const Value& value, const execution& run = {}) {
-    if constexpr (detail::check_views<Query, Key, Value>() && check_tokens<Key, Value>()) {
+    if constexpr (detail::check_views<Query, Key, Value>()) append(b, inputs{query, key, value}, run);
+  }
+
+  /// The same of inputs.
+  template <class Query = number_type, class Key = number_type, class Value = Key,
+            class Sink = compute_type<Query, Element>>
+  void append(std::int64_t b, const inputs<Query, Key, Value, Sink>& in, const execution& run = {}) {
+    if constexpr (check_tokens<Key, Value>()) {
       require_sequence("b", b);
-      require_query({"query", query}, 1);
-      step<float, compute_type<Element>>(b, inputs{query, key, value}, nullptr, run);
+      require_query({"query", in.query}, 1);
+      step<float, compute_type<Element>>(b, in, nullptr, run);
     }
   }
 
@@ -187,10 +215,11 @@ class kv_cache {
   /// Whether tokens can be taken in as they are.
   template <class Key, class Value>
   static constexpr bool check_tokens() {
-    constexpr bool of_cache = std::is_same_v<std::remove_const_t<typename Key::element_type>, Element> &&
-                              std::is_same_v<std::remove_const_t<typename Value::element_type>, Element>;
-    static_assert(of_cache, "cca: keys and values have the cache's element type: attention sees them as it keeps them");
-    return of_cache;
+    constexpr bool taken = detail::takes_tokens<Element, Key, Value>;
+    static_assert(taken,
+                  "cca: keys and values have the cache's element type, which for q8 may be rounded from float, "
+                  "Eigen::bfloat16 or Eigen::half: attention sees them as it keeps them");
+    return taken;
   }
 
   /// A caller's sequence.
@@ -239,31 +268,34 @@ class kv_cache {
   };
 
   /// Keys and values of a step, and room for its tokens.
-  void require_tokens(const step_extent& extent, const detail::named_view& key, const detail::named_view& value) const {
+  void require_tokens(const step_extent& extent, const detail::input_views& in) const {
     const auto& [first, batch, count] = extent;
-    detail::require_operand(key);
-    detail::require_operand(value);
-    require_even(key);
-    require_even(value);
+    const detail::named_view &key = in.key, &value = in.value;
+    for (const detail::named_view* tokens : {&key, &value}) {
+      detail::require_operand(*tokens);
+      require_even(*tokens);
+    }
     detail::require_extents(key, {batch, held_.shape.kv_heads, count, held_.shape.dim});
     detail::require_extents(value, {batch, held_.shape.kv_heads, count, held_.shape.value_dim});
+    detail::require_scales(key, in.key_scales);
+    detail::require_scales(value, in.value_scales);
     for (std::int64_t b = first; b < first + batch && held_.shape.capacity > 0; ++b)
       if (count > held_.shape.capacity - held_.at(b).length)
         detail::refuse("key", {count, " tokens after ", held_.at(b).length},
                        {"at most the capacity of ", held_.shape.capacity});
   }
 
-  /// Everything that can fail comes first; then sink tokens are taken over, groups pooled and queries answered beside what
+  /// Everything that can fail comes first; then tokens are rounded where they are kept in 8 bits, sink tokens are taken over, groups pooled and queries answered beside what
   /// counts; only then does the cache change. `to` is null where nothing is asked. The sequences are those from `first` on.
-  template <class Out, class Lse, class Inputs>
-  void step(std::int64_t first, const Inputs& in, const results<Out, Lse>* to, const execution& run) {
-    using Query = std::remove_const_t<typename decltype(in.query)::element_type>;
+  template <class Out, class Lse, class Query, class Key, class Value, class Sink>
+  void step(std::int64_t first, const inputs<Query, Key, Value, Sink>& in, const results<Out, Lse>* to,
+            const execution& run) {
     using T = compute_type<Query, Element>;
-    (void)detail::check_numbers<T, typename decltype(in.sink_logits)::element_type>();
+    (void)detail::check_numbers<T, Sink>();
     using Product = detail::product_type<Query, Element, Core>;
     const step_extent extent{first, in.query.batch(), in.query.length()};
     if (to != nullptr) detail::require_unit<Product>(held_.options);
-    require_tokens(extent, {"key", in.key}, {"value", in.value});
+    require_tokens(extent, detail::named(in));
     if (extent.tokens == 0) return;
     for (std::int64_t b = first; b < first + extent.count; ++b)
       held_.reserve("key", held_.at(b), held_.at(b).length + extent.tokens);
@@ -277,15 +309,17 @@ class kv_cache {
         detail::plan<Product>({extent.count, true}, in.query, held_.shape.value_dim, held_.shape.kv_heads, {},
                               !detail::in_place<T, Element, Core>, held_.options.unit, run, each(rows.sinks),
                               each(rows.cores), each(rows.raw), each(rows.raw), each(rows.fresh));
-    detail::scratch memory = take_workspace(pooler.bytes() + forward.bytes());
-    held_.pool_new_groups(first, in.query, in.key, in.value, run, pooler.take(memory));
-    for (std::int64_t b = 0; b < extent.count; ++b) held_.keep_sinks(held_.at(first + b), in.key, in.value, b);
+    const detail::kept_tokens<Element, Key, Value> kept(in.key, in.value);
+    detail::scratch memory = take_workspace(kept.bytes() + pooler.bytes() + forward.bytes());
+    const auto fresh = kept.take(in, run, memory);
+    held_.pool_new_groups(first, in.query, fresh, run, pooler.take(memory));
+    for (std::int64_t b = 0; b < extent.count; ++b) held_.keep_sinks(held_.at(first + b), fresh, b);
     if (to != nullptr)
-      held_.with_sources(first, in, rows, [&](const auto&... sources) {
+      held_.with_sources(first, fresh, rows, [&](const auto&... sources) {
         const auto rule = detail::make_score_rule<T>(held_.options, in, detail::has_core_biases(held_.options));
         forward(in.query, to->out, to->lse, rule, run, memory, sources...);
       });
-    for (std::int64_t b = 0; b < extent.count; ++b) held_.keep(held_.at(first + b), in.key, in.value, b);
+    for (std::int64_t b = 0; b < extent.count; ++b) held_.keep(held_.at(first + b), fresh, b);
   }
 
   /// Workers of pooling the groups that a step completes, of the sequence that completes most.

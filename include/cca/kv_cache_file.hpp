@@ -57,7 +57,8 @@ struct cache_file_start {
 
 /// Then this header; the options that are not the defaults; per sequence its length and the first raw token behind the
 /// sink tokens, and the rows of its cores, their biases where they have any, `[head][core]`, and the rows of its sink tokens
-/// and its other raw tokens, rows as `[head][keys | values][row][dim]`; behind each part a checksum of all so far. Numbers
+/// and its other raw tokens, rows as `[head][keys | values][row][dim]`; behind rows of 8 bits, which are elements of 1 byte
+/// and 7 digits, their scales, floats, `[head][of keys | of values][row]`; behind each part a checksum of all so far. Numbers
 /// are as in memory, in the byte order that `byte_order` tells.
 struct cache_file_header {
   element_code elements;
@@ -156,23 +157,11 @@ struct cache_file {
     writer.end_part();
     const std::int64_t cores = cache.core_count(b);
     const auto raw = sequence.raw.find({sequence.oldest, sequence.length});
-    for (std::int64_t h = 0; h < cache.held_.core_heads; ++h) {
-      writer.put(sequence.cores.key(h, 0), cores * shape.dim);
-      writer.put(sequence.cores.value(h, 0), cores * shape.value_dim);
-    }
+    save_rows(sequence.cores, shape, {0, cores}, {}, writer);
     for (std::int64_t h = 0; has_core_biases(cache.options()) && h < cache.held_.core_heads; ++h)
       writer.put(sequence.biases.key(h, 0), cores);
-    const std::int64_t sinks = cache.held_.sink_count(sequence.length);
-    for (std::int64_t h = 0; h < shape.kv_heads; ++h) {
-      writer.put(sequence.sinks.key(h, 0), sinks * shape.dim);
-      writer.put(sequence.sinks.value(h, 0), sinks * shape.value_dim);
-    }
-    for (std::int64_t h = 0; h < shape.kv_heads; ++h) {
-      writer.put(sequence.raw.key(h, raw.row), raw.first.size() * shape.dim);
-      writer.put(sequence.raw.key(h, 0), raw.second.size() * shape.dim);
-      writer.put(sequence.raw.value(h, raw.row), raw.first.size() * shape.value_dim);
-      writer.put(sequence.raw.value(h, 0), raw.second.size() * shape.value_dim);
-    }
+    save_rows(sequence.sinks, shape, {0, cache.held_.sink_count(sequence.length)}, {}, writer);
+    save_rows(sequence.raw, shape, {raw.row, raw.row + raw.first.size()}, {0, raw.second.size()}, writer);
     writer.end_part();
   }
 
@@ -193,12 +182,12 @@ struct cache_file {
 
     auto sequence = cache.held_.new_sequence();
     const std::int64_t cores = cache.held_.group_count(length), sinks = cache.held_.sink_count(length);
-    const aligned_memory core_rows = read_rows<Core>(reader, cache.held_.core_heads, cores, shape);
+    const auto core_rows = read_rows<Core>(reader, cache.held_.core_heads, cores, shape);
     using bias = compute_type<Element>;
     const std::int64_t biases = has_core_biases(cache.options()) ? cores : 0;
     const aligned_memory core_biases = reader.get<bias>(cache.held_.core_heads * biases);
-    const aligned_memory sink_rows = read_rows<Element>(reader, shape.kv_heads, sinks, shape);
-    const aligned_memory raw_rows = read_rows<Element>(reader, shape.kv_heads, held.size(), shape);
+    const auto sink_rows = read_rows<Element>(reader, shape.kv_heads, sinks, shape);
+    const auto raw_rows = read_rows<Element>(reader, shape.kv_heads, held.size(), shape);
     reader.end_part();
     try {
       cache.held_.reserve("shape.capacity", sequence, larger(length, shape.capacity));
@@ -207,33 +196,61 @@ struct cache_file {
     }
     // Heads are worth a loop only where the file brought rows of them.
     for (std::int64_t h = 0; h < cache.held_.core_heads && cores > 0; ++h)
-      sequence.cores.copy_rows(h, 0, rows_of_head<Core>(core_rows, h, cores, shape), cores);
+      sequence.cores.copy_rows(h, 0, core_rows.of_head(h, shape), cores);
     for (std::int64_t h = 0; h < cache.held_.core_heads && biases > 0; ++h)
       copy_n(reinterpret_cast<const bias*>(core_biases.data()) + h * biases, biases, sequence.biases.key(h, 0));
     for (std::int64_t h = 0; h < shape.kv_heads && sinks > 0; ++h)
-      sequence.sinks.copy_rows(h, 0, rows_of_head<Element>(sink_rows, h, sinks, shape), sinks);
-    if (!held.empty())
-      sequence.raw.write(held, [&](std::int64_t h) { return rows_of_head<Element>(raw_rows, h, held.size(), shape); });
+      sequence.sinks.copy_rows(h, 0, sink_rows.of_head(h, shape), sinks);
+    if (!held.empty()) sequence.raw.write(held, [&](std::int64_t h) { return raw_rows.of_head(h, shape); });
     sequence.length = length;
     sequence.oldest = oldest;
     cache.held_.add(std::move(sequence));
   }
 
  private:
-  /// `[head][keys | values][row][dim]`
+  /// Rows of a store in the order of their tokens: those of a ring may lie in two pieces.
   template <class Element>
-  static aligned_memory read_rows(checked_reader& reader, std::int64_t heads, std::int64_t rows,
-                                  const cache_shape& shape) {
-    if (elements(heads, rows, shape.dim + shape.value_dim) > max_elements)
-      refuse_file({"got ", rows, " rows of ", heads, " heads, more than memory has"});
-    return reader.get<Element>(heads * rows * (shape.dim + shape.value_dim));
+  static void save_rows(const row_store<Element>& rows, const cache_shape& shape, range first, range second,
+                        checked_writer& writer) {
+    const auto put = [&](std::int64_t h, auto row_of, std::int64_t dim) {
+      for (const range& piece : {first, second}) writer.put((rows.*row_of)(h, piece.begin), piece.size() * dim);
+    };
+    using store = row_store<Element>;
+    for (std::int64_t h = 0; h < rows.heads(); ++h) {
+      put(h, &store::key, shape.dim);
+      put(h, &store::value, shape.value_dim);
+    }
+    for (std::int64_t h = 0; is_q8<Element> && h < rows.heads(); ++h) {
+      put(h, &store::key_scale, 1);
+      put(h, &store::value_scale, 1);
+    }
   }
 
+  /// Rows as they are in a file, of `count` per head.
   template <class Element>
-  static context_rows<Element, Element> rows_of_head(const aligned_memory& all, std::int64_t h, std::int64_t rows,
-                                                     const cache_shape& shape) {
-    const auto* keys = reinterpret_cast<const Element*>(all.data()) + h * rows * (shape.dim + shape.value_dim);
-    return {keys, shape.dim, keys + rows * shape.dim, shape.value_dim};
+  struct read_memory {
+    aligned_memory rows, scales;
+    std::int64_t count;
+
+    [[nodiscard]] context_rows<Element, Element> of_head(std::int64_t h, const cache_shape& shape) const {
+      const auto* keys = reinterpret_cast<const Element*>(rows.data()) + h * count * (shape.dim + shape.value_dim);
+      context_rows<Element, Element> all{keys, shape.dim, keys + count * shape.dim, shape.value_dim};
+      if constexpr (is_q8<Element>) {
+        all.key_scales = {reinterpret_cast<const float*>(scales.data()) + 2 * h * count, 1};
+        all.value_scales = all.key_scales.from(count);
+      }
+      return all;
+    }
+  };
+
+  template <class Element>
+  static read_memory<Element> read_rows(checked_reader& reader, std::int64_t heads, std::int64_t rows,
+                                        const cache_shape& shape) {
+    if (elements(heads, rows, shape.dim + shape.value_dim) > max_elements)
+      refuse_file({"got ", rows, " rows of ", heads, " heads, more than memory has"});
+    read_memory<Element> all{reader.get<Element>(heads * rows * (shape.dim + shape.value_dim)), {}, rows};
+    if (is_q8<Element>) all.scales = reader.get<float>(2 * heads * rows);
+    return all;
   }
 };
 

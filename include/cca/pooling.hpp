@@ -20,7 +20,7 @@ namespace detail {
 /// Operands and options of `pool`.
 inline void require_pool(const input_views& in, const options& options) {
   require_operand(in.query);
-  require_key_value(in.query, in.key, in.value);
+  require_key_value(in.query, in);
   require_query_for_every_key(in.query, in.key, options);
   if (options.group_size < 1) refuse("options.group_size", {options.group_size}, {"at least 1"});
   require_unset(options, &options::window, "every complete group is pooled");
@@ -88,11 +88,12 @@ void pool(const inputs<Query, Key, Value, Sink>& in, const cores<CoreKey, CoreVa
   detail::require_output(core_key);
   detail::require_output(core_value);
   detail::require_cores(views, core_key, core_value, options);
-  detail::require_apart({core_key, core_value}, {views.query, views.key, views.value});
+  detail::require_apart({core_key, core_value},
+                        {views.query, views.key, views.value, views.key_scales, views.value_scales});
 
   const auto plan = detail::plan_pooling<T>(in, options, run);
   detail::scratch memory(run.workspace(), plan.bytes(), "workspace_size");
-  detail::pool_views<T>(in.query, in.key, in.value, to, tensor_view<T, 3>{}, options, run, plan.take(memory));
+  detail::pool_views<T>(in.query, detail::row_views_of(in), to, tensor_view<T, 3>{}, options, run, plan.take(memory));
 }
 
 /// Pools views.

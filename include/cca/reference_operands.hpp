@@ -87,13 +87,19 @@ class converter {
   /// All views of an aggregate.
   template <class Query, class Key, class Value, class Sink>
   [[nodiscard]] operands<Scalar> operator()(const inputs<Query, Key, Value, Sink>& in) {
-    return {(*this)(in.query),       (*this)(in.key),          (*this)(in.value),
-            (*this)(in.sink_logits), (*this)(in.alibi_slopes), (*this)(in.key_bias)};
+    return {(*this)(in.query),       rows(in.key, in.key_scales), rows(in.value, in.value_scales),
+            (*this)(in.sink_logits), (*this)(in.alibi_slopes),    (*this)(in.key_bias)};
   }
   template <class Key, class Value, class Bias>
   [[nodiscard]] far_operands<Scalar> operator()(const far_context<Key, Value, Bias>& context) {
-    return {(*this)(context.key), (*this)(context.value), context.seen,          (*this)(context.bias),
-            context.positions,    context.visible_from,   context.visible_until, context.selected};
+    return {rows(context.key, context.key_scales),
+            rows(context.value, context.value_scales),
+            context.seen,
+            (*this)(context.bias),
+            context.positions,
+            context.visible_from,
+            context.visible_until,
+            context.selected};
   }
   template <class GradOut, class GradLse>
   [[nodiscard]] incoming_numbers<Scalar> operator()(const incoming<GradOut, GradLse>& from) {
@@ -102,6 +108,24 @@ class converter {
   /// @}
 
  private:
+  /// Rows of 8 bits are their elements times their scales.
+  template <class T>
+  tensor_view<const Scalar> rows(const tensor_view<const T>& elements,
+                                 [[maybe_unused]] const lse_view<const float>& scales) {
+    const tensor_view<const Scalar> all = (*this)(elements);
+    if constexpr (cca::detail::is_q8<T>) {
+      if (elements.data == nullptr) return all;
+      auto& numbers = numbers_.back();
+      for (std::int64_t b = 0; b < all.batch(); ++b)
+        for (std::int64_t h = 0; h < all.heads(); ++h)
+          for (std::int64_t i = 0; i < all.length(b); ++i) {
+            Scalar* row = numbers.data() + (all.row(b, h, i) - all.data);
+            for (std::int64_t d = 0; d < all.dim(); ++d) row[d] *= static_cast<Scalar>(*scales.row(b, h, i));
+          }
+    }
+    return all;
+  }
+
   template <class T, std::size_t Rank>
   tensor_view<const Scalar, Rank> converted(const tensor_view<T, Rank>& view) {
     const auto [batch, heads, length] = std::array{view.batch(), view.heads(), view.length()};

@@ -26,7 +26,8 @@ std::vector<any_executor> executors() {
 
 template <class T>
 class KvCacheOf : public testing::Test {};
-TYPED_TEST_SUITE(KvCacheOf, precisions);  // mixed_types_test.cpp has those whose cores are of another type
+using ElementTypes = testing::Types<float, double, q8>;
+TYPED_TEST_SUITE(KvCacheOf, ElementTypes);  // mixed_types_test.cpp has those whose cores are of another type
 
 TYPED_TEST(KvCacheOf, AnswersLikeRecomputationAfterAnyOperations) {
   expect_answers_like_recomputation<TypeParam, TypeParam>();

@@ -341,12 +341,17 @@ TEST(DispatchArchitecture, RefusesOneThatDoesNotRunHere) {
 
 constexpr options cache_options{.group_size = 3, .window = 7};
 
-TEST(DispatchCache, AnswersWithTheBitsOfTheProgramsOwn) {
+template <class Element>
+class DispatchCacheOf : public testing::Test {};
+using cached_elements = testing::Types<float, q8>;
+TYPED_TEST_SUITE(DispatchCacheOf, cached_elements);
+
+TYPED_TEST(DispatchCacheOf, AnswersWithTheBitsOfTheProgramsOwn) {
   const using_architecture own_kernels(own_architecture);
   random_engine random(6);
   const cache_setup setup = example_cache(cache_options, {.batch = 2, .rewind = 4});
-  kv_cache<float> own = setup.make();
-  dispatch::kv_cache<float> dispatched(setup.shape, setup.options);
+  kv_cache<TypeParam> own = setup.template make<TypeParam>();
+  dispatch::kv_cache<TypeParam> dispatched(setup.shape, setup.options);
   EXPECT_EQ(dispatched.shape(), own.shape());
   EXPECT_EQ(dispatched.options().group_size, cache_options.group_size);
   EXPECT_EQ(dispatched.options().window, cache_options.window);
@@ -436,6 +441,30 @@ TEST(DispatchCache, ComputesInDouble) {
     return reference::attention<Scalar>(inputs{o.query.view(), o.key.view(), o.value.view()}, cache_options);
   });
   EXPECT_TRUE(rule.holds());
+}
+
+/// Scales go through to who refuses them beside floats.
+TEST(DispatchCall, PassesScalesOver) {
+  const tensor<float> rows({1, 1, 3, 4});
+  tensor<float> out({1, 1, 3, 4});
+  const tensor<float, 3> scales({1, 1, 3});
+  const tensor<std::int64_t, 3> seen({1, 1, 3});
+  inputs<float> in{rows.view(), rows.view(), rows.view()};
+  far_context<float> context{rows.view(), rows.view(), seen.view()};
+  const auto refusal_of = [&] {
+    return refusal([&] { dispatch::attend(in, context, cca::results<float>{out.view()}); });
+  };
+  in.key_scales = scales.view();
+  EXPECT_EQ(refusal_of(), "cca: key_scales: got [1, 1, 3], wants none: key has no elements of 8 bits");
+  in.key_scales = {};
+  in.value_scales = scales.view();
+  EXPECT_EQ(refusal_of(), "cca: value_scales: got [1, 1, 3], wants none: value has no elements of 8 bits");
+  in.value_scales = {};
+  context.key_scales = scales.view();
+  EXPECT_EQ(refusal_of(), "cca: far.key_scales: got [1, 1, 3], wants none: far.key has no elements of 8 bits");
+  context.key_scales = {};
+  context.value_scales = scales.view();
+  EXPECT_EQ(refusal_of(), "cca: far.value_scales: got [1, 1, 3], wants none: far.value has no elements of 8 bits");
 }
 
 TEST(DispatchCache, ThrowsWhatTheKernelsThrow) {

@@ -75,7 +75,7 @@ template <class Types>
 class KvCacheOf : public testing::Test {};
 /// Elements and cores; kv_cache_test.cpp has those of one type.
 using ElementTypes = testing::Types<std::pair<float, Eigen::bfloat16>, std::pair<float, Eigen::half>,
-                                    std::pair<double, float>>;
+                                    std::pair<double, float>, std::pair<float, q8>>;
 TYPED_TEST_SUITE(KvCacheOf, ElementTypes);
 
 TYPED_TEST(KvCacheOf, AnswersLikeRecomputationAfterAnyOperations) {

@@ -133,7 +133,7 @@ void step(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tok
 /// The last `count` answers to a whole sequence.
 template <class Scalar, class T>
 reference::result<Scalar> exact_step(const token_views<T>& whole, std::int64_t count, const options& options) {
-  return textbook_of<Scalar>(whole, count, options).template operator()<Scalar>();
+  return textbook_of<Scalar, Scalar>(whole, count, options).template operator()<Scalar>();
 }
 
 }  // namespace cca::test

@@ -21,17 +21,44 @@ reference::tensor<Scalar> last_rows(const reference::tensor<Scalar>& all, std::i
   return last;
 }
 
-/// The textbook of a step: attention over the whole sequence, of which the step is the last `count` queries. The plain one
-/// keeps cores in `Core`, as the cache does.
-template <class Core, class T>
+/// Rounds rows to elements of the type, those of `q8` by the scale of each row, in numbers of `Scalar` but for that.
+template <class Element, class Scalar>
+void round_rows_to(tensor_view<Scalar> rows) {
+  for_each_row(rows, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+    Scalar *const begin = rows.row(b, h, i), *const end = begin + rows.dim();
+    if constexpr (std::is_same_v<Element, q8>) {
+      float largest = 0;
+      for (Scalar* x = begin; x < end; ++x) largest = std::max(largest, std::fabs(static_cast<float>(*x)));
+      const float scale = largest / 127;
+      for (Scalar* x = begin; x < end; ++x)
+        *x = scale == 0
+                 ? 0
+                 : static_cast<Scalar>(std::nearbyint(static_cast<float>(*x) / scale)) * static_cast<Scalar>(scale);
+    } else {
+      for (Scalar* x = begin; x < end; ++x) *x = static_cast<Scalar>(static_cast<Element>(*x));
+    }
+  });
+}
+
+/// The textbook of a step: attention over the whole sequence, of which the step is the last `count` queries. Tokens are as a
+/// cache of `Element` keeps them; the plain textbook keeps cores in `Core`, as the cache does.
+template <class Element, class Core, class T>
 auto textbook_of(const token_views<T>& whole, std::int64_t count, const options& options) {
   return [=]<class Scalar>() {
     reference::converter<Scalar> numbers;
-    const reference::operands<Scalar> in = numbers(inputs{whole.query, whole.key, whole.value});
+    reference::operands<Scalar> in = numbers(inputs{whole.query, whole.key, whole.value});
+    reference::tensor<Scalar> key(whole.key.extent), value(whole.value.extent);
+    if constexpr (std::is_same_v<Element, q8>) {
+      copy<Scalar>(in.key, key.view());
+      copy<Scalar>(in.value, value.view());
+      round_rows_to<q8>(key.view());
+      round_rows_to<q8>(value.view());
+      in.key = key.view();
+      in.value = value.view();
+    }
     auto cores = reference::pool(in, options);
     if constexpr (std::is_same_v<Scalar, T>)
-      for (reference::tensor<Scalar>* rows : {&cores.first, &cores.second})
-        for (Scalar& x : rows->data) x = static_cast<Scalar>(static_cast<Core>(x));
+      for (reference::tensor<Scalar>* rows : {&cores.first, &cores.second}) round_rows_to<Core>(rows->view());
     const partition partition = partition_of(options);
     const auto biases = reference::core_biases(in, options);
     const auto all = reference::attend<Scalar>(
@@ -44,7 +71,7 @@ auto textbook_of(const token_views<T>& whole, std::int64_t count, const options&
 }
 template <class T>
 auto textbook(const token_views<T>& whole, std::int64_t count, const options& options) {
-  return textbook_of<T>(whole, count, options);
+  return textbook_of<T, T>(whole, count, options);
 }
 
 enum class operation { append, append_to_all, attend, attend_all, truncate, fork, reset, reload };
@@ -62,14 +89,16 @@ struct known_sequence {
 /// A cache, and beside it all tokens of its sequences: whatever is done to it, it has to answer and to count as if it had
 /// all of them, too. What is done is drawn from `Random`, from which `draw` takes numbers. Answers go to
 /// `judge(results, textbook, label)`, `textbook` as `attention_rule` wants it; all else is expected here.
-template <class T, class Core, class Random, class Judge>
+template <class Element, class Core, class Random, class Judge>
 class cache_life {
+  using T = number_of<Element>;
+
  public:
   cache_life(Random& random, std::string label, Judge judge)
       : random_(random),
         numbers_(static_cast<std::uint64_t>(draw(random, 0, 255))),
         setup_(random_setup(random)),
-        cache_(setup_.template make<T, Core>()),
+        cache_(setup_.template make<Element, Core>()),
         label_(std::move(label)),
         judge_(std::move(judge)) {
     for (std::int64_t b = 0; b < setup_.shape.batch; ++b)
@@ -153,7 +182,7 @@ class cache_life {
       case operation::reload: {
         const std::string file = content(cache_);
         std::istringstream stream(file);
-        cache_ = load<T, Core>(stream);
+        cache_ = load<Element, Core>(stream);
         EXPECT_EQ(content(cache_), file);
       }
     }
@@ -194,7 +223,7 @@ class cache_life {
       s.oldest = std::max(s.oldest, s.length - setup_.raw_limit());
       if (answers)
         judge_(sequence_of(*answers, b - batch.begin),
-               textbook_of<Core>(tokens_of(s.tokens, {0, s.length}), count, setup_.options), label);
+               textbook_of<Element, Core>(tokens_of(s.tokens, {0, s.length}), count, setup_.options), label);
     }
   }
 
@@ -233,12 +262,14 @@ class cache_life {
       core_rows += core_heads * cores;
       raw_rows += setup_.shape.kv_heads * raw;
     }
-    const auto bytes = [&](std::int64_t rows, std::size_t element) {
-      return static_cast<std::size_t>(rows * (setup_.shape.dim + setup_.value_dim())) * element;
+    const auto bytes = [&]<class Row>(std::int64_t rows, std::type_identity<Row>) {
+      const std::size_t scales = std::is_same_v<Row, q8> ? 2 * sizeof(float) : 0;
+      return static_cast<std::size_t>(rows) *
+             (static_cast<std::size_t>(setup_.shape.dim + setup_.value_dim()) * sizeof(Row) + scales);
     };
     const std::size_t biases = detail::has_core_biases(setup_.options) ? static_cast<std::size_t>(core_rows) : 0;
-    EXPECT_EQ(cache_.bytes(),
-              bytes(core_rows, sizeof(Core)) + biases * sizeof(compute_type<T>) + bytes(raw_rows, sizeof(T)));
+    EXPECT_EQ(cache_.bytes(), bytes(core_rows, std::type_identity<Core>{}) + biases * sizeof(compute_type<T>) +
+                                  bytes(raw_rows, std::type_identity<Element>{}));
     EXPECT_GE(cache_.allocated_bytes(), cache_.bytes());
     EXPECT_EQ(cache_.shape().capacity, setup_.shape.capacity);
     EXPECT_EQ(cache_.shape().batch, setup_.shape.batch);
@@ -247,22 +278,22 @@ class cache_life {
   Random& random_;
   random_engine numbers_;  // of tokens, and how they lie in memory
   cache_setup setup_;
-  kv_cache<T, Core> cache_;
+  kv_cache<Element, Core> cache_;
   std::string label_;
   std::vector<known_sequence<T>> known_;
   Judge judge_;
 };
 
 /// A cache answers like attention over the whole sequence, however the sequence came to be.
-template <class T, class Core>
+template <class Element, class Core>
 void expect_answers_like_recomputation() {
   // With the group size and the tokens beyond complete groups.
   std::set<std::tuple<operation, std::int64_t, std::int64_t>> done;
   for (std::uint64_t seed = 1; seed <= 360 && !testing::Test::HasFailure(); ++seed) {
     random_engine random(seed);
-    attention_rule<T> rule;
+    attention_rule<number_of<Element>> rule;
     const auto judge = [&](const auto&... answer) { rule.add(answer...); };
-    cache_life<T, Core, random_engine, decltype(judge)> life(random, "seed " + std::to_string(seed), judge);
+    cache_life<Element, Core, random_engine, decltype(judge)> life(random, "seed " + std::to_string(seed), judge);
     life.live(40, [&](auto... step) { done.emplace(step...); });
     EXPECT_TRUE(rule.holds());
   }

@@ -4,5 +4,6 @@ namespace cca::test {
 
 template struct cache_steps<kv_cache<float>>;
 template struct cache_steps<kv_cache<double>>;
+template struct cache_steps<kv_cache<q8>>;
 
 }  // namespace cca::test

@@ -38,11 +38,15 @@ kv_cache<T, Core> load(std::istream& stream, matrix_unit unit = matrix_unit::non
 #endif
 }
 
+/// Of tokens, queries and answers of a cache: floats where it rounds them to rows of 8 bits.
+template <class Element>
+using number_of = std::conditional_t<std::is_same_v<Element, q8>, float, Element>;
+
 /// `cache.append` and `cache.attend`, for sequence `b` or for all: compiled once, in kv_cache_steps.cpp and, where cores are
 /// of another type, in mixed_cache_steps.cpp.
 template <class Cache>
 struct cache_steps {
-  using T = typename Cache::element_type;
+  using T = number_of<typename Cache::element_type>;
 
   static void append(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
                      const any_executor& run);
@@ -67,10 +71,12 @@ void cache_steps<Cache>::attend(Cache& cache, std::optional<std::int64_t> b, con
 
 extern template struct cache_steps<kv_cache<float>>;
 extern template struct cache_steps<kv_cache<double>>;
+extern template struct cache_steps<kv_cache<q8>>;
 #if !defined(CCA_TEST_THROUGH_DISPATCH)
 extern template struct cache_steps<kv_cache<float, Eigen::bfloat16>>;
 extern template struct cache_steps<kv_cache<float, Eigen::half>>;
 extern template struct cache_steps<kv_cache<double, float>>;
+extern template struct cache_steps<kv_cache<float, q8>>;
 #endif
 
 template <class Cache, class T>

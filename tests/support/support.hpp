@@ -125,10 +125,14 @@ T canary() {
 template <class T>
 requires std::is_arithmetic_v<T> ||(sizeof(T) == 2)  // 16-bit elements
     bool same_bits(T a, T b) {
-  // Not memcmp, which sanitizers replace: a call for each of millions of numbers.
-  using bits = std::conditional_t<sizeof(T) == 2, std::uint16_t,
-                                  std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>;
-  return std::bit_cast<bits>(a) == std::bit_cast<bits>(b);
+  if constexpr (std::is_integral_v<T>) {
+    return a == b;
+  } else {
+    // Not memcmp, which sanitizers replace: a call for each of millions of numbers.
+    using bits = std::conditional_t<sizeof(T) == 2, std::uint16_t,
+                                    std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>;
+    return std::bit_cast<bits>(a) == std::bit_cast<bits>(b);
+  }
 }
 
 /// Calls `f(b, h, i)` for every row of a view.

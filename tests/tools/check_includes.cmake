@@ -35,7 +35,7 @@ set(order
     detail/engine/gradient_tile.hpp detail/engine/backward.hpp detail/engine/bias_sums.hpp
     # What users call.
     pooling.hpp detail/engine/plan.hpp attention.hpp merge.hpp detail/engine/gradient_plan.hpp gradient.hpp cache_shape.hpp
-    detail/context/cached_sequences.hpp kv_cache.hpp kv_cache_file.hpp
+    quantize.hpp detail/context/cached_sequences.hpp detail/context/kept_tokens.hpp kv_cache.hpp kv_cache_file.hpp
     # The textbook and the whole.
     reference_operands.hpp reference_pooling.hpp reference.hpp reference_gradient.hpp cca.hpp
     # The same across machines.

@@ -75,6 +75,7 @@ for compiler in "$@"; do
   precompile
   right 'cca::attention(q, k, v, out, options)'
   right 'cca::attention({q, k, v}, {out, lse}, options)'
+  right 'cca::attention(cca::inputs<float, cca::q8>{.query = q, .key = int8, .value = int8, .key_scales = lse, .value_scales = lse}, {out, lse})'
   # No view.
   slip 'cca::attention(numbers, k, v, out, options)' "$view"
   slip 'cca::attention(q, numbers.data(), v, out, options)' "$view"
@@ -91,6 +92,9 @@ for compiler in "$@"; do
   # Elements.
   slip 'cca::attention(bf16, k, v, out, options)' "$elements"
   slip 'cca::attention(q, k, v, int8, options)' "$elements"
+  slip 'cca::attention(int8, k, v, out, options)' "$elements"
+  slip 'cca::attention_gradient(cca::inputs{q, int8, v}, cca::results{out, lse}, cca::incoming{out}, cca::gradients{q, k, v})' \
+    'rows of 8 bits have no gradients'
   slip 'cca::attend(cca::inputs{q, k, v}, cca::far_context{bf16, v, cca::lse_view<const std::int64_t>{}}, {out})' "$elements"
   slip 'cca::merge(cca::results{int8, lse}, {out, lse}, {out, lse})' "$elements"
   slip 'cca::kv_cache<std::uint16_t> c({}, options)' "$elements"

@@ -40,13 +40,16 @@ cache_shape typed(const plain::cache_shape& s) {
 
 template <class T>
 inputs<T> inputs_of(const plain::call<T>& c) {
-  return {typed(c.query), typed(c.key), typed(c.value), typed(c.sink_logits), typed(c.alibi_slopes), typed(c.key_bias)};
+  return {typed(c.query),        typed(c.key),      typed(c.value),      typed(c.sink_logits),
+          typed(c.alibi_slopes), typed(c.key_bias), typed(c.key_scales), typed(c.value_scales)};
 }
 template <class T>
 far_context<T> far_of(const plain::call<T>& c) {
-  return {typed(c.far_key),       typed(c.far_value),    typed(c.seen),
-          typed(c.far_bias),      typed(c.far_positions), typed(c.visible_from),
-          typed(c.visible_until), {typed(c.selected), c.selected_rows, c.selected_queries}};
+  return {typed(c.far_key),        typed(c.far_value),
+          typed(c.seen),           typed(c.far_bias),
+          typed(c.far_positions),  typed(c.visible_from),
+          typed(c.visible_until),  {typed(c.selected), c.selected_rows, c.selected_queries},
+          typed(c.far_key_scales), typed(c.far_value_scales)};
 }
 template <class T>
 results<T> results_of(const plain::call<T>& c) {
@@ -152,9 +155,7 @@ constexpr plain::cache_functions<T> cache_functions{
     .append =
         [](void* cache, const auto& b, const auto& c) {
           with(c, [&](const auto&, const auto& run) {
-            const inputs<T> in = inputs_of(c);
-            b ? cache_at<T>(cache).append(*b, in.query, in.key, in.value, run)
-              : cache_at<T>(cache).append(in.query, in.key, in.value, run);
+            b ? cache_at<T>(cache).append(*b, inputs_of(c), run) : cache_at<T>(cache).append(inputs_of(c), run);
           });
         },
     .truncate = [](void* cache, std::int64_t b, std::int64_t length) { cache_at<T>(cache).truncate(b, length); },
@@ -185,6 +186,6 @@ extern "C" {
 extern const cca::plain::architecture CCA_DISPATCH_TABLE(CCA_INSTRUCTION_SET);
 // Constant-initialised: nothing of this object runs before it is chosen.
 constinit const cca::plain::architecture CCA_DISPATCH_TABLE(CCA_INSTRUCTION_SET){
-    CCA_NAME(CCA_INSTRUCTION_SET), cca::kernels<float>, cca::kernels<double>, cca::kernels<Eigen::bfloat16>,
-    cca::kernels<Eigen::half>};
+    CCA_NAME(CCA_INSTRUCTION_SET), cca::kernels<float>,       cca::kernels<double>,
+    cca::kernels<Eigen::bfloat16>, cca::kernels<Eigen::half>, cca::cache_functions<cca::q8>};
 }

@@ -16,17 +16,18 @@
 namespace cca { inline namespace CCA_TARGET { namespace dispatch {
 
 /// `cca::kv_cache` for the processor that the program runs on; see there. It stays with the instruction set that it was
-/// made with. Queries have the cache's element type.
+/// made with. Tokens, queries and outputs have the cache's element type, or are floats where that is `q8`.
 template <class Element = float>
 class kv_cache {
  public:
   /// As in `cca::kv_cache`, and so are all members here.
   ///@{
   using element_type = Element;
-  using operand = tensor_view<const Element>;
+  using number_type = typename plain::token<Element>::type;
+  using operand = tensor_view<const number_type>;
 
   kv_cache(const cache_shape& shape, const options& options)
-      : kv_cache(detail::kernels<Element>().cache, [&](const auto& kernels) {
+      : kv_cache(detail::cache_kernels<Element>(), [&](const auto& kernels) {
           return kernels.make(detail::to_plain(shape), detail::to_plain(options));
         }) {}
 
@@ -40,27 +41,28 @@ class kv_cache {
   [[nodiscard]] std::size_t bytes() const { return kernels_->bytes(cache_.get())[0]; }
   [[nodiscard]] std::size_t allocated_bytes() const { return kernels_->bytes(cache_.get())[1]; }
 
-  void attend(const inputs<Element>& in, const results<Element>& to, const execution& run = {}) {
+  void attend(const inputs<number_type>& in, const results<number_type>& to, const execution& run = {}) {
     step(kernels_->attend, {}, in, to, run);
   }
-  void attend(std::int64_t b, const inputs<Element>& in, const results<Element>& to, const execution& run = {}) {
+  void attend(std::int64_t b, const inputs<number_type>& in, const results<number_type>& to,
+              const execution& run = {}) {
     step(kernels_->attend, b, in, to, run);
   }
-  void attend(const operand& query, const operand& key, const operand& value, const tensor_view<Element>& out,
+  void attend(const operand& query, const operand& key, const operand& value, const tensor_view<number_type>& out,
               const execution& run = {}) {
     attend({query, key, value}, {out}, run);
   }
   void attend(std::int64_t b, const operand& query, const operand& key, const operand& value,
-              const tensor_view<Element>& out, const execution& run = {}) {
+              const tensor_view<number_type>& out, const execution& run = {}) {
     attend(b, {query, key, value}, {out}, run);
   }
 
   void append(const operand& query, const operand& key, const operand& value, const execution& run = {}) {
-    step(kernels_->append, {}, inputs<Element>{query, key, value}, run);
+    step(kernels_->append, {}, inputs<number_type>{query, key, value}, run);
   }
   void append(std::int64_t b, const operand& query, const operand& key, const operand& value,
               const execution& run = {}) {
-    step(kernels_->append, b, inputs<Element>{query, key, value}, run);
+    step(kernels_->append, b, inputs<number_type>{query, key, value}, run);
   }
 
   void truncate(std::int64_t b, std::int64_t length) { kernels_->truncate(cache_.get(), b, length); }
@@ -89,7 +91,7 @@ class kv_cache {
 
   template <class Function, class... Arguments>
   void step(Function* function, const std::optional<std::int64_t>& b, const Arguments&... arguments) {
-    plain::call<Element> all{};
+    plain::call<number_type> all{};
     (detail::put(all, arguments), ...);
     function(cache_.get(), b, all);
   }
@@ -109,7 +111,7 @@ void save(const kv_cache<Element>& cache, std::ostream& stream) {
 /// `cca::load`.
 template <class Element>
 [[nodiscard]] kv_cache<Element> load(std::istream& stream, matrix_unit unit = matrix_unit::none) {
-  return {detail::kernels<Element>().cache,
+  return {detail::cache_kernels<Element>(),
           [&](const auto& kernels) { return kernels.load(stream, static_cast<int>(unit)); }};
 }
 

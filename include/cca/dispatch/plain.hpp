@@ -31,6 +31,16 @@ struct computed<double> {
   using type = double;
 };
 
+/// What the tokens of a cache come as, as `kv_cache::number_type`: the elements of `q8` are kept with scales.
+template <class T>
+struct token {
+  using type = T;
+};
+template <>
+struct token<std::int8_t> {
+  using type = float;
+};
+
 /// A `tensor_view`.
 template <class T, std::size_t Rank = 4>
 struct view {
@@ -69,11 +79,13 @@ struct call {
 
   operand query, key, value;  // inputs
   lse_operand sink_logits, alibi_slopes, key_bias;
+  view<const float, 3> key_scales, value_scales;
   operand far_key, far_value;  // far context
   view<const std::int64_t, 3> seen, far_positions, visible_from, visible_until;
   view<const std::int64_t> selected;
   std::int64_t selected_rows, selected_queries;
   lse_operand far_bias;
+  view<const float, 3> far_key_scales, far_value_scales;
   view<T> out;  // results
   view<number, 3> lse;
   operand out_a, out_b, grad_out;  // results that are read, and the gradients that come in
@@ -107,11 +119,12 @@ struct sequence_counts {
 template <class T>
 struct cache_functions {
   using sequence = const std::optional<std::int64_t>&;
+  using step = plain::call<typename token<T>::type>;
 
   void* (*make)(const cache_shape&, const options&);
   void (*destroy)(void* cache);
-  void (*attend)(void* cache, sequence b, const call<T>&);
-  void (*append)(void* cache, sequence b, const call<T>&);
+  void (*attend)(void* cache, sequence b, const step&);
+  void (*append)(void* cache, sequence b, const step&);
   void (*truncate)(void* cache, std::int64_t b, std::int64_t length);
   void (*reset)(void* cache, sequence b);
   void (*fork)(void* cache, std::int64_t from, std::int64_t to);
@@ -136,6 +149,7 @@ struct architecture {
   kernels<double> of_double;
   kernels<Eigen::bfloat16> of_bfloat16;
   kernels<Eigen::half> of_half;
+  cache_functions<std::int8_t> cache_of_q8;
 };
 
 /// The kernels in use: by default the newest that the processor and the operating system run.

@@ -62,6 +62,8 @@ void put(plain::call<T>& to, const inputs<T>& in) {
   to.sink_logits = to_plain(in.sink_logits);
   to.alibi_slopes = to_plain(in.alibi_slopes);
   to.key_bias = to_plain(in.key_bias);
+  to.key_scales = to_plain(in.key_scales);
+  to.value_scales = to_plain(in.value_scales);
 }
 template <class T>
 void put(plain::call<T>& to, const far_context<T>& context) {
@@ -75,6 +77,8 @@ void put(plain::call<T>& to, const far_context<T>& context) {
   to.selected = to_plain(context.selected.blocks);
   to.selected_rows = context.selected.block_rows;
   to.selected_queries = context.selected.block_queries;
+  to.far_key_scales = to_plain(context.key_scales);
+  to.far_value_scales = to_plain(context.value_scales);
 }
 template <class T>
 void put(plain::call<T>& to, const results<T>& results) {
@@ -136,6 +140,15 @@ const plain::kernels<T>& kernels() {
   if constexpr (std::is_same_v<T, double>) return chosen.of_double;
   if constexpr (is_bfloat16<T>) return chosen.of_bfloat16;
   if constexpr (is_half<T>) return chosen.of_half;
+}
+
+/// For caches of elements `T`.
+template <class T>
+const plain::cache_functions<T>& cache_kernels() {
+  if constexpr (is_q8<T>)
+    return plain::chosen().cache_of_q8;
+  else
+    return kernels<T>().cache;
 }
 
 /// Calls a function of the table.

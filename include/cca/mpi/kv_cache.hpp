@@ -46,7 +46,7 @@ class kv_cache : private detail::cache_share<Element, Core> {
   using share::by, share::biased, share::has_window, share::group_count, share::shape_, share::options_, share::share_,
       share::core_heads_, share::length_, share::oldest_, share::held_, share::window_rank_;
   using typename share::sequence;
-  static_assert(cca::detail::check_cache_elements<Element, Core>());
+  static_assert(cca::detail::check_cache_elements<Element, Core>() && cca::detail::check_elements<Element, Core>());
   using T = compute_type<Element>;
 
  public:
@@ -185,7 +185,7 @@ class kv_cache : private detail::cache_share<Element, Core> {
     if (in.query.has_lengths() || in.key.has_lengths())
       detail::refuse("query", {"lengths per sequence"}, {"as many tokens for each"});
     detail::require_extents(in.query, {shape_.batch, shape_.heads, tokens, shape_.dim});
-    detail::require_key_value(in.query, in.key, in.value);
+    detail::require_key_value(in.query, in);
     detail::require_extents(in.key, {shape_.batch, shape_.kv_heads, tokens, shape_.dim});
     detail::require_extents(in.value, {shape_.batch, shape_.kv_heads, tokens, shape_.value_dim});
     detail::require_sink_logits(in.query, in.sink_logits);
@@ -205,7 +205,7 @@ class kv_cache : private detail::cache_share<Element, Core> {
       if (over.tokens.length(q) != tokens)
         detail::refuse("layout", {over.tokens.length(q), " tokens in sequence ", q}, {tokens, ", as in sequence 0"});
     detail::require_operand(in.query);
-    detail::require_key_value(in.query, in.key, in.value);
+    detail::require_key_value(in.query, in);
     const std::int64_t segments = over.tokens.segments_of(ranks_->rank()).size();
     detail::require_extents(in.query, {segments, shape_.heads, in.query.length(), shape_.dim});
     detail::require_extents(in.key, {segments, shape_.kv_heads, in.key.length(), shape_.dim});

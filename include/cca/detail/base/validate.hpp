@@ -20,10 +20,10 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// What a call reads, the far context of its caller, and where it writes.
 struct input_views {
-  named_view query, key, value, sink_logits, alibi_slopes, key_bias;
+  named_view query, key, value, sink_logits, alibi_slopes, key_bias, key_scales, value_scales;
 };
 struct far_views {
-  named_view key, value, seen, bias, positions, visible_from, visible_until, blocks;
+  named_view key, value, seen, bias, positions, visible_from, visible_until, blocks, key_scales, value_scales;
   far_selection selected;
 };
 struct result_views {
@@ -39,7 +39,9 @@ input_views named(const inputs<T...>& in) {
           {"value", in.value},
           {"sink_logits", in.sink_logits},
           {"alibi_slopes", in.alibi_slopes},
-          {"key_bias", in.key_bias}};
+          {"key_bias", in.key_bias},
+          {"key_scales", in.key_scales},
+          {"value_scales", in.value_scales}};
 }
 template <class... T>
 far_views named(const far_context<T...>& context) {
@@ -51,6 +53,8 @@ far_views named(const far_context<T...>& context) {
           {"far.visible_from", context.visible_from},
           {"far.visible_until", context.visible_until},
           {"far.selected.blocks", context.selected.blocks},
+          {"far.key_scales", context.key_scales},
+          {"far.value_scales", context.value_scales},
           context.selected};
 }
 template <class... T>
@@ -79,13 +83,31 @@ inline void require_heads(const char* name, std::int64_t heads, std::int64_t que
     refuse(name, {heads, " heads"}, {"a divisor of the ", query_heads, " query heads"});
 }
 
-/// Key and value, as seen by query: the same batch, heads that divide the query's, equal dims of query and key.
-inline void require_key_value(const named_view& query, const named_view& key, const named_view& value) {
+/// A scale for each of the rows where these are of 8 bits, otherwise none.
+inline void require_scales(const named_view& rows, const named_view& scales) {
+  if (rows.element_size != sizeof(q8)) {
+    if (given(scales)) refuse(scales.name, {scales.extents()}, {"none: ", rows.name, " has no elements of 8 bits"});
+    return;
+  }
+  if (!given(scales) && !rows.empty())
+    refuse(scales.name, {"none"}, {"a scale for each row of ", rows.name, ", of 8 bits"});
+  if (!given(scales)) return;
+  require_operand(scales);
+  require_shape(scales, rows.heads(), 1, rows);
+}
+
+/// Key and value, as seen by query: the same batch, heads that divide the query's, equal dims of query and key. `in` are
+/// views of inputs or a far context.
+template <class Views>
+void require_key_value(const named_view& query, const Views& in) {
+  const named_view &key = in.key, &value = in.value;
   require_operand(key);
   require_operand(value);
   require_extents(key, {query.batch(), key.heads(), key.length(), query.dim()});
   require_heads(key.name, key.heads(), query.heads());
   require_shape(value, key.heads(), value.dim(), key);
+  require_scales(key, in.key_scales);
+  require_scales(value, in.value_scales);
 }
 
 /// An optional view that this call has no use for.
@@ -170,7 +192,7 @@ inline void require_row_numbers(const named_view& query, const named_view& numbe
 /// What an entry point of attention reads.
 inline void require_inputs(const input_views& in) {
   require_operand(in.query);
-  require_key_value(in.query, in.key, in.value);
+  require_key_value(in.query, in);
   require_sink_logits(in.query, in.sink_logits);
   require_alibi_slopes(in.query, in.alibi_slopes);
   require_row_numbers(in.query, in.key_bias, in.key);
@@ -229,7 +251,7 @@ inline void require_far_counts(const named_view& query, const far_views& far_row
 
 /// A caller's far context of a call, which computes in numbers of this many bytes, but for its counts.
 inline void require_far_shapes(const input_views& in, const far_views& far_rows, std::size_t number_size) {
-  require_key_value(in.query, far_rows.key, far_rows.value);
+  require_key_value(in.query, far_rows);
   if (far_rows.value.dim() != in.value.dim())
     refuse("far.value", {"dim ", far_rows.value.dim()}, {"the value's dim ", in.value.dim()});
   require_far_visible(in.query, far_rows);
@@ -259,6 +281,7 @@ inline void require_results(const input_views& in, std::int64_t value_dim, const
     require_shape(lse, in.query.heads(), 1, in.query);
   }
   require_apart({out, lse}, more);
+  require_apart({out, lse}, {in.key_scales, in.value_scales});
   require_apart({out, lse}, {in.query, in.key, in.value, in.sink_logits, in.alibi_slopes, in.key_bias});
 }
 

@@ -24,6 +24,7 @@ template <class Element, class Core>
 struct cached_sequences {
   using ring = row_ring<Element>;
   using bias = compute_type<Element>;
+  using tokens = row_views<Element, Element>;  ///< new ones, as they are kept
 
   struct sequence {
     std::int64_t length = 0;
@@ -91,9 +92,9 @@ struct cached_sequences {
   /// every token keeps its row.
   void reserve(const char* argument, sequence& s, std::int64_t length) {
     const std::int64_t cores = group_count(length), sinks = sink_count(length);
-    const std::int64_t raw = smaller(length - sinks, raw_limit()), dims = shape.dim + shape.value_dim;
-    const long double bytes = elements(core_heads, cores, dims) * sizeof(Core) +
-                              elements(shape.kv_heads, sinks + raw, dims) * sizeof(Element);
+    const std::int64_t raw = smaller(length - sinks, raw_limit());
+    const long double bytes = elements(core_heads, cores, row_bytes<Core>(shape.dim, shape.value_dim)) +
+                              elements(shape.kv_heads, sinks + raw, row_bytes<Element>(shape.dim, shape.value_dim));
     if (bytes > most_allocated_bytes)
       refuse(argument, {length, " tokens of ", bytes, " bytes"}, {"at most 2^40 bytes per sequence"});
     s.cores.reserve(cores, unlimited);
@@ -126,9 +127,9 @@ struct cached_sequences {
   }
 
   /// Pools the groups that the new tokens complete, from old rows and new ones.
-  template <class T, class Query, class Key, class Value>
-  void pool_new_groups(std::int64_t first, tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                       const execution& run, const pool_memory<T>& memory) {
+  template <class T, class Query>
+  void pool_new_groups(std::int64_t first, const tensor_view<Query>& query, const tokens& fresh, const execution& run,
+                       const pool_memory<T>& memory) {
     if (!pools(options)) return;
     for (std::int64_t b = 0; b < query.batch(); ++b) {
       const sequence& s = at(first + b);
@@ -136,14 +137,15 @@ struct cached_sequences {
         const typename ring::pieces old = s.raw.find(intersection(group, {0, s.length}));
         pooler.absorb(s.raw.rows(h, old.row), {0, old.first.size()});
         pooler.absorb(s.raw.rows(h, 0), {0, old.second.size()});
-        pooler.absorb(rows_of(key, value, b, h), shifted(intersection(group, {s.length, group.end}), -s.length));
+        pooler.absorb(rows_of(fresh, b, h), shifted(intersection(group, {s.length, group.end}), -s.length));
       };
       const auto last = [&](std::int64_t, std::int64_t h, std::int64_t token) {
         return query.row(b, h, token - s.length);
       };
       const auto core = [&](std::int64_t, std::int64_t h, std::int64_t c) {
         return core_place{s.cores.key(h, c), s.cores.value(h, c),
-                          has_core_biases(options) ? s.biases.key(h, c) : nullptr};
+                          has_core_biases(options) ? s.biases.key(h, c) : nullptr, s.cores.key_scale(h, c),
+                          s.cores.value_scale(h, c)};
       };
       const range groups{group_count(s.length), group_count(s.length + query.length())};
       pool_groups<T>(
@@ -154,24 +156,17 @@ struct cached_sequences {
 
   /// Takes over the new sink tokens of batch entry `b` of the views. They count when the length says so: queries are
   /// answered in between.
-  template <class Key, class Value>
-  void keep_sinks(sequence& s, tensor_view<Key> key, tensor_view<Value> value, std::int64_t b) const {
-    const range tokens{s.length, sink_count(s.length + key.length())};
-    for (std::int64_t h = 0; h < shape.kv_heads && !tokens.empty(); ++h)
-      s.sinks.copy_rows(h, tokens.begin, rows_of(key, value, b, h), tokens.size());
+  void keep_sinks(sequence& s, const tokens& fresh, std::int64_t b) const {
+    const range sinks{s.length, sink_count(s.length + fresh.key.length())};
+    for (std::int64_t h = 0; h < shape.kv_heads && !sinks.empty(); ++h)
+      s.sinks.copy_rows(h, sinks.begin, rows_of(fresh, b, h), sinks.size());
   }
 
   /// Takes over the other new raw tokens of batch entry `b` of the views that later queries or a rewind can need.
-  template <class Key, class Value>
-  void keep(sequence& s, tensor_view<Key> key, tensor_view<Value> value, std::int64_t b) {
-    const std::int64_t length = s.length + key.length();
-    const range tokens{larger(larger(s.length, sink_count(length)), length - s.raw.capacity()), length};
-    s.raw.write(tokens, [&](std::int64_t h) {
-      auto rows = rows_of(key, value, b, h);
-      rows.key += (tokens.begin - s.length) * rows.key_stride;
-      rows.value += (tokens.begin - s.length) * rows.value_stride;
-      return rows;
-    });
+  void keep(sequence& s, const tokens& fresh, std::int64_t b) {
+    const std::int64_t length = s.length + fresh.key.length();
+    const range kept{larger(larger(s.length, sink_count(length)), length - s.raw.capacity()), length};
+    s.raw.write(kept, [&](std::int64_t h) { return rows_of(fresh, b, h).from(kept.begin - s.length); });
     s.length = length;
     s.oldest = larger(s.oldest, length - s.raw.capacity());
   }
@@ -185,8 +180,8 @@ struct cached_sequences {
   struct source_rows {
     std::int64_t sinks, cores, raw, fresh;
   };
-  [[nodiscard]] source_rows rows_of_step(std::int64_t first, std::int64_t batch, std::int64_t tokens) const {
-    source_rows rows{0, 0, 0, tokens};
+  [[nodiscard]] source_rows rows_of_step(std::int64_t first, std::int64_t batch, std::int64_t count) const {
+    source_rows rows{0, 0, 0, count};
     for (std::int64_t b = first; b < first + batch; ++b) {
       rows.sinks = larger(rows.sinks, at(b).sinks.capacity());
       rows.cores = larger(rows.cores, at(b).cores.capacity());
@@ -197,8 +192,8 @@ struct cached_sequences {
 
   /// Calls `f` with the sources of a step: the sink tokens, new ones among them; the cores; the two pieces of the other raw
   /// tokens held; and the new tokens behind the sink tokens.
-  template <class Inputs, class F>
-  void with_sources(std::int64_t first, const Inputs& in, const source_rows& rows, const F& f) const {
+  template <class F>
+  void with_sources(std::int64_t first, const tokens& fresh, const source_rows& rows, const F& f) const {
     const cca::partition partition = this->partition();
     const auto sequence_of = [this, first](std::int64_t b) -> const sequence& { return at(first + b); };
     /// Of the raw tokens that query `i` sees those of a piece, counted from its first.
@@ -239,7 +234,7 @@ struct cached_sequences {
              },
              [=, this](std::int64_t b, std::int64_t) { return at(b, window_of(sequence_of(b)).second.begin); }},
       source{shape.kv_heads, rows_each(rows.fresh),
-             [=](std::int64_t b, std::int64_t h) { return rows_of(in.key, in.value, b, h); },
+             [=](std::int64_t b, std::int64_t h) { return rows_of(fresh, b, h); },
              [=](std::int64_t b, std::int64_t, std::int64_t i) {
                const std::int64_t length = sequence_of(b).length;
                return seen_of(b, i, {length, length + rows.fresh});

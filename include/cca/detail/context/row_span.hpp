@@ -20,6 +20,23 @@ struct row_span {
   [[nodiscard]] CCA_INLINE row_span from(std::int64_t i) const { return {row(i), stride}; }
 };
 
+/// The scales of rows of 8 bits, `data[i * stride]` that of row `i`. Rows of other elements have none.
+struct row_scales {
+  const float* data = nullptr;
+  std::int64_t stride = 0;
+
+  [[nodiscard]] CCA_INLINE float operator[](std::int64_t i) const { return data[i * stride]; }
+  [[nodiscard]] row_scales from(std::int64_t i) const { return {data + i * stride, stride}; }
+};
+
+/// `numbers[i] *= scales[i]` for the rows `rows`, where these are of 8 bits: a row's scale is a factor of its products.
+template <class Element, class T>
+CCA_INLINE void multiply_by_scales([[maybe_unused]] row_scales scales, [[maybe_unused]] range rows,
+                                   [[maybe_unused]] T* numbers) {
+  if constexpr (is_q8<Element>)
+    for (std::int64_t i = rows.begin; i < rows.end; ++i) numbers[i] *= static_cast<T>(scales[i]);
+}
+
 /// Asks for the memory of row `i`, which may lie outside of the span: nothing is read.
 template <class T>
 CCA_INLINE void prefetch_row(row_span<T> rows, std::int64_t i, std::int64_t dim) {
@@ -52,7 +69,7 @@ template <class T, class... Elements>
 inline constexpr bool in_place = (std::is_same_v<std::remove_const_t<Elements>, T> && ...);
 
 /// `count` rows of `dim` elements in the type that they are computed in: where they lie, or converted into `buffer`,
-/// once for all that read them.
+/// once for all that read them. Rows of 8 bits stay without their scales.
 template <class T, class Element>
 [[nodiscard]] row_span<T> stage(const Element* from, std::int64_t stride, std::int64_t dim, std::int64_t count,
                                 [[maybe_unused]] T* buffer) {
@@ -62,6 +79,22 @@ template <class T, class Element>
     for (std::int64_t i = 0; i < count; ++i) convert(from + i * stride, dim, buffer + i * dim);
     return {buffer, dim};
   }
+}
+
+/// The same of the numbers that rows stand for.
+template <class T, class Element>
+[[nodiscard]] row_span<T> stage_numbers(const Element* from, std::int64_t stride, [[maybe_unused]] row_scales scales,
+                                        std::int64_t dim, std::int64_t count, T* buffer) {
+  const row_span<T> rows = stage(from, stride, dim, count, buffer);
+  for (std::int64_t i = 0; is_q8<Element> && i < count; ++i) {
+    T* const row = buffer + i * dim;
+    const T scale = static_cast<T>(scales[i]);
+    std::int64_t d = 0;
+    for (; d + width<T> <= dim; d += width<T>)
+      (vec<T>::load_unaligned(row + d) * vec<T>(scale)).store_unaligned(row + d);
+    for (; d < dim; ++d) row[d] *= scale;
+  }
+  return rows;
 }
 
 /// Consecutive rows of keys and values of a source, `rows` of it, in the type that they are computed in.

@@ -7,6 +7,7 @@
 
 #include "../../partition.hpp"
 #include "../../tensor_view.hpp"
+#include "row_span.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
@@ -17,7 +18,34 @@ struct context_rows {
   std::int64_t key_stride;
   const Value* value;
   std::int64_t value_stride;
+  row_scales key_scales{}, value_scales{};
+
+  [[nodiscard]] context_rows from(std::int64_t i) const {
+    return {key + i * key_stride, key_stride,         value + i * value_stride,
+            value_stride,         key_scales.from(i), value_scales.from(i)};
+  }
 };
+
+/// Keys and values of all heads, and the scales of those of 8 bits.
+template <class Key, class Value>
+struct row_views {
+  tensor_view<const Key> key;
+  tensor_view<const Value> value;
+  lse_view<const float> key_scales{}, value_scales{};
+};
+
+/// Those of an aggregate that has them.
+template <class Views>
+auto row_views_of(const Views& of) {
+  row_views<std::remove_const_t<typename decltype(of.key)::element_type>,
+            std::remove_const_t<typename decltype(of.value)::element_type>>
+      rows{of.key, of.value};
+  if constexpr (requires { of.key_scales; }) {
+    rows.key_scales = of.key_scales;
+    rows.value_scales = of.value_scales;
+  }
+  return rows;
+}
 
 /// Positions of the rows of a source, counted from query 0 of the call, so that they stay small where those of a long
 /// sequence are not.
@@ -161,11 +189,21 @@ inline constexpr bool of_elements = false;
 template <class Element, class Bias>
 inline constexpr bool of_elements<Element, source_ref<Element, Element, Bias>> = true;
 
-/// The rows of a head of two views of extents `[batch, heads, length, dim]`.
+/// The rows of a head of two views of extents `[batch, heads, length, dim]`, whose elements are numbers.
 template <class Key, class Value>
 auto rows_of(const tensor_view<Key>& key, const tensor_view<Value>& value, std::int64_t b, std::int64_t h) {
+  static_assert(!is_q8<Key> && !is_q8<Value>, "cca: rows of 8 bits have scales, which this call does not take");
   return context_rows<std::remove_const_t<Key>, std::remove_const_t<Value>>{key.row(b, h, 0), key.stride[2],
                                                                             value.row(b, h, 0), value.stride[2]};
+}
+
+/// The same of views that may have scales.
+template <class Key, class Value>
+auto rows_of(const row_views<Key, Value>& of, std::int64_t b, std::int64_t h) {
+  context_rows<Key, Value> rows{of.key.row(b, h, 0), of.key.stride[2], of.value.row(b, h, 0), of.value.stride[2]};
+  if constexpr (is_q8<Key>) rows.key_scales = {of.key_scales.row(b, h, 0), of.key_scales.stride[2]};
+  if constexpr (is_q8<Value>) rows.value_scales = {of.value_scales.row(b, h, 0), of.value_scales.stride[2]};
+  return rows;
 }
 
 /// `length(b)` of a view.
@@ -174,11 +212,16 @@ auto lengths_of(const tensor_view<T, Rank>& view) {
   return [view](std::int64_t b) { return view.length(b); };
 }
 
-/// Two views as a source.
+/// Views as a source.
+template <class Key, class Value, class Visible, class Terms>
+auto view_source(const row_views<Key, Value>& of, Visible visible, Terms terms) {
+  return source{of.key.heads(), lengths_of(of.key), [of](std::int64_t b, std::int64_t h) { return rows_of(of, b, h); },
+                visible, terms};
+}
 template <class Key, class Value, class Visible, class Terms>
 auto view_source(tensor_view<Key> key, tensor_view<Value> value, Visible visible, Terms terms) {
-  return source{key.heads(), lengths_of(key),
-                [key, value](std::int64_t b, std::int64_t h) { return rows_of(key, value, b, h); }, visible, terms};
+  static_assert(!is_q8<Key> && !is_q8<Value>, "cca: rows of 8 bits have scales, which this call does not take");
+  return view_source(row_views<std::remove_const_t<Key>, std::remove_const_t<Value>>{key, value}, visible, terms);
 }
 
 /// Of numbers per row, `[1 or batch, a divisor of heads, length]`, the first for query head `h` of `heads` of sequence `b`;

@@ -27,7 +27,7 @@ template <class Inputs, class Which>
 auto token_source(const Inputs& in, const options& options, const Which& which) {
   const auto first = first_positions(in, options);
   return view_source(
-      in.key, in.value,
+      row_views_of(in),
       [which, partition = partition_of(options), first, keys = in.key](std::int64_t b, std::int64_t, std::int64_t i) {
         const range seen = intersection(which(partition, first(b) + i), {0, keys.length(b)});
         return seen.empty() ? range{} : seen;  // bounds of an unlimited prefix are none to count with
@@ -61,7 +61,7 @@ auto raw_source(const Inputs& in, const options& options) {
 template <class Inputs, class Key, class Value, class Bias>
 auto seen_source(const Inputs& in, const far_context<Key, Value, Bias>& context, const options& options) {
   return view_source(
-      context.key, context.value, far_visible(context, in.query.heads(), first_positions(in, options)),
+      row_views_of(context), far_visible(context, in.query.heads(), first_positions(in, options)),
       [at = context.positions, bias = context.bias, heads = in.query.heads(), first = first_positions(in, options)](
           std::int64_t b, std::int64_t h) {
         return row_terms<Bias>{

@@ -198,7 +198,7 @@ class few_queries {
         add(values, intersection(shifted({i, i + step}, weighted.begin), weighted), weighted.begin, queries, result);
         score(keys, intersection({j + i, j + i + step}, block), j, queries);
       }
-      for (std::int64_t q = queries.begin; q < queries.end; ++q) weigh(q, block, j, result(q), place);
+      for (std::int64_t q = queries.begin; q < queries.end; ++q) weigh(head, q, block, j, result(q), place);
       weighted = block;
     }
   }
@@ -249,16 +249,20 @@ class few_queries {
     });
   }
 
-  /// Turns the scores of the rows `block`, which begins at row `first`, into weights.
-  template <class Place>
-  void weigh(std::int64_t q, range block, std::int64_t first, partial_result<T> result, const Place& place) {
+  /// Turns the scores of the rows `block`, which begins at row `first`, into weights. The scales of rows of 8 bits are
+  /// factors of both: elements are multiplied without them.
+  template <class Key, class Value, class Place>
+  void weigh(const context_rows<Key, Value>& head, std::int64_t q, range block, std::int64_t first,
+             partial_result<T> result, const Place& place) {
     const range seen = shifted(intersection(seen_[q], block), -first);
     if (seen.empty()) return;
     T* scores = scores_of(q);
+    multiply_by_scales<Key>(head.key_scales.from(first), seen, scores);
     fill_n(scores, seen.begin, T(0));
     rule_->apply(scores, seen.end, [&] { return place(q, range{first, first + seen.end}); });
     fill_n(scores, seen.begin, -infinity<T>);
     result.weigh(scores, seen.end, rule_->unit_in_base_2(), headroom_);
+    multiply_by_scales<Value>(head.value_scales.from(first), seen, scores);
   }
 
   /// Adds the values of the rows `slice` of a block that begins at row `first`.

@@ -67,6 +67,13 @@ class group_rows {
 
   void clear() { fill(query, weights, T(0)); }
 
+  /// Before another try at a core.
+  void clear_sums() {
+    fill_n(query, padded<T>(dim), T(0));
+    fill_n(core.key, padded<T>(dim), T(0));
+    fill_n(core.value, padded<T>(value_dim), T(0));
+  }
+
   /// Calls `f(first row, keys, count)` for blocks of the rows `rows` of a head.
   template <class Key, class Value, class F>
   void for_each_key_block(const context_rows<Key, Value>& head, range rows, const F& f) {
@@ -102,12 +109,14 @@ class group_rows {
  private:
   template <class Key, class Value>
   [[nodiscard]] row_span<T> staged_keys(const context_rows<Key, Value>& head, std::int64_t first, std::int64_t count) {
-    return stage(head.key + first * head.key_stride, head.key_stride, dim, count, staged_keys_);
+    const context_rows<Key, Value> from = head.from(first);
+    return stage_numbers(from.key, from.key_stride, from.key_scales, dim, count, staged_keys_);
   }
   template <class Key, class Value>
   [[nodiscard]] row_span<T> staged_values(const context_rows<Key, Value>& head, std::int64_t first,
                                           std::int64_t count) {
-    return stage(head.value + first * head.value_stride, head.value_stride, value_dim, count, staged_values_);
+    const context_rows<Key, Value> from = head.from(first);
+    return stage_numbers(from.value, from.value_stride, from.value_scales, value_dim, count, staged_values_);
   }
 
   T *staged_keys_, *staged_values_;

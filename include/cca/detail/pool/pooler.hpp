@@ -100,16 +100,26 @@ void load_mean_query(group_rows<T>& group, std::int64_t h, std::int64_t sharing,
     add_scaled_row(query(q), group.dim, group.rule.query_factor() / static_cast<T>(sharing), group.query);
 }
 
-/// Where a core goes; a null `bias` means that it has none.
+/// Where a core goes; a null `bias` means that it has none. Rows of 8 bits have scales.
 template <class Key, class Value, class Bias>
 struct core_place {
   Key* key;
   Value* value;
   Bias* bias;
+  float *key_scale = nullptr, *value_scale = nullptr;
 };
 
-template <class Key, class Value, class Bias>
-core_place(Key*, Value*, Bias*) -> core_place<Key, Value, Bias>;
+template <class Key, class Value, class Bias, class... Scale>
+core_place(Key*, Value*, Bias*, Scale*...) -> core_place<Key, Value, Bias>;
+
+/// Where a row of a core is written: rows of 8 bits are rounded when they are whole, and wait in `whole`.
+template <class T, class Row>
+auto* unrounded([[maybe_unused]] Row* row, [[maybe_unused]] T* whole) {
+  if constexpr (is_q8<Row>)
+    return whole;
+  else
+    return row;
+}
 
 /// Pools the groups `[groups(b).begin, groups(b).end)` of every sequence and core head.
 /// `absorb(pooling, b, kv_head, tokens)` feeds a group's rows, `query(b, h, token)` is a row of queries,
@@ -124,11 +134,14 @@ void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim
                                              std::int64_t c) {
     const range tokens = partition.group(c);
     group_rows<T> group(memory.workers[worker], dim, value_dim, rule);
-    const auto [key, value, bias] = core(b, h, c);
+    const auto place = core(b, h, c);
+    auto* const key = unrounded(place.key, group.grad_core.key);
+    auto* const value = unrounded(place.value, group.grad_core.value);
+    auto* const bias = place.bias;
     group.with_entropy = bias != nullptr;
     // A mean of finite rows is finite: where it is not, it may have overflowed on the way, and is taken again.
     for (const int headroom : {0, most_headroom}) {
-      group.clear();
+      group.clear_sums();
       Pooling pooling(group, headroom);
       if (uses_query(options.pool))
         load_mean_query(group, h, heads.query_heads / heads.core_heads,
@@ -145,6 +158,10 @@ void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim
       const bool finite_key = replace_infinite(group.core.key, 1, dim, share, key);
       if (replace_infinite(group.core.value, 1, value_dim, share, value) && finite_key) break;
     }
+    if constexpr (is_q8<std::remove_reference_t<decltype(*place.key)>>) {
+      *place.key_scale = round_to_q8(key, dim, place.key);
+      *place.value_scale = round_to_q8(value, value_dim, place.value);
+    }
   };
   with_pooling<T>(options.pool, [&]<class Pooling>() {
     for_each_group(heads, groups, options.group_size, run, memory,
@@ -160,11 +177,11 @@ auto all_rows_of(const View& view) {
 
 /// The first `to.key.length(b)` groups of each sequence of views, and where there are data for it the biases of the cores.
 template <class T, class Query, class Key, class Value, class CoreKey, class CoreValue, executor E>
-void pool_views(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Value> value,
-                const cores<CoreKey, CoreValue>& to, tensor_view<T, 3> core_bias, const options& options, const E& run,
-                const pool_memory<T>& memory) {
+void pool_views(tensor_view<Query> query, const row_views<Key, Value>& rows, const cores<CoreKey, CoreValue>& to,
+                tensor_view<T, 3> core_bias, const options& options, const E& run, const pool_memory<T>& memory) {
+  const tensor_view<const Key>& key = rows.key;
   const auto absorb = [&](auto& pooling, std::int64_t b, std::int64_t kv_head, range tokens) {
-    pooling.absorb(rows_of(key, value, b, kv_head), tokens);
+    pooling.absorb(rows_of(rows, b, kv_head), tokens);
   };
   const auto last = [&](std::int64_t b, std::int64_t h, std::int64_t token) { return query.row(b, h, token); };
   const auto core = [&](std::int64_t b, std::int64_t h, std::int64_t c) {
@@ -172,7 +189,7 @@ void pool_views(tensor_view<Query> query, tensor_view<Key> key, tensor_view<Valu
                       core_bias.data == nullptr ? nullptr : core_bias.row(b, h, c)};
   };
   pool_groups<T>({{key.batch(), !key.has_lengths()}, query.heads(), key.heads(), to.key.heads()}, all_rows_of(to.key),
-                 key.dim(), value.dim(), options, absorb, last, core, run, memory);
+                 key.dim(), rows.value.dim(), options, absorb, last, core, run, memory);
 }
 
 /// Adds what the gradients of the cores of the groups `[groups(b).begin, groups(b).end)` of every sequence, and where they
@@ -194,10 +211,10 @@ void add_group_gradients(const pool_heads& heads, const Groups& groups, const Fi
     const std::int64_t sharing = heads.query_heads / heads.core_heads;
     group_rows<T> group(memory.workers[worker], dim, value_dim, forward_rule);
     group.clear();
-    const auto [grad_key, grad_value, grad_bias] = grad_core(b, h, c);
-    copy_n(grad_key, dim, group.grad_core.key);
-    copy_n(grad_value, value_dim, group.grad_core.value);
-    if (grad_bias != nullptr) group.grad_bias = *grad_bias;
+    const auto grad = grad_core(b, h, c);
+    copy_n(grad.key, dim, group.grad_core.key);
+    copy_n(grad.value, value_dim, group.grad_core.value);
+    if (grad.bias != nullptr) group.grad_bias = *grad.bias;
     if (uses_query(options.pool))
       load_mean_query(group, h, sharing, [&](std::int64_t q) { return query_row(b, q, tokens.end - 1); });
     Pooling(group).differentiate(rows(b, kv_head), grad_rows(b, kv_head), shifted(tokens, -first(b)));

@@ -70,9 +70,9 @@ struct vectors {
       const std::int64_t j = rows.begin, count = rows.size();
       rows_ = rows;
       following_ = following - j;
-      keys_ = detail::stage(head.key + j * head.key_stride, head.key_stride, form_.dim, count, staged_keys_);
-      values_ =
-          detail::stage(head.value + j * head.value_stride, head.value_stride, form_.value_dim, count, staged_values_);
+      const context_rows<Key, Value> from = head.from(j);
+      keys_ = stage_numbers(from.key, from.key_stride, from.key_scales, form_.dim, count, staged_keys_);
+      values_ = stage_numbers(from.value, from.value_stride, from.value_scales, form_.value_dim, count, staged_values_);
     }
 
     [[nodiscard]] range rows() const { return rows_; }

@@ -10,8 +10,8 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-// 16-bit elements are converted by their bits, many at a time; other types by `static_cast`, one after the other. Never by
-// Eigen's own functions: units of different flags would share them, see detail/base/target.hpp.
+// Elements of 16 bits are converted by their bits, those of 8 as integers, many at a time; other types by `static_cast`, one
+// after the other. Never by Eigen's own functions: units of different flags would share them, see detail/base/target.hpp.
 
 /// The upper half of a float.
 CCA_INLINE float float_of_bfloat16(std::uint16_t bits) {
@@ -78,11 +78,11 @@ template <class To, class From>
     return static_cast<To>(x);
 }
 
-/// Whether this instruction set converts a vector of these 16-bit elements as it is loaded.
+/// Whether this instruction set converts a vector of these elements of 16 or 8 bits as it is loaded.
 template <class Element>
 inline constexpr bool widens_in_registers =
 #if defined(__AVX512BW__) || (defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__))
-    is_bfloat16<Element> || is_half<Element>;
+    is_bfloat16<Element> || is_half<Element> || is_q8<Element>;
 #else
     false;
 #endif
@@ -92,14 +92,18 @@ template <class T, class Element>
 inline constexpr bool loads_as = std::is_same_v<Element, T> ||
                                  (std::is_same_v<T, float> && widens_in_registers<Element>);
 
-/// `width<T>` elements from `from` on. A bfloat16 takes one shuffle that puts it over zeros: widening and shifting would be
-/// two operations, on the units that shuffle and shift.
+/// `width<T>` elements from `from` on, those of 8 bits without their scale. A bfloat16 takes one shuffle that puts it over
+/// zeros: widening and shifting would be two operations, on the units that shuffle and shift.
 template <class T, class Element>
 CCA_INLINE vec<T> load_as(const Element* from) {
   static_assert(loads_as<T, Element>);
   if constexpr (std::is_same_v<Element, T>) return vec<T>::load_unaligned(from);
 #if defined(__AVX512BW__)
-  const auto load = [from]() CCA_INLINE_LAMBDA { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); };
+  if constexpr (is_q8<Element>)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  [[maybe_unused]] const auto load = [from]() CCA_INLINE_LAMBDA {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  };
   if constexpr (is_bfloat16<Element>) {
     // Word 16 is the first of the upper half, which is zeros.
     const __m512i element = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -108,7 +112,11 @@ CCA_INLINE vec<T> load_as(const Element* from) {
   }
   if constexpr (is_half<Element>) return _mm512_cvtph_ps(load());
 #elif defined(__AVX2__) && defined(__F16C__)
-  const auto load = [from]() CCA_INLINE_LAMBDA { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); };
+  if constexpr (is_q8<Element>)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  [[maybe_unused]] const auto load = [from]() CCA_INLINE_LAMBDA {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  };
   if constexpr (is_bfloat16<Element>) {
     constexpr char z = -1;                                                                  // a zero
     const __m256i place = _mm256_setr_epi8(z, z, 0, 1, z, z, 2, 3, z, z, 4, 5, z, z, 6, 7,  //
@@ -125,13 +133,14 @@ CCA_INLINE vec<T> load_as(const Element* from, std::int64_t n) {
   if constexpr (std::is_same_v<Element, T>) {
     return load_partial(from, n);
   } else {
-    std::uint16_t bits[width<T>] = {};  // zeros of either type
+    std::conditional_t<is_q8<Element>, q8, std::uint16_t> bits[width<T>] = {};  // zeros of any type
     std::memcpy(bits, from, static_cast<std::size_t>(n) * sizeof *bits);
     return load_as<T>(reinterpret_cast<const Element*>(bits));
   }
 }
 
-/// `to[i] = from[i]` for i in `[0, count)`, across element types. Exact where `To` is wider; otherwise rounded to nearest.
+/// `to[i] = from[i]` for i in `[0, count)`, across element types, those of 8 bits without their scale. Exact where `To` is
+/// wider; otherwise rounded to nearest.
 template <class From, class To>
 void convert(const From* from, std::int64_t count, To* to) {
   std::int64_t i = 0;
@@ -146,8 +155,41 @@ void convert(const From* from, std::int64_t count, To* to) {
       for (std::int64_t j = 0; j < block; ++j)
         to[i + j] = is_bfloat16<From> ? float_of_bfloat16(bits[j]) : float_of_half(bits[j]);
     }
+  } else if constexpr (is_q8<From>) {
+    constexpr std::int64_t block = 16;
+    for (; i + block <= count; i += block)
+      for (std::int64_t j = 0; j < block; ++j) to[i + j] = static_cast<To>(from[i + j]);
   }
   for (; i < count; ++i) to[i] = element_cast<To>(from[i]);
+}
+
+/// The greatest magnitude of an element that `round_to_q8` makes: -128 would have no counterpart.
+inline constexpr float largest_q8 = 127;
+
+/// Makes a row one of 8 bits, `to[d]` the nearest to `from[d] / scale`, ties to even, and returns its scale, with which
+/// its largest element is 127. The scale of a row of zeros is 0; that of a row with an infinity or a NaN is NaN.
+template <class From>
+[[nodiscard]] float round_to_q8(const From* from, std::int64_t dim, q8* to) {
+  constexpr std::uint32_t sign = 0x80000000u, infinity_bits = 0x7f800000u;
+  const auto number = [from](std::int64_t d) CCA_INLINE_LAMBDA { return element_cast<float>(from[d]); };
+  std::uint32_t largest = 0;  // of the magnitudes, whose bits are in their order, NaN behind infinity
+  for (std::int64_t d = 0; d < dim; ++d) {
+    const std::uint32_t magnitude = __builtin_bit_cast(std::uint32_t, number(d)) & ~sign;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  float scale = __builtin_bit_cast(float, largest) / largest_q8;
+  if (scale * largest_q8 > largest_finite<float>)  // of the largest numbers: rounded up, and no longer finite
+    scale = __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, scale) - 1);
+  const bool zeros = largest >= infinity_bits || scale == 0;
+  for (std::int64_t d = 0; d < dim; ++d) {
+    // A sum with 1.5 * 2^23 has the nearest whole number in its lowest bits. Scales below the normal numbers are
+    // rounded so far that a quotient may be larger than 127.
+    const float quotient = zeros ? 0 : number(d) / scale;
+    const float bounded = quotient > largest_q8 ? largest_q8 : quotient < -largest_q8 ? -largest_q8 : quotient;
+    const auto bits = __builtin_bit_cast(std::uint32_t, bounded + 0x1.8p23f);
+    to[d] = static_cast<q8>(static_cast<std::uint8_t>(bits & 0xffu));
+  }
+  return largest >= infinity_bits ? __builtin_bit_cast(float, 0x7fc00000u) : scale;
 }
 
 }}}  // namespace cca::CCA_TARGET::detail
