@@ -1,5 +1,5 @@
-// Operands of 16 bits through cca::dispatch: on every architecture, to the bit, what the floats of the same numbers give
-// through it. (dispatch_test.cpp compares those with the program's own kernels.)
+// Operands of 16 bits and rows of 8 bits through cca::dispatch: on every architecture, to the bit, what the floats of the same
+// numbers give through it. (dispatch_test.cpp compares those with the program's own kernels.)
 
 #include <cca/dispatch.hpp>
 #include <sstream>
@@ -216,6 +216,43 @@ TYPED_TEST(DispatchElement, TakesMatrixUnits) {
     EXPECT_EQ(cache.options().unit, matrix_unit::best);
   }
   if (!present) GTEST_SKIP() << "no unit for such elements here";
+}
+
+/// Tokens that 8 bits hold: whole numbers up to 127, which every row has, times a power of two.
+TEST(DispatchRowsOf8Bits, GiveWhatFloatsGive) {
+  random_engine random(2);
+  const sizes s = example_sizes;
+  const auto exact_rows = [&](std::int64_t dim) {
+    tensor<float> rows({s.batch, s.kv_heads, s.keys, dim});
+    for_each_row(rows.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+      const float scale = std::ldexp(1.0f, static_cast<int>(draw(random, -9, -6)));
+      for (std::int64_t d = 0; d < dim; ++d)
+        rows.row(b, h, i)[d] = scale * static_cast<float>(d == 3 ? 127 : draw(random, -127, 127));
+    });
+    return rows;
+  };
+  const tensor<float> key = exact_rows(s.dim), value = exact_rows(s.value_dim);
+  tensor<float> query({s.batch, s.heads, s.queries, s.dim});
+  query.randomize(random);
+  const cache_shape shape{
+      .batch = s.batch, .heads = s.heads, .kv_heads = s.kv_heads, .dim = s.dim, .value_dim = s.value_dim};
+  const std::string_view before = dispatch::architecture();
+  for (const std::string_view name : dispatch::architectures()) {
+    SCOPED_TRACE(name);
+    dispatch::use(name);
+    const auto answers = [&](auto cache) {
+      tensor<float> out({s.batch, s.heads, s.queries, s.value_dim});
+      for (const range part : {range{0, 40}, range{40, 41}, range{41, 53}})  // a tile, a lone query, and few
+        cache.attend(query.view().slice(part.begin, part.size()), key.view().slice(part.begin, part.size()),
+                     value.view().slice(part.begin, part.size()), out.view().slice(part.begin, part.size()));
+      return out;
+    };
+    const options window{.window = 30};
+    const auto got = answers(dispatch::kv_cache<q8>(shape, window)),
+               want = answers(dispatch::kv_cache<float>(shape, window));
+    EXPECT_TRUE(same_bits(got.view(), want.view()));
+  }
+  dispatch::use(before);
 }
 
 }}  // namespace cca::test
