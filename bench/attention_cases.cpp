@@ -162,9 +162,9 @@ void gemm(benchmark::State& state, std::int64_t rows, std::int64_t columns, std:
 }
 
 template <class T>
-void add(const attention_case& c) {
+void add_attention(const attention_case& c) {
   const double estimate = c.flops() / (std::is_same_v<T, float> ? 80e9 : 40e9) / c.threads;
-  bench::add(c.name(type_name<T>), estimate, [c](benchmark::State& state) { attention<T>(state, c); });
+  add(c.name(type_name<T>), estimate, [c](benchmark::State& state) { attention<T>(state, c); });
 }
 
 }  // namespace
@@ -173,29 +173,30 @@ void add_attention_cases() {
   using enum kernel;
   constexpr std::int64_t K = 1024;
   for (const std::int64_t length : {32 * K, 128 * K})
-    add<float>({.what = cca, .length = length, .group_size = 16, .window = 1024});
+    add_attention<float>({.what = cca, .length = length, .group_size = 16, .window = 1024});
   for (const std::int64_t dim : {64, 80, 96, 256})
-    add<float>({.what = cca, .length = 32 * K, .dim = dim, .group_size = 16, .window = 1024});
-  for (const std::int64_t length : {4 * K, 32 * K}) add<float>({.what = dense, .length = length});
-  for (const std::int64_t window : {1024, 256, 64}) add<float>({.what = local, .length = 32 * K, .window = window});
+    add_attention<float>({.what = cca, .length = 32 * K, .dim = dim, .group_size = 16, .window = 1024});
+  for (const std::int64_t length : {4 * K, 32 * K}) add_attention<float>({.what = dense, .length = length});
+  for (const std::int64_t window : {1024, 256, 64})
+    add_attention<float>({.what = local, .length = 32 * K, .window = window});
   for (const std::int64_t length : {512, 128, 64})
-    add<float>({.what = dense, .batch = 8, .heads = 8, .length = length});
-  add<double>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024});
+    add_attention<float>({.what = dense, .batch = 8, .heads = 8, .length = length});
+  add_attention<double>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024});
 
   // What else a caller chooses.
-  add<float>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024, .lse = true});
-  add<float>({.what = cca, .length = 32 * K, .group_size = 4, .window = 256});
-  add<float>({.what = cca, .length = 32 * K, .group_size = 32, .window = 2048});
-  add<float>({.what = cca, .heads = 32, .length = 4 * K, .group_size = 16, .window = 1024});
-  add<float>({.what = cca, .heads = 32, .kv_heads = 8, .length = 4 * K, .group_size = 16, .window = 1024});
+  add_attention<float>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024, .lse = true});
+  add_attention<float>({.what = cca, .length = 32 * K, .group_size = 4, .window = 256});
+  add_attention<float>({.what = cca, .length = 32 * K, .group_size = 32, .window = 2048});
+  add_attention<float>({.what = cca, .heads = 32, .length = 4 * K, .group_size = 16, .window = 1024});
+  add_attention<float>({.what = cca, .heads = 32, .kv_heads = 8, .length = 4 * K, .group_size = 16, .window = 1024});
 
   // From decoding to prefill: a few queries after many keys.
   for (std::int64_t queries = 1; queries <= 512; queries *= 2)
-    add<float>({.what = dense, .queries = queries, .length = 32 * K});
-  add<float>({.what = dense, .heads = 32, .kv_heads = 8, .queries = 1, .length = 8 * K});
+    add_attention<float>({.what = dense, .queries = queries, .length = 32 * K});
+  add_attention<float>({.what = dense, .heads = 32, .kv_heads = 8, .queries = 1, .length = 8 * K});
 
-  add<float>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024, .threads = 2});
-  add<float>({.what = cca, .heads = 32, .length = 4 * K, .group_size = 16, .window = 1024, .threads = 2});
+  add_attention<float>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024, .threads = 2});
+  add_attention<float>({.what = cca, .heads = 32, .length = 4 * K, .group_size = 16, .window = 1024, .threads = 2});
 
   for (const std::int64_t length : {32 * K, 128 * K})
     add("pool/float/D:128/L:" + std::to_string(length) + "/g:16", 0.02,
@@ -203,7 +204,7 @@ void add_attention_cases() {
   add("merge/float/D:128/H:32/L:2048", 0.02, [](benchmark::State& state) { merging<float>(state, 32, 2048, 128); });
 
   // Baselines and rulers.
-  add<float>({.what = eigen_cca, .length = 32 * K, .group_size = 16, .window = 1024});
+  add_attention<float>({.what = eigen_cca, .length = 32 * K, .group_size = 16, .window = 1024});
   add("eigen_gemm/float/1024x1024x1024", 0.02, [](benchmark::State& state) { gemm<float>(state, 1024, 1024, 1024); });
   add("eigen_gemm/float/128x1024x128", 0.02, [](benchmark::State& state) { gemm<float>(state, 128, 1024, 128); });
   add("eigen_gemm/float/128x128x1024", 0.02, [](benchmark::State& state) { gemm<float>(state, 128, 128, 1024); });
@@ -224,7 +225,7 @@ void add_attention_shape(shape of, std::string_view kind) {
     c.what = seen.group_size > 0 ? kernel::cca : seen.window == cca::unlimited ? kernel::dense : kernel::local;
     c.group_size = seen.group_size;
     c.window = seen.window;
-    type == "double" ? add<double>(c) : add<float>(c);
+    type == "double" ? add_attention<double>(c) : add_attention<float>(c);
   }
 }
 
