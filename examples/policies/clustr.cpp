@@ -101,6 +101,10 @@ int main() {
   policies::kernels::attention<double>({operand(query), pooled_key.view(), pooled_value.view()},
                                        {out.view(), lse.numbers()}, both_ways);
   checks.same("answers", out, definition(query, key, value, score, clusters));
+  rows<double> great = score;
+  for (double& s : great.data) s += 1024;
+  const policies::clustered_tokens<double> same_weights(operand(key), great.data, count, neighbours);
+  checks.same("values by great scores", same_weights.pooled(operand(value)), pooled_value);
 
   const auto grad_out = textbook::random_rows(heads, length, value_dim, 5);
   rows<double> grad_query = query, grad_key = key, grad_value = value, grad_score = score, grad_pooled_key = pooled_key,

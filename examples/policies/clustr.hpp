@@ -12,8 +12,8 @@
 namespace policies {
 
 /// Keys and values of an image gathered into clusters by what they hold, and each query sees all clusters: after
-/// ClusTR, Xie et al., arXiv 2208.13138, as its abstract has it. Centres are peaks of density and weights are learned,
-/// as in the code of TCFormer, Zeng et al., CVPR 2022 (DPC-KNN):
+/// ClusTR, Xie et al., arXiv 2208.13138, as its abstract has it. Centres are peaks of density and clusters are weighted
+/// means, as in the code of TCFormer, Zeng et al., CVPR 2022 (DPC-KNN):
 ///
 ///   density_i = exp(-the mean of |k_i - k_j|^2 / C over the nearest `neighbours` tokens j, i among them)
 ///   peak_i = density_i times the distance of i to the nearest token that is denser; the largest of all if none is
