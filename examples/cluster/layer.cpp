@@ -1,6 +1,6 @@
 // One layer of attention across ranks: how long it takes, and what each rank receives.
 //
-//   mpirun -n 2 cluster_layer [tokens] [group size] [window] [query heads] [key/value heads] [repeats] [overlap]
+//   mpirun -n 2 cluster_layer [tokens] [group size] [window] [query heads] [key/value heads] [repeats] [overlap] [dim]
 
 #include <mpi.h>
 
@@ -11,13 +11,12 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <exception>
 #include <random>
 #include <vector>
 
 namespace {
-
-constexpr std::int64_t dim = 64;
 
 void run(int argc, char** argv) {
   const auto number = [&](int i, std::int64_t otherwise) { return i < argc ? std::atoll(argv[i]) : otherwise; };
@@ -25,6 +24,7 @@ void run(int argc, char** argv) {
   const cca::options options{.group_size = number(2, 16), .window = number(3, 1024), .sink_tokens = 4};
   const std::int64_t heads = number(4, 2), kv_heads = number(5, 1), repeats = number(6, 3);
   const bool overlap = number(7, 1) != 0;
+  const std::int64_t dim = number(8, 64);
 
   const cca::mpi::communicator ranks(MPI_COMM_WORLD);
   const cca::mpi::layout tokens = cca::mpi::layout::head_to_tail(ranks.size(), length);
@@ -46,16 +46,19 @@ void run(int argc, char** argv) {
     return cca::packed(all.data(), offsets, head_count, dim);
   };
 
-  double best = 1e300;
+  double best = 1e300, best_processor = 1e300;
   for (std::int64_t repeat = 0; repeat < repeats; ++repeat) {
     ranks.received() = {};
     MPI_Barrier(MPI_COMM_WORLD);
     const double start = MPI_Wtime();
+    const std::clock_t processor_start = std::clock();
     cca::mpi::attention({ranks, tokens, overlap}, {view(query, heads), view(key, kv_heads), view(value, kv_heads)},
                         {view(out, heads)}, options);
-    double seconds = MPI_Wtime() - start;
-    MPI_Allreduce(MPI_IN_PLACE, &seconds, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
-    best = std::min(best, seconds);
+    // Of the slowest rank, by the clock and by its processor: on a machine that does other work as well they differ.
+    double seconds[] = {MPI_Wtime() - start, static_cast<double>(std::clock() - processor_start) / CLOCKS_PER_SEC};
+    MPI_Allreduce(MPI_IN_PLACE, seconds, 2, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+    best = std::min(best, seconds[0]);
+    best_processor = std::min(best_processor, seconds[1]);
   }
 
   const cca::mpi::plan planned(tokens, cca::partition_of(options), options.group_size > 0);
@@ -65,10 +68,10 @@ void run(int argc, char** argv) {
   std::vector<std::int64_t> all(static_cast<std::size_t>(4 * ranks.size()));
   MPI_Gather(mine, 4, MPI_INT64_T, all.data(), 4, MPI_INT64_T, 0, MPI_COMM_WORLD);
   if (ranks.rank() != 0) return;
-  std::printf("%lld tokens, g=%lld, s=%lld, %lld/%lld heads of %lld, %d ranks: %.3f s\n\n",
+  std::printf("%lld tokens, g=%lld, s=%lld, %lld/%lld heads of %lld, %d ranks: %.3f s, %.3f s of a processor\n\n",
               static_cast<long long>(length[0]), static_cast<long long>(options.group_size),
               static_cast<long long>(options.window), static_cast<long long>(heads), static_cast<long long>(kv_heads),
-              static_cast<long long>(dim), ranks.size(), best);
+              static_cast<long long>(dim), ranks.size(), best, best_processor);
   std::printf("| rank | tokens | scores per head | halo, bytes | cores, bytes |\n|---:|---:|---:|---:|---:|\n");
   double total = 0;
   for (int r = 0; r < ranks.size(); ++r) {
@@ -77,7 +80,7 @@ void run(int argc, char** argv) {
                 static_cast<long long>(of[2]), static_cast<long long>(of[3]));
     total += static_cast<double>(of[1] * heads);
   }
-  std::printf("\n%.3g pairs per second and rank\n", total / best / ranks.size());
+  std::printf("\n%.3g pairs per second of a processor\n", total / best_processor / ranks.size());
 }
 
 }  // namespace
