@@ -1,9 +1,10 @@
-// Speed of matrix units: the one with the most multiply-adds that this processor has for bfloat16 and for half; no cases where it has none. Each
+// Speed of matrix units: the one with the most multiply-adds that this processor has for bfloat16 and for half, and integers
+// of 8 bits (`vnni`) for floats and for bfloat16; no cases where it has none. Each
 // iteration takes turns of the unit, of floats, and of the same 16-bit operands computed in float, each timed by the
 // thread's own clock; the counters are of the best turns:
 //   flop/s     useful operations of the unit, as elsewhere
-//   peak       their share of the unit's products of 32 x 64 x 128 from first-level cache on random numbers, with their
-//              loads and stores, measured around the calls
+//   peak       their share of the unit's products of 32 x 64 x 128 (integers: 128 x 64 x 128) from first-level cache on
+//              random numbers, with their loads and stores, measured around the calls
 //   speedup    over floats
 //   best       1 where `matrix_unit::best` means this unit, 0 where floats are faster
 //   stored     speed of the same operands without the unit, over floats
@@ -51,11 +52,31 @@ struct unit_case {
   }
 };
 
+/// The same of integers, 128 columns of 128 values by 64 lanes.
+inline double byte_peak() {
+  using namespace cca::detail;
+  constexpr std::int64_t rows = 128, lanes = 64, depth = 128, times = 100;
+  alignas(64) static std::int8_t a[rows * depth];
+  alignas(64) static packed_quad b[depth / 4 * lanes];
+  alignas(64) static float c[rows * lanes], share[lanes], rescale[lanes];
+  for (std::int64_t i = 0; i < rows * depth; ++i) a[i] = static_cast<std::int8_t>(i * 37 % 255 - 127);
+  for (std::int64_t i = 0; i < depth / 4 * lanes; ++i) b[i] = static_cast<packed_quad>(i) * 2654435761u;
+  const double time = best_seconds(5, [&] {
+    for (std::int64_t i = 0; i < times; ++i) {
+      add_bytes({a, depth}, {b, lanes, share}, rescale, c, rows, depth / 4);
+      benchmark::DoNotOptimize(c[0]);
+      benchmark::ClobberMemory();
+    }
+  });
+  return 2.0 * rows * lanes * depth * times / time;
+}
+
 /// FLOP/s of a unit's products on numbers of `from`, 32 rows by 64 lanes, in first-level cache.
 template <class Element>
 double unit_peak(cca::matrix_unit unit, const std::vector<Element>& from) {
   using namespace cca::detail;
   constexpr std::int64_t rows = 32, lanes = 64, depth = 128, times = 200;
+  if (unit == cca::matrix_unit::vnni) return byte_peak();
   alignas(64) static std::uint16_t a[rows * depth];
   alignas(64) static packed_pair b[depth / 2 * lanes];
   alignas(64) static float c[rows * lanes];
@@ -125,8 +146,7 @@ double relative_error(const std::vector<float>& got, const std::vector<float>& w
 }
 
 template <class Element>
-void on_unit(benchmark::State& state, const unit_case& c) {
-  const cca::matrix_unit unit = cca::detail::present_unit<Element>();
+void on_unit(benchmark::State& state, const unit_case& c, cca::matrix_unit unit) {
   operands<float> numbers(1, c.heads, c.heads, c.length, c.length, c.dim);
   fill(numbers.out, 4);
   unit_operands<Element> stored(c, numbers);
@@ -139,8 +159,10 @@ void on_unit(benchmark::State& state, const unit_case& c) {
   floats.run(c, cca::matrix_unit::none);
   stored.run(c, unit);
   const double error = relative_error(stored.result(c), floats.result(c));
-  // What is rounded, cores, weights and gradients of logits, is rounded by half an epsilon each.
-  if (!(error <= static_cast<double>(std::numeric_limits<Element>::epsilon())))
+  // What is rounded, cores, weights and gradients of logits, is rounded by half an epsilon each; to 8 bits, of numbers of
+  // which the largest of a row is some three times the usual one, queries, keys, values and weights.
+  const bool bytes = unit == cca::matrix_unit::vnni;
+  if (!(error <= (bytes ? 0.02 : static_cast<double>(std::numeric_limits<Element>::epsilon()))))
     return state.SkipWithError("wrong result");
 
   double on = std::numeric_limits<double>::infinity(), off = on, in_floats = on, peak = 0;
@@ -165,7 +187,9 @@ void add_cases_of(const char* element) {
   if (cca::detail::present_unit<Element>() == cca::matrix_unit::none) return;
   constexpr std::int64_t K = 1024;
   const auto add_case = [&](const unit_case& c) {
-    add(c.name(element), c.flops() / 40e9, [c](benchmark::State& state) { on_unit<Element>(state, c); });
+    add(c.name(element), c.flops() / 40e9, [c](benchmark::State& state) {
+      on_unit<Element>(state, c, cca::detail::present_unit<Element>());
+    });
   };
   for (const std::int64_t length : {32 * K, 128 * K}) add_case({.length = length});
   for (const std::int64_t dim : {64, 80, 256}) add_case({.length = 32 * K, .dim = dim});
@@ -176,11 +200,24 @@ void add_cases_of(const char* element) {
   add_case({.gradient = true, .dense = true, .length = 4 * K});
 }
 
+template <class Element>
+void add_cases_of_bytes(const char* element) {
+  constexpr cca::matrix_unit unit = cca::matrix_unit::vnni;
+  if (!cca::detail::has_unit<Element>(unit)) return;
+  constexpr std::int64_t K = 1024;
+  for (const unit_case& c : {unit_case{.length = 32 * K}, unit_case{.length = 128 * K},
+                             unit_case{.length = 32 * K, .dim = 64}, unit_case{.length = 32 * K, .dim = 256},
+                             unit_case{.dense = true, .length = 32 * K}, unit_case{.dense = true, .length = 32 * K, .dim = 64}})
+    add(c.name(element), c.flops() / 80e9, [c](benchmark::State& state) { on_unit<Element>(state, c, unit); });
+}
+
 }  // namespace
 
 void add_unit_cases() {
   add_cases_of<Eigen::bfloat16>("bfloat16");
   add_cases_of<Eigen::half>("half");
+  add_cases_of_bytes<float>("float/vnni");
+  add_cases_of_bytes<Eigen::bfloat16>("bfloat16/vnni");
 }
 
 }  // namespace bench
