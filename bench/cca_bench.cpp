@@ -11,8 +11,8 @@
 //
 // Beside Google Benchmark's options: --shape KIND:KEY=VALUE,... (again and again) runs cases of that shape alone. KIND
 // is dense, local, cca, one of these behind gradient/, or decode. Keys: B and H sequences and heads, Hkv heads of keys, L
-// tokens, Lq queries, D head size, g group size, s window, threads, dtype (float, double, bf16, half); for decode cores
-// (query_head, kv_head). `dense` with g or s has what they make beside it. ratios.py compares two files of
+// tokens, Lq queries, D head size, g group size, s window, threads, dtype (float, double, bf16, half), unit (best, vnni);
+// for decode cores (query_head, kv_head). `dense` with g or s has what they make beside it. ratios.py compares two files of
 // --benchmark_out.
 
 #include <algorithm>
@@ -108,7 +108,7 @@ void add_shape(std::string_view text) {
     throw std::invalid_argument("--shape " + std::string(text) +
                                 ": wants dense, local, cca, one of these behind gradient/, or decode before the colon");
   const std::string type = bench::shape(of).take_text("dtype", "float");
-  if (type == "bf16" || type == "half") return bench::add_unit_shape(of, kind, gradient);
+  if (type == "bf16" || type == "half" || of.has("unit")) return bench::add_unit_shape(of, kind, gradient);
   if (type != "float" && type != "double") of.refuse("dtype", type, "float, double, bf16 or half");
   gradient ? bench::add_gradient_shape(of, kind) : bench::add_attention_shape(of, kind);
 }

@@ -1,9 +1,10 @@
-// Speed of matrix units: the one with the most multiply-adds that this processor has for bfloat16 and for half; no cases where it has none. Each
+// Speed of matrix units: the one with the most multiply-adds that this processor has for bfloat16 and for half, and integers
+// of 8 bits (`vnni`) for floats and for bfloat16; no cases where it has none. Each
 // iteration takes turns of the unit, of floats, and of the same 16-bit operands computed in float, each timed by the
 // thread's own clock; the counters are of the best turns:
 //   flop/s     useful operations of the unit, as elsewhere
-//   peak       their share of the unit's products of 32 x 64 x 128 from first-level cache on random numbers, with their
-//              loads and stores, measured around the calls
+//   peak       their share of the unit's products of 32 x 64 x 128 (integers: 128 x 64 x 128) from first-level cache on
+//              random numbers, with their loads and stores, measured around the calls
 //   speedup    over floats
 //   best       1 where `matrix_unit::best` means this unit, 0 where floats are faster
 //   stored     speed of the same operands without the unit, over floats
@@ -64,11 +65,31 @@ struct unit_case {
   }
 };
 
+/// The same of integers, 128 columns of 128 values by 64 lanes.
+inline double byte_peak() {
+  using namespace cca::detail;
+  constexpr std::int64_t rows = 128, lanes = 64, depth = 128, times = 100;
+  alignas(64) static std::int8_t a[rows * depth];
+  alignas(64) static packed_quad b[depth / 4 * lanes];
+  alignas(64) static float c[rows * lanes], share[lanes], rescale[lanes];
+  for (std::int64_t i = 0; i < rows * depth; ++i) a[i] = static_cast<std::int8_t>(i * 37 % 255 - 127);
+  for (std::int64_t i = 0; i < depth / 4 * lanes; ++i) b[i] = static_cast<packed_quad>(i) * 2654435761u;
+  const double time = best_seconds(5, [&] {
+    for (std::int64_t i = 0; i < times; ++i) {
+      add_bytes({a, depth}, {b, lanes, share}, rescale, c, rows, depth / 4);
+      benchmark::DoNotOptimize(c[0]);
+      benchmark::ClobberMemory();
+    }
+  });
+  return 2.0 * rows * lanes * depth * times / time;
+}
+
 /// FLOP/s of a unit's products on numbers of `from`, 32 rows by 64 lanes, in first-level cache.
 template <class Element>
 double unit_peak(cca::matrix_unit unit, const std::vector<Element>& from) {
   using namespace cca::detail;
   constexpr std::int64_t rows = 32, lanes = 64, depth = 128, times = 200;
+  if (unit == cca::matrix_unit::vnni) return byte_peak();
   alignas(64) static std::uint16_t a[rows * depth];
   alignas(64) static packed_pair b[depth / 2 * lanes];
   alignas(64) static float c[rows * lanes];
@@ -146,8 +167,7 @@ double relative_error(const std::vector<float>& got, const std::vector<float>& w
 }
 
 template <class Element>
-void on_unit(benchmark::State& state, const unit_case& c) {
-  const cca::matrix_unit unit = cca::detail::present_unit<Element>();
+void on_unit(benchmark::State& state, const unit_case& c, cca::matrix_unit unit) {
   operands<float> numbers(c.batch, c.heads, c.kv_head_count(), c.length, c.length, c.dim);
   fill(numbers.out, 4);
   unit_operands<Element> stored(c, numbers);
@@ -160,8 +180,10 @@ void on_unit(benchmark::State& state, const unit_case& c) {
   floats.run(c, cca::matrix_unit::none);
   stored.run(c, unit);
   const double error = relative_error(stored.result(c), floats.result(c));
-  // What is rounded, cores, weights and gradients of logits, is rounded by half an epsilon each.
-  if (!(error <= static_cast<double>(std::numeric_limits<Element>::epsilon())))
+  // What is rounded, cores, weights and gradients of logits, is rounded by half an epsilon each; to 8 bits, of numbers of
+  // which the largest of a row is some three times the usual one, queries, keys, values and weights.
+  const bool bytes = unit == cca::matrix_unit::vnni;
+  if (!(error <= (bytes ? 0.02 : static_cast<double>(std::numeric_limits<Element>::epsilon()))))
     return state.SkipWithError("wrong result");
 
   iteration_times times(state);
@@ -187,7 +209,8 @@ constexpr const char* element_name = std::is_same_v<Element, Eigen::half> ? "hal
 
 template <class Element>
 void add_case(const unit_case& c) {
-  add(c.name(element_name<Element>), c.flops() / 40e9, [c](benchmark::State& state) { on_unit<Element>(state, c); });
+  add(c.name(element_name<Element>), c.flops() / 40e9,
+      [c](benchmark::State& state) { on_unit<Element>(state, c, cca::detail::present_unit<Element>()); });
 }
 
 template <class Element>
@@ -203,21 +226,47 @@ void add_cases_of() {
   add_case<Element>({.gradient = true, .length = 4 * K, .seen = {}});
 }
 
+template <class Element>
+void add_case_of_bytes(const unit_case& c) {
+  const std::string element = std::is_same_v<Element, float> ? "float" : element_name<Element>;
+  add(c.name((element + "/vnni").c_str()), c.flops() / 80e9,
+      [c](benchmark::State& state) { on_unit<Element>(state, c, cca::matrix_unit::vnni); });
+}
+
+template <class Element>
+void add_cases_of_bytes() {
+  if (!cca::detail::has_unit<Element>(cca::matrix_unit::vnni)) return;
+  constexpr std::int64_t K = 1024;
+  for (const std::int64_t length : {32 * K, 128 * K}) add_case_of_bytes<Element>({.length = length});
+  for (const std::int64_t dim : {64, 256}) add_case_of_bytes<Element>({.length = 32 * K, .dim = dim});
+  for (const std::int64_t dim : {128, 64}) add_case_of_bytes<Element>({.length = 32 * K, .dim = dim, .seen = {}});
+}
+
 }  // namespace
 
 void add_unit_cases() {
   add_cases_of<Eigen::bfloat16>();
   add_cases_of<Eigen::half>();
+  add_cases_of_bytes<float>();
+  add_cases_of_bytes<Eigen::bfloat16>();
 }
 
 void add_unit_shape(shape of, std::string_view kind, bool gradient) {
-  const std::string type = of.take_text("dtype", "bf16");
+  const std::string type = of.take_text("dtype", "float"), unit = of.take_text("unit", "best");
   unit_case c{gradient, of.take("B", 1), of.take("H", 1), of.take("Hkv", 0, 0), of.take("L", 4096), of.take("D", 128)};
   const std::vector<context> contexts = take_contexts(of, kind);
   of.finish();
+  if (unit != "best" && unit != "vnni") of.refuse("unit", unit, "best or vnni");
+  if (gradient && unit == "vnni") of.refuse("unit", unit, "best: integers have no gradients");
+  if (unit == "best" && type == "float") of.refuse("dtype", type, "bf16 or half, with unit=best");
   for (const context& seen : contexts) {
     c.seen = seen;
-    type == "half" ? add_case<Eigen::half>(c) : add_case<Eigen::bfloat16>(c);
+    if (unit == "best")
+      type == "half" ? add_case<Eigen::half>(c) : add_case<Eigen::bfloat16>(c);
+    else if (type == "float")
+      add_case_of_bytes<float>(c);
+    else
+      type == "half" ? add_case_of_bytes<Eigen::half>(c) : add_case_of_bytes<Eigen::bfloat16>(c);
   }
 }
 

@@ -421,6 +421,28 @@ TYPED_TEST(VnniTest, NotFinite) {
       }
 }
 
+/// Of two rows in a block each is left out of the products by itself.
+TYPED_TEST(VnniTest, TwoNotFinite) {
+  random_engine random(21);
+  const std::int64_t length = 200;
+  const problem p{.entry = entry::local, .sizes = {.queries = length, .keys = length, .dim = 40, .value_dim = 40}};
+  const unit_call<TypeParam> clean(p, random);
+  const results<float> want = clean.forward(vnni);
+  for (const auto& [first, second] : {std::pair<std::int64_t, std::int64_t>{6, 7}, {31, 32}, {10, 40}, {0, 199}}) {
+    unit_call<TypeParam> spoilt = clean;
+    spoilt.operands[2].row(0, 0, first)[3] = TypeParam(std::numeric_limits<float>::quiet_NaN());
+    spoilt.operands[2].row(0, 0, second)[5] = TypeParam(-std::numeric_limits<float>::infinity());
+    const results<float> got = spoilt.forward(vnni);
+    for (std::int64_t t = 0; t < length; ++t)
+      for (std::int64_t d = 0; d < 40; ++d) {
+        const bool shown = (d == 3 && t >= first) || (d == 5 && t >= second);
+        const float x = got.out.row(0, 0, t)[d];
+        ASSERT_EQ(std::isfinite(x), !shown) << first << " or " << second << ", query " << t;
+        ASSERT_TRUE(t >= first || same_bits(x, want.out.row(0, 0, t)[d])) << t;
+      }
+  }
+}
+
 /// A key of -inf is masked where the query's element is positive.
 TYPED_TEST(VnniTest, InfiniteKeysMask) {
   random_engine random(11);
@@ -500,6 +522,7 @@ TYPED_TEST(VnniTest, AnyExecutor) {
     const unit_call<TypeParam> c(
         example(entry, {.batch = 2, .heads = 2, .queries = 70, .keys = 70, .dim = 16, .value_dim = 16}), random);
     const results<float> want = c.forward(vnni);
+    EXPECT_FALSE(same_bits(c.forward(matrix_unit::none), want));
     for (const auto& [name, run] : executors()) EXPECT_TRUE(same_bits(c.forward(vnni, run), want)) << name;
   }
 }

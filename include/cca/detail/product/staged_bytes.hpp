@@ -23,6 +23,8 @@ class staged_bytes {
   /// Bytes of a row, and quads of rows that are transposed at once.
   static constexpr std::int64_t row_bytes(std::int64_t dim) { return (dim + 15) / 16 * 16; }
   static constexpr std::int64_t quads_at_once = 16;
+  /// Rows of which memory is asked for that many rows before: 3 % of CCA attention at 32K tokens.
+  static constexpr std::int64_t rows_ahead = 8;
 
  public:
   /// The first row of the quad that holds row `j`.
@@ -130,9 +132,11 @@ class staged_bytes {
   }
 
   template <class Key, class Value>
-  void stage_row(const context_rows<Key, Value>& head, std::int64_t j, std::int8_t* value_bytes) {
+  CCA_INLINE void stage_row(const context_rows<Key, Value>& head, std::int64_t j, std::int8_t* value_bytes) {
     constexpr float least_key = 0x1p-100f, least_value = 0x1p-64f;
     const std::int64_t i = place_of(j);
+    prefetch_row(key_memory_, j + rows_ahead, key_size_);
+    prefetch_row(value_memory_, j + rows_ahead, value_size_);
     const Key* key = head.key + j * head.key_stride;
     const byte_scale of_key = scale_of(key, form_.dim, least_key);
     key_scale_[i] = of_key.scale;
