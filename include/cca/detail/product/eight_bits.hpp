@@ -125,7 +125,7 @@ struct eight_bits {
     /// A weight to nearest, up to 255.
     static CCA_INLINE vec<packed_quad> bits(vector weight) {
 #if defined(__AVX512F__)
-      return static_cast<__m512i>(_mm512_cvtps_epi32(weight));
+      return static_cast<__m512i>(_mm512_maskz_cvtps_epi32(0xffff, weight));
 #else
       return cast_bits<packed_quad>(weight + vector(0x1.8p23f)) & vec<packed_quad>(packed_quad{0xff});
 #endif
