@@ -187,9 +187,8 @@ void add_cases_of(const char* element) {
   if (cca::detail::present_unit<Element>() == cca::matrix_unit::none) return;
   constexpr std::int64_t K = 1024;
   const auto add_case = [&](const unit_case& c) {
-    add(c.name(element), c.flops() / 40e9, [c](benchmark::State& state) {
-      on_unit<Element>(state, c, cca::detail::present_unit<Element>());
-    });
+    add(c.name(element), c.flops() / 40e9,
+        [c](benchmark::State& state) { on_unit<Element>(state, c, cca::detail::present_unit<Element>()); });
   };
   for (const std::int64_t length : {32 * K, 128 * K}) add_case({.length = length});
   for (const std::int64_t dim : {64, 80, 256}) add_case({.length = 32 * K, .dim = dim});
@@ -205,9 +204,10 @@ void add_cases_of_bytes(const char* element) {
   constexpr cca::matrix_unit unit = cca::matrix_unit::vnni;
   if (!cca::detail::has_unit<Element>(unit)) return;
   constexpr std::int64_t K = 1024;
-  for (const unit_case& c : {unit_case{.length = 32 * K}, unit_case{.length = 128 * K},
-                             unit_case{.length = 32 * K, .dim = 64}, unit_case{.length = 32 * K, .dim = 256},
-                             unit_case{.dense = true, .length = 32 * K}, unit_case{.dense = true, .length = 32 * K, .dim = 64}})
+  for (const unit_case& c :
+       {unit_case{.length = 32 * K}, unit_case{.length = 128 * K}, unit_case{.length = 32 * K, .dim = 64},
+        unit_case{.length = 32 * K, .dim = 256}, unit_case{.dense = true, .length = 32 * K},
+        unit_case{.dense = true, .length = 32 * K, .dim = 64}})
     add(c.name(element), c.flops() / 80e9, [c](benchmark::State& state) { on_unit<Element>(state, c, unit); });
 }
 

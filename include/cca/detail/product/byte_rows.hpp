@@ -40,7 +40,10 @@ class float_rows {
   float_rows() = default;
   template <class Element>
   float_rows(const Element* rows, std::int64_t stride, std::int64_t dim)
-      : rows_(rows), stride_(stride), dim_(dim), read_([](const void* from, std::int64_t at, std::int64_t n, float* to) {
+      : rows_(rows),
+        stride_(stride),
+        dim_(dim),
+        read_([](const void* from, std::int64_t at, std::int64_t n, float* to) {
           convert(static_cast<const Element*>(from) + at, n, to);
         }) {}
 
