@@ -13,7 +13,8 @@ namespace smollm2 {
 
 /// How an attention is written on the command line.
 inline constexpr const char* attention_forms =
-    "dense, G/S (group size and window of CCA) or window/S, and behind it any of /shared (cores shared by the query heads "
+    "dense, G/S (group size and window of CCA) or window/S, and behind it any of /shared (cores shared by the query "
+    "heads "
     "of a key/value head), /select (the token of largest weight for a core), /sharpen=F (a factor of the pooling's "
     "scale), /sinks=M (instead of --sink-tokens); behind any /vnni, products of 8-bit integers";
 

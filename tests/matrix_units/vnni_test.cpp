@@ -111,7 +111,8 @@ class textbook {
   }
 
   /// Adds weighted values, block by block of rows.
-  static void add(const vector& logits, const reference::row_numbers& rows, const matrix& values, float lse, vector& out) {
+  static void add(const vector& logits, const reference::row_numbers& rows, const matrix& values, float lse,
+                  vector& out) {
     constexpr std::int64_t block = detail::eight_bits::shape::block;
     for (Eigen::Index begin = 0, end = 0; begin < rows.size(); begin = end) {
       while (end < rows.size() && rows(end) / block == rows(begin) / block) ++end;
@@ -191,8 +192,8 @@ TYPED_TEST(VnniTest, EveryLengthAroundTilesAndQuads) {
   for (const entry entry : unit_entries) {
     rules<TypeParam> rules;
     for (const std::int64_t length : {9, 13, 14, 15, 16, 17, 63, 64, 65, 66, 67, 128, 130, 255, 256, 257, 259, 300})
-      rules.add(
-          unit_call<TypeParam>(example(entry, {.queries = length, .keys = length, .dim = 32, .value_dim = 24}), random));
+      rules.add(unit_call<TypeParam>(example(entry, {.queries = length, .keys = length, .dim = 32, .value_dim = 24}),
+                                     random));
     rules.expect();
   }
 }
@@ -300,7 +301,8 @@ TYPED_TEST(VnniTest, LargestBytes) {
   for (const std::int64_t dim : {3, 128, 1000})
     for (const float q : {-2.0f, 2.0f}) {
       const std::int64_t n = 14;
-      std::vector<TypeParam> query(static_cast<std::size_t>(n * dim), TypeParam(q)), key(query.size()), value(query.size());
+      std::vector<TypeParam> query(static_cast<std::size_t>(n * dim), TypeParam(q)), key(query.size()),
+          value(query.size());
       for (std::int64_t j = 0; j < n; ++j) {
         std::fill_n(key.begin() + j * dim, dim, TypeParam(j % 2 == 0 ? 1.0f : -1.0f));
         std::fill_n(value.begin() + j * dim, dim, TypeParam(j % 2 == 0 ? 4.0f : -4.0f));
@@ -471,7 +473,8 @@ TYPED_TEST(VnniTest, Causality) {
         for (int d = 0; d < 16; ++d) other.operands[i].row(0, 0, t)[d] = TypeParam(static_cast<float>(40 + d));
       const results<float> got = other.forward(vnni);
       for (std::int64_t i = 0; i < t; ++i) {
-        ASSERT_TRUE(std::equal(got.out.row(0, 0, i), got.out.row(0, 0, i) + 16, want.out.row(0, 0, i))) << i << " of " << t;
+        ASSERT_TRUE(std::equal(got.out.row(0, 0, i), got.out.row(0, 0, i) + 16, want.out.row(0, 0, i)))
+            << i << " of " << t;
         ASSERT_TRUE(same_bits(*got.lse.row(0, 0, i), *want.lse.row(0, 0, i)));
       }
     }
@@ -500,7 +503,8 @@ TYPED_TEST(VnniTest, Neighbours) {
     attend_to(alone(c.operand(0), 1, 1, begin), alone(c.operand(1), 1, 0, 0), alone(c.operand(2), 1, 0, 0), out.view(),
               lse.view(), o);
     for (std::int64_t i = 0; i < count; ++i)
-      ASSERT_TRUE(std::equal(out.row(0, 0, i), out.row(0, 0, i) + 16, want.out.row(1, 1, begin + i))) << begin << ", " << i;
+      ASSERT_TRUE(std::equal(out.row(0, 0, i), out.row(0, 0, i) + 16, want.out.row(1, 1, begin + i)))
+          << begin << ", " << i;
   }
 }
 
@@ -640,7 +644,9 @@ TEST(Vnni, Refusals) {
     }
     return "none";
   };
-  EXPECT_EQ(refusal([&] { static_cast<void>(workspace_size(inputs{of(d), of(d), of(d)}, {.unit = vnni})); }),
+  EXPECT_EQ(refusal([&] {
+              static_cast<void>(workspace_size(inputs{of(d), of(d), of(d)}, {.unit = vnni}));
+            }),
             "cca: options.unit: got vnni, wants none: integers stand for floats and 16-bit operands, not for doubles");
   EXPECT_NE(best_unit<float>(), vnni);
   EXPECT_NE(best_unit<bfloat16>(), vnni);
@@ -648,7 +654,8 @@ TEST(Vnni, Refusals) {
   random_engine random(20);
   const unit_call<bfloat16> c(example(entry::local, {.queries = 16, .keys = 16, .dim = 4, .value_dim = 4}), random);
   if (detail::has_unit<bfloat16>(vnni)) {
-    const char* const wanted = "cca: options.unit: got vnni, wants none, or a unit of 16 bits: integers have no gradients";
+    const char* const wanted =
+        "cca: options.unit: got vnni, wants none, or a unit of 16 bits: integers have no gradients";
     const tensor<bfloat16> grad_out({1, 1, 16, 4});
     const tensor<float, 3> grad_lse({1, 1, 16});
     for (const entry entry : unit_entries) {
@@ -658,14 +665,18 @@ TEST(Vnni, Refusals) {
     EXPECT_EQ(refusal([&] { static_cast<void>(gradient_workspace_size(c.in(), {.unit = vnni})); }), wanted);
     std::vector<float> wide(2 * 65537);
     const auto rows = bhsd(std::as_const(wide).data(), 1, 1, 2, 65537);
-    EXPECT_EQ(refusal([&] { static_cast<void>(workspace_size(inputs{rows, rows, rows}, {.unit = vnni})); }),
+    EXPECT_EQ(refusal([&] {
+                static_cast<void>(workspace_size(inputs{rows, rows, rows}, {.unit = vnni}));
+              }),
               "cca: query: got the dim 65537, wants at most 65536 with options.unit vnni");
   }
   detail::matrix_units& present = detail::present_units();
   const detail::matrix_units had = std::exchange(present, {});
   EXPECT_EQ(refusal([&] { static_cast<void>(c.forward(vnni)); }),
             "cca: options.unit: got vnni, wants best, or a unit that this processor has for the operands' type");
-  EXPECT_NE(refusal([&] { static_cast<void>(workspace_size(inputs{of(f), of(f), of(f)}, {.unit = vnni})); }).find("unit"),
+  EXPECT_NE(refusal([&] {
+              static_cast<void>(workspace_size(inputs{of(f), of(f), of(f)}, {.unit = vnni}));
+            }).find("unit"),
             std::string::npos);
   present = had;
 }

@@ -21,7 +21,8 @@ void require_unit(const options& options) {
   const matrix_unit unit = options.unit;
   if (unit == matrix_unit::none || unit == matrix_unit::best) return;
   if (unit == matrix_unit::vnni && std::is_same_v<compute_type<Element>, double>)
-    refuse("options.unit", {option_text(unit)}, {"none: integers stand for floats and 16-bit operands, not for doubles"});
+    refuse("options.unit", {option_text(unit)},
+           {"none: integers stand for floats and 16-bit operands, not for doubles"});
   if (unit != matrix_unit::vnni && !is_unit_element<Element>)
     refuse("options.unit", {option_text(unit)}, {"none: the operands are not all of the same 16-bit type"});
   if (!has_unit<Element>(unit))

@@ -28,7 +28,8 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 template <class Element, class F>
 decltype(auto) with_core_type(matrix_unit unit, const F& f) {
   if constexpr (is_unit_element<Element>)
-    if (unit != matrix_unit::vnni && chosen_unit<Element>(unit) != matrix_unit::none) return f(std::type_identity<Element>{});
+    if (unit != matrix_unit::vnni && chosen_unit<Element>(unit) != matrix_unit::none)
+      return f(std::type_identity<Element>{});
   return f(std::type_identity<compute_type<Element>>{});
 }
 

@@ -40,7 +40,10 @@ class float_rows {
   float_rows() = default;
   template <class Element>
   float_rows(const Element* rows, std::int64_t stride, std::int64_t dim)
-      : rows_(rows), stride_(stride), dim_(dim), read_([](const void* from, std::int64_t at, std::int64_t n, float* to) {
+      : rows_(rows),
+        stride_(stride),
+        dim_(dim),
+        read_([](const void* from, std::int64_t at, std::int64_t n, float* to) {
           convert(static_cast<const Element*>(from) + at, n, to);
         }) {}
 
@@ -114,7 +117,7 @@ template <class Element>
 /// Stores the lowest byte of each lane.
 CCA_INLINE void store_bytes(vec<packed_quad> lanes, std::int8_t* to) {
 #if defined(__AVX512F__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(lanes));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xffff, lanes));
 #else
   alignas(alignment<packed_quad>) packed_quad each[width<packed_quad>];
   lanes.store_aligned(each);

@@ -55,7 +55,8 @@ struct eight_bits {
 
   /// As `vectors::pack`. A query that is not finite has the scale NaN.
   template <class Row>
-  static void pack(const Row* rows, std::int64_t stride, std::int64_t count, std::int64_t dim, float factor, float* to) {
+  static void pack(const Row* rows, std::int64_t stride, std::int64_t count, std::int64_t dim, float factor,
+                   float* to) {
     auto* quads = reinterpret_cast<packed_quad*>(to);
     float *const scales = to + quads_of(dim) * lanes, factors[lanes];
     fill_n(scales, lanes, 0.0f);
@@ -72,7 +73,8 @@ struct eight_bits {
                   reinterpret_cast<std::int8_t*>(part + i * (step / 4)));
       transpose(part, step / 4, quads, lanes, lanes, step / 4);
       for (std::int64_t i = 0; i < step / 4 * lanes; i += W)
-        (vec<packed_quad>::load_aligned(quads + i) ^ vec<packed_quad>(packed_quad{0x80808080})).store_aligned(quads + i);
+        (vec<packed_quad>::load_aligned(quads + i) ^ vec<packed_quad>(packed_quad{0x80808080}))
+            .store_aligned(quads + i);
     }
   }
 
@@ -125,7 +127,7 @@ struct eight_bits {
     /// A weight to nearest, up to 255.
     static CCA_INLINE vec<packed_quad> bits(vector weight) {
 #if defined(__AVX512F__)
-      return static_cast<__m512i>(_mm512_cvtps_epi32(weight));
+      return static_cast<__m512i>(_mm512_maskz_cvtps_epi32(0xffff, weight));
 #else
       return cast_bits<packed_quad>(weight + vector(0x1.8p23f)) & vec<packed_quad>(packed_quad{0xff});
 #endif

@@ -195,7 +195,8 @@ struct sixteen_bits {
     static constexpr bool exact = false;
     packed_pair* at;
 
-    weights(const stack_memory& memory, const staged_block&, const whole_part&, const score_block<float>&) : at(memory.weights) {}
+    weights(const stack_memory& memory, const staged_block&, const whole_part&, const score_block<float>&)
+        : at(memory.weights) {}
 
     static CCA_INLINE vector exp2(vector x, const exp2_range<float>& range) { return exp2_rounded(x, range); }
     CCA_INLINE vector put(std::int64_t j, std::int64_t n, const vector (&weight)[2]) const {

@@ -266,11 +266,12 @@ CCA_INLINE vec<float> exp2_rounded(vec<float> x, const exp2_range<float>& range 
 CCA_INLINE vec<float> exp2_bytes(vec<float> x) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   constexpr float polynomial[] = {0x1.38c8cap+1f, 0x1.c83248p+3f, 0x1.ea1774p+5f, 0x1.617e4cp+7f, 255.0f};
-  const vec<float> f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for -inf
+  // With masks, of all lanes: g++ 12 finds the intrinsics without one uninitialised. The rest of -inf is 0.
+  const vec<float> f = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   vec<float> p(polynomial[0]);
   unroll<std::ssize(polynomial) - 1>([&](auto i)
                                          CCA_INLINE_LAMBDA { p = fma<float>(p, f, vec<float>(polynomial[i + 1])); });
-  return _mm512_scalef_ps(p, x - f);
+  return _mm512_maskz_scalef_ps(0xffff, p, x - f);
 #else
   return exp2_rounded(x) * vec<float>(255.0f);
 #endif

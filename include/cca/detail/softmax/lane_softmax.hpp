@@ -145,8 +145,7 @@ class lane_softmax {
         else
           stored[n] += weights.put(j, first + n, weight);
       });
-    unroll<N>([&](auto n)
-                  CCA_INLINE_LAMBDA { add(lane + n * W, sum[n], Weights::exact ? sum[n] : stored[n]); });
+    unroll<N>([&](auto n) CCA_INLINE_LAMBDA { add(lane + n * W, sum[n], Weights::exact ? sum[n] : stored[n]); });
   }
 
   std::int64_t lanes_;
