@@ -69,8 +69,9 @@ struct eight_bits {
     for (std::int64_t d = 0; d < dim; d += step, quads += step / 4 * lanes) {
       if (dim - d < step) fill_n(part, lanes * step / 4, packed_quad{0});
       for (std::int64_t i = 0; i < count; ++i)
-        put_bytes(rows + i * stride + d, smaller(step, dim - d), factors[i],
-                  reinterpret_cast<std::int8_t*>(part + i * (step / 4)));
+        if (factors[i] != 0.0f)  // it is finite: others stay zeros
+          put_bytes(rows + i * stride + d, smaller(step, dim - d), factors[i],
+                    reinterpret_cast<std::int8_t*>(part + i * (step / 4)));
       transpose(part, step / 4, quads, lanes, lanes, step / 4);
       for (std::int64_t i = 0; i < step / 4 * lanes; i += W)
         (vec<packed_quad>::load_aligned(quads + i) ^ vec<packed_quad>(packed_quad{0x80808080}))
