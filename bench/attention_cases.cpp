@@ -50,20 +50,16 @@ struct attention_case {
 
   [[nodiscard]] std::string name(const char* type) const {
     static constexpr const char* kernels[] = {"cca", "dense", "local", "eigen_cca"};
-    std::string text = std::string(kernels[static_cast<int>(what)]) + "/" + type;
-    const auto add = [&](const char* key, std::int64_t value) {
-      text += std::string("/") + key + ":" + std::to_string(value);
-    };
-    add("D", dim);
-    if (batch > 1) add("B", batch);
-    if (heads > 1) add("H", heads);
-    if (kv_heads) add("Hkv", kv_heads);
-    if (queries) add("Lq", queries);
-    add("L", length);
-    if (group_size > 1) add("g", group_size);
-    if (window != cca::unlimited) add("s", window);
-    if (threads > 1) add("threads", threads);
-    return lse ? text + "/lse" : text;
+    case_name name{std::string(kernels[static_cast<int>(what)]) + "/" + type};
+    name.add("D", dim);
+    if (batch > 1) name.add("B", batch);
+    if (heads > 1) name.add("H", heads);
+    if (kv_heads) name.add("Hkv", kv_heads);
+    if (queries) name.add("Lq", queries);
+    name.add("L", length);
+    name.add({group_size, window});
+    if (threads > 1) name.add("threads", threads);
+    return lse ? name.text + "/lse" : name.text;
   }
 };
 

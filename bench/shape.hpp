@@ -90,4 +90,15 @@ inline std::vector<context> take_contexts(shape& of, std::string_view kind) {
   return all;
 }
 
+/// The name of a case, which grows by `/KEY:VALUE`.
+struct case_name {
+  std::string text;
+
+  void add(const char* key, std::int64_t value) { text += std::string("/") + key + ":" + std::to_string(value); }
+  void add(const context& seen) {
+    if (seen.group_size > 1) add("g", seen.group_size);
+    if (seen.window != cca::unlimited) add("s", seen.window);
+  }
+};
+
 }  // namespace bench

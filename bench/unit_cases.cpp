@@ -50,18 +50,14 @@ struct unit_case {
     return (gradient ? 10.0 : 4.0) * static_cast<double>(dim) * static_cast<double>(batch * heads * pairs);
   }
   [[nodiscard]] std::string name(const char* element) const {
-    std::string text = std::string("unit/") + (gradient ? "gradient/" : "") + seen.name() + "/" + element;
-    const auto add = [&](const char* key, std::int64_t value) {
-      text += std::string("/") + key + ":" + std::to_string(value);
-    };
-    add("D", dim);
-    if (batch > 1) add("B", batch);
-    if (heads > 1) add("H", heads);
-    if (kv_heads) add("Hkv", kv_heads);
-    add("L", length);
-    if (seen.group_size > 0) add("g", seen.group_size);
-    if (seen.window != cca::unlimited) add("s", seen.window);
-    return text;
+    case_name name{std::string("unit/") + (gradient ? "gradient/" : "") + seen.name() + "/" + element};
+    name.add("D", dim);
+    if (batch > 1) name.add("B", batch);
+    if (heads > 1) name.add("H", heads);
+    if (kv_heads) name.add("Hkv", kv_heads);
+    name.add("L", length);
+    name.add(seen);
+    return name.text;
   }
 };
 
