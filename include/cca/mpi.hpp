@@ -217,9 +217,7 @@ void merge(const communicator& ranks, const results<Part, PartLse>& part, const 
     same.add("sequences", out.batch());
     same.add("heads", out.heads());
     same.add("dim", out.dim());
-    std::int64_t tokens = 0;
-    for (std::int64_t b = 0; b < out.batch(); ++b) tokens += part.out.length(b);
-    same.add("queries", tokens);
+    same.add_lengths("lengths of out_part", out);
   });
   detail::merge_over_ranks(ranks, part, whole);
 }

@@ -321,6 +321,80 @@ TEST(Ranks, AgreeWhoseSinkLogitsAre) {
   }
 }
 
+/// Parts of the ranks, in another order than the world's, make calls of their own at the same time.
+TEST(Ranks, OfAPartOfACommunicatorShareTheirOwnSequences) {
+  MPI_Comm some = MPI_COMM_NULL;
+  const int color = world().rank() % 2;
+  MPI_Comm_split(MPI_COMM_WORLD, color, -world().rank(), &some);
+  {
+    const mpi::communicator part(some);
+    random_engine random(17 + static_cast<std::uint64_t>(color));
+    const std::vector<std::int64_t> lengths{90 + 30 * color};
+    spread_problem p{lengths, mpi::layout::contiguous(part.size(), lengths)};
+    p.options = {.group_size = 5, .window = 11, .sink_tokens = 3};
+    const whole_operands<T> all(p, random);
+    const auto grad_out = random_whole<T>(p, p.heads, p.value_dim, random);
+    const range mine = p.layout.segments()[static_cast<std::size_t>(part.rank())].tokens;
+    const auto own = [&](const auto& whole) { return whole.view().slice(mine.begin, mine.size()); };
+    const auto empty = [&](std::int64_t heads, std::int64_t dim) { return tensor<T>({1, heads, mine.size(), dim}); };
+    const inputs<T> in{own(all.query[0]), own(all.key[0]), own(all.value[0])};
+    const tensor<T> out = empty(p.heads, p.value_dim), grad_query = empty(p.heads, p.dim),
+                    grad_key = empty(p.kv_heads, p.dim), grad_value = empty(p.kv_heads, p.value_dim);
+    tensor<T, 3> lse({1, p.heads, mine.size()});
+    const auto written = [](const tensor<T>& of) { return const_cast<tensor<T>&>(of).view(); };
+    const cca::results<T, T> to{written(out), lse.view()};
+    mpi::attention({part, p.layout}, in, to, p.options);
+    mpi::attention_gradient({part, p.layout}, in, to, incoming{own(std::as_const(grad_out[0]))},
+                            gradients<T>{written(grad_query), written(grad_key), written(grad_value)}, p.options);
+    const incoming from{std::as_const(grad_out[0]).view()};
+    const auto plain = reference::attention<T>(all.sequence(p, 0), p.options);
+    const auto exact = reference::attention<exact_type<T>>(all.sequence(p, 0), p.options);
+    const auto plain_grad = reference::attention_gradient<T>(all.sequence(p, 0), from, p.options);
+    const auto exact_grad = reference::attention_gradient<exact_type<T>>(all.sequence(p, 0), from, p.options);
+    const auto holds = [&](const tensor<T>& got, const auto& textbook, const auto& exactly) {
+      error_rule<T> rule;
+      rule.add(got.view(), own(textbook), own(exactly));
+      return rule.holds();
+    };
+    EXPECT_TRUE(holds(out, plain.out, exact.out));
+    EXPECT_TRUE(holds(grad_query, plain_grad.query, exact_grad.query));
+    EXPECT_TRUE(holds(grad_key, plain_grad.key, exact_grad.key));
+    EXPECT_TRUE(holds(grad_value, plain_grad.value, exact_grad.value));
+  }
+  MPI_Comm_free(&some);
+}
+
+TEST(Ranks, HaveNothingToDoWithoutSequences) {
+  random_engine random(18);
+  for (const options& o : {options{}, options{.group_size = 4, .window = 8}}) {
+    spread_problem p{{}, mpi::layout::contiguous(world().size(), std::vector<std::int64_t>{})};
+    p.options = o;
+    const whole_operands<T> all(p, random);
+    const own_operands<T> own(p, all, ragged_layout::packed);
+    const own_results<T> r(p, ragged_layout::packed);
+    spread_gradient<T> grad(p, ragged_layout::packed);
+    EXPECT_EQ("nothing", refusal([&] {
+                mpi::attention(over(p), own.in, r.view(), p.options);
+                mpi::attention_gradient(over(p), own.in, r.view(), incoming{r.view().out}, grad.view(p), p.options);
+              }));
+  }
+}
+
+TEST(Communicators, AreOfRanksThatShareSequences) {
+  EXPECT_EQ("cca: communicator: got MPI_COMM_NULL, wants one that this rank is in",
+            refusal([] { const mpi::communicator none(MPI_COMM_NULL); }));
+  if (world().size() == 1) return;
+  // On such a one a reduction gives each group what the other has.
+  const bool first = world().rank() == 0;
+  MPI_Comm group = MPI_COMM_NULL, between = MPI_COMM_NULL;
+  MPI_Comm_split(MPI_COMM_WORLD, first, 0, &group);
+  MPI_Intercomm_create(group, 0, MPI_COMM_WORLD, first ? 1 : 0, 0, &between);
+  EXPECT_EQ("cca: communicator: got one between two groups of ranks, wants one of all ranks that share sequences",
+            refusal([&] { const mpi::communicator none(between); }));
+  MPI_Comm_free(&between);
+  MPI_Comm_free(&group);
+}
+
 /// What a rank has received, by its count, is what the layout says.
 TEST(Ranks, CountWhatTheyReceive) {
   random_engine random(13);
@@ -415,6 +489,9 @@ TEST(Messages, OfAnExchangeThatFailedAreNotWaitedFor) {
   const mpi::detail::piece_exchange exchange(world(), planned, planned.pieces_of(world().rank()));
   using way = mpi::detail::piece_exchange::direction;
   const auto move = [&](bool fails, const auto& take) {
+    // As every call begins: no rank sends to one that is still in the call before.
+    mpi::detail::agreement same("testing");
+    same.compare(world());
     return exchange.move(
         way::to_readers, sizeof(std::int64_t), "testing",
         [&](const mpi::piece& p, std::byte* to) {
@@ -433,6 +510,31 @@ TEST(Messages, OfAnExchangeThatFailedAreNotWaitedFor) {
     }
   });
   EXPECT_EQ(10 * ranks, taken);
+}
+
+/// What a rank was sent for a call that it had to leave is not taken for that of the next one.
+TEST(Messages, OfACallThatEndedAreNotThoseOfTheNext) {
+  const std::int64_t ranks = world().size();
+  const std::vector<std::int64_t> lengths{10 * ranks};
+  const mpi::layout tokens = mpi::layout::contiguous(ranks, lengths);
+  const mpi::plan planned(tokens, {.window = 11}, false);
+  const mpi::detail::piece_exchange exchange(world(), planned, planned.pieces_of(world().rank()));
+  for (const std::int64_t call : {1, 2}) {
+    mpi::detail::agreement same("testing");
+    same.compare(world());
+    if (call == 1 && world().rank() + 1 == ranks) continue;  // as if there were no memory for what it is sent
+    exchange.move(
+        mpi::detail::piece_exchange::direction::to_readers, sizeof call, "testing",
+        [&](const mpi::piece& p, std::byte* to) {
+          for (std::int64_t t = p.tokens.begin; t < p.tokens.end; ++t, to += sizeof call)
+            std::memcpy(to, &call, sizeof call);
+        },
+        [&](const mpi::piece&, const std::byte* from) {
+          std::int64_t got = 0;
+          std::memcpy(&got, from, sizeof got);
+          EXPECT_EQ(call, got);
+        });
+  }
 }
 
 }}  // namespace cca::test

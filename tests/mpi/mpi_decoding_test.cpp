@@ -168,6 +168,23 @@ TEST(Ranks, MergeInTheirOrder) {
   });
 }
 
+/// As many rows in other sequences would be merged with those of others.
+TEST(Ranks, MergeResultsOfTheSameLengths) {
+  const bool odd = world().rank() + 1 == world().size();
+  const std::array<std::int64_t, 2> usual{3, 5}, other{5, 3};
+  const auto& lengths = odd ? other : usual;
+  tensor<T> out({2, 3, 5, 4}), whole({2, 3, 5, 4});
+  tensor<T, 3> lse({2, 3, 5});
+  const std::string said = refusal([&] {
+    mpi::merge(world(), cca::results{out.view().with_lengths(lengths), lse.view().with_lengths(lengths)},
+               cca::results{whole.view().with_lengths(lengths)});
+  });
+  EXPECT_EQ(world().size() == 1 ? "nothing"
+                                : "cca: lengths of out_part: got other ones on one rank and other ones on another, wants the "
+                                  "same on every rank",
+            said);
+}
+
 TEST(Ranks, DecodeOverASpreadCache) { check_decoding<T, T, T>(11, problems(10)); }
 
 /// A prompt on ranks of another order would go to the wrong ones.

@@ -6,11 +6,40 @@
 
 namespace cca::test {
 
+/// The error rule for results of attention across ranks, which rank 0 applies for all.
+template <class T>
+class spread_rule {
+ public:
+  template <class Element>
+  void add(int repeat, const spread_problem& p, const whole_operands<T, Element>& all, const whole_tensor<T>& outs,
+           const whole_tensor<T>& lses) {
+    if (world().rank() != 0) return;
+    std::ostringstream label;
+    label << "problem " << repeat << ": " << p;
+    for (std::size_t q = 0; q < p.lengths.size(); ++q) {
+      if (p.lengths[q] == 0) continue;
+      const auto plain = reference::attention<T>(all.sequence(p, q), p.options);
+      const auto exact = reference::attention<exact_type<T>>(all.sequence(p, q), p.options);
+      add_whole(out_, outs[q], plain.out, exact.out, "out, " + label.str());
+      add_whole(lse_, lses[q], plain.lse, exact.lse, "lse, " + label.str());
+    }
+  }
+
+  [[nodiscard]] testing::AssertionResult holds() const {
+    if (world().rank() != 0) return testing::AssertionSuccess();
+    const auto out = out_.holds();
+    return out ? lse_.holds() : out;
+  }
+
+ private:
+  error_rule<T> out_, lse_;
+};
+
 /// Random problems of `Element`s, computed in T, by the error rule.
 template <class T, class Element>
 void check_attention(std::uint64_t seed, int count) {
   random_engine random(seed);
-  error_rule<T> out, lse;
+  spread_rule<T> rule;
   for (int repeat = 0; repeat < count; ++repeat) {
     const spread_problem p = random_problem(random, world().size());
     const whole_operands<T, Element> all(p, random);
@@ -21,20 +50,9 @@ void check_attention(std::uint64_t seed, int count) {
     EXPECT_TRUE(r.out.canaries_intact());
     EXPECT_TRUE(r.lse.canaries_intact());
     const auto outs = r.out.whole(p), lses = r.lse.whole(p);
-    if (world().rank() != 0) continue;
-    std::ostringstream label;
-    label << "problem " << repeat << ": " << p;
-    for (std::size_t q = 0; q < p.lengths.size(); ++q) {
-      if (p.lengths[q] == 0) continue;
-      const auto plain = reference::attention<T>(all.sequence(p, q), p.options);
-      const auto exact = reference::attention<exact_type<T>>(all.sequence(p, q), p.options);
-      add_whole(out, outs[q], plain.out, exact.out, label.str());
-      add_whole(lse, lses[q], plain.lse, exact.lse, label.str());
-    }
+    rule.add(repeat, p, all, outs, lses);
   }
-  if (world().rank() != 0) return;
-  EXPECT_TRUE(out.holds());
-  EXPECT_TRUE(lse.holds());
+  EXPECT_TRUE(rule.holds());
 }
 
 /// Numbers that all ranks have: on each the same, to the bit.
@@ -110,7 +128,7 @@ void check_gradients(std::uint64_t seed, int count) {
 template <class T, class Element, class Core>
 void check_decoding(std::uint64_t seed, int repeats) {
   random_engine random(seed);
-  error_rule<T> out, lse;
+  spread_rule<T> rule;
   for (int repeat = 0; repeat < repeats; ++repeat) {
     spread_problem p = random_problem(random, world().size());
     p.lengths.assign(static_cast<std::size_t>(draw(random, 1, 2)), draw(random, 60, 140));
@@ -168,19 +186,9 @@ void check_decoding(std::uint64_t seed, int repeats) {
       MPI_Allreduce(MPI_IN_PLACE, &cores, 1, MPI_INT64_T, MPI_SUM, MPI_COMM_WORLD);
       EXPECT_EQ(detail::pools(p.options) ? partition_of(p.options).group_count(first) : 0, cores);
     }
-    if (world().rank() != 0) continue;
-    std::ostringstream label;
-    label << "problem " << repeat << ": " << p;
-    for (std::size_t q = 0; q < p.lengths.size(); ++q) {
-      const auto plain = reference::attention<T>(all.sequence(p, q), p.options);
-      const auto exact = reference::attention<exact_type<T>>(all.sequence(p, q), p.options);
-      add_whole(out, outs[q], plain.out, exact.out, label.str());
-      add_whole(lse, lses[q], plain.lse, exact.lse, label.str());
-    }
+    rule.add(repeat, p, all, outs, lses);
   }
-  if (world().rank() != 0) return;
-  EXPECT_TRUE(out.holds());
-  EXPECT_TRUE(lse.holds());
+  EXPECT_TRUE(rule.holds());
 }
 
 }  // namespace cca::test

@@ -112,6 +112,8 @@ for compiler in "$@"; do
   right "$ranks; cca::mpi::attention({ranks, tokens}, {q, k, v}, {out, lse}, options)"
   slip "$ranks; cca::mpi::attention({ranks, tokens}, {numbers, k, v}, {out}, options)" '(convert|convers|invalid initialization).*inputs<'
   slip "$ranks; cca::mpi::attention({ranks, tokens}, cca::inputs{int8, k, v}, {out}, options)" "$elements"
+  slip "$ranks; cca::mpi::attention({ranks, tokens}, cca::inputs<float, cca::q8>{q, int8, int8}, {out}, options)" \
+    'rows of 8 bits have scales, which this call does not take'
   slip "$ranks; cca::mpi::attention({ranks, tokens}, cca::inputs{d, k, v, lse}, {d}, options)" 'sink_logits, alibi_slopes and key_bias are'
   slip "$ranks; cca::mpi::kv_cache<float, double> c(ranks, {}, options)" "$cores"
   slip "$ranks; cca::mpi::kv_cache<std::uint16_t> c(ranks, {}, options)" "$elements"

@@ -87,11 +87,19 @@ class agreement {
       for (std::int64_t b = 0; b < view.batch(); ++b)
         for (std::int64_t h = 0; h < view.heads(); ++h) {
           double number = static_cast<double>(*view.row(b, h, 0));
-          hash = (hash ^ __builtin_bit_cast(std::uint64_t, number)) * 1099511628211u;
+          hash = mixed(hash, __builtin_bit_cast(std::uint64_t, number));
         }
     add(name, static_cast<std::int64_t>(hash >> 1), hidden_number);
     entries_[count_ - 1].of_shared = true;
   }
+  /// How long each sequence of a view is.
+  void add_lengths(const char* name, const named_view& view) {
+    std::uint64_t hash = 0;
+    for (std::int64_t b = 0; b < view.batch(); ++b)
+      hash = mixed(hash, static_cast<std::uint64_t>(view.has_lengths() ? view.length(b) : view.length()));
+    add(name, static_cast<std::int64_t>(hash >> 1), hidden_number);
+  }
+
   /// Whether the ranks have agreed that they share them: also where none could tell.
   [[nodiscard]] bool shared(const char* name) const {
     for (std::size_t i = 0; i < count_; ++i)
@@ -123,6 +131,7 @@ class agreement {
     check(MPI_Allreduce(mine, least, static_cast<int>(2 * most + 1), MPI_INT64_T, MPI_MIN, ranks.get()),
           "comparing the ranks' arguments");
     ranks.received().compared += ranks.size() > 1 ? static_cast<std::int64_t>(sizeof mine) : 0;
+    ranks.begin_call();
     if (least[2 * most] != none) throw_failure(ranks, static_cast<int>(least[2 * most]));
     for (std::size_t i = 0; i < most; ++i) {
       const std::int64_t from = least[2 * i], to = ~least[2 * i + 1];
@@ -142,6 +151,10 @@ class agreement {
     bool of_shared = false;  ///< counts where the entry before is that of numbers that ranks share
   };
   static constexpr auto shared_form = static_cast<std::int64_t>(number_form::for_heads);
+
+  static constexpr std::uint64_t mixed(std::uint64_t hash, std::uint64_t bits) {
+    return (hash ^ bits) * 1099511628211u;
+  }
 
   template <class Element>
   static constexpr std::int64_t number_of() {

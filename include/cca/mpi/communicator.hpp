@@ -51,6 +51,8 @@ inline void check(int code, const char* doing) {
 /// the program, or call `MPI_Abort`. Refusals of arguments are the same on every rank and come before.
 class communicator {
  public:
+  /// @param ranks  with this rank among them: an intracommunicator
+  /// @throws std::invalid_argument  where it is none, or MPI does not run
   /// @throws cca::mpi::error  where MPI fails
   explicit communicator(MPI_Comm ranks) {
     int started = 0, ended = 0;
@@ -59,6 +61,12 @@ class communicator {
     if (started == 0 || ended != 0)
       cca::detail::refuse("communicator", {started == 0 ? "one before MPI_Init" : "one after MPI_Finalize"},
                           {"one between the two"});
+    if (ranks == MPI_COMM_NULL)
+      cca::detail::refuse("communicator", {"MPI_COMM_NULL"}, {"one that this rank is in"});
+    int between_groups = 0;
+    detail::check(MPI_Comm_test_inter(ranks, &between_groups), "looking at the communicator");
+    if (between_groups != 0)
+      cca::detail::refuse("communicator", {"one between two groups of ranks"}, {"one of all ranks that share sequences"});
     detail::check(MPI_Comm_dup(ranks, &comm_), "duplicating the communicator");
     detail::check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "preparing the communicator");
     detail::check(MPI_Comm_rank(comm_, &rank_), "preparing the communicator");
@@ -88,12 +96,21 @@ class communicator {
   /// The duplicate.
   [[nodiscard]] MPI_Comm get() const { return comm_; }
 
+  /// @{
+  /// Of the messages of this call, counted on all ranks alike. What a call that has ended by an exception was still sent is none
+  /// of the next one's.
+  void begin_call() const { tag_ = (tag_ + 1) % least_greatest_tag; }
+  [[nodiscard]] int tag() const { return tag_; }
+  /// @}
+
   /// What this rank has received. May be set to `{}`.
   [[nodiscard]] traffic& received() const { return received_; }
 
  private:
   MPI_Comm comm_ = MPI_COMM_NULL;
+  static constexpr int least_greatest_tag = 32767;  ///< that an MPI may have
   int rank_ = 0, size_ = 1;
+  mutable int tag_ = 0;
   mutable traffic received_{};
 };
 

@@ -153,15 +153,15 @@ class piece_exchange {
     const row_type row(row_bytes);
     open_requests under_way(in_peers.size(), out_peers.size());
     for (std::size_t i = 0; i < in_peers.size(); ++i)
-      check(MPI_Irecv(in.data() + in_peers[i].first_row * row_bytes, in_peers[i].rows, row.get(), in_peers[i].rank, 0,
-                      ranks_->get(), under_way.receive(i)),
+      check(MPI_Irecv(in.data() + in_peers[i].first_row * row_bytes, in_peers[i].rows, row.get(), in_peers[i].rank,
+                      ranks_->tag(), ranks_->get(), under_way.receive(i)),
             doing);
     for (std::size_t i = 0; i < pieces_.size(); ++i)
       if (!places_[i].local() && places_[i].held == to_readers)
         pack(pieces_[i], out.data() + places_[i].row * row_bytes);
     for (std::size_t i = 0; i < out_peers.size(); ++i)
       check(MPI_Isend(out.data() + out_peers[i].first_row * row_bytes, out_peers[i].rows, row.get(), out_peers[i].rank,
-                      0, ranks_->get(), under_way.send(i)),
+                      ranks_->tag(), ranks_->get(), under_way.send(i)),
             doing);
     under_way.wait(doing);
     for (std::size_t i = 0; i < pieces_.size(); ++i) {
