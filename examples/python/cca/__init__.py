@@ -417,13 +417,18 @@ def pool(
     if core_key is None or core_value is None:
         group_size, sinks = options.get("group_size") or 0, options.get("sink_tokens") or 0
         groups = max(0, key.shape[2] - sinks) // group_size if group_size > 0 else 0
-        per_kv = options.get("core_heads") == "per_kv_head" or options.get("pool") in ("mean", "max")
-        extents = (key.shape[0], (key if per_kv else query).shape[1], groups)
-        core_key = _empty(query, (*extents, key.shape[3])) if core_key is None else core_key
-        core_value = _empty(query, (*extents, value.shape[3])) if core_value is None else core_value
+        made = _empty_cores(query, key, value, key.shape[0], groups, options)
+        core_key, core_value = (m if x is None else x for m, x in zip(made, (core_key, core_value)))
     written = {"core_key": core_key, "core_value": core_value}
     _library.run("cca_pool", operands, written, options, _library.threads_of(threads, work))
     return core_key, core_value
+
+
+def _empty_cores(query, key, value, batch, groups, options):
+    """Tensors for the cores of so many groups."""
+    per_kv = options.get("core_heads") == "per_kv_head" or options.get("pool") in ("mean", "max")
+    extents = batch, (key if per_kv else query).shape[1], groups
+    return _empty(query, (*extents, key.shape[3])), _empty(query, (*extents, value.shape[3]))
 
 
 def merge(

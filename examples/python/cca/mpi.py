@@ -19,6 +19,7 @@ the machine that compiled it: `cca.use` has no say in them.
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import pathlib
 import threading
@@ -34,15 +35,18 @@ from . import (
     Terms,
     _data_type,
     _empty,
+    _empty_cores,
     _gradient,
+    _integers,
     _library,
     _operators,
+    _pool_sizes,
     _refuse_followed,
     _sizes,
     _split,
 )
 
-__all__ = ["KvCache", "Layout", "Ranks", "Segment", "attend", "attention", "attention_gradient", "merge"]
+__all__ = ["KvCache", "Layout", "Ranks", "Segment", "attend", "attention", "attention_gradient", "merge", "pool"]
 
 
 class _Segment(ctypes.Structure):
@@ -100,6 +104,7 @@ for _name, _before in (
     ("cca_mpi_attention", _OVER),
     ("cca_mpi_attend", _OVER),
     ("cca_mpi_attention_gradient", _OVER),
+    ("cca_mpi_pool", _OVER[:2]),
     ("cca_mpi_merge", _OVER[:1]),
     ("cca_mpi_cache_append", _OVER[:2]),
     ("cca_mpi_cache_attend", _OVER[:1]),
@@ -162,7 +167,7 @@ class Layout:
     """
 
     def __init__(self, ranks: int, lengths, segments, *, _split: int = 0):
-        lengths = [_library.int64("lengths", x) for x in lengths]
+        self.lengths = lengths = [_library.int64("lengths", x) for x in lengths]
         given = [_Segment(*(_library.int64("segments", x) for x in segment)) for segment in segments]
         self._handle = ctypes.c_void_p()
         _check(
@@ -202,6 +207,27 @@ class Layout:
         offsets = [0]
         for x in self.segments_of(rank):
             offsets.append(offsets[-1] + x.end - x.begin)
+        return offsets
+
+    def positions_of(self, rank: int) -> list[int]:
+        """Of each of a rank's tokens its position in its sequence."""
+        return [t for x in self.segments_of(rank) for t in range(x.begin, x.end)]
+
+    def places_of(self, rank: int) -> list[int]:
+        """Where a rank's tokens are among all, the sequences one after the other: `whole[:, layout.places_of(rank)]`."""
+        begins = list(itertools.accumulate(self.lengths, initial=0))
+        return [begins[x.sequence] + t for x in self.segments_of(rank) for t in range(x.begin, x.end)]
+
+    def core_offsets_of(self, rank: int, group_size: int, sink_tokens: int = 0) -> list[int]:
+        """Where the cores of each of a rank's segments begin, and where the last one's end: a segment has those of the groups
+        whose last token it holds."""
+        group_size, sink_tokens = _library.int64("group_size", group_size), _library.int64("sink_tokens", sink_tokens)
+        if group_size < 1 or sink_tokens < 0:
+            raise ValueError(f"cca: group_size, sink_tokens: got {group_size}, {sink_tokens}, wants at least 1 and 0")
+        offsets = [0]
+        for x in self.segments_of(rank):
+            before, until = (max(t - sink_tokens, 0) // group_size for t in (x.begin, x.end))
+            offsets.append(offsets[-1] + until - before)
         return offsets
 
     def __del__(self):
@@ -251,7 +277,8 @@ def attention(
 
     overlap: cores travel while the window's part is computed, and the two are merged; False: one softmax, as in one process.
 
-    PyTorch's autograd follows it; every rank then calls backward(), which is collective, too.
+    PyTorch's autograd follows it; every rank then calls backward(), which is collective, too. The gradients of sink_logits and
+    alibi_slopes that all ranks share are then whole on each of them: they are not to be added up once more.
     """
     with _together(ranks):
         operands = _operands(ranks, layout, query, key, value)
@@ -388,6 +415,37 @@ def attention_gradient(
     with _together(ranks):
         operands = _operands(ranks, layout, query, key, value)
         return _backward(ranks, layout, overlap, threads, operands, arguments, out, lse, grad_out, grad_lse)
+
+
+def pool(
+    ranks: Ranks,
+    layout: Layout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    threads: int | None = None,
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]:
+    """`cca.pool` of sequences that lie across ranks: the cores (core_key, core_value) of every complete group whose last token
+    the rank holds, [1, core heads, cores, dim] and the same with the value's dim. They lie segment by segment, at
+    `layout.core_offsets_of(ranks.rank, group_size, sink_tokens)`, and so are far rows for `attend`. PyTorch's autograd does
+    not see it."""
+    with _together(ranks):
+        operands = _operands(ranks, layout, query, key, value)
+        options = _library.plain(_split(operands, options, ()))
+        _refuse_followed("cca.mpi.pool", operands)
+        _, work = _pool_sizes(operands)
+        group_size, sink_tokens = (options.get(name) or 0 for name in ("group_size", "sink_tokens"))
+        offsets = [0] * len(layout.offsets_of(ranks.rank))
+        if group_size > 0 and sink_tokens >= 0:  # the library refuses the rest
+            offsets = layout.core_offsets_of(ranks.rank, group_size, sink_tokens)
+        made = _empty_cores(query, key, value, 1, offsets[-1], options)
+        operands["far_offsets"] = _integers("far_offsets", offsets, query)
+        written = dict(zip(("core_key", "core_value"), made))
+        over = ranks._handle, layout._handle
+        _library.run("cca_mpi_pool", operands, written, options, _library.threads_of(threads, work), *over)
+        return made
 
 
 def merge(

@@ -108,6 +108,54 @@ def test_far_rows(name):
         )  # fmt: skip
 
 
+POOLINGS = [{}, {"pool": "mean"}, {"core_heads": "per_kv_head"}, {"pooling_scale": 2.0}]
+
+
+@pytest.mark.parametrize("name", layouts())
+@pytest.mark.parametrize("more", POOLINGS, ids=["own", "mean", "shared", "sharper"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_pool(name, more, dtype):
+    """A core is on the rank of its group's last token, the cores of segments one after the other."""
+    q, k, v = problem(dtype)
+    layout, begins = layouts()[name], np.cumsum([0, *LENGTHS])
+    options = {"group_size": 3, "sink_tokens": 2, **more}
+    got = cca.mpi.pool(ranks, layout, *(own(layout, x) for x in (q, k, v)), **options)
+    offsets = layout.core_offsets_of(ranks.rank, 3, 2)
+    for s, first, last in zip(layout.segments_of(ranks.rank), offsets, offsets[1:]):
+        tokens = slice(begins[s.sequence], begins[s.sequence + 1])
+        whole = cca.pool(*(x[:, :, tokens] for x in (q, k, v)), **options)
+        held = [c for c in range(whole[0].shape[2]) if s.begin <= 2 + 3 * c + 2 < s.end]
+        assert last - first == len(held)
+        for a, b in zip(got, whole):
+            assert a.dtype == dtype
+            bound = 1e-6 if dtype == np.float32 else 1e-14
+            assert np.abs(a[:, :, first:last] - b[:, :, held]).max(initial=0) < bound
+    assert offsets[-1] == got[0].shape[2] == got[1].shape[2]
+    assert world.allreduce(offsets[-1]) == sum(max(n - 2, 0) // 3 for n in LENGTHS)
+
+
+def test_pool_refuses():
+    layout, last = layouts()["contiguous"], ranks.size - 1
+    mine, wrong = [own(layout, x) for x in problem()], ranks.rank == ranks.size - 1
+    with pytest.raises(ValueError, match=f"rank {last}: options.group_size: got 0"):
+        cca.mpi.pool(ranks, layout, *mine, group_size=0 if wrong else 3)
+    with pytest.raises(ValueError, match=f"rank {last}: options.sink_tokens: got -1"):
+        cca.mpi.pool(ranks, layout, *mine, group_size=3, sink_tokens=-1 if wrong else 0)
+    with refused(last, TypeError, ValueError, "sink_logits: got a ndarray, wants none"):
+        cca.mpi.pool(ranks, layout, *mine, group_size=3, **({"sink_logits": np.zeros(4)} if wrong else {}))
+    if ranks.size > 1:
+        with pytest.raises(ValueError, match="options.group_size: got 3 on one rank and 4 on another"):
+            cca.mpi.pool(ranks, layout, *mine, group_size=4 if wrong else 3)
+        with pytest.raises(ValueError, match="different functions on different ranks"):
+            if wrong:
+                cca.mpi.pool(ranks, layout, *mine, group_size=3)
+            else:
+                cca.mpi.attention(ranks, layout, *mine, group_size=3)
+    with pytest.raises(ValueError, match="group_size, sink_tokens: got 0, 0, wants at least 1 and 0"):
+        layout.core_offsets_of(0, 0)
+    assert cca.mpi.pool(ranks, layout, *mine, group_size=3)[0].shape[:2] == (1, 4)  # nobody is out of step
+
+
 @contextlib.contextmanager
 def refused(rank, error, others, match):
     """Raises on every rank: on one what it got wrong, on the others that it did."""
@@ -149,6 +197,9 @@ def test_layouts_are_checked():
     assert cca.mpi.Layout.concatenated(2, [4, 2]).segments == [(0, 0, 0, 3), (1, 0, 3, 4), (1, 1, 0, 2)]
     layout = cca.mpi.Layout(2, [6], [(0, 0, 0, 4), (1, 0, 4, 6)])
     assert layout.segments_of(1) == [(1, 0, 4, 6)] and layout.offsets_of(0) == [0, 4]
+    of_two = cca.mpi.Layout.contiguous(2, [4, 3])
+    assert of_two.places_of(1) == [2, 3, 5, 6] and of_two.positions_of(1) == [2, 3, 1, 2]
+    assert of_two.core_offsets_of(1, 2) == [0, 1, 2] and of_two.core_offsets_of(0, 2, 1) == [0, 0, 0]
     with pytest.raises(TypeError, match="communicator: got int"):
         cca.mpi.Ranks(3)
     with pytest.raises(TypeError, match="ranks: got int, wants cca.mpi.Ranks"):

@@ -11,6 +11,7 @@
 #include <thread>
 #include <type_traits>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "../dispatch.hpp"
@@ -22,14 +23,25 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
+/// What a caller gives by its address.
+template <class T>
+T& required(const char* name, T* given, const char* wanted) {
+  if (given == nullptr) refuse(name, {"NULL"}, {wanted});
+  return *given;
+}
+
+/// A cache of any type of elements, of those in `with_element`.
+template <template <class...> class Cache>
+using any_cache = std::variant<Cache<float>, Cache<double>, Cache<Eigen::bfloat16>, Cache<Eigen::half>>;
+
 /// A structure of cca.h as the caller knows it: what his version of it lacks is as in `defaults`.
 template <class Struct>
 Struct complete_struct(const char* name, const Struct* from, Struct defaults) {
-  if (from == nullptr) refuse(name, {"NULL"}, {"a structure"});
-  if (from->struct_size < sizeof(std::size_t) || from->struct_size > sizeof(Struct))
-    refuse(text{name, ".struct_size"}.c_str(), {from->struct_size},
+  const std::size_t size = required(name, from, "a structure").struct_size;
+  if (size < sizeof(std::size_t) || size > sizeof(Struct))
+    refuse(text{name, ".struct_size"}.c_str(), {size},
            {"at most ", sizeof(Struct), ", the size in the library's cca.h"});
-  std::memcpy(&defaults, from, from->struct_size);
+  std::memcpy(&defaults, from, size);
   return defaults;
 }
 
@@ -248,6 +260,12 @@ class arguments {
   }
   void refuse_workspace(const char* reason) const {
     if (call_.workspace != nullptr) refuse("workspace", {"memory"}, {"none: ", reason});
+  }
+
+  /// For a step of a cache.
+  void refuse_what_a_cache_has() const {
+    refuse_options("a cache has those that it was made with");
+    refuse_workspace("a cache has its own");
   }
 
   /// Options and execution of the call, for `f(options, execution)`. Refuses what nobody took.

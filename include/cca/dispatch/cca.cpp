@@ -14,12 +14,8 @@
 #include "c_arguments.hpp"
 #include "c_status.hpp"
 
-/// Of every type of elements.
 struct cca_cache {
-  template <class T>
-  using of = cca::dispatch::kv_cache<T>;
-
-  std::variant<of<float>, of<double>, of<Eigen::bfloat16>, of<Eigen::half>> any;
+  cca::detail::any_cache<cca::dispatch::kv_cache> any;
 };
 
 namespace {
@@ -28,7 +24,6 @@ using cca::execution;
 using cca::detail::arguments;
 using cca::detail::guarded;
 using cca::detail::tensor_place;
-using cca::detail::refuse;
 namespace detail = cca::detail;
 namespace dispatch = cca::dispatch;
 
@@ -45,8 +40,7 @@ cca_status with_arguments(const cca_call* call, tensor_place first, const F& f) 
 template <class Cache, class F>
 cca_status with_cache(Cache* cache, const F& f) noexcept {
   return guarded([&] {
-    if (cache == nullptr) refuse("cache", {"NULL"}, {"a cache"});
-    std::visit(f, cache->any);
+    std::visit(f, detail::required("cache", cache, "a cache").any);
   });
 }
 
@@ -55,8 +49,7 @@ template <class F>
 cca_status with_cache_step(cca_cache* cache, const cca_call* call, const F& f) noexcept {
   return with_cache(cache, [&](auto& of) {
     arguments all(call);
-    all.refuse_options("a cache has those that it was made with");
-    all.refuse_workspace("a cache has its own");
+    all.refuse_what_a_cache_has();
     f(of, all);
   });
 }

@@ -24,13 +24,9 @@ struct cca_mpi_layout {
   cca::mpi::layout tokens;
 };
 
-/// Of every type of elements.
 struct cca_mpi_cache {
-  template <class T>
-  using of = cca::mpi::kv_cache<T>;
-
   const cca_mpi_ranks* ranks;
-  std::variant<of<float>, of<double>, of<Eigen::bfloat16>, of<Eigen::half>> any;
+  cca::detail::any_cache<cca::mpi::kv_cache> any;
 };
 
 namespace {
@@ -43,34 +39,42 @@ using cca::detail::refuse;
 namespace detail = cca::detail;
 namespace mpi = cca::mpi;
 
+/// What is left to do where a rank's arguments are understood.
+using remainder_of_call = std::function<void()>;
+
 /// Calls `prepare()`, which looks at this rank's arguments and returns what is left to do, and then that. Where one rank
 /// refuses what it was given none goes on: it would wait for the others for ever.
 template <class Prepare>
+void on_all_ranks(const cca_mpi_ranks& ranks, const char* name, const Prepare& prepare) {
+  remainder_of_call rest;
+  mpi::detail::agreement same(name);
+  mpi::detail::check_on_all_ranks(ranks.all, same, [&] { rest = prepare(); });
+  rest();
+}
+template <class Prepare>
 cca_status on_all_ranks(const cca_mpi_ranks* ranks, const char* name, const Prepare& prepare) noexcept {
-  return guarded([&] {
-    if (ranks == nullptr) refuse("ranks", {"NULL"}, {"ranks"});
-    std::function<void()> rest;
-    mpi::detail::agreement same(name);
-    mpi::detail::check_on_all_ranks(ranks->all, same, [&] { rest = prepare(); });
-    rest();
-  });
+  return guarded([&] { on_all_ranks(detail::required("ranks", ranks, "ranks"), name, prepare); });
 }
 
-/// The same of a call: `take(std::type_identity<T>, arguments)` takes those that there is a use for and returns a function of
-/// options and execution.
+/// `take(arguments)` takes those that there is a use for and returns a function of options and execution.
 template <class Take>
-std::function<void()> understood(const cca_call* call, tensor_place first, const Take& take) {
+remainder_of_call taken(const std::shared_ptr<arguments>& all, const Take& take) {
+  const auto run = take(*all);
+  all->run([](const cca::options&, const execution&) {});  // refuses what nobody took
+  return [all, run] { all->run(run); };
+}
+
+/// The same with `take(std::type_identity<T>, arguments)`.
+template <class Take>
+remainder_of_call understood(const cca_call* call, tensor_place first, const Take& take) {
   const auto all = std::make_shared<arguments>(call);
-  return detail::with_element(detail::name_of(first), all->elements(first), [&](auto type) -> std::function<void()> {
-    const auto run = take(type, *all);
-    all->run([](const cca::options&, const execution&) {});  // refuses what nobody took
-    return [all, run] { all->run(run); };
+  return detail::with_element(detail::name_of(first), all->elements(first), [&](auto type) {
+    return taken(all, [&](arguments& some) { return take(type, some); });
   });
 }
 
-const cca_mpi_layout& required(const cca_mpi_layout* layout) {
-  if (layout == nullptr) refuse("layout", {"NULL"}, {"a layout"});
-  return *layout;
+const mpi::layout& tokens_of(const cca_mpi_layout* layout) {
+  return detail::required("layout", layout, "a layout").tokens;
 }
 
 /// A call over a layout.
@@ -78,32 +82,22 @@ template <class Take>
 cca_status with_call(const char* name, const cca_mpi_ranks* ranks, const cca_mpi_layout* layout, int32_t overlap,
                      const cca_call* call, const Take& take) noexcept {
   return on_all_ranks(ranks, name, [&] {
-    const mpi::context_parallel over{ranks->all, required(layout).tokens, overlap != 0};
+    const mpi::context_parallel over{ranks->all, tokens_of(layout), overlap != 0};
     return understood(call, &cca_call::query,
                       [&](auto type, arguments& all) { return take(type, over, all); });
   });
 }
 
-/// A step of a cache: `take(arguments, kv_cache<T>)` as above.
+/// A step of a cache: `take(kv_cache<T>, arguments)` as above.
 template <class Take>
 cca_status with_step(const char* name, cca_mpi_cache* cache, const cca_call* call, const Take& take) noexcept {
   return guarded([&] {
-    if (cache == nullptr) refuse("cache", {"NULL"}, {"a cache"});
-    std::function<void()> rest;
-    mpi::detail::agreement same(name);
-    mpi::detail::check_on_all_ranks(cache->ranks->all, same, [&] {
+    on_all_ranks(*detail::required("cache", cache, "a cache").ranks, name, [&] {
       const auto all = std::make_shared<arguments>(call);
-      all->refuse_options("a cache has those that it was made with");
-      all->refuse_workspace("a cache has its own");
-      rest = std::visit(
-          [&](auto& of) -> std::function<void()> {
-            const auto run = take(of, *all);
-            all->run([](const cca::options&, const execution&) {});
-            return [all, run] { all->run(run); };
-          },
-          cache->any);
+      all->refuse_what_a_cache_has();
+      return std::visit([&](auto& of) { return taken(all, [&](arguments& some) { return take(of, some); }); },
+                        cache->any);
     });
-    rest();
   });
 }
 
@@ -150,8 +144,8 @@ const char* cca_mpi_library(void) {
 
 cca_status cca_mpi_ranks_make(cca_mpi_ranks** ranks, const void* communicator) {
   return guarded([&] {
-    if (communicator == nullptr) refuse("communicator", {"NULL"}, {"the address of an MPI_Comm"});
-    *ranks = new cca_mpi_ranks{mpi::communicator(*static_cast<const MPI_Comm*>(communicator))};
+    *ranks = new cca_mpi_ranks{mpi::communicator(detail::required(
+        "communicator", static_cast<const MPI_Comm*>(communicator), "the address of an MPI_Comm"))};
   });
 }
 void cca_mpi_ranks_free(cca_mpi_ranks* ranks) { delete ranks; }
@@ -165,11 +159,11 @@ cca_status cca_mpi_layout_make(cca_mpi_layout** layout, int32_t split, int64_t r
 }
 void cca_mpi_layout_free(cca_mpi_layout* layout) { delete layout; }
 cca_status cca_mpi_layout_segments(const cca_mpi_layout* layout, int64_t* count) {
-  return guarded([&] { *count = std::ssize(required(layout).tokens.segments()); });
+  return guarded([&] { *count = std::ssize(tokens_of(layout).segments()); });
 }
 cca_status cca_mpi_layout_segment(const cca_mpi_layout* layout, int64_t i, cca_mpi_segment* segment) {
   return guarded([&] {
-    const auto all = required(layout).tokens.segments();
+    const auto all = tokens_of(layout).segments();
     if (i < 0 || i >= std::ssize(all)) refuse("segment", {i}, {"one of ", all.size()});
     const mpi::segment& s = all[static_cast<std::size_t>(i)];
     *segment = {s.rank, s.sequence, s.tokens.begin, s.tokens.end};
@@ -213,6 +207,15 @@ cca_status cca_mpi_attention_gradient(const cca_mpi_ranks* ranks, const cca_mpi_
                    });
 }
 
+cca_status cca_mpi_pool(const cca_mpi_ranks* ranks, const cca_mpi_layout* layout, const cca_call* call) {
+  return with_call("cca_mpi_pool", ranks, layout, 1, call,
+                   []<class T>(std::type_identity<T>, const mpi::context_parallel& over, arguments& all) {
+                     const auto in = all.take_inputs<T>();
+                     const auto to = all.take_cores<T>(&cca_call::core_key, &cca_call::core_value);
+                     return [=](const cca::options& o, const execution& run) { mpi::pool(over, in, to, o, run); };
+                   });
+}
+
 cca_status cca_mpi_merge(const cca_mpi_ranks* ranks, const cca_call* call) {
   return on_all_ranks(ranks, "cca_mpi_merge", [&] {
     return understood(call, &cca_call::out_a, [&]<class T>(std::type_identity<T>, arguments& all) {
@@ -226,7 +229,7 @@ cca_status cca_mpi_merge(const cca_mpi_ranks* ranks, const cca_call* call) {
 }
 
 cca_status cca_mpi_refuse(const cca_mpi_ranks* ranks, const char* why) {
-  return on_all_ranks(ranks, "cca_mpi_refuse", [&]() -> std::function<void()> {
+  return on_all_ranks(ranks, "cca_mpi_refuse", [&]() -> remainder_of_call {
     throw std::invalid_argument(why != nullptr ? why : "no reason");
   });
 }
@@ -239,7 +242,7 @@ cca_status cca_mpi_cache_make(cca_mpi_cache** cache, const cca_mpi_ranks* ranks,
     if (window_rank < 0 || window_rank >= ranks->all.size())
       refuse("window_rank", {window_rank}, {"one of ", ranks->all.size(), " ranks"});
     return detail::with_element(
-        "elements", elements, [&]<class T>(std::type_identity<T>) -> std::function<void()> {
+        "elements", elements, [&]<class T>(std::type_identity<T>) -> remainder_of_call {
           return [=] {
             const cca::cache_shape all{s.batch, s.heads, s.kv_heads, s.dim, s.value_dim, s.capacity, s.rewind};
             *cache = new cca_mpi_cache{
@@ -255,7 +258,7 @@ void cca_mpi_cache_free(cca_mpi_cache* cache) { delete cache; }
 cca_status cca_mpi_cache_append(cca_mpi_cache* cache, const cca_mpi_layout* layout, const cca_call* call) {
   return with_step("cca_mpi_cache_append", cache, call, [&](auto& of, arguments& all) {
     using T = typename std::remove_cvref_t<decltype(of)>::element_type;
-    const mpi::context_parallel over{cache->ranks->all, required(layout).tokens};
+    const mpi::context_parallel over{cache->ranks->all, tokens_of(layout)};
     const auto in = all.take_tokens<T>();
     return [=, &of](const cca::options&, const execution& run) { of.append(over, in, run); };
   });
@@ -272,9 +275,8 @@ cca_status cca_mpi_cache_attend(cca_mpi_cache* cache, const cca_call* call) {
 
 cca_status cca_mpi_cache_get_counts(const cca_mpi_cache* cache, cca_cache_counts* counts) {
   return guarded([&] {
-    if (cache == nullptr) refuse("cache", {"NULL"}, {"a cache"});
     std::visit([&](const auto& of) { *counts = {of.length(), of.core_count(), of.raw_count(), of.length()}; },
-               cache->any);
+               detail::required("cache", cache, "a cache").any);
   });
 }
 

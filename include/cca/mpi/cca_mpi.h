@@ -68,6 +68,8 @@ cca_status cca_mpi_attend(const cca_mpi_ranks* ranks, const cca_mpi_layout* layo
 /** `cca::mpi::attention_gradient`: what `cca_attention_gradient` takes. */
 cca_status cca_mpi_attention_gradient(const cca_mpi_ranks* ranks, const cca_mpi_layout* layout, int32_t overlap,
                                       const cca_call* call);
+/** `cca::mpi::pool`: what `cca_pool` takes. The cores of a segment are a sequence: those of the groups whose last token it has. */
+cca_status cca_mpi_pool(const cca_mpi_ranks* ranks, const cca_mpi_layout* layout, const cca_call* call);
 /** `cca::mpi::merge`: out_a, lse_a of the rank's part; out, lse of the whole. */
 cca_status cca_mpi_merge(const cca_mpi_ranks* ranks, const cca_call* call);
 /** Takes this rank's part in a call, whichever the others make, that it cannot make itself: they refuse it with this text, and so

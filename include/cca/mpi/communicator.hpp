@@ -61,12 +61,12 @@ class communicator {
     if (started == 0 || ended != 0)
       cca::detail::refuse("communicator", {started == 0 ? "one before MPI_Init" : "one after MPI_Finalize"},
                           {"one between the two"});
-    if (ranks == MPI_COMM_NULL)
-      cca::detail::refuse("communicator", {"MPI_COMM_NULL"}, {"one that this rank is in"});
+    if (ranks == MPI_COMM_NULL) cca::detail::refuse("communicator", {"MPI_COMM_NULL"}, {"one that this rank is in"});
     int between_groups = 0;
     detail::check(MPI_Comm_test_inter(ranks, &between_groups), "looking at the communicator");
     if (between_groups != 0)
-      cca::detail::refuse("communicator", {"one between two groups of ranks"}, {"one of all ranks that share sequences"});
+      cca::detail::refuse("communicator", {"one between two groups of ranks"},
+                          {"one of all ranks that share sequences"});
     detail::check(MPI_Comm_dup(ranks, &comm_), "duplicating the communicator");
     detail::check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "preparing the communicator");
     detail::check(MPI_Comm_rank(comm_, &rank_), "preparing the communicator");
