@@ -38,11 +38,12 @@ if(TARGET cca::c_mpi)
     set_tests_properties(c_mpi.symbols PROPERTIES PASS_REGULAR_EXPRESSION "^([0-9a-f]+ T cca_mpi_[a-z_]+\n)+$")
     set(environment ${cca_mpi_environment} "CCA_LIBRARY=$<TARGET_FILE:cca_c>" "CCA_MPI_LIBRARY=$<TARGET_FILE:cca_c_mpi>"
                     PYTHONPATH=${PROJECT_SOURCE_DIR}/examples/python PYTHONDONTWRITEBYTECODE=1)
+    set(tests ${PROJECT_SOURCE_DIR}/examples/python/tests)
     foreach(ranks IN LISTS CCA_TEST_RANKS)
       add_test(NAME python_mpi.${ranks}
                COMMAND ${cca_mpirun} ${MPIEXEC_NUMPROC_FLAG} ${ranks} ${CCA_TEST_PYTHON} -m mpi4py -m pytest -q -x
-                       -p no:cacheprovider ${PROJECT_SOURCE_DIR}/examples/python/tests/test_mpi.py)
-      set_tests_properties(python_mpi.${ranks} PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 300 PROCESSORS 2)
+                       -p no:cacheprovider ${tests}/test_mpi.py ${tests}/test_hf_mpi.py)
+      set_tests_properties(python_mpi.${ranks} PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 600 PROCESSORS 2)
     endforeach()
   else()
     message(STATUS "cca: no tests of Python across ranks, which need mpi4py in CCA_TEST_PYTHON")

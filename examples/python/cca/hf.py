@@ -34,6 +34,7 @@ _SETTINGS = {*Options.__annotations__, "dense_layers"} - {"softmax_scale", "soft
 _HARMLESS = {
     "position_ids", "cache_position", "use_cache", "max_length_q", "max_length_k", "cache", "past_key_values",
     "output_hidden_states", "return_dict", "num_items_in_batch", "logits_to_keep", "output_router_logits", "labels",
+    "shift_labels",
 }  # fmt: skip
 
 
@@ -181,12 +182,12 @@ def _options(module, causal, scaling, sliding_window, softcap):
     return options if getattr(module, "layer_idx", None) in dense else options | given
 
 
-def attention_forward(
+def _understood(
     module,
     query,
-    key,
-    value,
     attention_mask,
+    mask_function,
+    *,
     dropout=0.0,
     scaling=None,
     is_causal=None,
@@ -194,12 +195,10 @@ def attention_forward(
     softcap=None,
     s_aux=None,
     sinks=None,
-    cu_seq_lens_q=None,
-    cu_seq_lens_k=None,
     **more,
 ):
-    """transformers' attention function: query [batch, heads, query length, dim], key and value
-    [batch, kv heads, key length, dim]; returns out [batch, query length, heads, value dim], and None for the weights."""
+    """The options of a layer's call, and its sink logits. mask_function: what has to be registered beside the attention.
+    Refuses what cca does not compute."""
     for name, x in more.items():
         if name not in _HARMLESS and x is not None and x is not False:
             _refuse(name, f"a {type(x).__name__}", "None: cca does not compute it")
@@ -207,9 +206,9 @@ def attention_forward(
         _refuse("dropout", dropout, "0")
     implementation = module.config._attn_implementation
     if implementation in AttentionInterface._global_mapping and (
-        AttentionMaskInterface._global_mapping.get(implementation) is not globals()["attention_mask"]
+        AttentionMaskInterface._global_mapping.get(implementation) is not mask_function
     ):
-        _refuse("attn_implementation", f"{implementation} without its mask function", "cca.hf.register()")
+        _refuse("attn_implementation", f"{implementation} without its mask function", f"{mask_function.__module__}.register()")
     if attention_mask is not None and attention_mask.ndim != 2:
         _refuse("attention_mask", f"{attention_mask.ndim} dimensions", "2: masks of pairs of tokens are not computed")
     said = getattr(attention_mask, "cca_window", None)
@@ -221,7 +220,13 @@ def attention_forward(
     sink_logits = s_aux if s_aux is not None else sinks
     if sink_logits is not None:
         sink_logits = sink_logits.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    return options, sink_logits
 
+
+def attention_forward(module, query, key, value, attention_mask, *, cu_seq_lens_q=None, cu_seq_lens_k=None, **more):
+    """transformers' attention function: query [batch, heads, query length, dim], key and value
+    [batch, kv heads, key length, dim]; returns out [batch, query length, heads, value dim], and None for the weights."""
+    options, sink_logits = _understood(module, query, attention_mask, globals()["attention_mask"], **more)
     layer = getattr(key, "cca_layer", None)
     if layer is not None:
         if cu_seq_lens_q is not None:
