@@ -179,9 +179,10 @@ TEST(Ranks, MergeResultsOfTheSameLengths) {
     mpi::merge(world(), cca::results{out.view().with_lengths(lengths), lse.view().with_lengths(lengths)},
                cca::results{whole.view().with_lengths(lengths)});
   });
-  EXPECT_EQ(world().size() == 1 ? "nothing"
-                                : "cca: lengths of out_part: got other ones on one rank and other ones on another, wants the "
-                                  "same on every rank",
+  EXPECT_EQ(world().size() == 1
+                ? "nothing"
+                : "cca: lengths of out_part: got other ones on one rank and other ones on another, wants the "
+                  "same on every rank",
             said);
 }
 
