@@ -65,7 +65,8 @@ PIECE = ("folder", "run", "until", "minutes", "threads")
 def target(args) -> models.Seen:
     """What a token sees in an evaluation."""
     seen = models.Seen("cca", args.groups[0], args.windows[0], args.sink_tokens, args.core_heads, args.core_bias, args.pool)
-    return {"cca": seen, "dense": models.Seen(), "window": seen.window_of_equal_bytes(args.length)}[args.attention]
+    equal = seen.window_of_equal_bytes(args.length, models.QUERY_HEADS[args.model])
+    return {"cca": seen, "dense": models.Seen(), "window": equal}[args.attention]
 
 
 def seen_at(args, step) -> models.Seen:
@@ -207,7 +208,8 @@ def run(trainer: Trainer, folder: Path):
                        + (f", recall {100 * sum(accuracy) / len(accuracy):.0f} %" if accuracy else ""))  # fmt: skip
 
         if trainer.step == 0:
-            write({"settings": settings(args), "target": target(args).label(), "entries": target(args).entries(args.length)})
+            entries = target(args).entries(args.length, models.QUERY_HEADS[args.model])
+            write({"settings": settings(args), "target": target(args).label(), "entries": entries})
             evaluate()
         with tqdm(total=last, initial=trainer.step) as bar:
             while trainer.step < last and time.monotonic() - start < 60 * args.minutes:

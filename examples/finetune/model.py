@@ -12,6 +12,7 @@ import cca.hf
 import data  # noqa: F401: makes prepare.py known
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+QUERY_HEADS = {"smollm2": 3, "small": 2}  # per key/value head
 
 
 def load_tokenizer(folder):
@@ -66,17 +67,21 @@ class Seen:
             return near
         return near | {name: getattr(self, name) for name in ("group_size", "core_heads", "core_bias", "pool")}
 
-    def entries(self, length: int) -> int:
-        """Keys of a key/value head that the last token of so many sees: what a cache holds, but for less than a group."""
+    def entries(self, length: int, query_heads: int = 1) -> int:
+        """Keys that the last token of so many sees, per key/value head, which has so many query heads: what a cache holds."""
         far = max(0, length - self.sink_tokens - self.window)
         if self.attention == "dense" or far == 0:
             return length
-        return self.sink_tokens + self.window + (far // self.group_size + far % self.group_size
-                                                 if self.attention == "cca" else 0)  # fmt: skip
+        near = self.sink_tokens + self.window
+        if self.attention == "window":
+            return near
+        copies = query_heads if self.core_heads == "per_query_head" else 1
+        return near + copies * (far // self.group_size) + far % self.group_size
 
-    def window_of_equal_bytes(self, length: int) -> "Seen":
+    def window_of_equal_bytes(self, length: int, query_heads: int = 1) -> "Seen":
         """The window alone that keeps as many entries as these cores and their window do."""
-        return Seen("window", window=self.entries(length) - self.sink_tokens, sink_tokens=self.sink_tokens)
+        window = self.entries(length, query_heads) - self.sink_tokens
+        return Seen("window", window=window, sink_tokens=self.sink_tokens)
 
     def label(self) -> str:
         if self.attention == "dense":

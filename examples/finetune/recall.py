@@ -24,8 +24,9 @@ ROWS = "dense,window/64,window/123,cca/16/64,cca/8/64,cca/4/64,cca/16/64/select,
 
 
 def default_distances(length: int) -> list[int]:
-    """From within a window of a sixteenth of the length to nearly the length."""
-    return [length // 16 - 4, length // 8, length // 4, length // 2, length * 7 // 8]
+    """From within a window of a sixteenth of the length, where a needle finds room in it, to nearly the length."""
+    near = [length // 16 - 4] if length >= 1024 else []
+    return near + [length // 8, length // 4, length // 2, length * 7 // 8]
 
 
 def seen_of(row: str, sink_tokens: int) -> models.Seen:
@@ -101,7 +102,7 @@ def main():
                                         length=args.length, count=args.count)  # fmt: skip
         if args.log:
             with args.log.open("a", encoding="ascii") as log:
-                entries = seen.entries(args.length)
+                entries = seen.entries(args.length, models.QUERY_HEADS["smollm2"])
                 print(json.dumps({"row": row, "label": seen.label(), "entries": entries, "length": args.length,
                                   "seed": args.seed, "recall": rows[seen.label()]}), file=log)  # fmt: skip
     print(table(rows))

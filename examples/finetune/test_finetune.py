@@ -158,16 +158,17 @@ def test_the_distance_to_dense_is_that_of_predictions(texts):
     assert other[:16].abs().max() < 1e-5 and other.mean() > 1e-5 and (other > -1e-6).all()
 
 
+@pytest.mark.parametrize("core_heads, query_heads", [("per_kv_head", 1), ("per_kv_head", 3), ("per_query_head", 3)])
 @pytest.mark.parametrize("length", [20, 84, 85, 1000, 1024])
-def test_entries_are_those_of_a_cache(length):
-    for seen in (models.Seen(), models.Seen("cca", 16, 64, 4), models.Seen("cca", 16, 64, 4).window_of_equal_bytes(length)):
-        cache = cca.KvCache(heads=1, kv_heads=1, dim=4, **seen.settings())
-        row = np.zeros((1, 1, length, 4), np.float32)
-        cache.attend(row, row, row)
-        near = length if seen.attention == "dense" else seen.sink_tokens + seen.window
-        cores = 0 if seen.attention != "cca" else max(0, length - near) // 16
-        assert seen.entries(length) == min(length, near) + cores + (max(0, length - near) % 16 if seen.attention == "cca" else 0)
-    assert models.Seen("cca", 16, 64, 4).window_of_equal_bytes(length).entries(length) == models.Seen("cca", 16, 64, 4).entries(length)
+def test_entries_are_those_that_the_last_token_sees(length, core_heads, query_heads):
+    cores = models.Seen("cca", 16, 64, 4, core_heads)
+    count = max(0, length - 4 - 64) // 16
+    sinks, raw = min(4, length), range(4 + count * 16, length)  # the partition of the paper
+    assert cores.entries(length, query_heads) == sinks + len(raw) + count * (3 if core_heads == "per_query_head" else 1)
+    assert models.Seen("window", window=64).entries(length) == min(length, 4 + 64)
+    assert models.Seen().entries(length) == length
+    equal = cores.window_of_equal_bytes(length, query_heads)
+    assert equal.entries(length, query_heads) == cores.entries(length, query_heads)
 
 
 # The trainer.
