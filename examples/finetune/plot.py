@@ -59,8 +59,14 @@ def mean_by_distance(found: list[dict]) -> tuple[list, list]:
     return distances, [sum(of(distance)) / len(of(distance)) for distance in distances]
 
 
+def rows_of(entries: list[dict]) -> list[dict]:
+    """Those of recall.py, or the last evaluation of a training."""
+    rows = [x for x in entries if "label" in x]  # a step has none
+    return rows[-1:] if "settings" in entries[0] else rows
+
+
 def draw_recall(axes, logs):
-    for row in (row for log in logs for row in read(log)):
+    for row in (row for log in logs for row in rows_of(read(log))):
         axes.plot(*mean_by_distance(row["recall"]), marker="o", markersize=4, label=row["label"])
     axes.set_xscale("log", base=2)
     axes.set_xlabel("distance of the answer, tokens")
@@ -91,7 +97,7 @@ def main():
     figure, axes = plt.subplots(figsize=(7, 4.2))
     CHARTS[args.chart](axes, args.logs)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(args.folder / f"choosing_{args.chart}.svg", bbox_inches="tight", metadata={"Date": None})
 
 

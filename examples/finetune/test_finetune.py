@@ -171,6 +171,13 @@ def test_entries_are_those_that_the_last_token_sees(length, core_heads, query_he
     assert equal.entries(length, query_heads) == cores.entries(length, query_heads)
 
 
+def test_settings_say_what_is_seen():
+    assert models.Seen().settings() == {}
+    assert models.Seen("window", 16, 64, 4).settings() == {"window": 64, "sink_tokens": 4}
+    pooled = {"group_size": 16, "core_heads": "per_kv_head", "core_bias": "none", "pool": "select"}
+    assert models.Seen("cca", 16, 64, 4, pool="select").settings() == {"window": 64, "sink_tokens": 4} | pooled
+
+
 # The trainer.
 
 
@@ -244,7 +251,7 @@ def test_distilling_pulls_towards_dense(texts):
     assert trainer.train_step()["distance"] < first["distance"]
 
 
-# The table.
+# The table and the charts.
 
 
 class Copier:
@@ -284,3 +291,12 @@ def test_rows_of_the_table_say_what_is_seen():
     for row in ("cca/8", "window", "dense/3", "banana/3"):
         with pytest.raises(SystemExit, match="wants"):
             recall.seen_of(row, 4)
+
+
+def test_charts_take_the_last_evaluation_of_a_training():
+    plot = pytest.importorskip("plot", reason="matplotlib", exc_type=ImportError)
+    found = [{"task": task, "distance": 64, "accuracy": accuracy} for task, accuracy in (("copy", 0.5), ("passkey", 1))]
+    first, last = ({"step": step, "label": "dense", "recall": found} for step in (0, 20))
+    assert plot.rows_of([{"settings": {}, "target": "dense"}, first, {"step": 1, "recall": 0.3}, last]) == [last]
+    assert plot.rows_of([first, last]) == [first, last]
+    assert plot.mean_by_distance(found) == ([64], [75])
