@@ -148,7 +148,11 @@ class Trainer:
                 name: round(torch.cat([models.text_losses(self.model, ids, seen) for ids in parts]).double().mean().item(), 4)
                 for name, parts in data.spread_parts(texts, args.length, args.count).items()
             }
-            found = recall(self.model, seen, self.tokenizer, texts, seed=0, length=args.length, count=args.count) if args.questions else []  # fmt: skip
+            found = []
+            if args.questions:
+                found = recall(
+                    self.model, seen, self.tokenizer, texts, seed=0, length=args.length, count=args.count
+                )
         mean = round(sum(losses.values()) / len(losses), 4)
         return {"step": self.step, "validation": mean, "by_text": losses, "label": seen.label(), "recall": found}
 
