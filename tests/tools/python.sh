@@ -9,4 +9,4 @@ cmake/install_packages.sh python3-venv
 environment=build/python
 cmake/python_environment.sh $environment examples/python/requirements-test.txt
 $environment/bin/pip install --quiet --force-reinstall --no-deps ./examples/python
-$environment/bin/python -P -m pytest --heavy "$@" examples/python/tests
+$environment/bin/python -P -m pytest --heavy "$@" examples/python/tests examples/finetune

@@ -215,6 +215,8 @@ def _understood(
     if said is not None and said != sliding_window:
         _refuse("sliding_window", sliding_window, f"{said}, which the mask has")
 
+    if torch.is_autocast_enabled(query.device.type):
+        value = value.to(query.dtype)  # autocast's projections are of 16 bits, and RoPE makes queries and keys float32
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     options = _options(module, causal, scaling, sliding_window, softcap)
     sink_logits = s_aux if s_aux is not None else sinks

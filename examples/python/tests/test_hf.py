@@ -181,6 +181,17 @@ def test_gradients_are_eager(name):
         assert a.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5), n
 
 
+def test_autocast_is_near():
+    model, ids = model_of("llama"), tokens()
+    with cca.hf.settings(**CORES):
+        exact = model(ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids).logits
+            logits.float().square().sum().backward()
+    assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 @torch.no_grad()
 @pytest.mark.heavy
 def test_assisted_decoding_gives_the_same_text():
