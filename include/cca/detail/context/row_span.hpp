@@ -124,4 +124,24 @@ CCA_INLINE void for_row_blocks(std::int64_t count, const F& f) {
   });
 }
 
+/// The same of blocks that may take in rows twice, which has to change nothing: the rest of three rows and more takes one
+/// block of the next power of two, which begins before it, or two. A block of few rows takes as long as one of eight, whose
+/// multiply-adds wait for nothing.
+template <std::int64_t R, class F>
+CCA_INLINE void for_row_blocks_again(std::int64_t count, const F& f) {
+  constexpr int powers = std::bit_width(static_cast<std::uint64_t>(R - 1));
+  std::int64_t i = 0;
+  for (; i + R <= count; i += R) f(std::integral_constant<std::int64_t, R>{}, i);
+  while (i < count) {
+    const auto left = static_cast<std::uint64_t>(count - i);
+    const auto next = static_cast<std::int64_t>(std::bit_ceil(left));
+    const std::int64_t rows = next > count || next > R ? static_cast<std::int64_t>(std::bit_floor(left)) : next;
+    unroll<powers>([&](auto k) CCA_INLINE_LAMBDA {
+      constexpr std::int64_t size = std::int64_t{1} << (powers - 1 - k());
+      if (rows == size) f(std::integral_constant<std::int64_t, size>{}, smaller(i, count - size));
+    });
+    i += rows;
+  }
+}
+
 }}}  // namespace cca::CCA_TARGET::detail
