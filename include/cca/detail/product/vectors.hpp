@@ -105,11 +105,15 @@ struct vectors {
     [[nodiscard]] columns value_columns(std::int64_t j) const { return {values(j), &values_}; }
     /// @}
 
-    /// Asks for the memory of a row that follows, in the place of row `j`: it may be none. (Inline: for g++ a function that only
-    /// asks for memory does nothing, and its calls go. 64 queries after 32K keys took 8.0 ms for 6.2.)
-    CCA_INLINE void ask_behind(std::int64_t j) const {
-      prefetch_row(keys_.rows, j - rows_.begin + following_, form_.dim);
-      prefetch_row(values_.rows, j - rows_.begin + following_, form_.value_dim);
+    /// Asks for the memory of `count` rows that follow, in the place of row `j` and those behind it, a line of each key and
+    /// value from element `d` on: there may be none. (Inline: for g++ a function that only asks for memory does nothing, and
+    /// its calls go. 64 queries after 32K keys took 8.0 ms for 6.2.)
+    CCA_INLINE void ask_behind(std::int64_t j, std::int64_t count, std::int64_t d) const {
+      forget(d);
+      for (const row_span<T>* rows : {&keys_.rows, &values_.rows}) {
+        auto at = place_in_memory(rows->data, j - rows_.begin + following_, rows->stride, d);
+        for (std::int64_t r = 0; r < count; ++r, at += static_cast<std::uintptr_t>(rows->stride) * sizeof(T)) prefetch(at);
+      }
     }
 
    private:
@@ -232,29 +236,38 @@ struct vectors {
   // ------------------------------------------------------------------------------------------------------- products
 
   /// `S = K Q^T` of a part: scores, unseen ones -inf, and the maximum of each lane. The first tile of a stack asks for the
-  /// rows that follow: memory answers while the products run.
+  /// rows that follow, a line of each at a time: memory answers while the products run, and no more is asked for than a
+  /// core keeps in mind.
   template <class Part>
   static void score(const stack_memory&, const staged_block& block, const Part& part, const tile_form& form,
                     const score_rule<T>&, const T* packed, const score_block<T>& to, bool first) {
     constexpr std::int64_t N = Part::vectors;
     const row_span<T> keys = block.keys(part.rows.begin);
     const bool asks = first && (N > 1 || part.first == 0);  // vectors by themselves leave it to the first
-    vec<T> maximum[extent(N)];
-    unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n] = vec<T>(-infinity<T>); });
+    fill_n(to.maximum, N * W, -infinity<T>);  // in memory: registers are for the products
     for_row_blocks_again<shape::template rows_of<N>>(part.rows.size(), [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
       constexpr std::int64_t R = rows();
-      for (std::int64_t r = 0; r < (asks ? R : 0); ++r) block.ask_behind(part.rows.begin + j + r);
       vec<T> sum[extent(R)][extent(N)];
-      multiply(sum, keys.row(j), keys.stride, adjacent{}, packed + part.first * W, lanes, form.dim);
-      unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
-        unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
+      unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
+      const std::int64_t asked = asks ? form.dim - form.dim % line<T> : 0;
+      const auto add = [&](std::int64_t d, auto steps) CCA_INLINE_LAMBDA {
+        accumulate(sum, keys.row(j) + d, keys.stride, adjacent{}, packed + part.first * W + d * lanes, lanes, steps);
+      };
+      for (std::int64_t d = 0; d < asked; d += line<T>) {
+        block.ask_behind(part.rows.begin + j, R, d);
+        add(d, std::integral_constant<std::int64_t, line<T>>{});
+      }
+      add(asked, form.dim - asked);
+      unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
+        vec<T> maximum = vec<T>::load_aligned(to.maximum + n * W);
+        unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
           const vec<T> score = part.mask.select(j + r, sum[r][n], vec<T>(-infinity<T>));
           score.store_aligned(to.at(j + r, n));
-          maximum[n] = (xsimd::max)(maximum[n], score);
+          maximum = (xsimd::max)(maximum, score);
         });
+        maximum.store_aligned(to.maximum + n * W);
       });
     });
-    unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n].store_aligned(to.maximum + n * W); });
   }
 
   /// `to = rows packed` of a part, `dim` elements each.

@@ -54,14 +54,6 @@ struct tile_form {
 /// The stride of neighbours, known to the compiler.
 using adjacent = std::integral_constant<std::int64_t, 1>;
 
-/// Hides from the compiler where an address came from.
-template <class T>
-CCA_INLINE void apart(const T*& address) {
-#if defined(__GNUC__)
-  asm("" : "+r"(address));
-#endif
-}
-
 /// `sum[r][n] += sum_i a[r * row_stride + i * step] * b[i * b_stride + n * width ..]` for i in `[0, steps)`: the register
 /// block of all products of attention. An element of `a` is broadcast to all lanes, a vector of `b` serves all rows.
 /// (The caller's array, not a returned one: g++ 12 keeps it in registers only so, at three times the speed.)
@@ -69,17 +61,22 @@ template <std::size_t Rows, std::size_t Vectors, class T, class RowStride, class
 CCA_INLINE void accumulate(vec<T> (&sum)[Rows][Vectors], const T* a, RowStride row_stride, Step step, const T* b,
                            std::int64_t b_stride, std::int64_t steps) {
   constexpr std::int64_t R = Rows, N = Vectors;
-  // More rows than addresses can be made for from one base and few strides: g++ would keep them where no load takes them.
-  constexpr std::int64_t half = std::is_same_v<RowStride, adjacent> || R <= 8 ? R : R / 2;
-  const T* upper = a + half * row_stride;
-  if constexpr (half < R) apart(upper);
-  for (std::int64_t i = 0; i < steps; ++i, a += step, upper += step, b += b_stride) {
+  // Three rows to an address: each is that and the stride, once or twice. Of one address for all g++ would make more
+  // strides than there are registers, and load them anew for each step.
+  constexpr std::int64_t near = std::is_same_v<RowStride, adjacent> ? R : 3;
+  const T* row[extent((R + near - 1) / near)];
+  unroll<(R + near - 1) / near>([&](auto k) CCA_INLINE_LAMBDA {
+    row[k] = a + k * near * row_stride;
+    if constexpr (k() > 0) forget(row[k]);
+  });
+  for (std::int64_t i = 0; i < steps; ++i, b += b_stride) {
     vec<T> operand[Vectors];
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA { operand[n] = vec<T>::load_aligned(b + n * width<T>); });
     unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
-      const vec<T> element(r < half ? a[r * row_stride] : upper[(r - half) * row_stride]);
+      const vec<T> element(row[r / near][r % near * row_stride]);
       unroll<N>([&](auto n) CCA_INLINE_LAMBDA { sum[r][n] = fma<T>(element, operand[n], sum[r][n]); });
     });
+    unroll<(R + near - 1) / near>([&](auto k) CCA_INLINE_LAMBDA { row[k] += step; });
   }
 }
 
