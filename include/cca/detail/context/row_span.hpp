@@ -40,7 +40,7 @@ CCA_INLINE void multiply_by_scales([[maybe_unused]] row_scales scales, [[maybe_u
 /// Asks for the memory of row `i`, which may lie outside of the span: nothing is read.
 template <class T>
 CCA_INLINE void prefetch_row(row_span<T> rows, std::int64_t i, std::int64_t dim) {
-  for (std::int64_t d = 0; d < dim; d += line<T>) prefetch(rows.data, i, rows.stride, d);
+  for (std::int64_t d = 0; d < dim; d += line<T>) prefetch(place_in_memory(rows.data, i, rows.stride, d));
 }
 
 /// Whether all of `count` rows of `dim` elements are finite.

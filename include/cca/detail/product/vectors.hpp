@@ -112,7 +112,8 @@ struct vectors {
       forget(d);
       for (const row_span<T>* rows : {&keys_.rows, &values_.rows}) {
         auto at = place_in_memory(rows->data, j - rows_.begin + following_, rows->stride, d);
-        for (std::int64_t r = 0; r < count; ++r, at += static_cast<std::uintptr_t>(rows->stride) * sizeof(T)) prefetch(at);
+        const auto stride = static_cast<std::uintptr_t>(rows->stride) * sizeof(T);
+        for (std::int64_t r = 0; r < count; ++r, at += stride) prefetch(at);
       }
     }
 

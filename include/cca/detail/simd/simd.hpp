@@ -133,14 +133,14 @@ template <class T>
   return reinterpret_cast<std::uintptr_t>(from) + offset * sizeof(T);
 }
 
-/// Asks for the cache line of an address: nothing is read.
+/// @{
+/// Asks for the cache line of an address, of which nothing is read: `prefetch` for the second-level cache, `prefetch_first`
+/// for the first, where the line is wanted before others would drive it out.
 CCA_INLINE void prefetch(std::uintptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2); }
-
-/// The same of an element, as above.
-template <class T>
-CCA_INLINE void prefetch(const T* from, std::int64_t rows, std::int64_t stride, std::int64_t d) {
-  prefetch(place_in_memory(from, rows, stride, d));
+CCA_INLINE void prefetch_first(std::uintptr_t address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 3);
 }
+/// @}
 
 /// Minimax polynomials for 2^f on [-1/2, 1/2] with p(0) = 1, so that the weight of the maximum is exactly 1.
 /// Relative error 2.6e-9 (float) and 1.8e-17 (double), below the rounding of the evaluation.
