@@ -349,6 +349,26 @@ TYPED_TEST(Attention, IsExactForFewQueriesOfALongContext) {
   }
 }
 
+/// Queries of many heads that share rows ride in lanes: of one tile, of several, and of more than go at a time.
+TYPED_TEST(Attention, IsExactForFewQueriesOfManyHeads) {
+  using T = TypeParam;
+  random_engine random(20);
+  constexpr std::int64_t least = detail::least_in_lanes;
+  for (const std::int64_t heads : {least - 1, least, this->lanes - 1, this->lanes + 1, this->stack + 3}) {
+    attention_rule<T> rule;
+    for (const std::int64_t queries : {1, 2, 5})
+      for (const std::int64_t keys : {std::int64_t{40}, detail::part_rows + 30}) {
+        const sizes s{
+            .batch = 1, .heads = 2 * heads, .kv_heads = 2, .queries = queries, .keys = keys, .dim = 9, .value_dim = 7};
+        const operands<T> o = random_operands<T>(s, random);
+        add(rule, entry::dense, s, o, {.softcap = queries == 2 ? 1.5 : 0.0});
+        add(rule, entry::local, s, o, {.window = 17});
+        add(rule, entry::local, s, o, {.group_size = 10, .window = 25});
+      }
+    EXPECT_TRUE(rule.holds()) << heads << " heads";
+  }
+}
+
 TYPED_TEST(Attention, IsExactInAnyLayout) {
   using T = TypeParam;
   random_engine random(15);

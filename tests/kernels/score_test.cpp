@@ -72,14 +72,15 @@ TYPED_TEST(Score, OfFewQueriesOfALongContext) {
   random_engine random(3);
   score_rules<TypeParam> rules;
   for (const sinks kind : all_sinks)
-    for (const double softcap : {0.0, 2.0}) {
-      problem p = example(
-          entry::dense,
-          {.heads = 2, .kv_heads = 1, .queries = 3, .keys = 3 * detail::part_rows + 7, .dim = 6, .value_dim = 4});
-      p.options.softcap = softcap;
-      score_call<TypeParam> c(p, kind, random);
-      rules.add(c, label_of(p, {.sinks = kind}));
-    }
+    for (const double softcap : {0.0, 2.0})
+      for (const std::int64_t heads : {2, 5}) {  // six queries that share rows, and fifteen
+        problem p = example(
+            entry::dense,
+            {.heads = heads, .kv_heads = 1, .queries = 3, .keys = 3 * detail::part_rows + 7, .dim = 6, .value_dim = 4});
+        p.options.softcap = softcap;
+        score_call<TypeParam> c(p, kind, random);
+        rules.add(c, label_of(p, {.sinks = kind}));
+      }
   rules.expect();
 }
 

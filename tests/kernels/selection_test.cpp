@@ -218,11 +218,14 @@ TYPED_TEST(Selection, OfNeighboursDoesNotMatter) {
   }
 }
 
-/// Rows that come in their order and stay are those that counts say.
+/// Rows that come in their order and stay are those that counts say: to the bit where either way takes a head by itself, or
+/// its queries one by one.
 TYPED_TEST(Selection, OfAPrefixIsCounted) {
   using T = TypeParam;
   random_engine random(3);
-  for (const std::int64_t queries : {std::int64_t{5}, this->lanes + 3, 5 * this->lanes}) {
+  static_assert(2 * 3 < detail::least_in_lanes);
+  const std::int64_t many = detail::larger(this->lanes, detail::most_few_queries);
+  for (const std::int64_t queries : {std::int64_t{3}, many + 3, 5 * many}) {
     problem p{.entry = entry::attend,
               .sizes = {.heads = 2, .queries = queries, .keys = queries, .dim = 8, .value_dim = 5},
               .far_length = 3 * this->block + 5,

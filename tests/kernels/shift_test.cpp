@@ -94,11 +94,11 @@ TYPED_TEST(Shift, OfAnyShape) {
   }
 }
 
-/// Few queries of a context that is cut into parts, and many of several blocks.
+/// Few queries of a context that is cut into parts, as many as ride in lanes, and many of several blocks.
 TYPED_TEST(Shift, OfALongContext) {
   random_engine random(3);
   score_rules<TypeParam> rules;
-  for (const std::int64_t queries : {3, 20})
+  for (const std::int64_t queries : {std::int64_t{3}, detail::least_in_lanes, std::int64_t{20}})
     for (const score_terms& terms : terms_of(entry::dense)) {
       const problem p = example(entry::dense, {.batch = 2,
                                                .heads = 4,

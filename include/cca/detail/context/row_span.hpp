@@ -40,8 +40,7 @@ CCA_INLINE void multiply_by_scales([[maybe_unused]] row_scales scales, [[maybe_u
 /// Asks for the memory of row `i`, which may lie outside of the span: nothing is read.
 template <class T>
 CCA_INLINE void prefetch_row(row_span<T> rows, std::int64_t i, std::int64_t dim) {
-  constexpr std::int64_t line = 64 / sizeof(T);
-  for (std::int64_t d = 0; d < dim; d += line) prefetch(rows.data, i, rows.stride, d);
+  for (std::int64_t d = 0; d < dim; d += line<T>) prefetch(place_in_memory(rows.data, i, rows.stride, d));
 }
 
 /// Whether all of `count` rows of `dim` elements are finite.
@@ -122,6 +121,26 @@ CCA_INLINE void for_row_blocks(std::int64_t count, const F& f) {
     f(std::integral_constant<std::int64_t, rest>{}, i);
     i += rest;
   });
+}
+
+/// The same of blocks that may take in rows twice, which has to change nothing: the rest of three rows and more takes one
+/// block of the next power of two, which begins before it, or two. A block of few rows takes as long as one of eight, whose
+/// multiply-adds wait for nothing.
+template <std::int64_t R, class F>
+CCA_INLINE void for_row_blocks_again(std::int64_t count, const F& f) {
+  constexpr int powers = std::bit_width(static_cast<std::uint64_t>(R - 1));
+  std::int64_t i = 0;
+  for (; i + R <= count; i += R) f(std::integral_constant<std::int64_t, R>{}, i);
+  while (i < count) {
+    const auto left = static_cast<std::uint64_t>(count - i);
+    const auto next = static_cast<std::int64_t>(std::bit_ceil(left));
+    const std::int64_t rows = next > count || next > R ? static_cast<std::int64_t>(std::bit_floor(left)) : next;
+    unroll<powers>([&](auto k) CCA_INLINE_LAMBDA {
+      constexpr std::int64_t size = std::int64_t{1} << (powers - 1 - k());
+      if (rows == size) f(std::integral_constant<std::int64_t, size>{}, smaller(i, count - size));
+    });
+    i += rows;
+  }
 }
 
 }}}  // namespace cca::CCA_TARGET::detail

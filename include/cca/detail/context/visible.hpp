@@ -41,10 +41,10 @@ struct lane_ranges {
     return total;
   }
 
-  /// What every query of all vectors sees.
-  [[nodiscard]] range seen_by_all() const {
+  /// What every query of the first `vectors` sees.
+  [[nodiscard]] range seen_by_all(std::int64_t vectors = Lanes / W) const {
     range total = all[0];
-    for (const range& r : all) total = intersection(total, r);
+    for (std::int64_t v = 1; v < vectors; ++v) total = intersection(total, all[v]);
     return total;
   }
 };
@@ -111,17 +111,18 @@ struct score_block {
 
 /// Calls `f(tile_part)` for parts of the rows `block` that together hold all that the `count` queries of a tile see of it.
 ///
-/// Only where every lane sees every row do all vectors go together, unmasked; at the edges each goes by its own range.
+/// Only where every lane sees every row do vectors go together, unmasked; at the edges each goes by its own range.
 /// So it does in all of a block that is mostly edge: what is done once per part costs more there than is saved.
 template <class T, class F>
 CCA_INLINE void for_each_part(range block, const lane_ranges<T>& visible, std::int64_t count, const F& f) {
   using shape = tile_shape<T>;
   constexpr std::int64_t W = width<T>;
-  range common = count > shape::lanes - W ? intersection(block, visible.seen_by_all()) : range{};
+  const std::int64_t vectors = (count + W - 1) / W;
+  range common = vectors > 1 ? intersection(block, visible.seen_by_all(vectors)) : range{};
   const range seen = intersection(block, visible.seen_by_any());
   if (2 * common.size() <= seen.size()) common = {block.end, block.end};
   const auto edge = [&](range rows) {
-    for (std::int64_t v = 0; v * W < count; ++v) {
+    for (std::int64_t v = 0; v < vectors; ++v) {
       const range part = intersection(rows, visible.any[v]);
       if (part.empty()) continue;
       if ((v + 1) * W <= count && intersection(part, visible.all[v]) == part)
@@ -131,7 +132,14 @@ CCA_INLINE void for_each_part(range block, const lane_ranges<T>& visible, std::i
     }
   };
   edge({block.begin, common.begin});
-  if (!common.empty()) f(tile_part<T, shape::vectors, unmasked>{0, common, {}});
+  if (!common.empty()) {
+    if (vectors == shape::vectors) {
+      f(tile_part<T, shape::vectors, unmasked>{0, common, {}});
+    } else if constexpr (shape::vectors == 4) {  // two of four, or three
+      f(tile_part<T, 2, unmasked>{0, common, {}});
+      if (vectors == 3) f(tile_part<T, 1, unmasked>{2, common, {}});
+    }
+  }
   edge({common.end, block.end});
 }
 

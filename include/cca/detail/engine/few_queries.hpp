@@ -10,17 +10,22 @@
 #include "../base/scratch.hpp"
 #include "../context/row_span.hpp"
 #include "../context/source.hpp"
+#include "../product/vectors.hpp"
 #include "../simd/dot.hpp"
-#include "../softmax/row_softmax.hpp"
 #include "../softmax/score_rule.hpp"
 #include "gathered_rows.hpp"
+#include "partial_result.hpp"
+#include "query_tile.hpp"
+#include "stack.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
-/// Queries, per head, up to which they share rows along the dim (`few_queries`); more of them ride in lanes (`stack`). Where
-/// the two cross was measured (bench/TUNING.md): of 8, 10, 12, 14 and 16 queries after 32K keys, `few_queries` takes 0.61,
-/// 0.85, 0.92, 1.19 and 1.39 of the time of a stack with AVX-512, 0.74, 0.95, 1.09, 1.34 and 1.48 with AVX2.
-inline constexpr std::int64_t most_few_queries = width<float> < 16 ? 10 : 12;
+/// Queries, per head, of which a long context is cut into parts: they are bound by memory. Of more each stack takes all.
+inline constexpr std::int64_t most_few_queries = 12;
+
+/// Queries that share rows, of one head or of several, from which on they ride in lanes: fewer take rows along the dim. Where
+/// the two cross was measured (bench/TUNING.md).
+inline constexpr std::int64_t least_in_lanes = 7;
 
 /// The same of queries that share a list of selected rows, in sequences of many such lists.
 inline constexpr std::int64_t most_few_of_block = 4;
@@ -28,69 +33,6 @@ inline constexpr std::int64_t most_few_of_block = 4;
 /// Rows of context that a task of decoding takes in. A long context is cut there whatever the number of threads, so that
 /// results do not depend on it.
 inline constexpr std::int64_t part_rows = 1024;
-
-/// The attention of one query to a part of its context: enough to merge parts in a fixed order.
-template <class T>
-class partial_result {
- public:
-  static constexpr std::int64_t size(std::int64_t value_dim) { return padded<T>(value_dim) + width<T>; }
-
-  partial_result(T* memory, std::int64_t value_dim) : memory_(memory), value_dim_(value_dim) {}
-
-  void begin() {
-    put({});
-    fill_n(out(), padded<T>(value_dim_), T(0));
-  }
-
-  /// Turns `count` scores into weights, and shrinks what was added before to match.
-  void weigh(T* scores, std::int64_t count, T unit, int headroom) {
-    row_softmax<T> softmax = get();
-    const T rescale = softmax.absorb(scores, count, unit, headroom);
-    put(softmax);
-    if (rescale != T(1)) scale_row(out(), value_dim_, rescale, out());
-  }
-
-  /// Joins another part of the same query's context; of a part that has seen nothing only the sum is looked at.
-  void merge(const partial_result& other, T unit) {
-    row_softmax<T> whole = get();
-    const row_softmax<T> part = other.get();
-    if (part.sum == T(0)) return;
-    const auto [first, second] = whole.join(part, unit);
-    // Vectors, of which no compiler chooses what it makes one operation of.
-    for (std::int64_t d = 0; d < value_dim_; d += width<T>) {
-      const vec<T> more = vec<T>(second) * vec<T>::load_aligned(other.out() + d);
-      fma<T>(vec<T>::load_aligned(out() + d), vec<T>(first), more).store_aligned(out() + d);
-    }
-    put(whole);
-  }
-
-  /// What turns `out` into the mean of the values, where `sink` is seen as well.
-  [[nodiscard]] T share(const exponential_sum<T>& sink, T unit, int headroom) const {
-    exponential_sum<T> whole = total(unit, headroom);
-    if (sink.sum == T(0)) return get().inverse();
-    const T own = whole.sum;
-    return get().inverse() * (own * whole.join(sink).first * whole.inverse());
-  }
-
-  /// What was seen, in base 2.
-  [[nodiscard]] exponential_sum<T> total(T unit, int headroom) const {
-    const row_softmax<T> softmax = get();
-    if (softmax.sum == T(0)) return {};
-    return {product(softmax.maximum, unit), detail::ldexp(softmax.sum, headroom)};
-  }
-
-  /// The weighted sum of the values.
-  [[nodiscard]] T* out() const { return memory_ + width<T>; }
-
- private:
-  [[nodiscard]] row_softmax<T> get() const { return {{memory_[0], memory_[1]}}; }
-  void put(const exponential_sum<T>& softmax) {
-    memory_[0] = softmax.maximum;
-    memory_[1] = softmax.sum;
-  }
-  T* memory_;
-  std::int64_t value_dim_;
-};
 
 /// Where few queries are: the queries `queries` of each of the heads `heads`, of all of the query's, of sequence `b`,
 /// one head after the other.
@@ -110,19 +52,23 @@ inline constexpr range all_rows{0, std::int64_t{1} << 62};
 /// while it is in the first-level cache. The unit of work of decoding.
 ///
 /// Cost of a row and query: `(dim + value_dim) / width` multiply-adds and a horizontal sum. Up to about four queries, reading
-/// the row's `dim + value_dim` elements takes longer; of more, four share each load of it. The keys of a block are scored
+/// the row's `dim + value_dim` elements takes longer; of more, four share each load of it, and from seven on they are the
+/// lanes of tiles, for which a vector takes as long as for one. The keys of a block are scored
 /// while the values of the block before it are added, a slice of the one and a slice of the other in turns: that keeps
 /// the processor's own prefetching of both under way, which starts anew where a whole block of keys is followed by one of
 /// values.
 template <class T>
 class few_queries {
+  using lane_tile = query_tile<vectors<T>>;
+  using lane_stack = stack<lane_tile>;
+
  public:
   /// Scratch elements; `staged` where rows are converted, `pieces` where a source has some.
   static constexpr std::int64_t size(std::int64_t queries, std::int64_t dim, std::int64_t value_dim, bool staged,
                                      bool pieces) {
     return ranges_size(queries) + queries * (padded<T>(dim) + row_block) +
            (staged ? slice_rows(dim, value_dim) * (dim + value_dim) : 0) +
-           (pieces ? gathered_rows<T>::size(dim, value_dim) : 0);
+           (pieces ? gathered_rows<T>::size(dim, value_dim) : 0) + lanes_size(queries, {dim, value_dim}, staged);
   }
 
   /// `staged` as for `size`.
@@ -130,6 +76,7 @@ class few_queries {
               const score_rule<T>& rule, int headroom)
       : dim_(dim),
         value_dim_(value_dim),
+        staged_(staged),
         rule_(&rule),
         headroom_(headroom),
         seen_(reinterpret_cast<range*>(scratch)),
@@ -137,7 +84,8 @@ class few_queries {
         scores_(query_ + queries * padded<T>(dim)),
         staged_keys_(scores_ + queries * row_block),
         staged_values_(staged_keys_ + slice_rows(dim, value_dim) * dim),
-        gathered_(scratch + size(queries, dim, value_dim, staged, false), dim, value_dim) {}
+        lanes_(scratch + size(queries, dim, value_dim, staged, false) - lanes_size(queries, {dim, value_dim}, staged)),
+        gathered_(lanes_ + lanes_size(queries, {dim, value_dim}, staged), dim, value_dim) {}
 
   /// Loads query `q`, `dim` elements.
   template <class Query>
@@ -151,38 +99,87 @@ class few_queries {
   /// first. `result(q)` is a `partial_result`.
   template <class Source, class Result>
   void absorb(const Source& source, const few_places& places, range part, const Result& result) {
-    const range heads = places.heads, queries = places.queries;
-    const std::int64_t b = places.b, sharing = places.all_heads / source.heads;  // they divide `heads`, a group
+    const range heads = places.heads;
+    const std::int64_t sharing = places.all_heads / source.heads;  // they divide `heads`, a group
     const std::int64_t together = gcd(sharing, places.all_heads / source.piece_heads);
-    const auto place = [&](std::int64_t q, range some) {
-      const std::int64_t h = places.head(q);
-      return score_place{source.terms(places.b, h), rule_->slope(places.b, h), places.query(q), some, shift_sums<T>{}};
-    };
     for (std::int64_t h = heads.begin; h < heads.end; h += together) {
-      const range of = {(h - heads.begin) * queries.size(), (h - heads.begin + together) * queries.size()};
-      std::int64_t before = 0;  // rows of the pieces before
-      const auto outside = [&](std::int64_t waiting, std::int64_t size) {
-        return before + waiting >= part.end || before + waiting + size <= part.begin;
-      };
-      gathered_.for_each_piece(
-          source, b, {h, h + together}, queries, source.rows(b, h / sharing), !rule_->shifts(), outside,
-          [&](const auto& head, range piece, std::int64_t, bool whole) {
-            range total;
-            for (std::int64_t q = of.begin; q < of.end; q += places.queries.size()) {
-              if (whole)
-                std::fill_n(seen_ + q, places.queries.size(), piece);
-              else
-                source.visible(places.b, places.head(q), places.queries, piece, seen_ + q);
-            }
-            for (std::int64_t q = of.begin; q < of.end; ++q) total = hull(total, seen_[q]);
-            const range rows = intersection(shifted(part, total.begin - before), total);
-            before += total.size();
-            if (!rows.empty()) absorb_rows(head, rows, of, result, place);
+      const few_places some{places.b, places.all_heads, {h, h + together}, places.queries};
+      const range of = shifted({0, some.count()}, (h - heads.begin) * places.queries.size());
+      if (of.size() >= least_in_lanes && (together == 1 || !rule_->shifts()))  // a tile has one slope, and a row one bias
+        for (range lanes = of; !lanes.empty(); lanes.begin += most_in_lanes)
+          absorb_in_lanes(source, some, of, intersection(lanes, {lanes.begin, lanes.begin + most_in_lanes}), part, result);
+      else
+        for_each_seen(source, some, of, part, [&](const auto& head, range rows, std::int64_t) {
+          absorb_rows(head, rows, of, result, [&](std::int64_t q, range block) {
+            const std::int64_t head_of = some.head(q - of.begin);
+            return score_place{source.terms(places.b, head_of), rule_->slope(places.b, head_of), some.query(q - of.begin),
+                               block, shift_sums<T>{}};
           });
+        });
     }
   }
 
  private:
+  /// Calls `f(head, rows, next)` for the rows of a head that the queries `of`, at `places`, which share them, see some of,
+  /// of the part. Their `seen_` says which; behind the rows those from `next` on are expected.
+  template <class Source, class F>
+  void for_each_seen(const Source& source, const few_places& places, range of, range part, const F& f) {
+    std::int64_t before = 0;  // rows of the pieces before
+    const auto outside = [&](std::int64_t waiting, std::int64_t size) {
+      return before + waiting >= part.end || before + waiting + size <= part.begin;
+    };
+    gathered_.for_each_piece(
+        source, places.b, places.heads, places.queries,
+        source.rows(places.b, places.heads.begin / (places.all_heads / source.heads)), !rule_->shifts(), outside,
+        [&](const auto& head, range piece, std::int64_t next, bool whole) {
+          range total;
+          for (std::int64_t q = of.begin; q < of.end; q += places.queries.size()) {
+            if (whole)
+              std::fill_n(seen_ + q, places.queries.size(), piece);
+            else
+              source.visible(places.b, places.head(q - of.begin), places.queries, piece, seen_ + q);
+          }
+          for (std::int64_t q = of.begin; q < of.end; ++q) total = hull(total, seen_[q]);
+          const range rows = intersection(shifted(part, total.begin - before), total);
+          before += total.size();
+          if (!rows.empty()) f(head, rows, rows.end < total.end ? rows.end : next);
+        });
+  }
+
+  /// Lets the queries `lanes`, of those `of` at `places`, absorb a part of what they see, in the lanes of tiles.
+  template <class Source, class Result>
+  void absorb_in_lanes(const Source& source, const few_places& places, range of, range lanes, range part,
+                       const Result& result) {
+    const tile_form form{dim_, value_dim_};
+    const std::int64_t head = places.head(lanes.begin - of.begin);
+    lane_stack stack(lanes_, {form, rule_, headroom_},
+                {{places.b, head, places.query(lanes.begin - of.begin)}, places.all_heads, lanes.size()}, staged_);
+    stack.for_each_tile([&](lane_tile tile, std::int64_t first) {
+      tile.begin(query_ + (lanes.begin + first) * padded<T>(dim_), padded<T>(dim_), T(1));
+    });
+    for_each_seen(source, places, of, part, [&](const auto& rows_of_head, range rows, std::int64_t next) {
+      typename lane_tile::visible_lanes seen[lane_tile::most];
+      stack.for_each_tile([&](lane_tile tile, std::int64_t first) {
+        seen[first / lane_tile::lanes] = {tile.count(), [&](range* lane) {
+                                       for (std::int64_t i = 0; i < tile.count(); ++i)
+                                         lane[i] = intersection(seen_[lanes.begin + first + i], rows);
+                                     }};
+      });
+      stack.absorb_rows(rows_of_head, source.terms(places.b, head), seen, next, nothing_after_blocks{});
+    });
+    const std::int64_t size = partial_result<T>::size(value_dim_);
+    T* const sums = lanes_ + lane_stack::size(lanes.size(), form, staged_, false);
+    stack.for_each_tile([&](lane_tile tile, std::int64_t first) {
+      for (std::int64_t i = 0; i < tile.count(); ++i) partial_result<T>(sums + i * size, value_dim_).begin();
+      tile.write_sums(partial_result<T>(sums, value_dim_).out(), size);
+      for (std::int64_t i = 0; i < tile.count(); ++i) {
+        partial_result<T> some(sums + i * size, value_dim_);
+        some.put(tile.weights(i));
+        result(lanes.begin + first + i).merge(some, rule_->unit_in_base_2());
+      }
+    });
+  }
+
   /// Lets the queries `queries` absorb what they see of the rows `rows` of a head. `result(q)` is a `partial_result`,
   /// `place(q, some)` the `score_place` of a query and some of the rows.
   template <class Key, class Value, class Result, class Place>
@@ -211,6 +208,16 @@ class few_queries {
   static constexpr std::int64_t slice_rows(std::int64_t dim, std::int64_t value_dim) {
     constexpr std::int64_t n = sums_at_a_time<T>;
     return std::clamp(rows_ahead<T>(larger(dim, value_dim)) / n * n, n, row_block);
+  }
+
+  /// Queries that ride in lanes at a time.
+  static constexpr std::int64_t most_in_lanes = lane_tile::most * lane_tile::lanes;
+
+  /// Scratch elements of tiles, and of what one of them has absorbed.
+  static constexpr std::int64_t lanes_size(std::int64_t queries, const tile_form& form, bool staged) {
+    return queries < least_in_lanes ? 0
+                                    : lane_stack::size(smaller(queries, most_in_lanes), form, staged, false) +
+                                          lane_tile::lanes * partial_result<T>::size(form.value_dim);
   }
 
   /// Elements that hold the ranges, in whole cache lines.
@@ -300,10 +307,11 @@ class few_queries {
   [[nodiscard]] T* scores_of(std::int64_t q) const { return scores_ + q * row_block; }
 
   std::int64_t dim_, value_dim_;
+  bool staged_;
   const score_rule<T>* rule_;
   int headroom_;
   range* seen_;  // per query
-  T *query_, *scores_, *staged_keys_, *staged_values_;
+  T *query_, *scores_, *staged_keys_, *staged_values_, *lanes_;
   gathered_rows<T> gathered_;
 };
 

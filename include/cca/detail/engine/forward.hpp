@@ -209,7 +209,7 @@ class forward {
       stack<Tile> stack(scratch, {form_, &rule, headroom}, queries, staged_);
       stack.for_each_tile([&](Tile tile, std::int64_t at) {
         const lane_queries of = queries.lanes.from(at);
-        tile.begin(of.row(query), of.stride(query));
+        tile.begin(of.row(query), of.stride(query), rule.query_factor());
       });
       (stack.absorb(sources, nothing_after_blocks{}), ...);
       bool finite = true;

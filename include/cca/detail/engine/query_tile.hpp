@@ -72,10 +72,10 @@ class query_tile {
 
   [[nodiscard]] std::int64_t count() const { return count_; }
 
-  /// Loads the queries, rows of `dim` elements, and forgets what was absorbed.
+  /// Loads the queries, rows of `dim` elements, times `factor`, and forgets what was absorbed.
   template <class Query>
-  void begin(const Query* query, std::int64_t stride) {
-    Product::pack(query, stride, count_, call_.form.dim, call_.rule->query_factor(), query_);
+  void begin(const Query* query, std::int64_t stride, number factor) {
+    Product::pack(query, stride, count_, call_.form.dim, factor, query_);
     fill_n(out_, call_.form.value_dim * lanes, number(0));
     softmax_.begin();
   }
@@ -99,6 +99,15 @@ class query_tile {
                    softmax_.rescale(), out_);
     });
   }
+
+  /// @{
+  /// Of what was absorbed, before `finish`: writes `count` rows of `value_dim` elements, the weighted sums of the values; the
+  /// maximum of the scores of query `i` and the sum of its weights.
+  void write_sums(number* out, std::int64_t stride) const {
+    transpose(out_, lanes, out, stride, call_.form.value_dim, count_);
+  }
+  [[nodiscard]] exponential_sum<number> weights(std::int64_t i) const { return softmax_.weights(i); }
+  /// @}
 
   /// Makes the means of the values, 0 where nothing was seen, of these queries. Returns whether all are finite.
   bool finish(const lane_queries& of) {

@@ -78,6 +78,24 @@ class stack {
         });
   }
 
+  /// Absorbs the rows of a head that are seen, of which tile `c` sees `seen[c]`; behind them those from `next` on are
+  /// expected. The rest is as above.
+  template <class Rows, class Terms, class After>
+  void absorb_rows(const Rows& rows, const Terms& terms, const visible_lanes* seen, std::int64_t next,
+                   const After& after, const shift_sums<T>& sums = {}) {
+    range any;
+    for (std::int64_t c = 0; c < tiles_; ++c) any = hull(any, seen[c].seen_by_any());
+    const T slope = call_.rule->slope(queries_.lanes.b, queries_.lanes.head);
+    for (std::int64_t j = any.begin; j < any.end; j += block_rows - j % block_rows) {
+      const std::int64_t end = smaller(j + block_rows - j % block_rows, any.end);
+      block_.stage(rows, {j, end}, end < any.end ? end : next);
+      for (std::int64_t c = 0; c < tiles_; ++c)
+        at(c).absorb(memory_, block_, seen[c], c,
+                     score_place{terms, slope, queries_.lanes.first + c * lanes, block_.rows(), sums});
+      after(block_.rows(), seen);
+    }
+  }
+
   [[nodiscard]] typename Tile::stack_memory& memory() { return memory_; }
   [[nodiscard]] std::int64_t tiles() const { return tiles_; }
 
@@ -86,7 +104,6 @@ class stack {
   void absorb_piece(const Source& source, const Rows& rows, const Terms& terms, range piece, std::int64_t next,
                     bool whole, const After& after, const shift_sums<T>& sums) {
     visible_lanes seen[Tile::most];
-    range any;
     for (std::int64_t c = 0; c < tiles_; ++c) {
       const std::int64_t count = at(c).count();
       seen[c] = {count, [&](range* lane) {
@@ -98,17 +115,8 @@ class stack {
                  }};
       // A lane without a query would add 0 times the NaN that its weight may be: it is left out like one that sees nothing.
       if (Tile::backward && count % width<T> != 0) seen[c].all[count / width<T>] = {};
-      any = hull(any, seen[c].seen_by_any());
     }
-    const T slope = call_.rule->slope(queries_.lanes.b, queries_.lanes.head);
-    for (std::int64_t j = any.begin; j < any.end; j += block_rows - j % block_rows) {
-      const std::int64_t end = smaller(j + block_rows - j % block_rows, any.end);
-      block_.stage(rows, {j, end}, end < any.end ? end : next);
-      for (std::int64_t c = 0; c < tiles_; ++c)
-        at(c).absorb(memory_, block_, seen[c], c,
-                     score_place{terms, slope, queries_.lanes.first + c * lanes, block_.rows(), sums});
-      after(block_.rows(), seen);
-    }
+    absorb_rows(rows, terms, seen, next, after, sums);
   }
 
   /// What each of the queries sees of a piece.

@@ -65,37 +65,50 @@ class vector_rows {
     return total;
   }
 
-  /// `for_each_run(rows, run, row)` as in `add_runs` below, of lanes for some rows.
+  /// `for_each_run(rows, run, query)` calls `run(lanes)` for ranges of lanes whose queries are multiplied for all of the rows,
+  /// and `query(i)` for those that add to the rows alone that they see, in order: so no other sum changes by a bit.
   template <class Runs>
   void add_runs(const T* factors, range rows, const visible_lanes* seen, T* to, std::int64_t to_stride,
                 const Runs& for_each_run) const {
     for_row_blocks<shape::vectors>(padded<T>(dim_) / W, [&](auto n, std::int64_t v) {
-      constexpr std::int64_t N = n();
-      for_row_blocks<shape::template rows_of<N>>(rows.size(), [&](auto r, std::int64_t j) CCA_INLINE_LAMBDA {
-        constexpr std::int64_t R = r();
-        vec<T> sum[extent(R)][extent(N)];
-        unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
-        const auto run = [&](range some) CCA_INLINE_LAMBDA {
-          accumulate(sum, factors + j * lanes_ + some.begin, lanes_, adjacent{}, row(some.begin) + v * W,
-                     padded<T>(dim_), some.size());
-        };
-        const auto query = [&](std::int64_t i) CCA_INLINE_LAMBDA {
-          for (std::int64_t k = 0; k < R; ++k)
-            if (seen[i / lanes].lane[i % lanes].contains(rows.begin + j + k))
-              for (std::int64_t m = 0; m < N; ++m)
-                sum[k][m] = fma<T>(vec<T>(factors[(j + k) * lanes_ + i]), vec<T>::load_aligned(row(i) + (v + m) * W),
-                                   sum[k][m]);
-        };
-        for_each_run(shifted(range{j, j + R}, rows.begin), run, query);
-        unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA {
-          const std::int64_t d = (v + i % N) * W;
-          T* t = to + (j + i / N) * to_stride + d;
-          if (d + W <= dim_)
-            (vec<T>::load_unaligned(t) + sum[i / N][i % N]).store_unaligned(t);
-          else
-            store_partial(t, load_partial(t, dim_ - d) + sum[i / N][i % N], dim_ - d);
-        });
+      for_row_blocks<shape::template rows_of<n()>>(rows.size(), [&](auto r, std::int64_t j) {
+        const range some = shifted(range{j, j + r()}, rows.begin);
+        add_block<r(), n()>({factors + j * lanes_, lanes_}, {row(0) + v * W, padded<T>(dim_)}, to + j * to_stride + v * W,
+                            to_stride, dim_ - v * W, [&](const auto& run, const auto& query) CCA_INLINE_LAMBDA {
+                              for_each_run(some, run, [&](std::int64_t i) {
+                                const range sees = seen[i / lanes].lane[i % lanes];
+                                query(i, shifted(intersection(sees, some), -some.begin));
+                              });
+                            });
       });
+    });
+  }
+
+  /// `to += factors queries` of a register block of `R` rows and `N` vectors, of which `dims` elements are there. (A function
+  /// of its own: where it was a part of its callers, g++ kept their addresses in vector registers and sums in memory,
+  /// and gradients took 1.1 times as long.)
+  template <std::int64_t R, std::int64_t N, class Runs>
+  [[gnu::noinline]] static void add_block(row_span<T> factors, row_span<T> queries, T* to, std::int64_t to_stride,
+                                     std::int64_t dims, const Runs& for_each_run) {
+    vec<T> sum[extent(R)][extent(N)];
+    unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
+    const auto run = [&](range some) CCA_INLINE_LAMBDA {
+      accumulate(sum, factors.data + some.begin, factors.stride, adjacent{}, queries.row(some.begin), queries.stride,
+                 some.size());
+    };
+    const auto query = [&](std::int64_t i, range rows) CCA_INLINE_LAMBDA {
+      for (std::int64_t k = rows.begin; k < rows.end; ++k)
+        for (std::int64_t m = 0; m < N; ++m)
+          sum[k][m] = fma<T>(vec<T>(factors.row(k)[i]), vec<T>::load_aligned(queries.row(i) + m * W), sum[k][m]);
+    };
+    for_each_run(run, query);
+    unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA {
+      T* t = to + i / N * to_stride + i % N * W;
+      const std::int64_t left = dims - i % N * W;
+      if (left >= W)
+        (vec<T>::load_unaligned(t) + sum[i / N][i % N]).store_unaligned(t);
+      else
+        store_partial(t, load_partial(t, left) + sum[i / N][i % N], left);
     });
   }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 
 #include "../../partition.hpp"
@@ -54,6 +55,24 @@ struct vectors {
       (vec<T>(factor) * vec<T>::load_aligned(to + i)).store_aligned(to + i);
   }
 
+  /// The rows of a block, and whether they are finite, once somebody has asked: all parts of all tiles share the answer.
+  struct whole_block {
+    row_span<T> rows;
+    std::int64_t dim = 0, count = 0;
+    mutable std::optional<bool> finite{};
+
+    [[nodiscard]] bool all_finite() const {
+      if (!finite) finite = detail::all_finite(rows, dim, count);
+      return *finite;
+    }
+  };
+
+  /// Rows that are summed over, from one of a block on.
+  struct columns {
+    row_span<T> rows;
+    const whole_block* block;
+  };
+
   /// A block of keys and values, for all tiles of a stack: where they lie, or converted.
   class staged_block {
    public:
@@ -71,30 +90,37 @@ struct vectors {
       rows_ = rows;
       following_ = following - j;
       const context_rows<Key, Value> from = head.from(j);
-      keys_ = stage_numbers(from.key, from.key_stride, from.key_scales, form_.dim, count, staged_keys_);
-      values_ = stage_numbers(from.value, from.value_stride, from.value_scales, form_.value_dim, count, staged_values_);
+      keys_ = {stage_numbers(from.key, from.key_stride, from.key_scales, form_.dim, count, staged_keys_), form_.dim,
+               count};
+      values_ = {stage_numbers(from.value, from.value_stride, from.value_scales, form_.value_dim, count, staged_values_),
+                 form_.value_dim, count};
     }
 
     [[nodiscard]] range rows() const { return rows_; }
     /// @{
     /// From row `j` on. The same rows serve products along them and across them.
-    [[nodiscard]] row_span<T> keys(std::int64_t j) const { return keys_.from(j - rows_.begin); }
-    [[nodiscard]] row_span<T> values(std::int64_t j) const { return values_.from(j - rows_.begin); }
-    [[nodiscard]] row_span<T> key_columns(std::int64_t j) const { return keys(j); }
-    [[nodiscard]] row_span<T> value_columns(std::int64_t j) const { return values(j); }
+    [[nodiscard]] row_span<T> keys(std::int64_t j) const { return keys_.rows.from(j - rows_.begin); }
+    [[nodiscard]] row_span<T> values(std::int64_t j) const { return values_.rows.from(j - rows_.begin); }
+    [[nodiscard]] columns key_columns(std::int64_t j) const { return {keys(j), &keys_}; }
+    [[nodiscard]] columns value_columns(std::int64_t j) const { return {values(j), &values_}; }
     /// @}
 
-    /// Asks for the memory of a row that follows, in the place of row `j`: it may be none. (Inline: for g++ a function that only
-    /// asks for memory does nothing, and its calls go. 64 queries after 32K keys took 8.0 ms for 6.2.)
-    CCA_INLINE void ask_behind(std::int64_t j) const {
-      prefetch_row(keys_, j - rows_.begin + following_, form_.dim);
-      prefetch_row(values_, j - rows_.begin + following_, form_.value_dim);
+    /// Asks for the memory of `count` rows that follow, in the place of row `j` and those behind it, a line of each key and
+    /// value from element `d` on: there may be none. (Inline: for g++ a function that only asks for memory does nothing, and
+    /// its calls go. 64 queries after 32K keys took 8.0 ms for 6.2.)
+    CCA_INLINE void ask_behind(std::int64_t j, std::int64_t count, std::int64_t d) const {
+      forget(d);
+      for (const row_span<T>* rows : {&keys_.rows, &values_.rows}) {
+        auto at = place_in_memory(rows->data, j - rows_.begin + following_, rows->stride, d);
+        const auto stride = static_cast<std::uintptr_t>(rows->stride) * sizeof(T);
+        for (std::int64_t r = 0; r < count; ++r, at += stride) prefetch(at);
+      }
     }
 
    private:
     tile_form form_;
     T *staged_keys_, *staged_values_;
-    row_span<T> keys_, values_;
+    whole_block keys_, values_;
     range rows_;
     std::int64_t following_ = 0;
   };
@@ -211,29 +237,38 @@ struct vectors {
   // ------------------------------------------------------------------------------------------------------- products
 
   /// `S = K Q^T` of a part: scores, unseen ones -inf, and the maximum of each lane. The first tile of a stack asks for the
-  /// rows that follow: memory answers while the products run.
+  /// rows that follow, a line of each at a time: memory answers while the products run, and no more is asked for than a
+  /// core keeps in mind.
   template <class Part>
   static void score(const stack_memory&, const staged_block& block, const Part& part, const tile_form& form,
                     const score_rule<T>&, const T* packed, const score_block<T>& to, bool first) {
     constexpr std::int64_t N = Part::vectors;
     const row_span<T> keys = block.keys(part.rows.begin);
     const bool asks = first && (N > 1 || part.first == 0);  // vectors by themselves leave it to the first
-    vec<T> maximum[extent(N)];
-    unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n] = vec<T>(-infinity<T>); });
-    for_row_blocks<shape::template rows_of<N>>(part.rows.size(), [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
+    fill_n(to.maximum, N * W, -infinity<T>);  // in memory: registers are for the products
+    for_row_blocks_again<shape::template rows_of<N>>(part.rows.size(), [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
       constexpr std::int64_t R = rows();
-      for (std::int64_t r = 0; r < (asks ? R : 0); ++r) block.ask_behind(part.rows.begin + j + r);
       vec<T> sum[extent(R)][extent(N)];
-      multiply(sum, keys.row(j), keys.stride, adjacent{}, packed + part.first * W, lanes, form.dim);
-      unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
-        unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
+      unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
+      const std::int64_t asked = asks ? form.dim - form.dim % line<T> : 0;
+      const auto add = [&](std::int64_t d, auto steps) CCA_INLINE_LAMBDA {
+        accumulate(sum, keys.row(j) + d, keys.stride, adjacent{}, packed + part.first * W + d * lanes, lanes, steps);
+      };
+      for (std::int64_t d = 0; d < asked; d += line<T>) {
+        block.ask_behind(part.rows.begin + j, R, d);
+        add(d, std::integral_constant<std::int64_t, line<T>>{});
+      }
+      add(asked, form.dim - asked);
+      unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
+        vec<T> maximum = vec<T>::load_aligned(to.maximum + n * W);
+        unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
           const vec<T> score = part.mask.select(j + r, sum[r][n], vec<T>(-infinity<T>));
           score.store_aligned(to.at(j + r, n));
-          maximum[n] = (xsimd::max)(maximum[n], score);
+          maximum = (xsimd::max)(maximum, score);
         });
+        maximum.store_aligned(to.maximum + n * W);
       });
     });
-    unroll<N>([&](auto n) CCA_INLINE_LAMBDA { maximum[n].store_aligned(to.maximum + n * W); });
   }
 
   /// `to = rows packed` of a part, `dim` elements each.
@@ -241,7 +276,7 @@ struct vectors {
   static void multiply_rows(const Part& part, row_span<T> rows, std::int64_t dim, const T* packed, matrix_unit,
                             const score_block<T> to) {
     constexpr std::int64_t N = Part::vectors;
-    for_row_blocks<shape::template rows_of<N>>(part.rows.size(), [&](auto r, std::int64_t j) CCA_INLINE_LAMBDA {
+    for_row_blocks_again<shape::template rows_of<N>>(part.rows.size(), [&](auto r, std::int64_t j) CCA_INLINE_LAMBDA {
       vec<T> sum[extent(r())][extent(N)];
       multiply(sum, rows.row(j), rows.stride, adjacent{}, packed + part.first * W, lanes, dim);
       unroll<r() * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N].store_aligned(to.at(j + i / N, i % N)); });
@@ -251,16 +286,16 @@ struct vectors {
   /// `sum = sum * rescale + columns^T weights` of a part, `[dim][lanes]`; without `rescale`, 1. The part is summed by
   /// itself first: sums over long rows stay accurate.
   template <class Memory, class Part>
-  static void add(const Memory&, const Part& part, row_span<T> columns, std::int64_t dim, const score_block<T> weights,
+  static void add(const Memory&, const Part& part, const columns& from, std::int64_t dim, const score_block<T> weights,
                   const T* rescale, T* sum) {
     const std::int64_t count = part.rows.size();
-    if (!Part::masked || all_finite(columns, dim, count))
-      add_runs(part, columns, dim, weights, rescale, sum, [&](const auto& run, const auto&) CCA_INLINE_LAMBDA {
+    if (!Part::masked || from.block->all_finite())
+      add_runs(part, from.rows, dim, weights, rescale, sum, [&](const auto& run, const auto&) CCA_INLINE_LAMBDA {
         run(range{0, count});
       });
     else
-      add_runs(part, columns, dim, weights, rescale, sum, [&](const auto& run, const auto& row) CCA_INLINE_LAMBDA {
-        for_each_finite_run(columns, dim, {0, count}, run, row);
+      add_runs(part, from.rows, dim, weights, rescale, sum, [&](const auto& run, const auto& row) CCA_INLINE_LAMBDA {
+        for_each_finite_run(from.rows, dim, {0, count}, run, row);
       });
   }
 

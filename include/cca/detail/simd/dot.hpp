@@ -25,6 +25,13 @@ template <class Element>
   return larger<std::int64_t>(4096 / (dim * static_cast<std::int64_t>(sizeof(Element))), 1);
 }
 
+/// Asks for the line of element `d` of the row that is `ahead` rows of `stride` behind one. It comes to the first-level cache: a
+/// few rows are read meanwhile.
+template <class T>
+CCA_INLINE void ask_ahead(const T* row, std::int64_t ahead, std::int64_t stride, std::int64_t d) {
+  prefetch_first(place_in_memory(row, ahead, stride, d));
+}
+
 /// Vectors of elements for which memory is asked for at a time: those of a cache line. Some processors bring its neighbour as
 /// well, others do not: on Zen 5 every other line alone made decoding 0.7 times as fast.
 template <class T, class Element>
@@ -88,7 +95,7 @@ CCA_INLINE vec<T> dot_lanes(const T* query, const Element* key, std::int64_t str
   const std::int64_t full = dim - dim % W, ahead = rows_ahead<Element>(dim);
   vec<T> sum(T(0));
   const auto add = [&](std::int64_t d, auto i) CCA_INLINE_LAMBDA {
-    if (i % vectors_asked<T, Element> == 0) prefetch(key, ahead, stride, d);
+    if (i % vectors_asked<T, Element> == 0) ask_ahead(key, ahead, stride, d);
     sum = fma<T>(load_as<T>(key + d), vec<T>::load_aligned(query + d), sum);
   };
   std::int64_t d = 0;
@@ -148,7 +155,7 @@ void dot_shared_rows(const T* query, std::int64_t query_stride, row_span<Element
       });
     };
     for (std::int64_t d = 0; d < full; d += W) {
-      unroll<R>([&](auto r) CCA_INLINE_LAMBDA { prefetch(keys.row(j + r), ahead, keys.stride, d); });
+      unroll<R>([&](auto r) CCA_INLINE_LAMBDA { ask_ahead(keys.row(j + r), ahead, keys.stride, d); });
       add(d, [](const Element* from) CCA_INLINE_LAMBDA { return load_as<T>(from); });
     }
     if (full < dim) add(full, [&](const Element* from) CCA_INLINE_LAMBDA { return load_as<T>(from, dim - full); });
@@ -178,7 +185,7 @@ void add_weighted_rows(const T* weights, row_span<Element> rows, std::int64_t di
     for (std::int64_t j = 0; j < count; ++j) {
       const vec<T> weight(weights[j]);
       unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
-        if (i % vectors_asked<T, Element> == 0) prefetch(rows.row(j), ahead, rows.stride, d + i * W);
+        if (i % vectors_asked<T, Element> == 0) ask_ahead(rows.row(j), ahead, rows.stride, d + i * W);
         partial[i] = fma<T>(weight, load_as<T>(rows.row(j) + d + i * W), partial[i]);
       });
     }
@@ -211,7 +218,7 @@ void add_shared_rows(const T* weights, std::int64_t weight_stride, row_span<Elem
     for (std::int64_t j = 0; j < count; ++j) {
       vec<T> row[extent(N)];
       unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
-        if (i == 0) prefetch(rows.row(j), ahead, rows.stride, d);
+        if (i == 0) ask_ahead(rows.row(j), ahead, rows.stride, d);
         row[i] = load_as<T>(rows.row(j) + d + i * W);
       });
       unroll<Queries>([&](auto q) CCA_INLINE_LAMBDA {

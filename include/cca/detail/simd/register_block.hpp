@@ -61,12 +61,21 @@ template <std::size_t Rows, std::size_t Vectors, class T, class RowStride, class
 CCA_INLINE void accumulate(vec<T> (&sum)[Rows][Vectors], const T* a, RowStride row_stride, Step step, const T* b,
                            std::int64_t b_stride, std::int64_t steps) {
   constexpr std::int64_t R = Rows, N = Vectors;
-  for (std::int64_t i = 0; i < steps; ++i, a += step, b += b_stride) {
+  // Three rows to an address: each is that and the stride, once or twice. Otherwise g++ makes an address of each row, which
+  // are more than there are registers for: it loads them anew in each step, or puts sums where they were.
+  constexpr std::int64_t near = std::is_same_v<RowStride, adjacent> ? R : 3, addresses = (R + near - 1) / near;
+  const T* row[extent(addresses)];
+  unroll<addresses>([&](auto k) CCA_INLINE_LAMBDA { row[k] = a + k * near * row_stride; });
+  for (std::int64_t i = 0; i < steps; ++i, b += b_stride) {
     vec<T> operand[Vectors];
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA { operand[n] = vec<T>::load_aligned(b + n * width<T>); });
     unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
-      const vec<T> element(a[r * row_stride]);
+      const vec<T> element(row[r / near][r % near * row_stride]);
       unroll<N>([&](auto n) CCA_INLINE_LAMBDA { sum[r][n] = fma<T>(element, operand[n], sum[r][n]); });
+    });
+    unroll<addresses>([&](auto k) CCA_INLINE_LAMBDA {
+      row[k] += step;
+      if constexpr (addresses > 1) forget(row[k]);
     });
   }
 }

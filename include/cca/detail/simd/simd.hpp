@@ -111,14 +111,36 @@ CCA_INLINE void store_partial(T* to, vec<T> x, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) to[i] = buffer[i];
 }
 
-/// Asks for the cache line of element `d` of the row `rows` rows of `stride` behind `from`. It may lie outside of the
-/// array: nothing is read, and the address is made by numbers that may wrap around.
+/// Lets the compiler forget how a number or an address was made, so that it keeps nothing ready to make others like it.
 template <class T>
-CCA_INLINE void prefetch(const T* from, std::int64_t rows, std::int64_t stride, std::int64_t d) {
+CCA_INLINE void forget(T& x) {
+#if defined(__GNUC__)
+  asm("" : "+r"(x));
+#endif
+}
+
+/// Elements of a cache line.
+template <class T>
+inline constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
+
+/// The address of element `d` of the row `rows` rows of `stride` behind `from`. It may lie outside of the array: it is made
+/// by numbers that may wrap around.
+template <class T>
+[[nodiscard]] CCA_INLINE std::uintptr_t place_in_memory(const T* from, std::int64_t rows, std::int64_t stride,
+                                                        std::int64_t d) {
   const auto offset =
       static_cast<std::uintptr_t>(rows) * static_cast<std::uintptr_t>(stride) + static_cast<std::uintptr_t>(d);
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) + offset * sizeof(T)), 0, 2);
+  return reinterpret_cast<std::uintptr_t>(from) + offset * sizeof(T);
 }
+
+/// @{
+/// Asks for the cache line of an address, of which nothing is read: `prefetch` for the second-level cache, `prefetch_first`
+/// for the first, where the line is wanted before others would drive it out.
+CCA_INLINE void prefetch(std::uintptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2); }
+CCA_INLINE void prefetch_first(std::uintptr_t address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 3);
+}
+/// @}
 
 /// Minimax polynomials for 2^f on [-1/2, 1/2] with p(0) = 1, so that the weight of the maximum is exactly 1.
 /// Relative error 2.6e-9 (float) and 1.8e-17 (double), below the rounding of the evaluation.

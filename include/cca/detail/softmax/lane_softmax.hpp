@@ -45,6 +45,9 @@ class lane_softmax {
     for (std::int64_t n = 0; n < Part::vectors; n += N) absorb_vectors<N>(n, part, scores, weights);
   }
 
+  /// What lane `i` has seen: its maximum, of scores, and the sum of its weights.
+  [[nodiscard]] exponential_sum<T> weights(std::int64_t i) const { return {maximum_[i], sum_[i]}; }
+
   /// By how much each lane shrinks what it had before the last `absorb`.
   [[nodiscard]] const T* rescale() const { return rescale_; }
 
