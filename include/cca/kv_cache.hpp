@@ -72,7 +72,8 @@ class kv_cache {
 
   /// Tokens appended to sequence `b`.
   [[nodiscard]] std::int64_t length(std::int64_t b = 0) const { return known(b).length; }
-  /// Core tokens of sequence `b`, per core head.
+  /// Core tokens of sequence `b`, per core head: of the complete groups, or with `select_by_mass` of those that have left the
+  /// window.
   [[nodiscard]] std::int64_t core_count(std::int64_t b = 0) const { return held_.group_count(known(b).length); }
   /// Raw tokens of sequence `b` that a query to come can see, sink tokens among them, or that a rewind needs, per key/value
   /// head.
@@ -82,22 +83,26 @@ class kv_cache {
     return held_.partition().first_query_beyond(known(b).oldest);
   }
 
-  /// Bytes of the cores, their biases where they have any, and raw tokens held, with the scales of rows of 8 bits.
+  /// Bytes of the cores, their biases where they have any, and raw tokens held, with the scales of rows of 8 bits; with
+  /// `select_by_mass` also of the queries that observe.
   [[nodiscard]] std::size_t bytes() const {
-    std::int64_t cores = 0, raw = 0;  // rows
+    std::int64_t cores = 0, raw = 0, observers = 0;  // rows
     for (std::int64_t b = 0; b < held_.shape.batch; ++b) {
       cores += held_.core_heads * core_count(b);
       raw += held_.shape.kv_heads * raw_count(b);
+      observers += held_.shape.heads * held_.observers(held_.at(b)).size();
     }
     const auto [dim, value_dim] = std::array{held_.shape.dim, held_.shape.value_dim};
     const std::int64_t bias = detail::has_core_biases(held_.options) ? sizeof(compute_type<Element>) : 0;
     return static_cast<std::size_t>(cores * (detail::row_bytes<Core>(dim, value_dim) + bias) +
-                                    raw * detail::row_bytes<Element>(dim, value_dim));
+                                    raw * detail::row_bytes<Element>(dim, value_dim) +
+                                    observers * detail::row_bytes<compute_type<Element>>(dim, 2));
   }
   /// Bytes of memory taken for keys and values.
   [[nodiscard]] std::size_t allocated_bytes() const {
     std::size_t total = 0;
-    for (const auto& s : held_.all) total += s.cores.bytes() + s.biases.bytes() + s.sinks.bytes() + s.raw.bytes();
+    for (const auto& s : held_.all)
+      total += s.cores.bytes() + s.biases.bytes() + s.sinks.bytes() + s.raw.bytes() + s.observers.bytes();
     return total;
   }
 
@@ -300,9 +305,7 @@ class kv_cache {
     for (std::int64_t b = first; b < first + extent.count; ++b)
       held_.reserve("key", held_.at(b), held_.at(b).length + extent.tokens);
 
-    const detail::pool_plan<T> pooler{
-        pool_workers(extent, run),
-        detail::group_rows<T>::size(held_.shape.dim, held_.shape.value_dim, !detail::in_place<T, Element>), 0};
+    const detail::pool_plan<T> pooler = held_.template plan_pooling<T>(first, extent.count, extent.tokens, run);
     const auto rows = held_.rows_of_step(first, extent.count, extent.tokens);
     const auto each = [](std::int64_t count) { return [count](std::int64_t) { return count; }; };
     const auto forward =
@@ -312,28 +315,18 @@ class kv_cache {
     const detail::kept_tokens<Element, Key, Value> kept(in.key, in.value);
     detail::scratch memory = take_workspace(kept.bytes() + pooler.bytes() + forward.bytes());
     const auto fresh = kept.take(in, run, memory);
-    held_.pool_new_groups(first, in.query, fresh, run, pooler.take(memory));
+    const auto pool_memory = pooler.take(memory);
+    held_.pool_new_groups(first, in.query, fresh, run, pool_memory);
     for (std::int64_t b = 0; b < extent.count; ++b) held_.keep_sinks(held_.at(first + b), fresh, b);
     if (to != nullptr)
       held_.with_sources(first, fresh, rows, [&](const auto&... sources) {
         const auto rule = detail::make_score_rule<T>(held_.options, in, detail::has_core_biases(held_.options));
         forward(in.query, to->out, to->lse, rule, run, memory, sources...);
       });
-    for (std::int64_t b = 0; b < extent.count; ++b) held_.keep(held_.at(first + b), fresh, b);
-  }
-
-  /// Workers of pooling the groups that a step completes, of the sequence that completes most.
-  [[nodiscard]] std::int64_t pool_workers(const step_extent& extent, const execution& run) const {
-    if (!detail::pools(held_.options)) return 1;
-    std::int64_t groups = 0;
-    for (std::int64_t b = extent.first; b < extent.first + extent.count; ++b) {
-      const std::int64_t length = held_.at(b).length;
-      groups = detail::larger(groups, held_.group_count(length + extent.tokens) - held_.group_count(length));
+    for (std::int64_t b = 0; b < extent.count; ++b) {
+      held_.keep_observers(held_.at(first + b), in.query, b, pool_memory);
+      held_.keep(held_.at(first + b), fresh, b);
     }
-    return detail::worker_count(run,
-                                detail::task_list::size(
-                                    {1, true}, held_.shape.kv_heads, [&](std::int64_t) { return groups; },
-                                    [&](std::int64_t) { return detail::groups_per_task(held_.options.group_size); }));
   }
 
   /// Memory for a step, which stays for the next.

@@ -21,7 +21,7 @@ TEST(Ranks, PoolEachItsOwnGroups) {
   for (int repeat = 0; repeat < problems(20); ++repeat) {
     spread_problem p = random_problem(random, world().size());
     p.options = {.group_size = draw(random, 1, 12), .sink_tokens = draw(random, 0, 9)};
-    p.options.pool = draw_from(random, all_poolings);
+    p.options.pool = draw_from(random, group_poolings);
     p.options.core_heads = draw_from(random, all_core_heads);
     p.sink_logits = p.alibi = p.key_bias = p.sinks_per_query = false;
     const whole_operands<T> all(p, random);

@@ -69,6 +69,7 @@ class kv_cache : private detail::cache_share<Element, Core> {
       if (window_rank < 0 || window_rank >= ranks.size())
         detail::refuse("window_rank", {window_rank}, {"one of ", ranks.size(), " ranks"});
       detail::require_options<Element>(options);
+      detail::require_unobserved(options);
       detail::require_grouping(options);
       detail::require_causal(options, "a cache does not know the tokens to come");
       detail::require_unset(options, &cca::options::first_position, "a cache knows its positions");
