@@ -34,7 +34,8 @@ struct cache_file;
 /// `m + s + g + 2 rewind` raw entries after n tokens.
 ///
 /// Tokens are appended one or many at a time; a group is pooled as soon as its last token arrives, with that token's
-/// query. Attending gives what `attention` gives for the whole sequence, within rounding, however it was cut. With a
+/// query, or with `select_by_mass` when it leaves the window: until then the cache keeps the queries that observe, about
+/// `heads (s + g + 2 rewind) / max(1, s / 32)` rows of a query and two numbers. Attending gives what `attention` gives for the whole sequence, within rounding, however it was cut. With a
 /// matrix unit, which queries, tokens and cores all of the same 16-bit type can have, a prompt is attended to by the unit;
 /// up to `detail::most_few_queries` at a time, which are bound by memory, by floats.
 ///
@@ -110,8 +111,8 @@ class kv_cache {
   /// `attention` over each whole sequence, its last rows.
   ///
   /// @param in  the new tokens: query `[batch, heads, new tokens, dim]`; key `[batch, kv_heads, new tokens, dim]` and value,
-  ///   the same with `value_dim`, of elements that the cache takes; sink logits for these queries, and slopes. With `last_query`
-  ///   and `select` pooling groups are pooled with the query of their last token.
+  ///   the same with `value_dim`, of elements that the cache takes; sink logits for these queries, and slopes. Queries pool
+  ///   groups as well, see `pooling`.
   /// @param to  `out` `[batch, heads, new tokens, value_dim]` and, where given, `lse`, written whole
   /// @param run  executor; the results are bitwise the same for any. A cache has a workspace of its own.
   template <class Query = number_type, class Key = number_type, class Value = Key,

@@ -251,6 +251,9 @@ TEST(Ranks, RefuseAlikeWhereTheyDisagree) {
   o.window = 8;
   o.first_position = 0;
   expect("options.first_position", with(o));
+  o = p.options;
+  o.pool = pooling::select_by_mass;
+  expect("options.pool: got select_by_mass, wants another pooling across ranks", with(o));
   expect("cca: rank " + std::to_string(last) + ": out: got", [&](const own_results<T>& r) {
     cca::results<T, T> to = r.view();
     if (odd) to.out.data = nullptr, to.out.extent[3] += 1;

@@ -56,7 +56,8 @@ class observing {
       for (std::int64_t i = observers_.begin; i < observers_.end; ++i) {
         T* const scores = group_.observer.scores + (i - observers_.begin) * row_block;
         const range own = seen(grid_.position(i));
-        for (std::int64_t j = first; j < end; ++j)
+        const bool whole = own.begin <= first && end <= own.end;
+        for (std::int64_t j = first; j < end && !whole; ++j)
           if (!own.contains(j)) scores[j - first] = -infinity<T>;
         softmax_[i - observers_.begin].absorb(scores, end - first, group_.rule.unit_in_base_2());
       }
