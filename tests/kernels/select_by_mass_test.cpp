@@ -2,8 +2,7 @@
 
 #include "entry_points.hpp"
 
-namespace cca::test {
-namespace {
+namespace cca::test { namespace {
 
 template <class T>
 class SelectByMass : public testing::Test {};
@@ -31,9 +30,9 @@ cores<T> pool(const sizes& s, const operands<T>& o, const options& options) {
 /// it sees all of them raw, end - 1 <= t < end - 1 + s, and if max(1, s / 32) divides t. It gives to each token its share
 /// of a softmax over the sink tokens and the raw ones, from the first group on that has no core for it.
 template <class T>
-double mass(const operands<T>& o, const options& by, std::int64_t h, std::int64_t kv_head, range group, std::int64_t j) {
+void add_masses(const operands<T>& o, const options& by, std::int64_t h, std::int64_t kv_head, range group,
+                std::vector<double>& masses) {
   const std::int64_t g = by.group_size, s = by.window, m = by.sink_tokens, dim = o.key.view().dim();
-  double sum = 0;
   for (std::int64_t t = group.end - 1; t < group.end - 1 + s && t < o.key.view().length(); ++t) {
     if (t % std::max<std::int64_t>(1, s / 32) != 0) continue;
     const std::int64_t pooled = t + 1 - m < s ? 0 : (t + 1 - m - s) / g;
@@ -46,16 +45,16 @@ double mass(const operands<T>& o, const options& by, std::int64_t h, std::int64_
     double all = 0;
     for (std::int64_t i = 0; i <= t; ++i)
       if (i < m || i >= m + pooled * g) all += score(i);
-    sum += score(j) / all;
+    for (std::int64_t j = group.begin; j < group.end; ++j)
+      masses[static_cast<std::size_t>(j - group.begin)] += score(j) / all;
   }
-  return sum;
 }
 
 /// As it is, to the bit. Windows of one observer in each place, of one in several, and of more than a block of rows.
 TYPED_TEST(SelectByMass, ATokenAsItIs) {
   using T = TypeParam;
   random_engine random(1);
-  for (const std::int64_t window : {1, 9, 40, 64, 100, 129})
+  for (const std::int64_t window : {1, 9, 64, 101})
     for (const std::int64_t g : {std::int64_t{1}, std::int64_t{6}, detail::row_block + 5})
       for (const std::int64_t sinks : {0, 3})
         for (const core_heads heads : all_core_heads) {
@@ -71,14 +70,11 @@ TYPED_TEST(SelectByMass, ATokenAsItIs) {
           const std::int64_t sharing = s.heads / c.key.view().heads();
           for_each_row(c.key.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
             const range group{sinks + i * g, sinks + (i + 1) * g};
-            std::int64_t selected = group.begin;
-            double largest = -1;
-            for (std::int64_t j = group.begin; j < group.end; ++j) {
-              double of_heads = 0;
-              for (std::int64_t q = h * sharing; q < (h + 1) * sharing; ++q)
-                of_heads += mass(o, by, q, h * sharing / 2, group, j);
-              if (of_heads > largest) largest = of_heads, selected = j;
-            }
+            std::vector<double> masses(static_cast<std::size_t>(g));
+            for (std::int64_t q = h * sharing; q < (h + 1) * sharing; ++q)
+              add_masses(o, by, q, h * sharing / 2, group, masses);
+            const std::int64_t selected =
+                group.begin + (std::max_element(masses.begin(), masses.end()) - masses.begin());
             for (std::int64_t d = 0; d < s.dim; ++d)
               EXPECT_EQ(c.key.row(b, h, i)[d], o.key.row(b, h * sharing / 2, selected)[d]) << describe(by) << " " << i;
             for (std::int64_t d = 0; d < s.value_dim; ++d)
@@ -147,5 +143,4 @@ TYPED_TEST(SelectByMass, LaterTokensChangeNothing) {
   }
 }
 
-}  // namespace
-}  // namespace cca::test
+}}  // namespace cca::test

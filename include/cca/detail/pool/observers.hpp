@@ -88,7 +88,8 @@ struct observer_rows {
 
   static constexpr std::int64_t size(std::int64_t dim) { return observers_at_once * (padded<T>(dim) + row_block); }
 
-  observer_rows(T* scratch, std::int64_t dim) : queries(scratch), scores(scratch + observers_at_once * padded<T>(dim)) {}
+  observer_rows(T* scratch, std::int64_t dim)
+      : queries(scratch), scores(scratch + observers_at_once * padded<T>(dim)) {}
 
   /// Loads observer `i` of a head.
   template <class Observers>

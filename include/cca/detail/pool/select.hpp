@@ -82,7 +82,8 @@ struct masses_of_observers {
                             group.rule.query_factor(), q);
       group.observer.score(some, keys, group.dim, count);
       for (std::int64_t q = 0; q < some; ++q) {
-        const auto [maximum, inverse] = observers.all.sum(observers.b, observers.head(i + q), observers.observer(i + q));
+        const auto [maximum, inverse] =
+            observers.all.sum(observers.b, observers.head(i + q), observers.observer(i + q));
         T* const weights = group.observer.scores + q * row_block;
         row_softmax<T>{{maximum}}.share(weights, count, group.rule.unit_in_base_2(), inverse);
         for (std::int64_t j = 0; j < count; ++j) masses[j] += weights[j];
