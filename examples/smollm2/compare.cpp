@@ -37,8 +37,9 @@ struct arguments {
   int threads = 2;
   std::vector<std::string> rows = {"dense",
                                    // 825 rows of a key and a value for each head of them, a tenth of 8192 tokens
-                                   "window/825/sinks=0", "window/821", "64/391", "16/312/shared", "16/312/shared/select",
-                                   "64/337/mass", "16/256/shared/mass", "32/496/shared/mass", "streaming/821", "h2o/825",
+                                   "window/825/sinks=0", "window/821", "64/391", "16/312/shared",
+                                   "16/312/shared/select", "64/337/mass", "16/256/shared/mass", "32/496/shared/mass",
+                                   "streaming/821", "h2o/825",
                                    // 1543 rows, 19 %
                                    "window/1539", "16/1078/shared", "16/1078/shared/select", "16/1024/shared/mass",
                                    "32/1237/shared/mass", "h2o/1543",
@@ -85,23 +86,27 @@ row parse_row(const std::string& text, const config& model, const arguments& arg
   const std::string system = match[1];
   const bool two = match[4].matched;
   if (two != (system != "h2o" && system != "streaming"))
-    throw std::invalid_argument(fmt::format("--rows: got '{}', wants h2o/ROWS, streaming/WINDOW, quest/BLOCK/COUNT, "
-                                            "moba/BLOCK/COUNT or recycled/STRIDE/COUNT",
-                                            text));
+    throw std::invalid_argument(
+        fmt::format("--rows: got '{}', wants h2o/ROWS, streaming/WINDOW, quest/BLOCK/COUNT, "
+                    "moba/BLOCK/COUNT or recycled/STRIDE/COUNT",
+                    text));
   const std::int64_t first = std::stoll(match[2]), second = two ? std::stoll(match[4]) : 0;
   const std::int64_t length = arguments.tokens, sinks = arguments.sink_tokens;
   const auto part = [&](std::int64_t rows) { return static_cast<double>(rows) / static_cast<double>(length); };
-  if (system == "h2o") return {fmt::format("H2O, {} tokens", first), heavy_hitters_of(first, run), part(first), part(first)};
+  if (system == "h2o")
+    return {fmt::format("H2O, {} tokens", first), heavy_hitters_of(first, run), part(first), part(first)};
   if (system == "streaming")
     return {fmt::format("StreamingLLM s={} m={}", first, sinks), streaming_of(first, sinks, model.rope_base),
             part(first + sinks), part(first + sinks)};
   // A block has two keys of bounds, as much as a key and a value, or one of means.
   if (system == "quest")
-    return {fmt::format("Quest, {} blocks of {}", second, first), blocks_of<policies::quest_bounds<float>>(first, second, run),
-            1 + part(length / first), part(length / first + first * second)};
+    return {fmt::format("Quest, {} blocks of {}", second, first),
+            blocks_of<policies::quest_bounds<float>>(first, second, run), 1 + part(length / first),
+            part(length / first + first * second)};
   if (system == "moba")
-    return {fmt::format("MoBA, {} blocks of {}", second, first), blocks_of<policies::moba_means<float>>(first, second, run),
-            1 + part(length / first) / 2, part(length / first / 2 + first * second)};
+    return {fmt::format("MoBA, {} blocks of {}", second, first),
+            blocks_of<policies::moba_means<float>>(first, second, run), 1 + part(length / first) / 2,
+            part(length / first / 2 + first * second)};
   return {fmt::format("Recycled Attention, S={} K={}", first, second), recycled_of(first, second), 1,
           part((length + (first - 1) * (second + first / 2)) / first)};
 }
@@ -115,7 +120,8 @@ std::vector<double> perplexities(const model& model, const row& row, std::span<c
   double whole = 0;
   for (std::int64_t first = 0; first < length - 1; first += part) {
     const std::int64_t count = std::min(part, length - 1 - first);
-    const double sum = model.surprise(hidden.middleRows(first, count), tokens.subspan(static_cast<std::size_t>(first) + 1));
+    const double sum =
+        model.surprise(hidden.middleRows(first, count), tokens.subspan(static_cast<std::size_t>(first) + 1));
     all.push_back(std::exp(sum / static_cast<double>(count)));
     whole += sum;
   }
@@ -162,9 +168,12 @@ void run(const arguments& arguments) {
 
 int main(int argc, char** argv) {
   arguments arguments;
-  CLI::App app("Perplexities of texts by SmolLM2-135M-Instruct, with attentions that keep less than all keys and values");
+  CLI::App app(
+      "Perplexities of texts by SmolLM2-135M-Instruct, with attentions that keep less than all keys and values");
   app.add_option("folder", arguments.folder, "What prepare.py has written")->required()->check(CLI::ExistingDirectory);
-  app.add_option("--texts", arguments.texts, "Texts: NAME.safetensors in the folder")->delimiter(',')->capture_default_str();
+  app.add_option("--texts", arguments.texts, "Texts: NAME.safetensors in the folder")
+      ->delimiter(',')
+      ->capture_default_str();
   app.add_option("--tokens", arguments.tokens, "Tokens of each text, from its start")
       ->check(CLI::Range(2, 1 << 30))
       ->capture_default_str();
