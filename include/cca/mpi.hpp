@@ -49,7 +49,7 @@ namespace cca { inline namespace CCA_TARGET { namespace mpi {
 ///   `key_bias` is for each of the rank's keys. Sink logits of a rank with one query are what they are on the other ranks; where
 ///   all have one query at most, those of heads, unless the view has lengths.
 /// @param to  as for `cca::attention`
-/// @param options  as there, but for `first_position`; the same on all ranks
+/// @param options  as there, but for `first_position` and the pooling `select_by_mass`; the same on all ranks
 /// @param run  an executor, without a workspace; the results are bitwise the same for any. With `over.overlap` off, and in
 ///   segments of more than 12 tokens, they are those of one process to the bit as well.
 /// @throws std::invalid_argument  before anything is sent or written, and the same on every rank: where arguments are

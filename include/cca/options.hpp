@@ -19,7 +19,12 @@ enum class pooling {
   last_query,  ///< weights `softmax_j(pooling_scale * scale * q_last . k_j)`, `q_last` the query of the group's last token
   mean,
   max,
-  select  ///< the token of the largest of these weights, the first of equals, as it is; no gradient goes to `q_last`
+  select,  ///< the token of the largest of these weights, the first of equals, as it is; no gradient goes to `q_last`
+  /// The token to which the queries that see the group raw give most, the first of equals, as it is. Of them 32 per window
+  /// are asked, at the positions that `max(1, window / 32)` divides; a key's mass is the sum of their weights, each a softmax
+  /// of `scale * q . k` over all that the query sees raw. The core is made when its group leaves the window, without any
+  /// later query. Per kv head the masses of its query heads are added. No gradient goes to the queries.
+  select_by_mass
 };
 
 /// Under grouped-query attention, who has cores of its own. `mean` and `max` pooling do not depend on the query, so
@@ -122,7 +127,9 @@ constexpr void for_each_option(Options& all, const F& f) {
 }
 
 /// The names of an option's enumerators, in the order of their values.
-constexpr auto enumerators(pooling) { return std::array{"last_query", "mean", "max", "select"}; }
+constexpr auto enumerators(pooling) {
+  return std::array{"last_query", "mean", "max", "select", "select_by_mass"};
+}
 constexpr auto enumerators(core_heads) { return std::array{"per_query_head", "per_kv_head"}; }
 constexpr auto enumerators(core_bias) { return std::array{"none", "entropy"}; }
 constexpr auto enumerators(matrix_unit) { return std::array{"none", "best", "avx512_bf16", "amx", "vnni"}; }
@@ -196,7 +203,19 @@ inline std::int64_t first_position(const options& options, std::int64_t query_le
 }
 
 /// Whether cores depend on the queries of their groups' last tokens.
-inline bool uses_query(pooling pool) { return pool == pooling::last_query || pool == pooling::select; }
+inline bool uses_last_query(pooling pool) { return pool == pooling::last_query || pool == pooling::select; }
+
+/// Whether they depend on those of the queries that see their groups raw.
+inline bool observes(pooling pool) { return pool == pooling::select_by_mass; }
+
+/// Whether they depend on queries at all.
+inline bool uses_query(pooling pool) { return uses_last_query(pool) || observes(pool); }
+
+/// What divides the positions of the queries that observe: so there are about 32 to a window, and one at least.
+inline std::int64_t observer_stride(const options& options) {
+  constexpr std::int64_t observers_per_window = 32;
+  return larger<std::int64_t>(options.window / observers_per_window, 1);
+}
 
 /// Whose cores there are, see `core_heads`.
 inline std::int64_t core_head_count(const options& options, std::int64_t query_heads, std::int64_t kv_heads) {

@@ -95,6 +95,10 @@ struct partition {
   /// `unlimited`, with which no core is ever seen.
   [[nodiscard]] constexpr std::int64_t first_query(std::int64_t b) const { return window - 1 + group(b).end; }
 
+  /// The queries that see every token of group `b` raw: `window` of them, from that of its last token on. Needs a window
+  /// below `unlimited`.
+  [[nodiscard]] constexpr range raw_queries(std::int64_t b) const { return {group(b).end - 1, first_query(b)}; }
+
   /// The tokens of group `b`.
   [[nodiscard]] constexpr range group(std::int64_t b) const {
     return {sink_tokens + b * group_size, sink_tokens + (b + 1) * group_size};

@@ -23,7 +23,9 @@ inline void require_pool(const input_views& in, const options& options) {
   require_key_value(in.query, in);
   require_query_for_every_key(in.query, in.key, options);
   if (options.group_size < 1) refuse("options.group_size", {options.group_size}, {"at least 1"});
-  require_unset(options, &options::window, "every complete group is pooled");
+  if (!observes(options.pool)) require_unset(options, &options::window, "every complete group is pooled");
+  if (observes(options.pool) && options.window == unlimited)
+    refuse("options.window", {"unlimited"}, {"a window: the queries of one say which token of a group is selected"});
   require_causal(options, "a group is pooled with its last query");
   require_unset(options, &options::unit, "pooling reads more than it multiplies");
   require_unset(options, &options::softcap, "the weights of pooling have none");
@@ -41,14 +43,21 @@ template <class T, class Query, class Key, class Value, class Sink>
 pool_plan<T> plan_pooling(const inputs<Query, Key, Value, Sink>& in, const options& options, const execution& run) {
   const sequences all{in.key.batch(), !in.key.has_lengths()};
   const partition partition = partition_of(options);
-  const std::int64_t tasks =
+  std::int64_t tasks =
       options.group_size == 0
           ? 0
           : task_list::size(
                 all, in.key.heads(), [&](std::int64_t b) { return partition.group_count(in.key.length(b)); },
                 [&](std::int64_t) { return groups_per_task(options.group_size); });
+  std::int64_t sums = 0;
+  if (observes(options.pool) && pools(options)) {
+    const auto observers = [&](std::int64_t b) { return observer_grid(options).count(in.key.length(b)); };
+    tasks = larger(tasks, observing_tasks(all, in.query.heads(), observers));
+    for (std::int64_t b = 0; b < all.distinct(); ++b)
+      sums += element_count<observer_sum<T>>(all.copies(), in.query.heads(), observers(b));
+  }
   return {worker_count(run, tasks), group_rows<T>::size(in.key.dim(), in.value.dim(), !in_place<T, Key, Value>),
-          all.table_size()};
+          all.table_size(), sums};
 }
 
 /// Cores of every complete group.
@@ -65,14 +74,17 @@ inline void require_cores(const input_views& in, const named_view& key, const na
 /// Pools every complete group of keys and values into a core token (globality-aware pooling).
 ///
 /// @param in  query, key and value, read whole but for the tokens of an incomplete last group. With `last_query` and
-///   `select` pooling one query per group is read, with `mean` and `max` none.
+///   `select` pooling one query per group is read, with `mean` and `max` none. With `select_by_mass` the queries that observe
+///   are read and every key; for a group near the end those of its observers that are there choose, and where none is the
+///   first token is selected. No query sees such a core in `attention`.
 /// @param to  written whole: `[batch, core heads, floor((length - sink_tokens) / group_size), dim]` and the same with the
 ///   value's dim. The core heads are the query's, or the key's with `core_heads::per_kv_head`, `mean` and `max`. Where the
 ///   keys have lengths per sequence, so have the cores: `floor((length(b) - sink_tokens) / group_size)`, in any layout; what
 ///   is padding is not written.
-///   A group whose logits are all -inf, which nothing can weigh, has a core of NaN. With `select` pooling a core is one of
-///   the tokens, to the bit where its elements are of the same type.
-/// @param options  `group_size`, `sink_tokens`, `pool`, `core_heads`, `softmax_scale` and `pooling_scale` are used.
+///   A group whose logits are all -inf, which nothing can weigh, has a core of NaN, but with `select_by_mass`. With `select`
+///   and `select_by_mass` pooling a core is one of the tokens, to the bit where its elements are of the same type.
+/// @param options  `group_size`, `sink_tokens`, `pool`, `core_heads`, `softmax_scale` and `pooling_scale` are used, and with
+///   `select_by_mass` the `window`, which it needs.
 /// @param run  an executor, or `{executor, workspace}`; results are the same for any.
 /// @throws std::invalid_argument  before anything is written, naming the argument.
 /// Source: arXiv 2412.12465, section 3.1, equation of the core token.

@@ -127,9 +127,13 @@ gradient<Scalar> pool_gradient(const operands<Scalar>& in, tensor_view<const Sca
           continue;
         }
         const vector<Scalar> last = queries.row(group.end - 1);
-        if (options.pool == pooling::select) {
-          detail::add_selected_gradient(selected_token(k, last, scale), dc_k, dk);
-          detail::add_selected_gradient(selected_token(k, last, scale), dc_v, dv);
+        if (options.pool == pooling::select || options.pool == pooling::select_by_mass) {
+          const std::int64_t selected =
+              options.pool == pooling::select
+                  ? selected_token(k, last, scale)
+                  : heaviest_token(masses(sharing_queries(query, b, h, sharing), keys, c, options));
+          detail::add_selected_gradient(selected, dc_k, dk);
+          detail::add_selected_gradient(selected, dc_v, dv);
           continue;
         }
         vector<Scalar> weights = vector<Scalar>::Constant(group.size(), Scalar(1) / static_cast<Scalar>(group.size()));

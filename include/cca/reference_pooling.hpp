@@ -114,9 +114,53 @@ std::int64_t selected_token(const Keys& keys, const Query& last, Scalar scale) {
   return selected;
 }
 
+/// What the observers among the queries of some heads, `[length, dim]` each, give to the tokens of group `c`: the sum of
+/// their weights, each a softmax over the tokens that the query sees raw. The observers of a group are the queries that
+/// see all of it raw and whose position `max(1, window / 32)` divides.
+template <class Scalar>
+vector<Scalar> masses(const std::vector<matrix<Scalar>>& queries, const matrix<Scalar>& keys, std::int64_t c,
+                      const options& options) {
+  const partition partition = partition_of(options);
+  const auto scale = static_cast<Scalar>(cca::detail::softmax_scale(options, keys.cols()));
+  const std::int64_t stride = (std::max<std::int64_t>)(options.window / 32, 1), length = keys.rows();
+  const range group = partition.group(c);
+  vector<Scalar> all = vector<Scalar>::Zero(group.size());
+  for (const matrix<Scalar>& q : queries)
+    for (std::int64_t t = group.end - 1; t < (std::min)(group.end - 1 + options.window, length); ++t) {
+      if (t % stride != 0) continue;
+      const range sinks = partition.sinks(t), raw = partition.raw(t);
+      vector<Scalar> weights(sinks.size() + raw.size());
+      weights << scale * (keys.topRows(sinks.size()) * q.row(t).transpose()),
+          scale * (keys.middleRows(raw.begin, raw.size()) * q.row(t).transpose());
+      softmax(weights);
+      all += weights.segment(sinks.size() + group.begin - raw.begin, group.size());
+    }
+  return all;
+}
+
+/// The token of the largest mass, the first of equals; -1 where one is NaN.
+template <class Scalar>
+std::int64_t heaviest_token(const vector<Scalar>& masses) {
+  std::int64_t heaviest = 0;
+  for (std::int64_t j = 0; j < masses.size(); ++j) {
+    if (std::isnan(masses(j))) return -1;
+    if (masses(j) > masses(heaviest)) heaviest = j;
+  }
+  return heaviest;
+}
+
+/// The queries of the heads that share the cores of head `h`.
+template <class Scalar>
+std::vector<matrix<Scalar>> sharing_queries(tensor_view<const Scalar> query, std::int64_t b, std::int64_t h,
+                                            std::int64_t sharing) {
+  std::vector<matrix<Scalar>> all;
+  for (std::int64_t i = h * sharing; i < (h + 1) * sharing; ++i) all.push_back(head(query, b, i));
+  return all;
+}
+
 /// Keys and values of the cores of every complete group. `core_k = sum_j w_j k_j` with
 /// `w = softmax_j(pooling_scale * scale * q_last . k_j)`, and alike for the values; or the group's mean or maximum, or the
-/// token of the largest weight.
+/// token of the largest weight, or of the largest mass.
 template <class Scalar>
 std::pair<tensor<Scalar>, tensor<Scalar>> pool(const operands<Scalar>& in, const options& options) {
   const auto &query = in.query, &key = in.key, &value = in.value;
@@ -152,8 +196,11 @@ std::pair<tensor<Scalar>, tensor<Scalar>> pool(const operands<Scalar>& in, const
           continue;
         }
         const vector<Scalar> last = queries.row(group.end - 1);
-        if (options.pool == pooling::select) {
-          const std::int64_t selected = selected_token(k, last, scale);
+        if (options.pool == pooling::select || options.pool == pooling::select_by_mass) {
+          const std::int64_t selected =
+              options.pool == pooling::select
+                  ? selected_token(k, last, scale)
+                  : heaviest_token(masses(sharing_queries(query, b, h, sharing), keys, c, options));
           core_key.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
           core_value.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
           if (selected >= 0) core_key = k.row(selected), core_value = v.row(selected);

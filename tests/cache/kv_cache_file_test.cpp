@@ -225,7 +225,7 @@ TEST(KvCacheFile, AForgedHeaderIsRefused) {
     expect_refused([](auto& h) { h.start.byte_order = 0x04030201; }, "byte order");
     expect_refused([](auto& h) { h.start.version = 3; }, "got version 3, wants 1 or 2");
     expect_refused([](auto& h) { h.elements.bytes = 8; }, "got elements of 8 bytes");
-    expect_refused([](auto& h) { h.options.pool = static_cast<pooling>(4); }, "options.pool");
+    expect_refused([](auto& h) { h.options.pool = static_cast<pooling>(5); }, "options.pool");
     expect_refused([](auto& h) { h.options.core_heads = static_cast<core_heads>(2); }, "options.core_heads");
     expect_refused([](auto& h) { h.options.softmax_scale = std::numeric_limits<double>::infinity(); },
                    "options.softmax_scale");

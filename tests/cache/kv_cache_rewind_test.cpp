@@ -6,7 +6,8 @@ namespace cca::test { namespace {
 
 constexpr std::array example_options{options{.group_size = 1, .window = 4}, options{.group_size = 4, .window = 4},
                                      options{.group_size = 16, .window = 4}, options{.group_size = 3, .window = 32},
-                                     options{.group_size = 3, .window = 4, .sink_tokens = 5}};
+                                     options{.group_size = 3, .window = 4, .sink_tokens = 5},
+                                     options{.group_size = 3, .window = 70, .pool = pooling::select_by_mass}};
 
 /// Speculative decoding whose drafts are refused again and again: the draft may be as long as the rewind, and as many
 /// tokens before it can still be taken back, without a trace of the draft.

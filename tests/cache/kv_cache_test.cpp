@@ -35,7 +35,7 @@ TYPED_TEST(KvCacheOf, AnswersLikeRecomputationAfterAnyOperations) {
 
 // ---------------------------------------------------------------------------------------------------------- chunks
 
-const std::array<options, 12> example_options{{{.group_size = 1, .window = 1},
+const std::array<options, 14> example_options{{{.group_size = 1, .window = 1},
                                               {.window = 5},
                                               {.group_size = 3, .window = 4},
                                               {.group_size = 4, .window = 2},
@@ -49,7 +49,13 @@ const std::array<options, 12> example_options{{{.group_size = 1, .window = 1},
                                                 .window = 4,
                                                 .pool = pooling::select,
                                                 .core_heads = core_heads::per_kv_head},
-                                               {.group_size = 4, .window = 2, .pooling_scale = 5}}};
+                                               {.group_size = 4, .window = 2, .pooling_scale = 5},
+                                               {.group_size = 3, .window = 7, .pool = pooling::select_by_mass},
+                                               {.group_size = 2,
+                                                .window = 5,
+                                                .sink_tokens = 3,
+                                                .pool = pooling::select_by_mass,
+                                                .core_heads = core_heads::per_kv_head}}};
 
 /// Enough for the window to pass the end of its memory at every offset.
 std::int64_t example_length(const options& options) {
@@ -98,6 +104,36 @@ TEST(KvCache, TokensMayComeOneByOneOrInAnyChunks) {
     }
     EXPECT_TRUE(rule.holds());
   }
+}
+
+/// What observers found out, and the tokens that they select, are the same to the bit however a sequence was cut: the
+/// cache holds the same.
+TEST(KvCache, ObserversFindOutTheSameInAnyChunks) {
+  random_engine random(20);
+  for (const std::int64_t sinks : {0, 3})
+    for (const core_heads cores : all_core_heads) {
+      const cache_setup setup = example_cache({.group_size = 5,
+                                               .window = 100,
+                                               .sink_tokens = sinks,
+                                               .pool = pooling::select_by_mass,
+                                               .core_heads = cores});
+      const std::int64_t length = 400;
+      const operands<float> prompt = random_tokens(setup, 1, length, random);
+      kv_cache<float> whole = setup.make();
+      append(whole, views_of(prompt));
+      EXPECT_EQ(whole.core_count(), (length + 1 - sinks - 100) / 5);
+      for (const std::int64_t chunk : {1, 2, 7, 33, 99, 250}) {
+        kv_cache<float> cache = setup.make();
+        for (std::int64_t done = 0; done < length; done += chunk) {
+          const token_views<float> part = tokens_of(prompt, {done, std::min(done + chunk, length)});
+          if (done % 2 == 0)
+            append(cache, part);
+          else
+            attend(cache, part);
+        }
+        EXPECT_EQ(content(cache), content(whole)) << "chunks of " << chunk;
+      }
+    }
 }
 
 TEST(KvCache, IsADenseCacheWithoutAWindow) {

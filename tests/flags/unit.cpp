@@ -47,8 +47,10 @@ void in(const float* tokens, std::iostream& stream, numbers& to) {
     for (const auto& rows : grad) append(rows);
   };
 
-  for (const auto pool : {cca::pooling::last_query, cca::pooling::mean, cca::pooling::max, cca::pooling::select}) {
-    const cca::options pooling{.group_size = group, .pool = pool};
+  for (const auto pool : {cca::pooling::last_query, cca::pooling::mean, cca::pooling::max, cca::pooling::select,
+                          cca::pooling::select_by_mass}) {
+    const bool observed = pool == cca::pooling::select_by_mass;
+    const cca::options pooling{.group_size = group, .window = observed ? 4 : cca::unlimited, .pool = pool};
     const cca::options options{.group_size = group, .window = 4, .pool = pool};
     cca::pool(pooled, cores, pooling);
     for (const auto& rows : core) append(rows);

@@ -75,6 +75,7 @@ problem draw_problem(byte_source& bytes, const Entries& entries) {
       if (bytes.once_in(3)) o.sink_tokens = bytes.draw(0, 100);
       o.pool = bytes.choice(all_poolings);
       o.core_heads = bytes.choice(all_core_heads);
+      if (p.entry == entry::pool) o.window = pool_window(o.pool, bytes.draw(1, 100));
       if (p.entry == entry::pool && !detail::uses_query(o.pool)) o.softmax_scale.reset();
       if (o.pool == pooling::last_query && bytes.once_in(3)) o.pooling_scale = bytes.choice(std::array{0.0, 0.5, 4.0});
       break;

@@ -183,6 +183,7 @@ TYPED_TEST(ElementTest, PoolsAsFloatsDo) {
       problem p = example(entry::pool, some_sizes()[1]);
       p.options.group_size = 40;  // more than the rows that are converted at a time
       p.options.pool = pooling;
+      p.options.window = pool_window(pooling, 70);
       p.options.core_heads = cores;
       call c(p, random);
       SCOPED_TRACE(testing::Message() << p);
@@ -197,7 +198,7 @@ TYPED_TEST(ElementTest, PoolsAsFloatsDo) {
       EXPECT_TRUE(same_numbers(floats.results[0].view(), core_key));
       EXPECT_TRUE(same_numbers(floats.results[1].view(), core_value));
       // What is selected was stored in so many bits, and is none but that.
-      for (std::size_t r = 0; r < 2 && pooling == pooling::select; ++r)
+      for (std::size_t r = 0; r < 2 && (pooling == pooling::select || pooling == pooling::select_by_mass); ++r)
         for_each_row(floats.results[r].view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
           const float* core = floats.results[r].row(b, h, i);
           const std::int64_t dim = floats.results[r].view().dim();

@@ -106,6 +106,18 @@ TEST(Partition, FirstQueryIsWhereTheCoreTakesOver) {
 }
 
 /// Nothing is pooled: the window slides, and what is behind it is not seen.
+TEST(Partition, RawQueriesSeeTheirGroupRaw) {
+  for (const std::int64_t g : {1, 2, 5, 16})
+    for (const std::int64_t s : {1, 2, 7, 30})
+      for (const std::int64_t m : {0, 3})
+        for (std::int64_t b = 0; b < 9; ++b) {
+          const partition p{g, s, m};
+          for (std::int64_t t = 0; t < 250; ++t)
+            ASSERT_EQ(p.raw_queries(b).contains(t), intersection(p.raw(t), p.group(b)) == p.group(b))
+                << g << " " << s << " " << m << " " << b << " " << t;
+        }
+}
+
 TEST(Partition, WithoutGroupsTheWindowIsAll) {
   for (const std::int64_t s : {std::int64_t{1}, std::int64_t{2}, std::int64_t{7}, exhaustive, unlimited})
     for (std::int64_t t = -3; t < exhaustive; ++t) {

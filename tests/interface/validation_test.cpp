@@ -340,8 +340,8 @@ TEST(Validation, RefusesOptions) {
        [](options& o) { o.softmax_scale = 1e300; },
        {"options.softmax_scale", "1e+300", "a finite number"}},
       {with_keys,
-       [](options& o) { o.pool = static_cast<pooling>(4); },
-       {"options.pool", "4", "last_query, mean, max or select"}},
+       [](options& o) { o.pool = static_cast<pooling>(5); },
+       {"options.pool", "5", "last_query, mean, max, select or select_by_mass"}},
       {with_keys,
        [](options& o) { o.core_heads = static_cast<cca::core_heads>(-1); },
        {"options.core_heads", "-1", "per_query_head or per_kv_head"}},
@@ -415,15 +415,31 @@ TEST(Validation, RefusesOptions) {
 /// The largest weight is that of the same token, whatever their scale.
 TEST(Validation, RefusesASharperPoolingWithoutASoftmax) {
   const sizes s{.heads = 2, .queries = 6, .keys = 6, .dim = 5, .value_dim = 3};
-  for (const pooling pool : {pooling::mean, pooling::max, pooling::select})
+  for (const pooling pool : {pooling::mean, pooling::max, pooling::select, pooling::select_by_mass})
     for (const entry entry : with_query_per_key) {
-      const std::int64_t window = entry == entry::pool ? unlimited : 1;
+      const std::int64_t window = entry == entry::pool ? pool_window(pool, 1) : 1;
       const problem p{.entry = entry, .sizes = s, .options = {.group_size = 3, .window = window, .pool = pool}};
       EXPECT_NO_THROW(prepared(p).call());
       prepared sharper(p);
       sharper.p.options.pooling_scale = 2;
       expect_refused(sharper, {"options.pooling_scale", "2", "1: of the poolings last_query alone"});
     }
+}
+
+/// Which queries are asked, and what they see, is a matter of the window.
+TEST(Validation, RefusesToSelectByMassWithoutAWindow) {
+  const sizes s{.heads = 2, .queries = 6, .keys = 6, .dim = 5, .value_dim = 3};
+  prepared call({.entry = entry::pool, .sizes = s, .options = {.group_size = 3, .pool = pooling::select_by_mass}});
+  expect_refused(call, {"options.window", "unlimited", "a window: "});
+  call.p.options.window = 2;
+  EXPECT_NO_THROW(call.call());
+  prepared biased({.entry = entry::attention,
+                   .sizes = s,
+                   .options = {.group_size = 3,
+                               .window = 2,
+                               .pool = pooling::select_by_mass,
+                               .core_bias = core_bias::entropy}});
+  expect_refused(biased, {"options.core_bias", "entropy", "none: the pooling has no weights"});
 }
 
 /// The mean and the maximum have no softmax, unlike the attention that follows them.

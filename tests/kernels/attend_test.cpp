@@ -187,7 +187,11 @@ TYPED_TEST(Attend, ToCoresIsAttention) {
 
         const std::int64_t heads = detail::core_head_count(pooled, s.heads, s.kv_heads);
         far_rows<T> f = random_far<T>(s, heads, (s.keys - sinks) / group_size, random);
-        const options groups{.group_size = group_size, .sink_tokens = sinks, .pool = pool, .core_heads = cores};
+        const options groups{.group_size = group_size,
+                             .window = pool_window(pool, 10),
+                             .sink_tokens = sinks,
+                             .pool = pool,
+                             .core_heads = cores};
         call<T>({.entry = entry::pool, .sizes = s, .options = groups},
                 {.operands = {o.query.view(), o.key.view(), o.value.view()},
                  .results = {f.key.view(), f.value.view()},

@@ -142,7 +142,10 @@ TEST(TextbookGradient, OfPoolingIsThatOfFiniteDifferences) {
               .batch = 2, .heads = heads, .kv_heads = kv_heads, .queries = 7, .keys = 7, .dim = 3, .value_dim = 2};
           expect_differences({.entry = entry::pool,
                               .sizes = s,
-                              .options = {.group_size = group_size, .pool = pool, .core_heads = cores}},
+                              .options = {.group_size = group_size,
+                                          .window = pool_window(pool, 3),
+                                          .pool = pool,
+                                          .core_heads = cores}},
                              random);
         }
 }
@@ -283,7 +286,7 @@ TYPED_TEST(Gradient, IsExactForGroupedQueries) {
         for (const entry entry : {entry::attention, entry::pool}) {
           const sizes s{
               .batch = 2, .heads = 2 * ratio, .kv_heads = 2, .queries = 45, .keys = 45, .dim = 6, .value_dim = 9};
-          const std::int64_t window = entry == entry::pool ? unlimited : 11;
+          const std::int64_t window = entry == entry::pool ? pool_window(pool, 11) : 11;
           EXPECT_TRUE(exact<T>({.entry = entry,
                                 .sizes = s,
                                 .options = {.group_size = 4, .window = window, .pool = pool, .core_heads = cores}},
@@ -319,7 +322,10 @@ TYPED_TEST(Gradient, IsExactForGroupsOfAnySize) {
       const std::int64_t length = 3 * group_size + group_size / 2;
       const sizes s{.heads = 4, .kv_heads = 2, .queries = length, .keys = length, .dim = 10, .value_dim = 7};
       EXPECT_TRUE(
-          exact<T>({.entry = entry::pool, .sizes = s, .options = {.group_size = group_size, .pool = pool}}, random));
+          exact<T>({.entry = entry::pool,
+                    .sizes = s,
+                    .options = {.group_size = group_size, .window = pool_window(pool, 70), .pool = pool}},
+                   random));
     }
 }
 
@@ -488,6 +494,7 @@ TYPED_TEST(Gradient, IsExactInAnyLayout) {
       if (entry == entry::local || entry == entry::attention) p.options.window = draw(random, 1, keys + 1);
       if (entry == entry::attention || entry == entry::pool) {
         p.options.pool = draw_from(random, all_poolings);
+        if (entry == entry::pool) p.options.window = pool_window(p.options.pool, draw(random, 1, keys + 1));
         p.options.core_heads = draw_from(random, all_core_heads);
       } else if (draw(random, 0, 1) == 0) {
         p.options.first_position = draw(random, -5, keys + 5);

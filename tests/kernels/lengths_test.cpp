@@ -66,6 +66,7 @@ TYPED_TEST(Lengths, OfAnyBatchAndOptions) {
     if (p.entry == entry::attention || p.entry == entry::pool) {
       p.options.group_size = draw(random, 1, 20);
       p.options.pool = draw_from(random, all_poolings);
+      if (p.entry == entry::pool) p.options.window = pool_window(p.options.pool, draw(random, 1, 90));
       p.options.core_heads = draw_from(random, all_core_heads);
     }
     if (p.entry == entry::local || p.entry == entry::attend) p.options.group_size = draw(random, 0, 9);

@@ -74,7 +74,8 @@ TYPED_TEST(Pool, IsExactForEveryGroupSize) {
         const sizes s{
             .batch = 2, .heads = 6, .kv_heads = 2, .queries = length, .keys = length, .dim = 10, .value_dim = 7};
         core_rule<T> rule;
-        rule.add(s, random_operands<T>(s, random), {.group_size = group_size, .pool = pool, .core_heads = cores});
+        rule.add(s, random_operands<T>(s, random),
+                 {.group_size = group_size, .window = pool_window(pool, 70), .pool = pool, .core_heads = cores});
         EXPECT_TRUE(rule.holds());
       }
 }
@@ -103,6 +104,8 @@ TYPED_TEST(Pool, IsExactForEveryHeadDimAndScale) {
       const operands<T> o = random_operands<T>(s, random);
       rule.add(s, o, {.group_size = 6, .softmax_scale = scale});
       rule.add(s, o, {.group_size = 6, .pool = pooling::select, .softmax_scale = scale});
+      if (scale != 0.0)  // all weights are the same, but for their rounding
+        rule.add(s, o, {.group_size = 6, .window = 20, .pool = pooling::select_by_mass, .softmax_scale = scale});
       for (const double pooling_scale : {0.0, 0.3, 4.0, 100.0})
         rule.add(s, o, {.group_size = 6, .softmax_scale = scale, .pooling_scale = pooling_scale});
       EXPECT_TRUE(rule.holds());
@@ -122,9 +125,11 @@ TYPED_TEST(Pool, IsExactInAnyLayout) {
                   .keys = length,
                   .dim = draw(random, 1, 40),
                   .value_dim = draw(random, 1, 40)};
+    const pooling pool = draw_from(random, all_poolings);
     rule.add(s, random_operands<T>(s, random, random_operand_layouts(random)),
              {.group_size = draw(random, 1, 80),
-              .pool = draw_from(random, all_poolings),
+              .window = pool_window(pool, draw(random, 1, 200)),
+              .pool = pool,
               .core_heads = draw_from(random, all_core_heads)},
              {random_layout(random), random_layout(random)});
   }

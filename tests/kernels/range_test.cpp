@@ -57,6 +57,7 @@ std::vector<problem> problems(entry entry) {
         p.options.group_size = g;
         p.options.pool = pool;
         p.options.core_heads = cores;
+        if (entry == entry::pool) p.options.window = pool_window(pool, 40);
         all.push_back(p);
       }
   return all;

@@ -21,7 +21,7 @@ TEST(Ranks, PoolEachItsOwnGroups) {
   for (int repeat = 0; repeat < problems(20); ++repeat) {
     spread_problem p = random_problem(random, world().size());
     p.options = {.group_size = draw(random, 1, 12), .sink_tokens = draw(random, 0, 9)};
-    p.options.pool = draw_from(random, all_poolings);
+    p.options.pool = draw_from(random, group_poolings);
     p.options.core_heads = draw_from(random, all_core_heads);
     p.sink_logits = p.alibi = p.key_bias = p.sinks_per_query = false;
     const whole_operands<T> all(p, random);
@@ -251,6 +251,9 @@ TEST(Ranks, RefuseAlikeWhereTheyDisagree) {
   o.window = 8;
   o.first_position = 0;
   expect("options.first_position", with(o));
+  o = p.options;
+  o.pool = pooling::select_by_mass;
+  expect("options.pool: got select_by_mass, wants another pooling across ranks", with(o));
   expect("cca: rank " + std::to_string(last) + ": out: got", [&](const own_results<T>& r) {
     cca::results<T, T> to = r.view();
     if (odd) to.out.data = nullptr, to.out.extent[3] += 1;

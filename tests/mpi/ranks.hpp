@@ -66,7 +66,7 @@ inline spread_problem random_problem(random_engine& random, std::int64_t ranks) 
   if (groups) {
     o.group_size = draw(random, 1, 12);
     o.window = draw(random, 1, 50);
-    o.pool = draw_from(random, all_poolings);
+    o.pool = draw_from(random, group_poolings);
     o.core_heads = draw_from(random, all_core_heads);
     if (o.pool == pooling::last_query && draw(random, 0, 2) == 0) o.pooling_scale = 1.5;
     if ((o.pool == pooling::last_query || o.pool == pooling::mean) && draw(random, 0, 1) == 0)

@@ -247,10 +247,13 @@ class cache_life {
   void expect_counts() {
     const bool grouped = setup_.options.window != unlimited;
     const std::int64_t core_heads = detail::core_head_count(setup_.options, setup_.shape.heads, setup_.shape.kv_heads);
-    std::int64_t core_rows = 0, raw_rows = 0;
+    std::int64_t core_rows = 0, raw_rows = 0, observers = 0;
     for (std::int64_t b = 0; b < setup_.shape.batch; ++b) {
       const known_sequence<T>& s = known(b);
-      const std::int64_t cores = grouped ? partition_of(setup_.options).group_count(s.length) : 0,
+      const bool observed = setup_.options.pool == pooling::select_by_mass && grouped && setup_.options.group_size > 0;
+      const partition partition = partition_of(setup_.options);
+      const std::int64_t kept = observed ? partition.core_count(s.length) : partition.group_count(s.length);
+      const std::int64_t cores = grouped ? kept : 0,
                          sinks = std::min(setup_.options.sink_tokens, s.length),
                          raw = sinks + range{std::max(sinks, s.oldest), s.length}.size();
       EXPECT_EQ(cache_.length(b), s.length);
@@ -261,6 +264,8 @@ class cache_life {
       EXPECT_LE(cache_.least_length(b), std::max<std::int64_t>(s.longest - 2 * setup_.shape.rewind, 0));
       core_rows += core_heads * cores;
       raw_rows += setup_.shape.kv_heads * raw;
+      // A window of at most 20 tokens has an observer in each place.
+      if (observed) observers += setup_.shape.heads * range{std::max(setup_.options.sink_tokens, s.oldest), s.length}.size();
     }
     const auto bytes = [&]<class Row>(std::int64_t rows, std::type_identity<Row>) {
       const std::size_t scales = std::is_same_v<Row, q8> ? 2 * sizeof(float) : 0;
@@ -269,7 +274,9 @@ class cache_life {
     };
     const std::size_t biases = detail::has_core_biases(setup_.options) ? static_cast<std::size_t>(core_rows) : 0;
     EXPECT_EQ(cache_.bytes(), bytes(core_rows, std::type_identity<Core>{}) + biases * sizeof(compute_type<T>) +
-                                  bytes(raw_rows, std::type_identity<Element>{}));
+                                  bytes(raw_rows, std::type_identity<Element>{}) +
+                                  static_cast<std::size_t>(observers * (setup_.shape.dim + 2)) *
+                                      sizeof(compute_type<T>));
     EXPECT_GE(cache_.allocated_bytes(), cache_.bytes());
     EXPECT_EQ(cache_.shape().capacity, setup_.shape.capacity);
     EXPECT_EQ(cache_.shape().batch, setup_.shape.batch);

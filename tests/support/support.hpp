@@ -242,7 +242,14 @@ inline std::string describe(const options& o) {
   return text.str();
 }
 
-inline constexpr std::array all_poolings{pooling::last_query, pooling::mean, pooling::max, pooling::select};
+inline constexpr std::array all_poolings{pooling::last_query, pooling::mean, pooling::max, pooling::select,
+                                         pooling::select_by_mass};
+/// Those that ask no query behind a group, and no window.
+inline constexpr std::array group_poolings{pooling::last_query, pooling::mean, pooling::max, pooling::select};
+/// The window of `pool`: `window` for a pooling that needs one.
+inline std::int64_t pool_window(pooling pool, std::int64_t window) {
+  return pool == pooling::select_by_mass ? window : unlimited;
+}
 inline constexpr std::array all_core_heads{core_heads::per_query_head, core_heads::per_kv_head};
 
 /// Head dims in use, and odd ones.

@@ -28,15 +28,15 @@ set(order
     detail/product/vnni.hpp detail/product/byte_rows.hpp detail/product/staged_bytes.hpp detail/product/eight_bits.hpp
     detail/product/list.hpp
     # From groups to cores.
-    detail/pool/group_rows.hpp detail/pool/last_query.hpp detail/pool/max.hpp detail/pool/mean.hpp detail/pool/select.hpp
-    detail/pool/pooler.hpp
+    detail/pool/observers.hpp detail/pool/group_rows.hpp detail/pool/observing.hpp
+    detail/pool/last_query.hpp detail/pool/max.hpp detail/pool/mean.hpp detail/pool/select.hpp detail/pool/pooler.hpp
     # The kernels of queries, and the engines around them.
     detail/engine/gathered_rows.hpp detail/engine/partial_result.hpp detail/engine/query_tile.hpp
     detail/engine/stack.hpp detail/engine/few_queries.hpp detail/engine/forward.hpp
     detail/engine/gradient_tile.hpp detail/engine/backward.hpp detail/engine/bias_sums.hpp
     # What users call.
     pooling.hpp detail/engine/plan.hpp attention.hpp merge.hpp detail/engine/gradient_plan.hpp gradient.hpp cache_shape.hpp
-    quantize.hpp detail/context/cached_sequences.hpp detail/context/kept_tokens.hpp kv_cache.hpp kv_cache_file.hpp
+    quantize.hpp detail/context/step_observers.hpp detail/context/cached_sequences.hpp detail/context/kept_tokens.hpp kv_cache.hpp kv_cache_file.hpp
     # The textbook and the whole.
     reference_operands.hpp reference_pooling.hpp reference.hpp reference_gradient.hpp cca.hpp
     # The same across machines.

@@ -67,7 +67,7 @@ class Options(TypedDict, total=False):
     sink_tokens: int
     lookahead: int
     prefix: int
-    pool: Literal["last_query", "mean", "max", "select"]
+    pool: Literal["last_query", "mean", "max", "select", "select_by_mass"]
     core_heads: Literal["per_query_head", "per_kv_head"]
     core_bias: Literal["none", "entropy"]
     softmax_scale: float | None

@@ -173,7 +173,7 @@ for _name in ("cca_cache_attend", "cca_cache_append"):
 
 
 ENUMS = {
-    "pool": ("last_query", "mean", "max", "select"),
+    "pool": ("last_query", "mean", "max", "select", "select_by_mass"),
     "core_heads": ("per_query_head", "per_kv_head"),
     "core_bias": ("none", "entropy"),
     "unit": ("none", "best", "avx512_bf16", "amx", "vnni"),

@@ -56,7 +56,7 @@ cca_status cca_use(const char* architecture);
 #define CCA_UNLIMITED INT64_MAX
 
 /** `cca::pooling` */
-enum cca_pooling { CCA_POOL_LAST_QUERY, CCA_POOL_MEAN, CCA_POOL_MAX, CCA_POOL_SELECT };
+enum cca_pooling { CCA_POOL_LAST_QUERY, CCA_POOL_MEAN, CCA_POOL_MAX, CCA_POOL_SELECT, CCA_POOL_SELECT_BY_MASS };
 /** `cca::core_heads` */
 enum cca_core_heads { CCA_CORES_PER_QUERY_HEAD, CCA_CORES_PER_KV_HEAD };
 /** `cca::core_bias` */

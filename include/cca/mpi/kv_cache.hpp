@@ -54,7 +54,7 @@ class kv_cache : private detail::cache_share<Element, Core> {
 
   /// @param ranks  outlives the cache
   /// @param shape  its sequences grow together; without `rewind` and `capacity`
-  /// @param options  as for `cca::kv_cache`, without a matrix unit
+  /// @param options  as for `cca::kv_cache`, without a matrix unit and the pooling `select_by_mass`
   /// @param window_rank  who keeps the window
   /// @throws std::invalid_argument  on every rank, where one refuses its arguments or two differ
   kv_cache(const communicator& ranks, const cache_shape& shape, const cca::options& options, int window_rank = 0)
@@ -69,6 +69,7 @@ class kv_cache : private detail::cache_share<Element, Core> {
       if (window_rank < 0 || window_rank >= ranks.size())
         detail::refuse("window_rank", {window_rank}, {"one of ", ranks.size(), " ranks"});
       detail::require_options<Element>(options);
+      detail::require_unobserved(options);
       detail::require_grouping(options);
       detail::require_causal(options, "a cache does not know the tokens to come");
       detail::require_unset(options, &cca::options::first_position, "a cache knows its positions");

@@ -78,6 +78,13 @@ inline void require_no_workspace(const execution& run) {
            {"none: messages and halos are as large as the layout says"});
 }
 
+/// Groups are pooled where their last tokens are; later queries, which lie on other ranks, are not asked.
+inline void require_unobserved(const options& options) {
+  if (observes(options.pool))
+    refuse("options.pool", {option_text(options.pool)},
+           {"another pooling across ranks: the queries that select a token lie on several"});
+}
+
 /// The tokens of a call of attention, as far as one rank can tell, and its options.
 template <class Element, class Query, class Key, class Value, class Sink>
 void require_tokens(const context_parallel& over, const inputs<Query, Key, Value, Sink>& in, const options& options,
@@ -86,6 +93,7 @@ void require_tokens(const context_parallel& over, const inputs<Query, Key, Value
   require_layout(over);
   require_no_workspace(run);
   require_options<Element>(options);
+  require_unobserved(options);
   require_grouping(options);
   require_inputs(views);
   require_unset(options, &cca::options::first_position, "positions are those of the layout");
@@ -115,6 +123,7 @@ void require_pool(const context_parallel& over, const inputs<Query, Key, Value, 
   require_layout(over);
   require_no_workspace(run);
   require_options<Element>(options);
+  require_unobserved(options);
   cca::detail::require_pool(views, options);
   require_segments(over, views.query);
   require_segments(over, views.key);

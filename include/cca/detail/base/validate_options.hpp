@@ -88,7 +88,8 @@ inline void require_values(const options& options, double most) {
   const double largest = most / std::numbers::log2e;
   if (!(magnitude<double>(options.softmax_scale.value_or(0)) <= largest))
     refuse("options.softmax_scale", {option_text(options.softmax_scale)}, {"a finite number, at most ", largest});
-  if (options.core_bias != cca::core_bias::none && (options.pool == pooling::max || options.pool == pooling::select))
+  if (options.core_bias != cca::core_bias::none &&
+      (options.pool == pooling::max || options.pool == pooling::select || observes(options.pool)))
     refuse("options.core_bias", {option_text(options.core_bias)}, {"none: the pooling has no weights"});
   if (options.pool != pooling::last_query)
     require_unset(options, &options::pooling_scale, "of the poolings last_query alone has weights to sharpen");

@@ -13,9 +13,12 @@
 #include "../base/numbers.hpp"
 #include "../base/refuse.hpp"
 #include "../base/scratch.hpp"
+#include "../pool/observers.hpp"
+#include "../pool/observing.hpp"
 #include "../pool/pooler.hpp"
 #include "row_store.hpp"
 #include "source.hpp"
+#include "step_observers.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
@@ -33,6 +36,7 @@ struct cached_sequences {
     row_store<bias> biases;    // of the cores, keys of one element; of none where they have none
     row_store<Element> sinks;  // row t: sink token t, held for good
     ring raw;
+    row_ring<bias> observers;  // of every query head, by their numbers; none where the pooling asks none
   };
 
   cache_shape shape;  ///< its batch is that of `all`
@@ -52,10 +56,23 @@ struct cached_sequences {
     return sink_count(s.length) + range{s.oldest, s.length}.size();
   }
 
-  /// Complete groups among `length` tokens; without a window no query ever sees their cores.
+  /// Cores that are kept after `length` tokens: those of the complete groups, or where observers choose, of those that have
+  /// left the window of the next query. Without a window no query ever sees any.
   [[nodiscard]] std::int64_t group_count(std::int64_t length) const {
-    return options.window == unlimited ? 0 : partition().group_count(length);
+    if (options.window == unlimited) return 0;
+    return observes(options.pool) ? partition().core_count(length) : partition().group_count(length);
   }
+
+  /// @{
+  /// Of the observers: where they are; whether there are any; those held, of which some query or a rewind can have need;
+  /// the most of them.
+  [[nodiscard]] observer_grid grid() const { return observer_grid(options); }
+  [[nodiscard]] bool observed() const { return observes(options.pool) && pools(options); }
+  [[nodiscard]] range observers(const sequence& s) const {
+    return observed() ? grid().within({s.oldest, s.length}) : range{};
+  }
+  [[nodiscard]] std::int64_t observer_limit() const { return raw_limit() / grid().stride + 1; }
+  /// @}
 
   [[nodiscard]] sequence new_sequence() const {
     return {0,
@@ -63,7 +80,8 @@ struct cached_sequences {
             {core_heads, shape.dim, shape.value_dim},
             {core_heads, has_core_biases(options) ? 1 : 0, 0},
             {shape.kv_heads, shape.dim, shape.value_dim},
-            {shape.kv_heads, shape.dim, shape.value_dim, options.sink_tokens}};
+            {shape.kv_heads, shape.dim, shape.value_dim, options.sink_tokens},
+            {observed() ? shape.heads : 0, shape.dim, 2, 0}};
   }
 
   /// Empties a sequence; its memory stays.
@@ -101,6 +119,15 @@ struct cached_sequences {
     if (has_core_biases(options)) s.biases.reserve(cores, unlimited);
     s.sinks.reserve(sinks, options.sink_tokens);
     s.raw.reserve(raw, raw_limit());
+    if (observed()) s.observers.reserve(smaller(grid().count(length), observer_limit()), observer_limit());
+  }
+
+  /// Copies the rows `held` of a ring to one of the same capacity.
+  template <class Rows>
+  static void copy_held(const Rows& source, range held, Rows& target) {
+    const typename Rows::pieces at = source.find(held);
+    target.write(at.first, [&](std::int64_t h) { return source.rows(h, at.row); });
+    target.write(at.second, [&](std::int64_t h) { return source.rows(h, 0); });
   }
 
   /// Makes one sequence a copy of another.
@@ -114,31 +141,73 @@ struct cached_sequences {
       raw.reserve(source.raw.capacity(), source.raw.capacity());
       target.raw = std::move(raw);
     }
+    if (target.observers.capacity() != source.observers.capacity()) {
+      row_ring<bias> observers(source.observers.heads(), shape.dim, 2, 0);
+      observers.reserve(source.observers.capacity(), source.observers.capacity());
+      target.observers = std::move(observers);
+    }
     for (std::int64_t h = 0; h < core_heads; ++h) {
       target.cores.copy_rows(h, 0, source.cores.rows(h, 0), cores);
       target.biases.copy_rows(h, 0, source.biases.rows(h, 0), cores);
     }
     for (std::int64_t h = 0; h < shape.kv_heads; ++h) target.sinks.copy_rows(h, 0, source.sinks.rows(h, 0), sinks);
-    const typename ring::pieces held = source.raw.find({source.oldest, source.length});
-    target.raw.write(held.first, [&](std::int64_t h) { return source.raw.rows(h, held.row); });
-    target.raw.write(held.second, [&](std::int64_t h) { return source.raw.rows(h, 0); });
+    copy_held(source.raw, {source.oldest, source.length}, target.raw);
+    copy_held(source.observers, observers(source), target.observers);
     target.length = source.length;
     target.oldest = source.oldest;
   }
 
-  /// Pools the groups that the new tokens complete, from old rows and new ones.
+  /// Those of batch entry `b` of a step, of as many sequences and new tokens as its queries.
+  template <class T, class Query>
+  auto observers_of_step(const sequence& s, const tensor_view<Query>& query, std::int64_t b,
+                         const pool_memory<T>& memory) const {
+    return step_observers<T, bias, Query>{s.observers, grid(), s.length, query.sequence(b),
+                                          memory.sums + b * shape.heads * (query.length() / grid().stride + 1)};
+  }
+
+  /// Scratch of pooling what `count` sequences from `first` on have to pool as `new_tokens` come to each.
+  template <class T>
+  [[nodiscard]] pool_plan<T> plan_pooling(std::int64_t first, std::int64_t count, std::int64_t new_tokens,
+                                          const execution& run) const {
+    std::int64_t groups = 0, tasks = 1;  // of the sequence that has most
+    for (std::int64_t b = first; b < first + count; ++b)
+      groups = larger(groups, group_count(at(b).length + new_tokens) - group_count(at(b).length));
+    const std::int64_t observers = observed() ? new_tokens / grid().stride + 1 : 0;
+    if (pools(options))
+      tasks = larger(task_list::size(
+                         {1, true}, shape.kv_heads, [&](std::int64_t) { return groups; },
+                         [&](std::int64_t) { return groups_per_task(options.group_size); }),
+                     observing_tasks({1, true}, shape.heads, [&](std::int64_t) { return observers; }));
+    return {worker_count(run, tasks), group_rows<T>::size(shape.dim, shape.value_dim, !in_place<T, Element>), 0,
+            element_count<observer_sum<T>>(count, shape.heads, observers)};
+  }
+
+  /// Pools the groups that the new tokens complete, or that leave the window by them, from old rows and new ones.
   template <class T, class Query>
   void pool_new_groups(std::int64_t first, const tensor_view<Query>& query, const tokens& fresh, const execution& run,
                        const pool_memory<T>& memory) {
     if (!pools(options)) return;
     for (std::int64_t b = 0; b < query.batch(); ++b) {
       const sequence& s = at(first + b);
-      const auto absorb = [&](auto& pooler, std::int64_t, std::int64_t h, range group) {
-        const typename ring::pieces old = s.raw.find(intersection(group, {0, s.length}));
-        pooler.absorb(s.raw.rows(h, old.row), {0, old.first.size()});
-        pooler.absorb(s.raw.rows(h, 0), {0, old.second.size()});
-        pooler.absorb(rows_of(fresh, b, h), shifted(intersection(group, {s.length, group.end}), -s.length));
+      const auto absorb = [&](auto& to, std::int64_t, std::int64_t h, range rows) {
+        to.absorb(s.sinks.rows(h, 0), intersection(rows, {0, sink_count(s.length)}));
+        const typename ring::pieces old = s.raw.find(intersection(rows, {sink_count(s.length), s.length}));
+        to.absorb(s.raw.rows(h, old.row), {0, old.first.size()});
+        to.absorb(s.raw.rows(h, 0), {0, old.second.size()});
+        to.absorb(rows_of(fresh, b, h), shifted(intersection(rows, {s.length, rows.end}), -s.length));
       };
+      const auto observers = observers_of_step(s, query, b, memory);
+      if (observed())
+        observe<T>(
+            {1, true}, shape.heads, shape.kv_heads, [&](std::int64_t) { return observers.fresh(); }, options, observers,
+            absorb, run, memory.workers.workers(), memory.table,
+            [&](std::int64_t worker) {
+              return group_rows<T>(memory.workers[worker], shape.dim, shape.value_dim,
+                                   pooling_rule<T>(options, shape.dim));
+            },
+            [&](std::int64_t, std::int64_t h, std::int64_t i, const observer_sum<T>& sum) {
+              observers.fresh_sum(h, i) = sum;
+            });
       const auto last = [&](std::int64_t, std::int64_t h, std::int64_t token) {
         return query.row(b, h, token - s.length);
       };
@@ -150,8 +219,14 @@ struct cached_sequences {
       const range groups{group_count(s.length), group_count(s.length + query.length())};
       pool_groups<T>(
           {{1, true}, shape.heads, shape.kv_heads, core_heads}, [&](std::int64_t) { return groups; }, shape.dim,
-          shape.value_dim, options, absorb, last, core, run, memory);
+          shape.value_dim, options, absorb, last, core, run, memory, observers_ref<T>(observers));
     }
+  }
+
+  /// Takes over the new observers of batch entry `b`, before the length changes.
+  template <class T, class Query>
+  void keep_observers(sequence& s, const tensor_view<Query>& query, std::int64_t b, const pool_memory<T>& memory) const {
+    if (observed()) observers_of_step(s, query, b, memory).keep(s.observers);
   }
 
   /// Takes over the new sink tokens of batch entry `b` of the views. They count when the length says so: queries are

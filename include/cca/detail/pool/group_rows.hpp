@@ -8,6 +8,7 @@
 #include "../context/source.hpp"
 #include "../simd/dot.hpp"
 #include "../softmax/score_rule.hpp"
+#include "observers.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
@@ -43,13 +44,14 @@ struct core_row {
 };
 
 /// What a pooling works with, a view of a worker's scratch memory: the mean query and its gradient, a core, its gradient,
-/// scores of a block of rows, and the block where it is converted. Every row is read once on the way there, twice on the
+/// scores of a block of rows, room for observers, and the block where it is converted. Every row is read once on the way there, twice on the
 /// way back: that is bound by reading `group_size * (dim + value_dim)` elements.
 template <class T>
 class group_rows {
  public:
   static constexpr std::int64_t size(std::int64_t dim, std::int64_t value_dim, bool staged) {
-    return 4 * padded<T>(dim) + 2 * padded<T>(value_dim) + 2 * row_block + (staged ? row_block * (dim + value_dim) : 0);
+    return 4 * padded<T>(dim) + 2 * padded<T>(value_dim) + 2 * row_block + observer_rows<T>::size(dim) +
+           (staged ? row_block * (dim + value_dim) : 0);
   }
 
   group_rows(T* scratch, std::int64_t key_size, std::int64_t value_size, const score_rule<T>& by)
@@ -62,7 +64,8 @@ class group_rows {
         grad_core{core.key + padded<T>(dim), core.value + padded<T>(value_dim)},
         weights(grad_core.value + padded<T>(value_dim)),
         grad_weights(weights + row_block),
-        staged_keys_(grad_weights + row_block),
+        observer(grad_weights + row_block, dim),
+        staged_keys_(grad_weights + row_block + observer_rows<T>::size(dim)),
         staged_values_(staged_keys_ + row_block * dim) {}
 
   void clear() { fill(query, weights, T(0)); }
@@ -103,6 +106,8 @@ class group_rows {
   T *query, *grad_query;
   core_row<T> core, grad_core;
   T *weights, *grad_weights;
+  observer_rows<T> observer;
+  group_observers<T> observers{};  ///< of the group, for a pooling that asks them
   bool with_entropy = false;  ///< of the weights: whether it is asked for
   T grad_bias = T(0);         ///< its gradient
 
