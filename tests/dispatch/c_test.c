@@ -713,7 +713,7 @@ typedef struct q8_rows {
 } q8_rows;
 
 static void fill_q8(q8_rows* rows, unsigned seed) {
-  for (int i = 0; i < 2 * Q_N; ++i) rows->scales[i] = i % 2 == 0 ? (i % 4 == 0 ? 0.0078125f : 0.015625f) : NAN;
+  for (int i = 0; i < 2 * Q_N; ++i) rows->scales[i] = i % 2 == 0 ? ldexpf(1, -9 + (int)(((unsigned)i / 2 + seed) % 4)) : NAN;
   for (int i = 0; i < Q_N * Q_D; ++i) {
     seed = seed * 1664525u + 1013904223u;
     rows->elements[i] = (int8_t)((int)(seed >> 24) - 128);
