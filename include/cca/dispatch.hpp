@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "call.hpp"
@@ -16,10 +17,13 @@
 /// The functions of the library for the processor that the program runs on, whatever it was compiled for: link
 /// `cca::dispatch`, and `cca::attention` becomes `cca::dispatch::attention`. Parameters, results and errors are those of
 /// the function of the same name in `cca`; operands and outputs of a call have elements of one type: float, double,
-/// `Eigen::bfloat16` or `Eigen::half`. There are caches of these, and of `q8`. (Matrix units are found at run time with the headers alone, too.)
+/// `Eigen::bfloat16` or `Eigen::half`. Beside queries and outputs of float, keys and values of `attention` and `attend` may be
+/// of `q8`, and so may far ones. There are caches of these, and of `q8`. (Matrix units are found at run time with the headers
+/// alone, too.)
 namespace cca { inline namespace CCA_TARGET { namespace dispatch {
 
 using detail::call;
+using plain::forward_functions;
 using plain::functions;
 
 /// Results that a function reads.
@@ -47,9 +51,9 @@ inline void use(std::string_view architecture) { plain::choose(architecture); }
 
 /// @{
 /// See `cca::attention`.
-template <class T = float>
-void attention(const inputs<T>& in, const results<T>& to, const options& options = {}, const execution& run = {}) {
-  call(&functions<T>::attention, in, to, options, run);
+template <class T = float, class Row = T>
+void attention(const inputs<T, Row>& in, const results<T>& to, const options& options = {}, const execution& run = {}) {
+  call(&forward_functions<T, Row>::attention, in, to, options, run);
 }
 template <detail::not_inputs Query, class Key, class Value, class T>
 void attention(const Query& query, const Key& key, const Value& value, const tensor_view<T>& out,
@@ -60,10 +64,10 @@ void attention(const Query& query, const Key& key, const Value& value, const ten
 /// @}
 
 /// See `cca::attend`.
-template <class T = float>
-void attend(const inputs<T>& in, const far_context<T>& context, const results<T>& to, const options& options = {},
-            const execution& run = {}) {
-  call(&functions<T>::attend, in, context, to, options, run);
+template <class T = float, class Row = T, class Far = Row>
+void attend(const inputs<T, Row>& in, const far_context<Far>& context, const results<T>& to,
+            const options& options = {}, const execution& run = {}) {
+  call(&forward_functions<T, Row, Far>::attend, in, context, to, options, run);
 }
 
 /// @{
@@ -88,16 +92,26 @@ void merge(const read<T>& first, const read<T>& second, const results<T>& whole,
 
 /// @{
 /// See `cca::workspace_size`.
-template <class T = float>
-[[nodiscard]] std::size_t workspace_size(const inputs<T>& in, const options& options = {}, const execution& run = {}) {
-  return call(&functions<T>::workspace_size, in, options, run);
+template <class T = float, class Row = T>
+[[nodiscard]] std::size_t workspace_size(const inputs<T, Row>& in, const options& options = {},
+                                         const execution& run = {}) {
+  return call(&forward_functions<T, Row>::workspace_size, in, options, run);
 }
-template <class T = float>
-[[nodiscard]] std::size_t workspace_size(const inputs<T>& in, const far_context<T>& context,
+template <class T = float, class Row = T, class Far = Row>
+[[nodiscard]] std::size_t workspace_size(const inputs<T, Row>& in, const far_context<Far>& context,
                                          const options& options = {}, const execution& run = {}) {
-  return call(&functions<T>::attend_workspace_size, in, context, options, run);
+  return call(&forward_functions<T, Row, Far>::attend_workspace_size, in, context, options, run);
 }
 /// @}
+
+/// See `cca::quantize`.
+template <class T>
+void quantize(const tensor_view<T>& rows, const tensor_view<q8>& to, const lse_view<float>& scales,
+              const execution& run = {}) {
+  using number = std::remove_const_t<T>;
+  detail::kernels<number>().calls.quantize(detail::to_plain(tensor_view<const number>(rows)), detail::to_plain(to),
+                                           detail::to_plain(scales), detail::to_plain(run));
+}
 
 /// See `cca::attention_gradient`.
 template <class T = float>

@@ -56,7 +56,7 @@ enum class matrix_unit {
   best,         ///< the fastest for the operands but `vnni`, which for floats and doubles is `none`; see `best_unit`
   avx512_bf16,  ///< for bfloat16
   amx,          ///< tiles, for bfloat16, and on processors that have them for half
-  vnni          ///< four products of 8 bits at a time (AVX-512 VNNI): for float, bfloat16 and half, forward only
+  vnni  ///< four products of 8 bits at a time (AVX-512 VNNI or AVX-VNNI): for float, bfloat16 and half, forward only
 };
 
 namespace detail {

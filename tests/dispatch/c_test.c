@@ -705,6 +705,141 @@ static void test_elements(void) {
   EXPECT(cca_attention(&call) == CCA_OK);
 }
 
+/* Rows of int8, whose scales are powers of two: their numbers are float32, and so are the results, to the bit. */
+enum { Q_N = 13, Q_D = 6 };
+typedef struct q8_rows {
+  int8_t elements[Q_N * Q_D];
+  float scales[2 * Q_N], numbers[Q_N * Q_D]; /* every second scale is a row's */
+} q8_rows;
+
+static void fill_q8(q8_rows* rows, unsigned seed) {
+  for (int i = 0; i < 2 * Q_N; ++i) rows->scales[i] = i % 2 == 0 ? ldexpf(1, -9 + (int)(((unsigned)i / 2 + seed) % 4)) : NAN;
+  for (int i = 0; i < Q_N * Q_D; ++i) {
+    seed = seed * 1664525u + 1013904223u;
+    rows->elements[i] = (int8_t)((int)(seed >> 24) - 128);
+    rows->numbers[i] = (float)rows->elements[i] * rows->scales[2 * (i / Q_D)];
+  }
+}
+
+static DLTensor tensor_of(void* data, int code, int bits, int ndim, int64_t* shape, int64_t* strides) {
+  DLTensor t = {.data = data, .device = {kDLCPU, 0}, .ndim = ndim, .shape = shape, .strides = strides};
+  t.dtype = (DLDataType){(uint8_t)code, (uint8_t)bits, 1};
+  return t;
+}
+
+static void test_rows_of_8_bits(void) {
+  static q8_rows rows[4]; /* key, value, far key, far value */
+  int64_t extents[4] = {1, 1, Q_N, Q_D}, of_rows[3] = {1, 1, Q_N}, second[3] = {2 * Q_N, 2 * Q_N, 2};
+  float query[Q_N * Q_D], out[2][Q_N * Q_D], lse[2][Q_N];
+  int64_t seen[Q_N];
+  for (int i = 0; i < Q_N * Q_D; ++i) query[i] = (float)(i % 7 - 3) / 4;
+  for (int i = 0; i < Q_N; ++i) seen[i] = i / 2;
+  DLTensor q = tensor_of(query, kDLFloat, 32, 4, extents, NULL), s = tensor_of(seen, kDLInt, 64, 3, of_rows, NULL);
+  DLTensor elements[4], numbers[4], scales[4], outs_of[2], lse_of[2];
+  for (int i = 0; i < 4; ++i) {
+    fill_q8(&rows[i], (unsigned)i + 1);
+    elements[i] = tensor_of(rows[i].elements, kDLInt, 8, 4, extents, NULL);
+    numbers[i] = tensor_of(rows[i].numbers, kDLFloat, 32, 4, extents, NULL);
+    scales[i] = tensor_of(rows[i].scales, kDLFloat, 32, 3, of_rows, second);
+  }
+  for (int i = 0; i < 2; ++i) {
+    outs_of[i] = tensor_of(out[i], kDLFloat, 32, 4, extents, NULL);
+    lse_of[i] = tensor_of(lse[i], kDLFloat, 32, 3, of_rows, NULL);
+  }
+  cca_options options = CCA_OPTIONS;
+  options.window = 5;
+  for (int far_rows = 0; far_rows < 2; ++far_rows)
+    for (int in_bytes = 1; in_bytes < (far_rows ? 4 : 2); ++in_bytes) { /* bit 0: tokens, bit 1: far rows */
+      for (int way = 0; way < 2; ++way) {
+        const int tokens = way == 1 && (in_bytes & 1), far = way == 1 && (in_bytes & 2);
+        cca_call call = {.struct_size = sizeof call, .query = &q, .options = &options};
+        call.out = &outs_of[way];
+        call.lse = &lse_of[way];
+        call.key = tokens ? &elements[0] : &numbers[0];
+        call.value = tokens ? &elements[1] : &numbers[1];
+        if (tokens) call.key_scales = &scales[0], call.value_scales = &scales[1];
+        if (far_rows) {
+          call.seen = &s;
+          call.far_key = far ? &elements[2] : &numbers[2];
+          call.far_value = far ? &elements[3] : &numbers[3];
+          if (far) call.far_key_scales = &scales[2], call.far_value_scales = &scales[3];
+        }
+        size_t bytes = 0;
+        EXPECT(cca_workspace_size(&call, &bytes) == CCA_OK && bytes > 0);
+        call.workspace = malloc(bytes);
+        call.workspace_size = bytes;
+        EXPECT((far_rows ? cca_attend(&call) : cca_attention(&call)) == CCA_OK);
+        free(call.workspace);
+      }
+      EXPECT(memcmp(out[0], out[1], sizeof out[0]) == 0 && memcmp(lse[0], lse[1], sizeof lse[0]) == 0);
+    }
+
+  const struct {
+    const char* text;
+    int change;
+  } refusals[] = {{"cca: key_scales: got none", 0},
+                  {"cca: value_scales: got [", 1},
+                  {"cca: value: got float32, wants int8", 2},
+                  {"cca: far_key_scales: got a tensor, wants none", 3},
+                  {"cca: key_scales: got a tensor, wants none", 4},
+                  {"cca: key: got int8, wants float64", 5},
+                  {"cca: query: got int8", 6},
+                  {"cca: key_scales: got float64, wants float32", 7}};
+  for (size_t i = 0; i < sizeof refusals / sizeof *refusals; ++i) {
+    int64_t fewer[3] = {1, 1, Q_N - 1};
+    DLTensor short_scales = tensor_of(rows[1].scales, kDLFloat, 32, 3, fewer, second);
+    DLTensor doubles = tensor_of(query, kDLFloat, 64, 4, extents, NULL);
+    DLTensor wide_scales = tensor_of(rows[0].scales, kDLFloat, 64, 3, of_rows, NULL);
+    cca_call call = {.struct_size = sizeof call, .query = &q, .key = &elements[0], .value = &elements[1],
+                     .out = &outs_of[0], .key_scales = &scales[0], .value_scales = &scales[1]};
+    switch (refusals[i].change) {
+      case 0: call.key_scales = NULL; break;
+      case 1: call.value_scales = &short_scales; break;
+      case 2: call.value = &numbers[1]; break;
+      case 3: call.far_key_scales = &scales[2]; break;
+      case 4: call.key = &numbers[0], call.value = &numbers[1]; break;
+      case 5: call.query = &doubles; break;
+      case 6: call.query = &elements[2]; break;
+      default: call.key_scales = &wide_scales;
+    }
+    EXPECT(cca_attention(&call) == CCA_INVALID_ARGUMENT);
+    EXPECT(strncmp(cca_error(), refusals[i].text, strlen(refusals[i].text)) == 0);
+  }
+
+  /* What is rounded is what a cache keeps: of the rounded numbers it answers the same. */
+  static q8_rows made;
+  for (int i = 0; i < Q_N * Q_D; ++i) made.numbers[i] = (float)(i * 37 % 101 - 50) / 9;
+  DLTensor from = tensor_of(made.numbers, kDLFloat, 32, 4, extents, NULL);
+  DLTensor to = tensor_of(made.elements, kDLInt, 8, 4, extents, NULL);
+  DLTensor to_scales = tensor_of(made.scales, kDLFloat, 32, 3, of_rows, NULL);
+  EXPECT(cca_quantize(&from, &to, &to_scales) == CCA_OK);
+  float rounded[Q_N * Q_D];
+  int largest = 0;
+  for (int i = 0; i < Q_N * Q_D; ++i) {
+    rounded[i] = (float)made.elements[i] * made.scales[i / Q_D];
+    EXPECT(fabsf(rounded[i] - made.numbers[i]) <= 0.501f * made.scales[i / Q_D]);
+    if (abs(made.elements[i]) > largest) largest = abs(made.elements[i]);
+  }
+  EXPECT(largest == 127);
+  EXPECT(cca_quantize(&from, &from, &to_scales) == CCA_INVALID_ARGUMENT);
+  EXPECT(strcmp(cca_error(), "cca: to: got float32, wants int8") == 0);
+  EXPECT(cca_quantize(NULL, &to, &to_scales) == CCA_INVALID_ARGUMENT);
+  DLTensor again = tensor_of(rounded, kDLFloat, 32, 4, extents, NULL);
+  const DLTensor* tokens[2] = {&from, &again};
+  for (int way = 0; way < 2; ++way) {
+    cca_cache_shape shape = {.struct_size = sizeof shape, .batch = 1, .heads = 1, .kv_heads = 1, .dim = Q_D};
+    cca_cache* cache = NULL;
+    EXPECT(cca_cache_make(&cache, &shape, to.dtype, NULL) == CCA_OK);
+    cca_call call = {.struct_size = sizeof call, .query = &q, .key = tokens[way], .value = tokens[way],
+                     .out = &outs_of[way]};
+    EXPECT(cca_cache_attend(cache, CCA_ALL_SEQUENCES, &call) == CCA_OK);
+    size_t held = 0, allocated = 0;
+    EXPECT(cca_cache_get_bytes(cache, &held, &allocated) == CCA_OK && held < sizeof rounded);
+    cca_cache_free(cache);
+  }
+  for (int i = 0; i < Q_N * Q_D; ++i) EXPECT(fabsf(out[0][i] - out[1][i]) < 1e-5f);
+}
+
 int main(void) {
   test_against_textbook();
   test_threads_and_workspace();
@@ -715,6 +850,7 @@ int main(void) {
   test_cache();
   test_options();
   test_refusals();
+  test_rows_of_8_bits();
   test_elements();
   free_all();
   printf("%s, %s: %d failures\n", cca_version(), cca_architecture(), failures);

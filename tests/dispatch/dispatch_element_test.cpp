@@ -2,7 +2,12 @@
 // numbers give through it. (dispatch_test.cpp compares those with the program's own kernels.)
 
 #include <cca/dispatch.hpp>
+#include <cca/quantize.hpp>
+#include <cmath>
+#include <initializer_list>
 #include <sstream>
+#include <stdexcept>
+#include <string>
 
 #include "support.hpp"
 
@@ -218,9 +223,162 @@ TYPED_TEST(DispatchElement, TakesMatrixUnits) {
   if (!present) GTEST_SKIP() << "no unit for such elements here";
 }
 
+/// Rows of 8 bits with scales, powers of two, laid out in any way, and the floats that they are.
+struct rows_of_8_bits {
+  tensor<q8> elements;
+  tensor<float, 3> scales;
+  tensor<float> floats;
+
+  rows_of_8_bits(const std::array<std::int64_t, 4>& e, random_engine& random)
+      : elements(e, random_operand_layout(random)), scales({e[0], e[1], e[2]}, random_operand_layout(random)), floats(e) {
+    elements.generate([&] { return static_cast<q8>(draw(random, -128, 127)); });
+    scales.generate([&] { return std::ldexp(1.0f, static_cast<int>(draw(random, -9, -6))); });
+    for_each_row(floats.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+      for (std::int64_t d = 0; d < e[3]; ++d)
+        floats.row(b, h, i)[d] = static_cast<float>(elements.row(b, h, i)[d]) * *scales.row(b, h, i);
+    });
+  }
+};
+
+/// Runs tests on every architecture.
+class DispatchEverywhere : public testing::Test {
+ protected:
+  void TearDown() override { dispatch::use(before_); }
+
+  template <class Test>
+  void on_each_architecture(const Test& test) const {
+    for (const std::string_view name : dispatch::architectures()) {
+      SCOPED_TRACE(name);
+      dispatch::use(name);
+      test();
+    }
+  }
+
+  random_engine random{2};
+
+ private:
+  std::string_view before_ = dispatch::architecture();
+};
+using DispatchRowsOf8Bits = DispatchEverywhere;
+using DispatchIntegers = DispatchEverywhere;
+
+/// Operands of a call with far context, keys and far rows in 8 bits or as floats.
+struct operands_of_8_bits {
+  sizes s = example_sizes;
+  tensor<float> query;
+  rows_of_8_bits key, value, far_key, far_value;
+  tensor<std::int64_t, 3> seen{{s.batch, s.heads, s.queries}};
+
+  explicit operands_of_8_bits(random_engine& random)
+      : query({s.batch, s.heads, s.queries, s.dim}),
+        key({s.batch, s.kv_heads, s.keys, s.dim}, random),
+        value({s.batch, s.kv_heads, s.keys, s.value_dim}, random),
+        far_key({s.batch, s.kv_heads, 9, s.dim}, random),
+        far_value({s.batch, s.kv_heads, 9, s.value_dim}, random) {
+    query.randomize(random);
+    seen.fill(5);
+  }
+
+  [[nodiscard]] inputs<float> floats() const { return {query.view(), key.floats.view(), value.floats.view()}; }
+  [[nodiscard]] inputs<float, q8> rows() const {
+    return {.query = query.view(),
+            .key = key.elements.view(),
+            .value = value.elements.view(),
+            .key_scales = key.scales.view(),
+            .value_scales = value.scales.view()};
+  }
+  [[nodiscard]] far_context<float> far_floats() const {
+    return {far_key.floats.view(), far_value.floats.view(), seen.view()};
+  }
+  [[nodiscard]] far_context<q8> far_rows() const {
+    return {.key = far_key.elements.view(),
+            .value = far_value.elements.view(),
+            .seen = seen.view(),
+            .key_scales = far_key.scales.view(),
+            .value_scales = far_value.scales.view()};
+  }
+};
+
+/// What a call is refused with.
+template <class F>
+std::string refusal_of(const F& f) {
+  try {
+    f();
+  } catch (const std::invalid_argument& e) {
+    return e.what();
+  }
+  return "nothing";
+}
+
+/// Of all queries, by a workspace of the size that the call says.
+template <class Call>
+cca::test::results<float> answers(const sizes& s, const Call& call) {
+  return collect<float>(
+      s, [&](tensor_view<float> out, lse_view<float> lse) { call(cca::results<float>{out, lse}); });
+}
+
+TEST_F(DispatchRowsOf8Bits, ViewsGiveWhatFloatsGive) {
+  operands_of_8_bits o(random);
+  const auto attention_of = [&](const auto& in, const options& options) {
+    return answers(o.s, [&](const cca::results<float>& to) {
+      std::vector<std::byte> workspace(dispatch::workspace_size(in, options));
+      dispatch::attention(in, to, options, {serial_executor{}, workspace});
+    });
+  };
+  const auto attend_of = [&](const auto& in, const auto& context, const options& options) {
+    return answers(o.s, [&](const cca::results<float>& to) {
+      std::vector<std::byte> workspace(dispatch::workspace_size(in, context, options));
+      dispatch::attend(in, context, to, options, {serial_executor{}, workspace});
+    });
+  };
+  on_each_architecture([&] {
+    for (const options& options : {example_options, {.window = 7}, {}})
+      EXPECT_TRUE(same_bits(attention_of(o.rows(), options), attention_of(o.floats(), options)));
+    const options raw{.window = 7};
+    const auto want = attend_of(o.floats(), o.far_floats(), raw);
+    EXPECT_TRUE(same_bits(attend_of(o.rows(), o.far_rows(), raw), want));
+    EXPECT_TRUE(same_bits(attend_of(o.floats(), o.far_rows(), raw), want));
+    EXPECT_TRUE(same_bits(attend_of(o.rows(), o.far_floats(), raw), want));
+  });
+}
+
+TEST_F(DispatchRowsOf8Bits, AreRefusedWithoutTheirScales) {
+  const operands_of_8_bits o(random);
+  tensor<float> out({o.s.batch, o.s.heads, o.s.queries, o.s.value_dim});
+  on_each_architecture([&] {
+    inputs<float, q8> in = o.rows();
+    in.key_scales = {};
+    EXPECT_EQ(refusal_of([&] { dispatch::attention(in, cca::results<float>{out.view()}); })
+                  .find("cca: key_scales: got none, wants a scale for each row of key"),
+              0U);
+    far_context<q8> context = o.far_rows();
+    context.value_scales.extent[2] = 8;
+    EXPECT_EQ(refusal_of([&] { dispatch::attend(o.floats(), context, cca::results<float>{out.view()}); })
+                  .find("cca: far.value_scales: got ["),
+              0U);
+  });
+}
+
+TEST_F(DispatchRowsOf8Bits, AreRoundedAsByTheHeaders) {
+  tensor<float> rows({2, 3, 5, 37}, random_operand_layout(random));
+  rows.randomize(random);
+  rows.row(0, 1, 2)[3] = std::numeric_limits<float>::infinity();
+  tensor<q8> want({2, 3, 5, 37}), got({2, 3, 5, 37});
+  tensor<float, 3> want_scales({2, 3, 5}), scales({2, 3, 5});
+  quantize(rows.view(), want.view(), want_scales.view());
+  on_each_architecture([&] {
+    got.fill(77);
+    dispatch::quantize(rows.view(), got.view(), scales.view());
+    EXPECT_TRUE(same_bits(scales.view(), want_scales.view()));
+    for_each_row(got.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+      EXPECT_TRUE(std::equal(got.row(b, h, i), got.row(b, h, i) + 37, want.row(b, h, i)));
+    });
+    EXPECT_THROW(dispatch::quantize(rows.view(), got.view(), scales.view().slice(0, 4)), std::invalid_argument);
+  });
+}
+
 /// Tokens that 8 bits hold: whole numbers up to 127, which every row has, times a power of two.
-TEST(DispatchRowsOf8Bits, GiveWhatFloatsGive) {
-  random_engine random(2);
+TEST_F(DispatchRowsOf8Bits, GiveWhatFloatsGive) {
   const sizes s = example_sizes;
   const auto exact_rows = [&](std::int64_t dim) {
     tensor<float> rows({s.batch, s.kv_heads, s.keys, dim});
@@ -236,10 +394,7 @@ TEST(DispatchRowsOf8Bits, GiveWhatFloatsGive) {
   query.randomize(random);
   const cache_shape shape{
       .batch = s.batch, .heads = s.heads, .kv_heads = s.kv_heads, .dim = s.dim, .value_dim = s.value_dim};
-  const std::string_view before = dispatch::architecture();
-  for (const std::string_view name : dispatch::architectures()) {
-    SCOPED_TRACE(name);
-    dispatch::use(name);
+  on_each_architecture([&] {
     const auto answers = [&](auto cache) {
       tensor<float> out({s.batch, s.heads, s.queries, s.value_dim});
       for (const range part : {range{0, 40}, range{40, 41}, range{41, 53}})  // a tile, a lone query, and few
@@ -251,8 +406,75 @@ TEST(DispatchRowsOf8Bits, GiveWhatFloatsGive) {
     const auto got = answers(dispatch::kv_cache<q8>(shape, window)),
                want = answers(dispatch::kv_cache<float>(shape, window));
     EXPECT_TRUE(same_bits(got.view(), want.view()));
-  }
-  dispatch::use(before);
+  });
+}
+
+/// Integers, with each of what shapes or shifts scores: near the results of floats on every architecture, of operands of any
+/// type and of rows of 8 bits; and not those of floats themselves. A cache takes them for its prompt.
+TEST_F(DispatchIntegers, AreNearFloats) {
+  if (!detail::has_unit<float>(matrix_unit::vnni)) GTEST_SKIP() << "no VNNI";
+  const operands_of_8_bits o(random);
+  const both<Eigen::bfloat16> query({2, 4, 53, 19}, random), key({2, 2, 53, 19}, random), value({2, 2, 53, 21}, random);
+  const auto with_unit = [](options options) {
+    options.unit = matrix_unit::vnni;
+    return options;
+  };
+  const auto near_floats = [&](const auto& attend, const options& options) {
+    const auto want = answers(o.s, [&](const auto& to) { attend(to, options); }),
+               got = answers(o.s, [&](const auto& to) { attend(to, with_unit(options)); });
+    double error = 0, size = 0;
+    for_each_row(want.out.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+      EXPECT_NEAR(*got.lse.row(b, h, i), *want.lse.row(b, h, i), 0.15);
+      for (std::int64_t d = 0; d < o.s.value_dim; ++d) {
+        const double expected = want.out.row(b, h, i)[d], difference = got.out.row(b, h, i)[d] - expected;
+        error += difference * difference;
+        size += expected * expected;
+      }
+    });
+    EXPECT_GT(error, 0);
+    EXPECT_LT(std::sqrt(error / size), 0.03);
+  };
+  tensor<float, 3> sinks({1, o.s.heads, 1}), slopes({1, o.s.heads, 1}), bias({1, 1, o.s.keys});
+  sinks.fill(0.5f);
+  slopes.fill(0.1f);
+  bias.randomize(random, 1);
+  on_each_architecture([&] {
+    for (const options& options : std::initializer_list<cca::options>{
+             {}, {.window = 20}, {.window = 9, .sink_tokens = 5}, {.lookahead = 7}, {.prefix = 11}, {.softcap = 2},
+             {.group_size = 4, .window = 20}, {.group_size = 4, .window = 20, .core_bias = core_bias::entropy},
+             {.group_size = 4, .window = 20, .core_heads = core_heads::per_kv_head, .softcap = 2}}) {
+      SCOPED_TRACE(describe(options));
+      near_floats([&](const auto& to, const auto& options_of) { dispatch::attention(o.rows(), to, options_of); },
+                  options);
+      near_floats([&](const auto& to, const auto& options_of) { dispatch::attention(o.floats(), to, options_of); },
+                  options);
+      inputs<float> shifted = o.floats();
+      shifted.sink_logits = sinks.view();
+      shifted.alibi_slopes = slopes.view();
+      if (options.group_size == 0) shifted.key_bias = bias.view();
+      near_floats([&](const auto& to, const auto& options_of) { dispatch::attention(shifted, to, options_of); },
+                  options);
+      near_floats(
+          [&](const auto& to, const auto& options_of) {
+            tensor<Eigen::bfloat16> out({2, 4, 53, 21});
+            dispatch::attention(inputs{query.elements.view(), key.elements.view(), value.elements.view()},
+                                cca::results{out.view(), to.lse}, options_of);
+            for_each_row(to.out, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+              std::transform(out.row(b, h, i), out.row(b, h, i) + 21, to.out.row(b, h, i),
+                             [](Eigen::bfloat16 x) { return static_cast<float>(x); });
+            });
+          },
+          options);
+    }
+    near_floats([&](const auto& to, const auto& options) { dispatch::attend(o.rows(), o.far_rows(), to, options); },
+                {.window = 7});
+    near_floats(
+        [&](const auto& to, const auto& options) {
+          dispatch::kv_cache<q8> cache({.batch = 2, .heads = 4, .kv_heads = 2, .dim = 19, .value_dim = 21}, options);
+          cache.attend(o.floats(), to);
+        },
+        {.window = 20});
+  });
 }
 
 }}  // namespace cca::test

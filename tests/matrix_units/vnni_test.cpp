@@ -8,6 +8,7 @@
 #include <cca/gradient.hpp>
 #include <cca/kv_cache.hpp>
 #include <cca/kv_cache_file.hpp>
+#include <cstdlib>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -23,6 +24,13 @@ using cca::test::results;
 using Eigen::bfloat16, Eigen::half;
 
 constexpr matrix_unit vnni = matrix_unit::vnni;
+
+/// With CCA_TEST_AVX_VNNI in the environment all of this is tested with registers of 256 bits.
+[[maybe_unused]] const bool in_half_registers = [] {
+  if (std::getenv("CCA_TEST_AVX_VNNI") == nullptr) return false;
+  detail::present_units().avx512_vnni = false;
+  return true;
+}();
 
 // ------------------------------------------------------------------------------------------------- the textbook, 8 bits
 
@@ -382,6 +390,49 @@ TYPED_TEST(VnniTest, Zeros) {
       rules.add(c);
     }
   rules.expect();
+}
+
+/// Rows of 8 bits with scales of any sign, 0 among them, are to the bit the floats that they stand for. A scale that is NaN
+/// reaches those who see its row.
+TEST(VnniRowsOf8Bits, AreTheFloatsThatTheyStandFor) {
+  if (!detail::has_unit<float>(vnni)) GTEST_SKIP() << "no VNNI";
+  random_engine random(11);
+  const std::int64_t length = 130, heads = 2, dim = 33, value_dim = 20;
+  tensor<float> query({1, heads, length, dim}), key({1, 1, length, dim}), value({1, 1, length, value_dim});
+  tensor<q8> key8({1, 1, length, dim}), value8({1, 1, length, value_dim});
+  tensor<float, 3> key_scales({1, 1, length}), value_scales({1, 1, length});
+  query.randomize(random);
+  const auto convert = [&](tensor<q8>& from, tensor<float, 3>& scales, tensor<float>& to) {
+    for (std::int64_t j = 0; j < length; ++j)
+      for (std::int64_t d = 0; d < to.view().dim(); ++d)
+        to.row(0, 0, j)[d] = static_cast<float>(from.row(0, 0, j)[d]) * *scales.row(0, 0, j);
+  };
+  const auto attention_of = [&](const auto& in) {
+    return collect<float>({.heads = heads, .queries = length, .keys = length, .dim = dim, .value_dim = value_dim},
+                          [&](tensor_view<float> out, lse_view<float> lse) {
+                            attention(in, cca::results<float>{out, lse}, {.window = 40, .unit = vnni});
+                          });
+  };
+  for (const bool is_nan : {false, true}) {
+    for (auto* of : {&key8, &value8}) of->generate([&] { return static_cast<q8>(draw(random, -128, 127)); });
+    for (auto* of : {&key_scales, &value_scales})
+      of->generate([&] { return static_cast<float>(draw(random, -4, 4)) * 0.004f; });
+    if (is_nan) *key_scales.row(0, 0, 50) = *value_scales.row(0, 0, 70) = std::numeric_limits<float>::quiet_NaN();
+    convert(key8, key_scales, key);
+    convert(value8, value_scales, value);
+    const results<float> want = attention_of(inputs<float>{query.view(), key.view(), value.view()});
+    const results<float> got = attention_of(inputs<float, q8>{.query = query.view(),
+                                                              .key = key8.view(),
+                                                              .value = value8.view(),
+                                                              .key_scales = key_scales.view(),
+                                                              .value_scales = value_scales.view()});
+    for (std::int64_t i = 0; i < length; ++i)
+      for (std::int64_t d = 0; d < value_dim; ++d) {
+        const float x = got.out.row(0, 1, i)[d], y = want.out.row(0, 1, i)[d];
+        ASSERT_TRUE(same_bits(x, y) || (std::isnan(x) && std::isnan(y))) << i << " " << d;
+        ASSERT_EQ(std::isnan(x), is_nan && i >= 50 && i < 110) << i << " " << d;
+      }
+  }
 }
 
 /// NaN and infinity of a token reach the queries that see it, and change no bit of another's results.

@@ -25,7 +25,7 @@ set(order
     detail/product/vector_rows.hpp detail/product/vectors.hpp detail/product/operands.hpp detail/product/amx.hpp detail/product/avx512_bf16.hpp
     detail/product/multiply_pairs.hpp detail/product/pairs.hpp detail/product/staged_rows.hpp
     detail/product/sixteen_bit_parts.hpp detail/product/sixteen_bit_gradients.hpp detail/product/sixteen_bits.hpp
-    detail/product/vnni.hpp detail/product/byte_rows.hpp detail/product/staged_bytes.hpp detail/product/eight_bits.hpp
+    detail/product/avx_vnni.hpp detail/product/vnni.hpp detail/product/byte_rows.hpp detail/product/staged_bytes.hpp detail/product/eight_bits.hpp
     detail/product/list.hpp
     # From groups to cores.
     detail/pool/observers.hpp detail/pool/group_rows.hpp detail/pool/observing.hpp

@@ -8,7 +8,8 @@ Tensors are NumPy's, PyTorch's, or those of whatever speaks DLPack, in the proce
 contiguous last dimension: nothing is copied. Their extents are [batch, heads, length, dim] whatever their order in memory;
 for [batch, length, heads, dim] say q.transpose(1, 2) in PyTorch and q.swapaxes(1, 2) in NumPy. Elements are float32,
 float64, bfloat16 (PyTorch, ml_dtypes) or float16, the same in all tensors of a call. Log-sum-exps, sink logits, slopes,
-biases and gradients are float64 for float64 and float32 for all else.
+biases and gradients are float64 for float64 and float32 for all else. Beside a query of float32, keys and values may be int8
+with a scale per row: see cca.quantize.
 
 PyTorch's autograd and torch.compile go through cca.attention and cca.attend as through any operator; see cca.torch. For
 models of Hugging Face's transformers see cca.hf. Wrong arguments raise ValueError before anything is written.
@@ -36,6 +37,7 @@ __all__ = [
     "merge",
     "pool",
     "pool_gradient",
+    "quantize",
     "use",
 ]
 __version__ = library.cca_version().decode()
@@ -91,6 +93,16 @@ class Terms(TypedDict, total=False):
     key_bias: Tensor
 
 
+class Scales(TypedDict, total=False):
+    """Of rows of int8, and of no others; the query is float32, and there are no gradients.
+
+    key_scales, value_scales  the numbers of a row are its elements times its scale: float32 [batch, kv heads, key length]
+    """
+
+    key_scales: Tensor
+    value_scales: Tensor
+
+
 class Lengths(TypedDict, total=False):
     """Sequences of their own lengths, in integers.
 
@@ -139,12 +151,19 @@ class FarRows(TypedDict, total=False):
     block_queries: int
 
 
-class AttentionArguments(Options, Terms, Lengths, total=False):
-    """Keyword arguments of `attention`: `Options`, `Terms` and `Lengths`."""
+class FarScales(TypedDict, total=False):
+    """far_key_scales, far_value_scales: those of far rows, [batch, far heads, far length], whatever the other rows are."""
+
+    far_key_scales: Tensor
+    far_value_scales: Tensor
 
 
-class AttendArguments(AttentionArguments, FarRows, FarLengths, total=False):
-    """Keyword arguments of `attend`: those of `attention`, `FarRows` and `FarLengths`."""
+class AttentionArguments(Options, Terms, Scales, Lengths, total=False):
+    """Keyword arguments of `attention`: `Options`, `Terms`, `Scales` and `Lengths`."""
+
+
+class AttendArguments(AttentionArguments, FarRows, FarScales, FarLengths, total=False):
+    """Keyword arguments of `attend`: those of `attention`, `FarRows`, `FarScales` and `FarLengths`."""
 
 
 class PoolArguments(Options, Lengths, FarLengths, total=False):
@@ -211,7 +230,7 @@ _INTEGERS = frozenset(
     {"seen", "far_positions", "visible_from", "visible_until", "selected_blocks"}
     | {*Lengths.__annotations__, *FarLengths.__annotations__}
 )
-_TENSORS = _INTEGERS | {*Terms.__annotations__, "far_bias"}
+_TENSORS = _INTEGERS | {*Terms.__annotations__, *Scales.__annotations__, *FarScales.__annotations__, "far_bias"}
 
 
 def _integers(name, x, like):
@@ -284,15 +303,16 @@ def _require_tensor(name, x):
         raise TypeError(f"cca: {name}: got {kind}, wants a tensor: NumPy's, PyTorch's, or any that has __dlpack__")
 
 
-def _empty(like, extents, *, number=False, zero=False):
-    """A tensor for results: of the elements of `like`, or of the type that those are computed in. PyTorch's have
-    [batch, length, heads, dim] in memory, as the layer behind attention wants them."""
+def _empty(like, extents, *, number=False, zero=False, dtype=None):
+    """A tensor for results: of the elements of `like`, of the type that those are computed in, or of another, by name.
+    PyTorch's have [batch, length, heads, dim] in memory, as the layer behind attention wants them."""
     operators = _operators(like)
     if operators is not None:
-        return operators.empty(like, extents, number, zero)
+        return operators.empty(like, extents, number, zero, dtype)
     import numpy
 
-    dtype = like.dtype if hasattr(like, "dtype") else numpy.from_dlpack(like).dtype
+    if dtype is None:
+        dtype = like.dtype if hasattr(like, "dtype") else numpy.from_dlpack(like).dtype
     if number:
         dtype = numpy.float64 if dtype == numpy.float64 else numpy.float32
     return (numpy.zeros if zero else numpy.empty)(extents, dtype)
@@ -327,7 +347,7 @@ _ATTEND = _TENSORS.intersection(AttendArguments.__annotations__)
 _POOL = _TENSORS.intersection(PoolArguments.__annotations__)
 
 
-@_takes(Terms, Lengths, Options)
+@_takes(Terms, Scales, Lengths, Options)
 def attention(
     query: Tensor,
     key: Tensor,
@@ -360,7 +380,7 @@ def _with_far_rows(query, key, value, far_key, far_value, seen):
     return operands if seen is None else operands | {"seen": seen}
 
 
-@_takes(FarRows, Terms, Lengths, FarLengths, Options)
+@_takes(FarRows, Terms, Scales, FarScales, Lengths, FarLengths, Options)
 def attend(
     query: Tensor,
     key: Tensor,
@@ -453,6 +473,23 @@ def merge(
     return out, lse
 
 
+def quantize(rows: Tensor, *, to: Tensor = None, scales: Tensor = None) -> tuple[Tensor, Tensor]:
+    """Rounds rows [batch, heads, length, dim] to int8, as a cache of int8 does: the scale of a row is its largest magnitude
+    over 127, its elements are the nearest whole numbers to number / scale, ties to even. A row of zeros has the scale 0, a
+    row that is not finite the scale NaN, which whoever sees it sees. Returns (int8 of the same extents, float32 [batch, heads,
+    length]), which are made where they are not given. PyTorch's autograd does not see it."""
+    _require_tensor("rows", rows)
+    if len(rows.shape) != 4:
+        raise ValueError(f"cca: rows: got {len(rows.shape)} dimensions, wants 4")
+    _refuse_followed("quantize", {"rows": rows})
+    if to is None:
+        to = _empty(rows, tuple(rows.shape), dtype="int8")
+    if scales is None:
+        scales = _empty(rows, tuple(rows.shape[:3]), dtype="float32")
+    _library.quantize(rows, to, scales)
+    return to, scales
+
+
 def _gradient(function, operands, incoming, threads, given, known, sizes=_sizes, before=()):
     """Runs a gradient: of the operands that have one, with what comes in. before: arguments before the call."""
     options = _split(operands, given, known)
@@ -541,7 +578,7 @@ class CacheShape(NamedTuple):
     rewind: int
 
 
-_DATA_TYPES = {"float32": (2, 32), "float64": (2, 64), "bfloat16": (4, 16), "float16": (2, 16)}
+_DATA_TYPES = {"float32": (2, 32), "float64": (2, 64), "bfloat16": (4, 16), "float16": (2, 16), "int8": (0, 8)}
 
 
 def _data_type(dtype):
@@ -558,7 +595,8 @@ class KvCache:
 
     batch: sequences. heads, kv_heads: of queries, and of keys and values. dim, value_dim: of keys, and of values (0: the
     same). capacity: tokens per sequence for which memory is taken at once (0: as they come). rewind: tokens that `truncate`
-    can take back. dtype: float32, float64, bfloat16 or float16, by name or as NumPy's or PyTorch's.
+    can take back. dtype: float32, float64, bfloat16, float16 or int8, by name or as NumPy's or PyTorch's. A cache of int8 holds
+    tokens and cores as `quantize` rounds them, in 0.26 of the bytes of float32, and takes and gives float32.
 
     One thread at a time may use a cache. A call that raises leaves it as it was. Caches can be pickled and copied.
     """

@@ -108,6 +108,7 @@ class Call(ctypes.Structure):
         ("selected_blocks", ctypes.c_void_p),
         ("block_rows", ctypes.c_int64),
         ("block_queries", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("key_scales", "value_scales", "far_key_scales", "far_value_scales")),
     ]
 
 
@@ -145,6 +146,7 @@ library.cca_cache_get_shape.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 library.cca_cache_get_counts.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
 library.cca_cache_get_bytes.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
 library.cca_cache_save.argtypes = [ctypes.c_void_p, WRITE, ctypes.c_void_p]
+library.cca_quantize.argtypes = [ctypes.c_void_p] * 3
 library.cca_cache_load.argtypes = [ctypes.c_void_p, DataType, ctypes.c_int32, READ, ctypes.c_void_p]
 
 
@@ -291,7 +293,7 @@ def _by_protocol(x, name, written, to):
     return capsule
 
 
-_ARRAY_TYPES = {"float32": FLOAT, "float64": FLOAT, "float16": FLOAT, "bfloat16": BFLOAT, "int64": INT}
+_ARRAY_TYPES = {"float32": FLOAT, "float64": FLOAT, "float16": FLOAT, "bfloat16": BFLOAT, "int64": INT, "int8": INT}
 
 
 def _by_array(x, name, written, to):
@@ -452,6 +454,16 @@ def run(function, read, written, options, threads, *before):
     written = {name: x for name, x in written.items() if x is not None}
     plan = plan_of(function, tuple(read), tuple(written), options)
     plan((*read.values(), *written.values()), threads, *before)
+
+
+def quantize(rows, to, scales):
+    """cca_quantize"""
+    tensors = (Tensor * 3)()
+    places = [ctypes.addressof(tensor) for tensor in tensors]
+    given = ((rows, "rows", False), (to, "to", True), (scales, "scales", True))
+    keepers = [export(*tensor, place) for tensor, place in zip(given, places)]
+    check(library.cca_quantize(*places))
+    del keepers  # not before
 
 
 def has_padding(names):

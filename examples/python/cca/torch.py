@@ -18,6 +18,8 @@ _FAR = (
     "Tensor far_key, Tensor far_value, Tensor? seen, Tensor? far_bias, Tensor? far_positions, Tensor? visible_from, "
     "Tensor? visible_until, Tensor? selected_blocks"
 )
+_SCALES = "Tensor? key_scales, Tensor? value_scales"
+_FAR_SCALES = "Tensor? far_key_scales, Tensor? far_value_scales"
 _RANGES = (
     "Tensor? query_lengths, Tensor? query_begins, Tensor? query_offsets, "
     "Tensor? key_lengths, Tensor? key_begins, Tensor? key_offsets"
@@ -32,9 +34,9 @@ _OPTIONS = (
 library = torch.library.Library("cca", "DEF")
 
 
-def empty(like, extents, number=False, zero=False):
-    """A tensor for results: [batch, length, heads, dim] in memory where it has four extents."""
-    dtype = like.dtype
+def empty(like, extents, number=False, zero=False, dtype=None):
+    """A tensor for results: [batch, length, heads, dim] in memory where it has four extents. dtype: by name."""
+    dtype = like.dtype if dtype is None else getattr(torch, dtype)
     if number and dtype != torch.float64:
         dtype = torch.float32
     if len(extents) == 4:
@@ -222,6 +224,9 @@ class _Operator:
         class Call(torch.autograd.Function):
             @staticmethod
             def forward(ctx, call, threads, return_lse, directly, *tensors):
+                for name in call.names:
+                    if name.endswith("_scales"):
+                        raise ValueError(f"cca: {name}: got a tensor, wants none where gradients are wanted: int8 has none")
                 if directly:
                     results = call.run(tensors, threads)
                 else:
@@ -291,14 +296,14 @@ def _requires_grad(arguments):
 OPERATORS = {
     "attention": _Operator(
         "attention",
-        f"{_INPUTS}, {_TERMS}, {_RANGES}",
+        f"{_INPUTS}, {_TERMS}, {_RANGES}, {_SCALES}",
         "",
         "cca_attention",
         "cca_attention_gradient",
     ),
     "attend": _Operator(
         "attend",
-        f"{_INPUTS}, {_FAR}, {_TERMS}, {_RANGES}, {_FAR_RANGES}",
+        f"{_INPUTS}, {_FAR}, {_TERMS}, {_RANGES}, {_FAR_RANGES}, {_SCALES}, {_FAR_SCALES}",
         ", int block_rows=1, int block_queries=1",
         "cca_attend",
         "cca_attend_gradient",

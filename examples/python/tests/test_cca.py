@@ -104,6 +104,65 @@ def test_elements(dtype):
     assert np.abs(out.astype(np.float64) - want).max() < {4: 1e-6, 2: 1e-2}[q.dtype.itemsize]
 
 
+def rows_of_8_bits(length=19):
+    """Query, and (elements, scales, the same as floats) of key, value, far key and far value, of scales without rounding."""
+    rng = np.random.default_rng(5)
+    query = rng.normal(size=(2, 4, length, 5)).astype(np.float32)
+    rows = []
+    for dim in (5, 3, 5, 3):
+        elements = rng.integers(-128, 128, (2, 2, length, dim)).astype(np.int8)
+        scales = np.exp2(rng.integers(-9, -5, (2, 2, 2 * length))).astype(np.float32)[..., ::2]
+        rows.append((elements, scales, elements * scales[..., None]))
+    return query, rows
+
+
+def test_rows_of_8_bits_give_what_floats_give():
+    q, ((k, ks, fk), (v, vs, fv), (c, cs, fc), (w, ws, fw)) = rows_of_8_bits()
+    scales, far_scales = {"key_scales": ks, "value_scales": vs}, {"far_key_scales": cs, "far_value_scales": ws}
+    for options in ({}, OPTIONS, {"window": 3, "threads": 2}):
+        want = cca.attention(q, fk, fv, return_lse=True, **options)
+        got = cca.attention(q, k, v, return_lse=True, **scales, **options)
+        assert got[0].dtype == np.float32 and all(np.array_equal(a, b) for a, b in zip(got, want))
+    seen = np.arange(19) // 2 * np.ones((2, 4, 1), np.int64)
+    want = cca.attend(q, fk, fv, fc, fw, seen, window=4)
+    assert np.array_equal(want, cca.attend(q, k, v, c, w, seen, window=4, **scales, **far_scales))
+    assert np.array_equal(want, cca.attend(q, k, v, fc, fw, seen, window=4, **scales))
+    assert np.array_equal(want, cca.attend(q, fk, fv, c, w, seen, window=4, **far_scales))
+    for wrong, message in (
+        ({}, "key_scales: got none"),
+        ({"key_scales": ks}, "value_scales: got none"),
+        (scales | {"key_scales": ks[..., 1:]}, r"key_scales: got \["),
+        (scales | {"key_scales": ks.astype(np.float64)}, "key_scales: got float64, wants float32"),
+        (scales | far_scales, "far_key_scales: got"),
+    ):
+        with pytest.raises((ValueError, TypeError), match="cca: " + message):
+            cca.attention(q, k, v, **wrong)
+    with pytest.raises(ValueError, match="cca: key: got int8, wants float64"):
+        cca.attention(q.astype(np.float64), k, v, **scales)
+
+
+def test_quantize_and_a_cache_of_8_bits():
+    q, k, v = operands(np.float32)
+    (kq, ks), (vq, vs) = cca.quantize(k), cca.quantize(v)
+    assert kq.dtype == np.int8 and ks.dtype == np.float32 and ks.shape == k.shape[:3]
+    assert np.array_equal(ks, np.abs(k).max(-1) / np.float32(127))
+    assert np.abs(kq * ks[..., None] - k).max() <= 0.501 * ks.max() and np.abs(kq).max() == 127
+    to, scales = np.zeros_like(kq), np.zeros_like(ks)
+    assert cca.quantize(k, to=to, scales=scales)[0] is to
+    assert np.array_equal(to, kq) and np.array_equal(scales, ks)
+    cache = cca.KvCache(batch=2, heads=4, kv_heads=2, dim=5, value_dim=3, dtype="int8", window=7)
+    got = np.concatenate([cache.attend(q[:, :, i:j], k[:, :, i:j], v[:, :, i:j]) for i, j in ((0, 11), (11, 19))], 2)
+    want = cca.attention(q, kq, vq, key_scales=ks, value_scales=vs, window=7)
+    assert np.abs(got - want).max() < 1e-6
+    copied = pickle.loads(pickle.dumps(cache))
+    token = [x[:, :, :1] for x in (q, k, v)]
+    assert np.array_equal(copied.attend(*token), cache.attend(*token))
+    with pytest.raises(ValueError, match="cca: rows: got 3 dimensions, wants 4"):
+        cca.quantize(k[0])
+    with pytest.raises(ValueError, match="cca: to: got float32, wants int8"):
+        cca.quantize(k, to=k)
+
+
 def test_strides_are_taken_as_they_are():
     q, k, v = operands()
     want = cca.attention(q, k, v, **OPTIONS)

@@ -167,6 +167,22 @@ def test_lengths_are_integers(grad):
             cca.attention(q, k, v, key_lengths=wrong)
 
 
+def test_rows_of_8_bits():
+    q, k, v = operands(torch.float32)
+    (kq, ks), (vq, vs) = cca.quantize(k), cca.quantize(v)
+    assert kq.dtype == torch.int8 and ks.dtype == torch.float32
+    scales = {"key_scales": ks, "value_scales": vs}
+    want = cca.attention(q, kq.float() * ks[..., None], vq.float() * vs[..., None], window=4)
+    got = cca.attention(q, kq, vq, window=4, **scales)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    none = [None] * (len(cca.torch.OPERATORS["attention"].tensors) - 5)
+    assert torch.equal(torch.ops.cca.attention(q, kq, vq, *none, ks, vs, window=4)[0], got)
+    with pytest.raises(ValueError, match="cca: key_scales: got a tensor, wants none where gradients are wanted"):
+        cca.attention(q.requires_grad_(), kq, vq, **scales)
+    with pytest.raises(ValueError, match="cca: rows: got a tensor that requires gradients"):
+        cca.quantize(k.requires_grad_())
+
+
 def test_operators_remember_their_plans(monkeypatch):
     """As the library's functions do."""
     q, k, v = operands()

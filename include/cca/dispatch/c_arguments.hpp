@@ -30,9 +30,9 @@ T& required(const char* name, T* given, const char* wanted) {
   return *given;
 }
 
-/// A cache of any type of elements, of those in `with_element`.
-template <template <class...> class Cache>
-using any_cache = std::variant<Cache<float>, Cache<double>, Cache<Eigen::bfloat16>, Cache<Eigen::half>>;
+/// A cache of any type of elements, of those in `with_element` and of more.
+template <template <class...> class Cache, class... More>
+using any_cache = std::variant<Cache<float>, Cache<double>, Cache<Eigen::bfloat16>, Cache<Eigen::half>, Cache<More>...>;
 
 /// A structure of cca.h as the caller knows it: what his version of it lacks is as in `defaults`.
 template <class Struct>
@@ -163,13 +163,16 @@ inline constexpr named_place all_tensors[] = {
     CCA_TENSOR(grad_query), CCA_TENSOR(grad_key), CCA_TENSOR(grad_value), CCA_TENSOR(grad_far_key),
     CCA_TENSOR(grad_far_value), CCA_TENSOR(grad_sink_logits), CCA_TENSOR(grad_alibi_slopes),
     CCA_TENSOR(grad_key_bias), CCA_TENSOR(grad_far_bias), CCA_TENSOR(visible_from), CCA_TENSOR(visible_until),
-    CCA_TENSOR(selected_blocks)
+    CCA_TENSOR(selected_blocks), CCA_TENSOR(key_scales), CCA_TENSOR(value_scales), CCA_TENSOR(far_key_scales),
+    CCA_TENSOR(far_value_scales)
 #undef CCA_TENSOR
 };
-// Every tensor that the structure has: from the query to the options, and behind the workspace, there is nothing else.
+// Every tensor that the structure has: from the query to the options, behind the workspace, and at the end there is nothing
+// else.
 static_assert(std::size(all_tensors) * sizeof(void*) ==
-              offsetof(cca_call, options) - offsetof(cca_call, query) +  //
-                  offsetof(cca_call, block_rows) - offsetof(cca_call, visible_from));
+              offsetof(cca_call, options) - offsetof(cca_call, query) +               //
+                  offsetof(cca_call, block_rows) - offsetof(cca_call, visible_from) +  //
+                  sizeof(cca_call) - offsetof(cca_call, key_scales));
 
 inline const char* name_of(tensor_place at) {
   for (const auto& tensor : all_tensors)
@@ -195,32 +198,50 @@ class arguments {
     return (call_.*at)->dtype;
   }
 
-  template <class T>
-  inputs<T> take_inputs() {
-    inputs<T> in = take_tokens<T>();
+  /// Calls `f(std::type_identity<Row>)` with the elements of the rows at `at`, beside queries of `T`: the same, or those of 8
+  /// bits, which only calls of floats take. What else they are is refused when they are taken.
+  template <class T, class F>
+  auto with_rows(tensor_place at, const F& f) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (has(at) && is_of<q8>((call_.*at)->dtype)) return f(std::type_identity<q8>{});
+    return f(std::type_identity<T>{});
+  }
+
+  template <class T, class Row = T>
+  inputs<T, Row> take_inputs() {
+    inputs<T, Row> in = take_tokens<T, Row>();
     in.sink_logits = per_query<const compute_type<T>>(&cca_call::sink_logits);
     in.alibi_slopes = of<const compute_type<T>, 3>(&cca_call::alibi_slopes, {});
     in.key_bias = of<const compute_type<T>, 3>(&cca_call::key_bias, keys_);
+    if constexpr (is_q8<Row>) {
+      in.key_scales = of<const float, 3>(&cca_call::key_scales, keys_);
+      in.value_scales = of<const float, 3>(&cca_call::value_scales, keys_);
+    }
     return in;
   }
   /// Query, key and value alone.
-  template <class T>
-  inputs<T> take_tokens() {
-    return {of<const T, 4>(&cca_call::query, queries_), of<const T, 4>(&cca_call::key, keys_),
-            of<const T, 4>(&cca_call::value, keys_)};
+  template <class T, class Row = T>
+  inputs<T, Row> take_tokens() {
+    return {of<const T, 4>(&cca_call::query, queries_), of<const Row, 4>(&cca_call::key, keys_),
+            of<const Row, 4>(&cca_call::value, keys_)};
   }
   template <class T>
   far_context<T> take_far() {
     const std::int64_t block_rows = take_count(call_.block_rows), block_queries = take_count(call_.block_queries);
     if (has(&cca_call::selected_blocks)) lists_ = lists_of(queries_, block_queries);
-    return {of<const T, 4>(&cca_call::far_key, far_),
-            of<const T, 4>(&cca_call::far_value, far_),
-            of<const std::int64_t, 3>(&cca_call::seen, queries_),
-            of<const compute_type<T>, 3>(&cca_call::far_bias, far_),
-            of<const std::int64_t, 3>(&cca_call::far_positions, far_),
-            of<const std::int64_t, 3>(&cca_call::visible_from, far_),
-            of<const std::int64_t, 3>(&cca_call::visible_until, far_),
-            {of<const std::int64_t, 4>(&cca_call::selected_blocks, lists_), block_rows, block_queries}};
+    far_context<T> context{of<const T, 4>(&cca_call::far_key, far_),
+                           of<const T, 4>(&cca_call::far_value, far_),
+                           of<const std::int64_t, 3>(&cca_call::seen, queries_),
+                           of<const compute_type<T>, 3>(&cca_call::far_bias, far_),
+                           of<const std::int64_t, 3>(&cca_call::far_positions, far_),
+                           of<const std::int64_t, 3>(&cca_call::visible_from, far_),
+                           of<const std::int64_t, 3>(&cca_call::visible_until, far_),
+                           {of<const std::int64_t, 4>(&cca_call::selected_blocks, lists_), block_rows, block_queries}};
+    if constexpr (is_q8<T>) {
+      context.key_scales = of<const float, 3>(&cca_call::far_key_scales, far_);
+      context.value_scales = of<const float, 3>(&cca_call::far_value_scales, far_);
+    }
+    return context;
   }
   template <class T, class Lse = compute_type<T>>
   results<T, Lse> take_results(tensor_place out = &cca_call::out, tensor_place lse = &cca_call::lse) {

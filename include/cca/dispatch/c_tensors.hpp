@@ -20,7 +20,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 template <class T>
 constexpr DLDataType data_type() {
   const auto code = std::is_integral_v<T> ? kDLInt : is_bfloat16<T> ? kDLBfloat : kDLFloat;
-  constexpr std::uint8_t bits = is_unit_element<T> ? 16 : std::is_same_v<T, float> ? 32 : 64;
+  constexpr std::uint8_t bits = is_q8<T> ? 8 : is_unit_element<T> ? 16 : std::is_same_v<T, float> ? 32 : 64;
   return {static_cast<std::uint8_t>(code), bits, 1};
 }
 inline text type_text(const DLDataType& type) {
@@ -47,6 +47,13 @@ auto with_element(const char* name, const DLDataType& type, const F& f) {
   if (is_of<Eigen::bfloat16>(type)) return f(std::type_identity<Eigen::bfloat16>{});
   if (is_of<Eigen::half>(type)) return f(std::type_identity<Eigen::half>{});
   refuse(name, {type_text(type).c_str()}, {"float32, float64, bfloat16 or float16"});
+}
+
+/// The same with what a cache is made of.
+template <class F>
+auto with_cache_element(const char* name, const DLDataType& type, const F& f) {
+  if (is_of<q8>(type)) return f(std::type_identity<q8>{});
+  return with_element(name, type, f);
 }
 
 /// Sequences of their own lengths, as `tensor_view` has them.

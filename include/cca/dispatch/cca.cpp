@@ -15,7 +15,7 @@
 #include "c_status.hpp"
 
 struct cca_cache {
-  cca::detail::any_cache<cca::dispatch::kv_cache> any;
+  cca::detail::any_cache<cca::dispatch::kv_cache, cca::q8> any;
 };
 
 namespace {
@@ -98,18 +98,24 @@ cca_status cca_use(const char* architecture) {
 
 cca_status cca_attention(const cca_call* call) {
   return with_arguments(call, &cca_call::query, []<class T>(std::type_identity<T>, arguments& all) {
-    const auto in = all.take_inputs<T>();
-    const auto to = all.take_results<T>();
-    all.run([&](const auto&... on) { dispatch::attention<T>(in, to, on...); });
+    all.with_rows<T>(&cca_call::key, [&]<class Row>(std::type_identity<Row>) {
+      const auto in = all.take_inputs<T, Row>();
+      const auto to = all.take_results<T>();
+      all.run([&](const auto&... on) { dispatch::attention<T, Row>(in, to, on...); });
+    });
   });
 }
 
 cca_status cca_attend(const cca_call* call) {
   return with_arguments(call, &cca_call::query, []<class T>(std::type_identity<T>, arguments& all) {
-    const auto in = all.take_inputs<T>();
-    const auto far_rows = all.take_far<T>();
-    const auto to = all.take_results<T>();
-    all.run([&](const auto&... on) { dispatch::attend<T>(in, far_rows, to, on...); });
+    all.with_rows<T>(&cca_call::key, [&]<class Row>(std::type_identity<Row>) {
+      all.with_rows<T>(&cca_call::far_key, [&]<class Far>(std::type_identity<Far>) {
+        const auto in = all.take_inputs<T, Row>();
+        const auto far_rows = all.take_far<Far>();
+        const auto to = all.take_results<T>();
+        all.run([&](const auto&... on) { dispatch::attend<T, Row, Far>(in, far_rows, to, on...); });
+      });
+    });
   });
 }
 
@@ -164,13 +170,18 @@ cca_status cca_pool_gradient(const cca_call* call) {
 
 cca_status cca_workspace_size(const cca_call* call, size_t* bytes) {
   return with_arguments(call, &cca_call::query, [bytes]<class T>(std::type_identity<T>, arguments& all) {
-    const bool is_far = all.has(&cca_call::far_key);
-    const auto in = all.take_inputs<T>();
-    const auto far_rows = is_far ? all.take_far<T>() : cca::far_context<T>{};
-    (void)all.take_results<T>();
-    (void)all.take_cores<T>(&cca_call::core_key, &cca_call::core_value);
-    *bytes = all.run([&](const auto&... on) {
-      return is_far ? dispatch::workspace_size<T>(in, far_rows, on...) : dispatch::workspace_size<T>(in, on...);
+    all.with_rows<T>(&cca_call::key, [&]<class Row>(std::type_identity<Row>) {
+      all.with_rows<T>(&cca_call::far_key, [&]<class Far>(std::type_identity<Far>) {
+        const bool is_far = all.has(&cca_call::far_key);
+        const auto in = all.take_inputs<T, Row>();
+        const auto far_rows = is_far ? all.take_far<Far>() : cca::far_context<Far>{};
+        (void)all.take_results<T>();
+        (void)all.take_cores<T>(&cca_call::core_key, &cca_call::core_value);
+        *bytes = all.run([&](const auto&... on) {
+          return is_far ? dispatch::workspace_size<T, Row, Far>(in, far_rows, on...)
+                        : dispatch::workspace_size<T, Row>(in, on...);
+        });
+      });
     });
   });
 }
@@ -192,12 +203,25 @@ cca_status cca_gradient_workspace_size(const cca_call* call, size_t* bytes) {
   });
 }
 
+cca_status cca_quantize(const DLTensor* rows, const DLTensor* to, const DLTensor* scales) {
+  return guarded([&] {
+    const auto given = [](const char* name, const DLTensor* tensor) -> const DLTensor& {
+      if (tensor == nullptr) refuse(name, {"NULL"}, {"a tensor"});
+      return *tensor;
+    };
+    detail::with_element("rows", given("rows", rows).dtype, [&]<class T>(std::type_identity<T>) {
+      dispatch::quantize(detail::view_of<const T, 4>("rows", *rows), detail::view_of<cca::q8, 4>("to", given("to", to)),
+                         detail::view_of<float, 3>("scales", given("scales", scales)));
+    });
+  });
+}
+
 cca_status cca_cache_make(cca_cache** cache, const cca_cache_shape* shape, DLDataType elements,
                           const cca_options* options) {
   return guarded([&] {
     const auto s = detail::complete_struct("shape", shape, cca_cache_shape{});
     const cca::options settings = detail::options_of(options);
-    *cache = detail::with_element("elements", elements, [&]<class T>(std::type_identity<T>) {
+    *cache = detail::with_cache_element("elements", elements, [&]<class T>(std::type_identity<T>) {
       return new cca_cache{dispatch::kv_cache<T>(
           {s.batch, s.heads, s.kv_heads, s.dim, s.value_dim, s.capacity, s.rewind}, settings)};
     });
@@ -208,7 +232,7 @@ void cca_cache_free(cca_cache* cache) { delete cache; }
 
 cca_status cca_cache_attend(cca_cache* cache, int64_t sequence, const cca_call* call) {
   return with_cache_step(cache, call, [&](auto& of, arguments& all) {
-    using T = typename std::remove_cvref_t<decltype(of)>::element_type;
+    using T = typename std::remove_cvref_t<decltype(of)>::number_type;
     const auto in = all.take_inputs<T>();
     const auto to = all.take_results<T>();
     all.run([&](const auto&, const execution& run) {
@@ -219,7 +243,7 @@ cca_status cca_cache_attend(cca_cache* cache, int64_t sequence, const cca_call* 
 
 cca_status cca_cache_append(cca_cache* cache, int64_t sequence, const cca_call* call) {
   return with_cache_step(cache, call, [&](auto& of, arguments& all) {
-    using T = typename std::remove_cvref_t<decltype(of)>::element_type;
+    using T = typename std::remove_cvref_t<decltype(of)>::number_type;
     const auto in = all.take_tokens<T>();
     all.run([&](const auto&, const execution& run) {
       sequence == CCA_ALL_SEQUENCES ? of.append(in.query, in.key, in.value, run)
@@ -275,7 +299,7 @@ cca_status cca_cache_load(cca_cache** cache, DLDataType elements, int32_t unit, 
   return guarded([&] {
     callers_file file(nullptr, read, self);
     std::istream stream(&file);
-    *cache = detail::with_element("elements", elements, [&]<class T>(std::type_identity<T>) {
+    *cache = detail::with_cache_element("elements", elements, [&]<class T>(std::type_identity<T>) {
       return new cca_cache{dispatch::load<T>(stream, static_cast<cca::matrix_unit>(unit))};
     });
   });

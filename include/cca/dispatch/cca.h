@@ -22,7 +22,8 @@
  * Tensors lie in the processor's memory, at `data + byte_offset`, and stay the caller's. `strides` may be NULL, as DLPack
  * has it; any strides are taken as they are, but the innermost dimension is contiguous. Their elements are float32, float64,
  * bfloat16 or float16, all those of the query; numbers per row and gradients have the type that is computed in, float64 for
- * float64 and float32 for all else; counts, lengths, offsets and positions are int64.
+ * float64 and float32 for all else; counts, lengths, offsets and positions are int64. Beside a query of float32, rows of
+ * `cca_attention` and `cca_attend` may be int8 with a scale per row, see `key_scales`.
  *
  * The library keeps no threads, and no state but the last error of each thread and the choice of `cca_use`.
  */
@@ -192,9 +193,20 @@ typedef struct cca_call {
   const DLTensor* selected_blocks;
   int64_t block_rows;    /**< of the far context; 0 means 1 */
   int64_t block_queries; /**< queries that share a list; 0 means 1 */
+
+  /**
+   * @{
+   * Of keys and values of int8, and of no others: a scale of float32 per row, whose numbers are `element * scale`. The query
+   * and the results are float32. Far rows may be int8 beside others that are not, and the other way round.
+   */
+  const DLTensor* key_scales;       /**< `[B, Hkv, Lk]` */
+  const DLTensor* value_scales;     /**< the same */
+  const DLTensor* far_key_scales;   /**< `[B, far heads, far length]` */
+  const DLTensor* far_value_scales; /**< the same */
+  /** @} */
 } cca_call;
 
-/** query, key, value and what belongs to them, out, lse */
+/** query, key, value and what belongs to them, out, lse; rows may be int8 */
 cca_status cca_attention(const cca_call* call);
 /** the same, and far_key, far_value, far_bias, far_positions, seen, visible_from, visible_until or selected_blocks */
 cca_status cca_attend(const cca_call* call);
@@ -213,6 +225,12 @@ cca_status cca_pool_gradient(const cca_call* call);
 cca_status cca_workspace_size(const cca_call* call, size_t* bytes);
 /** The same for gradients. */
 cca_status cca_gradient_workspace_size(const cca_call* call, size_t* bytes);
+
+/**
+ * Rounds rows to int8, as a cache of int8 does, see `cca::quantize`: the scale of a row is its largest magnitude over 127.
+ * rows: `[B, heads, length, dim]` of any elements; to: the same of int8; scales: `[B, heads, length]` of float32.
+ */
+cca_status cca_quantize(const DLTensor* rows, const DLTensor* to, const DLTensor* scales);
 
 /** `cca::kv_cache`. One thread at a time may use a cache. A call that fails leaves it as it was. */
 typedef struct cca_cache cca_cache;
@@ -240,7 +258,7 @@ typedef struct cca_cache_counts {
 /** In place of a sequence: every one. */
 #define CCA_ALL_SEQUENCES (-1)
 
-/** Makes `*cache`, of these elements. */
+/** Makes `*cache`, of these elements. Of int8 it holds a scale beside each row, and its calls take and give float32. */
 cca_status cca_cache_make(cca_cache** cache, const cca_cache_shape* shape, DLDataType elements,
                           const cca_options* options);
 /** Nothing for NULL. */

@@ -38,21 +38,21 @@ cache_shape typed(const plain::cache_shape& s) {
   return {s.batch, s.heads, s.kv_heads, s.dim, s.value_dim, s.capacity, s.rewind};
 }
 
-template <class T>
-inputs<T> inputs_of(const plain::call<T>& c) {
+template <class T, class Row, class Far>
+inputs<T, Row> inputs_of(const plain::call<T, Row, Far>& c) {
   return {typed(c.query),        typed(c.key),      typed(c.value),      typed(c.sink_logits),
           typed(c.alibi_slopes), typed(c.key_bias), typed(c.key_scales), typed(c.value_scales)};
 }
-template <class T>
-far_context<T> far_of(const plain::call<T>& c) {
+template <class T, class Row, class Far>
+far_context<Far> far_of(const plain::call<T, Row, Far>& c) {
   return {typed(c.far_key),        typed(c.far_value),
           typed(c.seen),           typed(c.far_bias),
           typed(c.far_positions),  typed(c.visible_from),
           typed(c.visible_until),  {typed(c.selected), c.selected_rows, c.selected_queries},
           typed(c.far_key_scales), typed(c.far_value_scales)};
 }
-template <class T>
-results<T> results_of(const plain::call<T>& c) {
+template <class T, class Row, class Far>
+results<T> results_of(const plain::call<T, Row, Far>& c) {
   return {typed(c.out), typed(c.lse)};
 }
 template <class T>
@@ -83,17 +83,26 @@ cores<const compute_type<T>> grad_cores_of(const plain::call<T>& c) {
 }
 
 /// Calls `f(options, execution)` with those of a call.
-template <class T, class F>
-auto with(const plain::call<T>& c, const F& f) {
+template <class Call, class F>
+auto with(const Call& c, const F& f) {
   const erased_executor run{c.run};
   return f(detail::from_plain(c.options), execution{run, c.workspace});
 }
 
-template <class T, class C = plain::call<T>>
-constexpr plain::functions<T> functions{
+template <class T, class Row = T, class Far = Row, class C = plain::call<T, Row, Far>>
+constexpr plain::forward_functions<T, Row, Far> forward_functions{
     .attention = [](const C& c) { with(c, [&](const auto&... on) { attention(inputs_of(c), results_of(c), on...); }); },
     .attend =
         [](const C& c) { with(c, [&](const auto&... on) { attend(inputs_of(c), far_of(c), results_of(c), on...); }); },
+    .workspace_size =
+        [](const C& c) { return with(c, [&](const auto&... on) { return workspace_size(inputs_of(c), on...); }); },
+    .attend_workspace_size =
+        [](const C& c) {
+          return with(c, [&](const auto&... on) { return workspace_size(inputs_of(c), far_of(c), on...); });
+        }};
+
+template <class T, class C = plain::call<T>>
+constexpr plain::functions<T> functions{
     .pool = [](const C& c) { with(c, [&](const auto&... on) { pool(inputs_of(c), cores_of(c), on...); }); },
     .merge =
         [](const C& c) {
@@ -115,12 +124,6 @@ constexpr plain::functions<T> functions{
         [](const C& c) {
           with(c, [&](const auto&... on) { pool_gradient(inputs_of(c), grad_cores_of(c), gradients_of(c), on...); });
         },
-    .workspace_size =
-        [](const C& c) { return with(c, [&](const auto&... on) { return workspace_size(inputs_of(c), on...); }); },
-    .attend_workspace_size =
-        [](const C& c) {
-          return with(c, [&](const auto&... on) { return workspace_size(inputs_of(c), far_of(c), on...); });
-        },
     .gradient_workspace_size =
         [](const C& c) {
           return with(c, [&](const auto&... on) { return gradient_workspace_size(inputs_of(c), on...); });
@@ -128,7 +131,9 @@ constexpr plain::functions<T> functions{
     .attend_gradient_workspace_size =
         [](const C& c) {
           return with(c, [&](const auto&... on) { return gradient_workspace_size(inputs_of(c), far_of(c), on...); });
-        }};
+        },
+    .quantize = [](const auto& rows, const auto& to, const auto& scales,
+                   const plain::executor& run) { quantize(typed(rows), typed(to), typed(scales), erased_executor{run}); }};
 
 template <class T>
 kv_cache<T>& cache_at(void* cache) {
@@ -178,7 +183,7 @@ constexpr plain::cache_functions<T> cache_functions{
     }};
 
 template <class T>
-constexpr plain::kernels<T> kernels{functions<T>, cache_functions<T>};
+constexpr plain::kernels<T> kernels{forward_functions<T>, functions<T>, cache_functions<T>};
 
 }}}  // namespace cca::CCA_TARGET
 
@@ -186,6 +191,13 @@ extern "C" {
 extern const cca::plain::architecture CCA_DISPATCH_TABLE(CCA_INSTRUCTION_SET);
 // Constant-initialised: nothing of this object runs before it is chosen.
 constinit const cca::plain::architecture CCA_DISPATCH_TABLE(CCA_INSTRUCTION_SET){
-    CCA_NAME(CCA_INSTRUCTION_SET), cca::kernels<float>,       cca::kernels<double>,
-    cca::kernels<Eigen::bfloat16>, cca::kernels<Eigen::half>, cca::cache_functions<cca::q8>};
+    CCA_NAME(CCA_INSTRUCTION_SET),
+    cca::kernels<float>,
+    cca::kernels<double>,
+    cca::kernels<Eigen::bfloat16>,
+    cca::kernels<Eigen::half>,
+    cca::cache_functions<cca::q8>,
+    cca::forward_functions<float, cca::q8, cca::q8>,
+    cca::forward_functions<float, cca::q8, float>,
+    cca::forward_functions<float, float, cca::q8>};
 }

@@ -70,17 +70,19 @@ struct executor {
   void (*run)(const void* self, std::int64_t n, const void* task, void (*call)(const void* task, std::int64_t i));
 };
 
-/// The arguments of any call, in the places of their names; those that the function does not take are empty.
-template <class T>
+/// The arguments of any call, in the places of their names; those that the function does not take are empty. Keys and values
+/// are of `Row`, far ones of `Far`.
+template <class T, class Row = T, class Far = Row>
 struct call {
   using number = typename computed<T>::type;
   using operand = view<const T>;
   using lse_operand = view<const number, 3>;
 
-  operand query, key, value;  // inputs
+  operand query;  // inputs
+  view<const Row> key, value;
   lse_operand sink_logits, alibi_slopes, key_bias;
   view<const float, 3> key_scales, value_scales;
-  operand far_key, far_value;  // far context
+  view<const Far> far_key, far_value;  // far context
   view<const std::int64_t, 3> seen, far_positions, visible_from, visible_until;
   view<const std::int64_t> selected;
   std::int64_t selected_rows, selected_queries;
@@ -99,15 +101,25 @@ struct call {
   std::span<std::byte> workspace;
 };
 
-/// The functions of these names in `cca`.
+/// The functions of these names in `cca`: those whose rows may be of 8 bits, and all others.
+template <class T, class Row = T, class Far = Row>
+struct forward_functions {
+  using run = void(const call<T, Row, Far>&);
+  using count = std::size_t(const call<T, Row, Far>&);
+
+  run *attention, *attend;
+  count *workspace_size, *attend_workspace_size;
+};
 template <class T>
 struct functions {
   using run = void(const call<T>&);
   using count = std::size_t(const call<T>&);
 
-  run *attention, *attend, *pool, *merge;
+  run *pool, *merge;
   run *attention_gradient, *attend_gradient, *pool_gradient;
-  count *workspace_size, *attend_workspace_size, *gradient_workspace_size, *attend_gradient_workspace_size;
+  count *gradient_workspace_size, *attend_gradient_workspace_size;
+  void (*quantize)(const view<const T>& rows, const view<std::int8_t>& to, const view<float, 3>& scales,
+                   const executor& run);
 };
 
 /// What a cache says about one of its sequences.
@@ -138,6 +150,7 @@ struct cache_functions {
 
 template <class T>
 struct kernels {
+  forward_functions<T> forward;
   functions<T> calls;
   cache_functions<T> cache;
 };
@@ -150,6 +163,9 @@ struct architecture {
   kernels<Eigen::bfloat16> of_bfloat16;
   kernels<Eigen::half> of_half;
   cache_functions<std::int8_t> cache_of_q8;
+  forward_functions<float, std::int8_t, std::int8_t> forward_of_q8;
+  forward_functions<float, std::int8_t, float> forward_of_q8_tokens;
+  forward_functions<float, float, std::int8_t> forward_of_q8_far;
 };
 
 /// The kernels in use: by default the newest that the processor and the operating system run.

@@ -52,10 +52,17 @@ inline plain::cache_shape to_plain(const cache_shape& s) {
   return {s.batch, s.heads, s.kv_heads, s.dim, s.value_dim, s.capacity, s.rewind};
 }
 
+inline plain::executor to_plain(const execution& run) {
+  return {run.concurrency(), &run,
+          [](const void* self, std::int64_t n, const void* task, void (*call)(const void*, std::int64_t)) {
+            (*static_cast<const execution*>(self))(n, [=](std::int64_t i) { call(task, i); });
+          }};
+}
+
 /// @{
 /// Puts an argument into its place in a call.
-template <class T>
-void put(plain::call<T>& to, const inputs<T>& in) {
+template <class T, class Row, class Far>
+void put(plain::call<T, Row, Far>& to, const inputs<T, Row>& in) {
   to.query = to_plain(in.query);
   to.key = to_plain(in.key);
   to.value = to_plain(in.value);
@@ -65,8 +72,8 @@ void put(plain::call<T>& to, const inputs<T>& in) {
   to.key_scales = to_plain(in.key_scales);
   to.value_scales = to_plain(in.value_scales);
 }
-template <class T>
-void put(plain::call<T>& to, const far_context<T>& context) {
+template <class T, class Row, class Far>
+void put(plain::call<T, Row, Far>& to, const far_context<Far>& context) {
   to.far_key = to_plain(context.key);
   to.far_value = to_plain(context.value);
   to.seen = to_plain(context.seen);
@@ -80,8 +87,8 @@ void put(plain::call<T>& to, const far_context<T>& context) {
   to.far_key_scales = to_plain(context.key_scales);
   to.far_value_scales = to_plain(context.value_scales);
 }
-template <class T>
-void put(plain::call<T>& to, const results<T>& results) {
+template <class T, class Row, class Far>
+void put(plain::call<T, Row, Far>& to, const results<T>& results) {
   to.out = to_plain(results.out);
   to.lse = to_plain(results.lse);
 }
@@ -118,16 +125,13 @@ void put(plain::call<T>& to, const cores<const compute_type<T>>& grad) {
   to.grad_core_key = to_plain(grad.key);
   to.grad_core_value = to_plain(grad.value);
 }
-template <class T>
-void put(plain::call<T>& to, const options& options) {
+template <class T, class Row, class Far>
+void put(plain::call<T, Row, Far>& to, const options& options) {
   to.options = to_plain(options);
 }
-template <class T>
-void put(plain::call<T>& to, const execution& run) {
-  to.run = {run.concurrency(), &run,
-            [](const void* self, std::int64_t n, const void* task, void (*call)(const void*, std::int64_t)) {
-              (*static_cast<const execution*>(self))(n, [=](std::int64_t i) { call(task, i); });
-            }};
+template <class T, class Row, class Far>
+void put(plain::call<T, Row, Far>& to, const execution& run) {
+  to.run = to_plain(run);
   to.workspace = run.workspace();
 }
 /// @}
@@ -151,12 +155,38 @@ const plain::cache_functions<T>& cache_kernels() {
     return kernels<T>().cache;
 }
 
+/// For attention to rows of these elements.
+template <class T, class Row, class Far>
+const plain::forward_functions<T, Row, Far>& forward_kernels() {
+  constexpr bool alike = all_are<T, Row, Far>;
+  constexpr bool known = alike || (all_are<float, T> && (all_are<float, Row> || is_q8<Row>)&&(all_are<float, Far> || is_q8<Far>));
+  static_assert(known,
+                "cca: operands of a call through cca::dispatch have elements of one type. Beside queries of float, keys and "
+                "values may be of q8, and so may those of far context");
+  if constexpr (alike)
+    return kernels<T>().forward;
+  else if constexpr (all_are<q8, Row, Far>)
+    return plain::chosen().forward_of_q8;
+  else if constexpr (is_q8<Row>)
+    return plain::chosen().forward_of_q8_tokens;
+  else
+    return plain::chosen().forward_of_q8_far;
+}
+
+/// @{
 /// Calls a function of the table.
+template <class T, class Row, class Far, class Function, class... Arguments>
+auto call(Function* plain::forward_functions<T, Row, Far>::*function, const Arguments&... arguments) {
+  plain::call<T, Row, Far> all{};
+  (put(all, arguments), ...);
+  return (forward_kernels<T, Row, Far>().*function)(all);
+}
 template <class T, class Function, class... Arguments>
 auto call(Function* plain::functions<T>::*function, const Arguments&... arguments) {
   plain::call<T> all{};
   (put(all, arguments), ...);
   return (kernels<T>().calls.*function)(all);
 }
+/// @}
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -21,6 +21,7 @@ struct matrix_units {
   bool amx_bf16 = false;
   bool amx_fp16 = false;
   bool avx512_vnni = false;  ///< four products of bytes
+  bool avx_vnni = false;     ///< the same in registers of 256 bits
 };
 
 #if defined(CCA_MATRIX_UNITS)
@@ -67,6 +68,8 @@ inline matrix_units find_matrix_units() {
   // All that the kernels use: AVX-512 F, BW and VNNI.
   found.avx512_vnni =
       (saved & vectors) == vectors && has(features.ebx, 16) && has(features.ebx, 30) && has(features.ecx, 11);
+  // AVX2, FMA and AVX-VNNI.
+  found.avx_vnni = (saved & 0x6) == 0x6 && has(features.ebx, 5) && has(cpuid(1, 0).ecx, 12) && has(more.eax, 4);
   if ((saved & tiles) == tiles && has(features.edx, 24) && request_tiles()) {
     found.amx_bf16 = has(features.edx, 22);
     found.amx_fp16 = has(more.eax, 21);

@@ -62,6 +62,7 @@ template <class T>
 struct lane_mask {
   vec<T> begin, end;  // exact: small integers relative to the part
 
+  lane_mask() = default;
   lane_mask(const range* lanes, range part) {
     alignas(alignment<T>) T b[width<T>];
     alignas(alignment<T>) T e[width<T>];

@@ -23,7 +23,8 @@ namespace detail {
 template <class Element>
 [[nodiscard]] bool has_unit(matrix_unit unit) {
   const matrix_units& units = present_units();
-  if (unit == matrix_unit::vnni) return std::is_same_v<compute_type<Element>, float> && units.avx512_vnni;
+  if (unit == matrix_unit::vnni)
+    return std::is_same_v<compute_type<Element>, float> && (units.avx512_vnni || units.avx_vnni);
   if (unit == matrix_unit::amx) return is_bfloat16<Element> ? units.amx_bf16 : is_half<Element> && units.amx_fp16;
   return unit == matrix_unit::avx512_bf16 && is_bfloat16<Element> && units.avx512_bf16;
 }

@@ -28,7 +28,8 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 struct eight_bit_shape {
   static constexpr std::int64_t lanes = sixteen_bit_shape::lanes;
   static constexpr std::int64_t block = 256;
-  static constexpr std::int64_t stack = 12, least_stack = stack;
+  static constexpr std::int64_t stack = 24, least_stack = stack;
+  static constexpr std::int64_t budget = std::int64_t{3} << 18;
 };
 
 /// Products of integers of 8 bits, of operands of any type that are rounded to them: queries, keys and values row by row, the
@@ -137,22 +138,28 @@ struct eight_bits {
 
   // ------------------------------------------------------------------------------------------------------- products
 
-  /// As `vectors::score`; the maxima are those of `find_scaled_maxima`.
+  /// As `vectors::score`, but for what the scores are where the rule does not shape them: see `scaled_softmax`.
   static void score(const stack_memory&, const staged_block& block, const whole_part& part, const tile_form& form,
                     const score_rule<float>& rule, const float* packed, const score_block<float> to, bool first) {
     for (std::int64_t j = part.rows.begin; first && j < part.rows.end; ++j) block.ask_behind(j);
-    const float unit = rule.unit_in_base_2();
+    const bool finite = !block.has_infinite_keys(part.rows), shaped = rule.shapes();
+    const float unit = shaped ? 1.0f : rule.unit_in_base_2();
     const float* exponents = block.value_scales(part.rows.begin).exponent;
     const byte_queries queries{reinterpret_cast<const packed_quad*>(packed), lanes, whole_quads(form.dim) / 4,
                                packed + quads_of(form.dim) * lanes};
     fill_n(to.maximum, lanes, -infinity<float>);
-    score_bytes(block.keys(part.rows.begin), queries, {to.data, lanes, to.maximum, exponents, unit}, part.rows.size());
-    const bool finite = !block.has_infinite_keys(part.rows);
-    if (!finite) score_infinite(block, part, queries, to);
+    static constexpr float none[shape::block] = {};
+    score_bytes(block.keys(part.rows.begin), queries,
+                {to.data, lanes, to.maximum, shaped ? none : exponents, unit}, part.rows.size());
+    if (!finite) score_infinite(block, part, queries, to, unit);
     const std::int64_t count = part.rows.size();
     if (part.all_seen() && finite) return;
-    for (std::int64_t n = 0; n < whole_part::vectors; ++n)
-      part.with_mask(n, [&](const auto& mask) { find_scaled_maxima<1>(to, count, n, mask, exponents, unit); });
+    constexpr std::int64_t N = smaller<std::int64_t>(whole_part::vectors, 4);  // as many as registers hold
+    for (std::int64_t n = 0; n < whole_part::vectors; n += N) {
+      lane_mask<float> masks[extent(N)];
+      for (std::int64_t i = 0; i < N; ++i) masks[i] = {part.seen->lane + (n + i) * W, part.rows};
+      find_maxima<N>(to, count, n, masks, [](vector x, std::int64_t) { return x; });
+    }
   }
 
   /// As `vectors::add`.
@@ -176,14 +183,14 @@ struct eight_bits {
   /// Quads of a row, in whole steps.
   static constexpr std::int64_t quads_of(std::int64_t dim) { return (dim + step - 1) / step * (step / 4); }
 
-  /// The scores of keys that are not finite, by what queries are rounded to.
+  /// Adds the scores of keys that are not finite, times `unit`, by what queries are rounded to.
   static void score_infinite(const staged_block& block, const whole_part& part, const byte_queries& queries,
-                             const score_block<float>& to) {
+                             const score_block<float>& to, float unit) {
     block.for_each_infinite_key(part.rows, [&](std::int64_t j, std::int64_t d, float x) {
       float* const scores = to.at(j - part.rows.begin, 0);
       for (std::int64_t lane = 0; lane < part.count; ++lane) {
         const packed_quad byte = queries.data[d / 4 * lanes + lane] >> d % 4 * 8 & 0xff;
-        scores[lane] += (static_cast<float>(byte) - 128.0f) * queries.scale[lane] * x;
+        scores[lane] += unit * ((static_cast<float>(byte) - 128.0f) * queries.scale[lane] * x);
       }
     });
   }

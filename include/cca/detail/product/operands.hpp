@@ -56,7 +56,7 @@ struct byte_queries {
   const float* scale = nullptr;
 };
 
-/// Where scores go, `[row][stride]`, and the largest `unit * score + exponent[row]` of each lane.
+/// Where `unit * score + exponent[row]` goes, `[row][stride]`, and the largest of it in each lane.
 struct byte_scores {
   float* data = nullptr;
   std::int64_t stride = 0;
@@ -65,9 +65,9 @@ struct byte_scores {
   float unit = 1;
 };
 
-/// Columns of values, signed: row `d` holds element `d` of consecutive values.
+/// Columns of values, signed, `[steps][stride]`: a quad holds element `d` of four consecutive values.
 struct byte_columns {
-  const std::int8_t* data = nullptr;
+  const packed_quad* data = nullptr;
   std::int64_t stride = 0;
 };
 

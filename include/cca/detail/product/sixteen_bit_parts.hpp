@@ -13,6 +13,7 @@ struct sixteen_bit_shape {
   static constexpr std::int64_t lanes = 64;
   static constexpr std::int64_t block = 256;
   static constexpr std::int64_t least_stack = 1, stack = 8;
+  static constexpr std::int64_t budget = std::int64_t{1} << 19;
   static constexpr std::int64_t gradient_block = 128, gradient_stack = 4;
   static constexpr std::int64_t gradient_budget = std::int64_t{1} << 20;
 };

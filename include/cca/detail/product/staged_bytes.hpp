@@ -9,7 +9,6 @@
 #include "../simd/convert.hpp"
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
-#include "../simd/transpose.hpp"
 #include "../softmax/scaled_softmax.hpp"
 #include "byte_rows.hpp"
 #include "operands.hpp"
@@ -20,9 +19,10 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 /// padded to whole quads with zeros, which begin at multiples of 4. Rows that are not finite are zeros, too: whoever
 /// multiplies adds them to the lanes that see them.
 class staged_bytes {
-  /// Bytes of a row, and quads of rows that are transposed at once.
   static constexpr std::int64_t row_bytes(std::int64_t dim) { return (dim + 15) / 16 * 16; }
-  static constexpr std::int64_t quads_at_once = 16;
+  /// Of the columns of a quad of rows. A cache line more: they are read line by line, and would lie in few sets of the
+  /// first-level cache.
+  static constexpr std::int64_t quad_stride(std::int64_t dim) { return row_bytes(dim) + 16; }
   /// Rows of which memory is asked for that many rows before: 3 % of CCA attention at 32K tokens.
   static constexpr std::int64_t rows_ahead = 8;
 
@@ -38,21 +38,20 @@ class staged_bytes {
 
   /// Scratch floats for blocks of `rows` rows, whole quads.
   static constexpr std::int64_t size(const tile_form& form, std::int64_t rows, bool) {
-    return rows / 4 * (row_bytes(form.dim) + row_bytes(form.value_dim)) + 4 * rows +
-           (quads_at_once + 1) * row_bytes(form.value_dim);
+    return rows / 4 * (row_bytes(form.dim) + quad_stride(form.value_dim)) + 4 * rows + row_bytes(form.value_dim) +
+           padded<float>(larger(form.dim, form.value_dim));
   }
 
   staged_bytes(float* scratch, const tile_form& form, std::int64_t rows)
       : form_(form),
-        most_(rows),
         key_scale_(scratch),
         exponent_(key_scale_ + rows),
         inverse_(exponent_ + rows),
         start_(reinterpret_cast<std::int32_t*>(inverse_ + rows)),
         keys_(reinterpret_cast<std::int8_t*>(start_ + rows)),
         columns_(reinterpret_cast<packed_quad*>(keys_ + rows * row_bytes(form.dim))),
-        interleaved_(columns_ + rows / 4 * row_bytes(form.value_dim)),
-        quad_(reinterpret_cast<std::int8_t*>(interleaved_ + quads_at_once * row_bytes(form.value_dim))) {}
+        quad_(reinterpret_cast<std::int8_t*>(columns_ + rows / 4 * quad_stride(form.value_dim))),
+        numbers_(reinterpret_cast<float*>(quad_ + 4 * row_bytes(form.value_dim))) {}
 
   /// Takes in the rows `rows` of a head, which the rows from `following` on follow.
   template <class Key, class Value>
@@ -64,8 +63,8 @@ class staged_bytes {
     key_size_ = form_.dim * static_cast<std::int64_t>(sizeof(Key));
     value_size_ = form_.value_dim * static_cast<std::int64_t>(sizeof(Value));
     infinite_keys_ = infinite_values_ = {};
-    key_rows_ = {head.key, head.key_stride, form_.dim};
-    value_rows_ = {head.value, head.value_stride, form_.value_dim};
+    key_rows_ = {head.key, head.key_stride, form_.dim, head.key_scales};
+    value_rows_ = {head.value, head.value_stride, form_.value_dim, head.value_scales};
     const std::int64_t begin = quad_begin(rows.begin), bytes = row_bytes(form_.value_dim);
     for (std::int64_t j = begin; j < rows.end; j += 4) {
       for (std::int64_t r = 0; r < 4; ++r) {
@@ -74,10 +73,13 @@ class staged_bytes {
         else
           clear_row(j + r, quad_ + r * bytes);
       }
-      const std::int64_t quad = (j - begin) / 4, place = quad % quads_at_once;
-      interleave_quads(quad_, bytes, interleaved_ + place * bytes);
-      if (place + 1 == quads_at_once || j + 4 >= rows.end)
-        transpose(interleaved_, bytes, columns_ + quad - place, most_ / 4, place + 1, form_.value_dim);
+      interleave_quads(quad_, bytes, columns_ + (j - begin) / 4 * quad_stride(form_.value_dim));
+    }
+    // What was noted of each value is its scale, 0 of padding.
+    for (std::int64_t i = 0; i < whole_quads(rows.end - begin); ++i) {
+      const float scale = exponent_[i];
+      exponent_[i] = scale == 0.0f ? 0.0f : detail::log2(scale);
+      inverse_[i] = scale == 0.0f ? 0.0f : 1.0f / (255.0f * scale);
     }
   }
 
@@ -91,7 +93,8 @@ class staged_bytes {
   }
   [[nodiscard]] columns_from value_columns(std::int64_t j) const { return {this, j}; }
   [[nodiscard]] byte_columns columns(std::int64_t j) const {
-    return {reinterpret_cast<const std::int8_t*>(columns_ + place_of(j) / 4), most_};
+    const std::int64_t stride = quad_stride(form_.value_dim);
+    return {columns_ + place_of(j) / 4 * stride, stride};
   }
   [[nodiscard]] scaled_rows value_scales(std::int64_t j) const {
     return {exponent_ + place_of(j), inverse_ + place_of(j)};
@@ -137,23 +140,32 @@ class staged_bytes {
     const std::int64_t i = place_of(j);
     prefetch_row(key_memory_, j + rows_ahead, key_size_);
     prefetch_row(value_memory_, j + rows_ahead, value_size_);
-    const Key* key = head.key + j * head.key_stride;
+    const auto* key = numbers_of(head.key + j * head.key_stride, head.key_scales, j, form_.dim);
     const byte_scale of_key = scale_of(key, form_.dim, least_key);
     key_scale_[i] = of_key.scale;
     start_[i] = -128 * put_row(key, form_.dim, of_key, keys_ + i * row_bytes(form_.dim));
     if (!of_key.finite) infinite_keys_ = hull(infinite_keys_, {j, j + 1});
 
-    const Value* value = head.value + j * head.value_stride;
+    const auto* value = numbers_of(head.value + j * head.value_stride, head.value_scales, j, form_.value_dim);
     const byte_scale of_value = scale_of(value, form_.value_dim, least_value);
-    exponent_[i] = detail::log2(of_value.scale);
-    inverse_[i] = 1.0f / (255.0f * of_value.scale);
+    exponent_[i] = of_value.scale;
     put_row(value, form_.value_dim, of_value, value_bytes);
     if (!of_value.finite) infinite_values_ = hull(infinite_values_, {j, j + 1});
   }
 
+  /// Row `j`, or the numbers that one of 8 bits stands for: it is rounded anew, as any other.
+  template <class Element>
+  CCA_INLINE auto numbers_of(const Element* row, [[maybe_unused]] row_scales scales, [[maybe_unused]] std::int64_t j,
+                             [[maybe_unused]] std::int64_t dim) const {
+    if constexpr (is_q8<Element>)
+      return stage_numbers<float>(row, 0, scales.from(j), dim, 1, numbers_).data;
+    else
+      return row;
+  }
+
   void clear_row(std::int64_t j, std::int8_t* value_bytes) {
     const std::int64_t i = place_of(j);
-    key_scale_[i] = exponent_[i] = inverse_[i] = 0.0f;
+    key_scale_[i] = exponent_[i] = 0.0f;
     start_[i] = 0;
     fill_n(keys_ + i * row_bytes(form_.dim), row_bytes(form_.dim), std::int8_t{0});
     fill_n(value_bytes, row_bytes(form_.value_dim), std::int8_t{0});
@@ -168,12 +180,12 @@ class staged_bytes {
   }
 
   tile_form form_;
-  std::int64_t most_;
   float *key_scale_, *exponent_, *inverse_;
   std::int32_t* start_;
   std::int8_t* keys_;
-  packed_quad *columns_, *interleaved_;
+  packed_quad* columns_;
   std::int8_t* quad_;
+  float* numbers_;
   range rows_, infinite_keys_, infinite_values_;
   float_rows key_rows_, value_rows_;
   row_span<std::int8_t> key_memory_, value_memory_;

@@ -20,6 +20,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 ///    with the rows in use; long blocks spread the rescaling of the output over more products.
 ///  - `least_stack` to `stack`: tiles that take turns on a block while it is in cache, so that memory is read once for all
 ///    of them; the more the longer the sequence.
+///  - `budget`: bytes of scratch that they should stay within: half of a second-level cache.
 template <class T>
 struct tile_shape {
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -33,6 +34,7 @@ struct tile_shape {
   static constexpr std::int64_t block = 128;
   static constexpr std::int64_t least_stack = larger<std::int64_t>(64 / lanes, 1);
   static constexpr std::int64_t stack = larger<std::int64_t>(256 / lanes, 1);
+  static constexpr std::int64_t budget = std::int64_t{1} << 19;
 
   /// Backward: rows whose gradients are summed at once, and tiles whose queries they are summed over.
   static constexpr std::int64_t gradient_block = 64;

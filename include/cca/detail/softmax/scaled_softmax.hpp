@@ -18,27 +18,39 @@ struct scaled_rows {
   const float* inverse = nullptr;
 };
 
-/// Hides what `N` vectors of a part from `n` on do not see, and finds the largest `unit * score + exponent` of each lane.
-template <std::int64_t N, class Mask>
-void find_scaled_maxima(const score_block<float> scores, std::int64_t count, std::int64_t n, const Mask mask,
-                        const float* exponent, float unit) {
+/// Hides what `N` vectors of a part from `n` on do not see, and finds the largest of each lane. `value(x, j)` is what a score
+/// of row `j` becomes before.
+template <std::int64_t N, class Mask, class Value>
+void find_maxima(const score_block<float> scores, std::int64_t count, std::int64_t n, const Mask (&mask)[extent(N)],
+                 const Value& value) {
   using vector = vec<float>;
   const vector none(-infinity<float>);
   vector maximum[extent(N)];
   unroll<N>([&](auto i) CCA_INLINE_LAMBDA { maximum[i] = none; });
   for (std::int64_t j = 0; j < count; ++j)
     unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
-      const vector x = mask.select(j, vector::load_aligned(scores.at(j, n + i)), none);
-      if constexpr (!std::is_same_v<Mask, unmasked>) x.store_aligned(scores.at(j, n + i));
-      maximum[i] = (xsimd::max)(maximum[i], fma<float>(x, vector(unit), vector(exponent[j])));
+      const vector x = mask[i].select(j, value(vector::load_aligned(scores.at(j, n + i)), j), none);
+      x.store_aligned(scores.at(j, n + i));
+      maximum[i] = (xsimd::max)(maximum[i], x);
     });
   unroll<N>([&](auto i) CCA_INLINE_LAMBDA { maximum[i].store_aligned(scores.maximum + (n + i) * width<float>); });
 }
 
+/// The masks of vectors that see every row.
+template <std::int64_t N>
+inline constexpr unmasked everything[extent(N)]{};
+
+/// Makes scores those of the values' scales: `unit * score + exponent`, in base 2.
+inline auto in_scales(const float* exponent, float unit) {
+  return [exponent, unit = vec<float>(unit)](vec<float> x, std::int64_t j) CCA_INLINE_LAMBDA {
+    return fma<float>(x, unit, vec<float>(exponent[j]));
+  };
+}
+
 /// The online softmax of rows in scales of their own, whose weights are rounded to 8 bits: a weight takes the row's scale in,
 /// and is relative to the largest of the part in its lane. So none of a long flat row vanishes, and a row of small values
-/// that most of the sum goes to leaves bits to the others. Sums are of weights that are not rounded. The maxima of the
-/// scores of a part are those of `find_scaled_maxima`, in base 2.
+/// that most of the sum goes to leaves bits to the others. Sums are of weights that are not rounded. The scores of a part
+/// are those of `in_scales`, and so are their maxima; where the rule shapes scores, they become so here.
 class scaled_softmax : public lane_softmax<float> {
   using vector = vec<float>;
   static constexpr std::int64_t W = width<float>;
@@ -54,8 +66,9 @@ class scaled_softmax : public lane_softmax<float> {
     constexpr std::int64_t N = smaller<std::int64_t>(Part::vectors, 4);  // as many as registers hold
     static_assert(Part::vectors % N == 0);
     for (std::int64_t n = 0; n < Part::vectors; n += N) {
-      if (rule().shapes())  // which found the maxima of what it made
-        find_scaled_maxima<N>(scores, part.rows.size(), n, unmasked{}, weights.rows.exponent, rule().unit_in_base_2());
+      if (rule().shapes())
+        find_maxima<N>(scores, part.rows.size(), n, everything<N>,
+                       in_scales(weights.rows.exponent, rule().unit_in_base_2()));
       absorb_vectors<N>(n, part, scores, weights);
     }
   }
@@ -65,7 +78,6 @@ class scaled_softmax : public lane_softmax<float> {
   CCA_INLINE void absorb_vectors(std::int64_t first, const Part& part, const score_block<float> scores,
                                  const Weights weights) {
     constexpr std::int64_t R = Weights::rows_at_once;
-    const vector unit(rule().unit_in_base_2());
     const exp2_range<float> range(headroom());
     const std::int64_t lane = (part.first + first) * W, count = part.rows.size();
     vector base[extent(N)], share[extent(N)], sum[extent(N)];
@@ -79,10 +91,7 @@ class scaled_softmax : public lane_softmax<float> {
       unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
         vector weight[extent(R)];
         unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
-          const vector score = vector::load_aligned(scores.at(j + r, first + n));
-          vector x = fma<float>(score, unit, vector(weights.rows.exponent[j + r])) - base[n];
-          if constexpr (!fuses) x = (xsimd::min)(vector(0.0f), x);  // the maximum was rounded otherwise; a NaN stays
-          weight[r] = exp2_bytes(x);
+          weight[r] = exp2_bytes(vector::load_aligned(scores.at(j + r, first + n)) - base[n]);
           sum[n] = fma<float>(weight[r], vector(weights.rows.inverse[j + r]), sum[n]);
         });
         weights.put(j, first + n, weight);
@@ -92,13 +101,6 @@ class scaled_softmax : public lane_softmax<float> {
       weights.put_share(first + n, share[n] * vector(1.0f / 255.0f));
     });
   }
-
-  /// Whether vectors multiply and add in one rounding, as the unit does that found the maxima.
-#if defined(__AVX512F__) || defined(__FMA__)
-  static constexpr bool fuses = true;
-#else
-  static constexpr bool fuses = false;
-#endif
 };
 
 }}}  // namespace cca::CCA_TARGET::detail
