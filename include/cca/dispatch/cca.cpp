@@ -205,9 +205,8 @@ cca_status cca_gradient_workspace_size(const cca_call* call, size_t* bytes) {
 
 cca_status cca_quantize(const DLTensor* rows, const DLTensor* to, const DLTensor* scales) {
   return guarded([&] {
-    const auto given = [](const char* name, const DLTensor* tensor) -> const DLTensor& {
-      if (tensor == nullptr) refuse(name, {"NULL"}, {"a tensor"});
-      return *tensor;
+    const auto given = [](const char* name, const DLTensor* tensor) -> auto& {
+      return detail::required(name, tensor, "a tensor");
     };
     detail::with_element("rows", given("rows", rows).dtype, [&]<class T>(std::type_identity<T>) {
       dispatch::quantize(detail::view_of<const T, 4>("rows", *rows), detail::view_of<cca::q8, 4>("to", given("to", to)),
