@@ -65,14 +65,14 @@ struct unit_case {
 inline double byte_peak() {
   using namespace cca::detail;
   constexpr std::int64_t rows = 128, lanes = 64, depth = 128, times = 100;
-  alignas(64) static std::int8_t a[rows * depth];
+  alignas(64) static packed_quad a[depth / 4 * rows];
   alignas(64) static packed_quad b[depth / 4 * lanes];
   alignas(64) static float c[rows * lanes], share[lanes], rescale[lanes];
-  for (std::int64_t i = 0; i < rows * depth; ++i) a[i] = static_cast<std::int8_t>(i * 37 % 255 - 127);
+  for (std::int64_t i = 0; i < depth / 4 * rows; ++i) a[i] = static_cast<packed_quad>(i) * 2246822519u;
   for (std::int64_t i = 0; i < depth / 4 * lanes; ++i) b[i] = static_cast<packed_quad>(i) * 2654435761u;
   const double time = best_seconds(5, [&] {
     for (std::int64_t i = 0; i < times; ++i) {
-      add_bytes({a, depth}, {b, lanes, share}, rescale, c, rows, depth / 4);
+      add_bytes({a, rows}, {b, lanes, share}, rescale, c, rows, depth / 4);
       benchmark::DoNotOptimize(c[0]);
       benchmark::ClobberMemory();
     }
