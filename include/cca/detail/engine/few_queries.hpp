@@ -66,9 +66,9 @@ class few_queries {
   /// Scratch elements; `staged` where rows are converted, `pieces` where a source has some.
   static constexpr std::int64_t size(std::int64_t queries, std::int64_t dim, std::int64_t value_dim, bool staged,
                                      bool pieces) {
-    return ranges_size(queries) + queries * (padded<T>(dim) + row_block) +
+    return ranges_size(queries) + queries * (padded<T>(dim) + row_block) + lanes_size(queries, {dim, value_dim}, staged) +
            (staged ? slice_rows(dim, value_dim) * (dim + value_dim) : 0) +
-           (pieces ? gathered_rows<T>::size(dim, value_dim) : 0) + lanes_size(queries, {dim, value_dim}, staged);
+           (pieces ? gathered_rows<T>::size(dim, value_dim) : 0);
   }
 
   /// `staged` as for `size`.
@@ -82,10 +82,10 @@ class few_queries {
         seen_(reinterpret_cast<range*>(scratch)),
         query_(scratch + ranges_size(queries)),
         scores_(query_ + queries * padded<T>(dim)),
-        staged_keys_(scores_ + queries * row_block),
+        lanes_(scores_ + queries * row_block),  // in whole vectors from here, as what comes next need not be
+        staged_keys_(lanes_ + lanes_size(queries, {dim, value_dim}, staged)),
         staged_values_(staged_keys_ + slice_rows(dim, value_dim) * dim),
-        lanes_(scratch + size(queries, dim, value_dim, staged, false) - lanes_size(queries, {dim, value_dim}, staged)),
-        gathered_(lanes_ + lanes_size(queries, {dim, value_dim}, staged), dim, value_dim) {}
+        gathered_(scratch + size(queries, dim, value_dim, staged, false), dim, value_dim) {}
 
   /// Loads query `q`, `dim` elements.
   template <class Query>
@@ -311,7 +311,7 @@ class few_queries {
   const score_rule<T>* rule_;
   int headroom_;
   range* seen_;  // per query
-  T *query_, *scores_, *staged_keys_, *staged_values_, *lanes_;
+  T *query_, *scores_, *lanes_, *staged_keys_, *staged_values_;
   gathered_rows<T> gathered_;
 };
 
