@@ -36,7 +36,7 @@ def page(bugs, headers, programs):
         if headers[file].count(bug["find"]) != 1:
             raise ValueError(f"{invariant!r}: {file} has not once {bug['find']!r}")
         for test in tests:
-            if test not in programs:
+            if not {test, test.partition(".")[0]} & programs:  # vnni_test.avx_vnni is vnni_test run in another way
                 raise ValueError(f"{invariant!r} is for {test}, which is no test")
         invariants.setdefault(invariant, []).append(bug)
     rows = [INTRODUCTION.format(invariants=len(invariants), bugs=len(bugs))]
