@@ -65,14 +65,14 @@ CCA_INLINE void accumulate(vec<T> (&sum)[Rows][Vectors], const T* a, RowStride r
   constexpr std::int64_t R = Rows, N = Vectors;
   // Three rows to an address: each is that and the stride, once or twice. Otherwise g++ makes an address of each row, which
   // are more than there are registers for: it loads them anew in each step, or puts sums where they were.
-  constexpr std::int64_t near = std::is_same_v<RowStride, adjacent> ? R : 3, addresses = (R + near - 1) / near;
+  constexpr std::int64_t each = std::is_same_v<RowStride, adjacent> ? R : 3, addresses = (R + each - 1) / each;
   const T* row[extent(addresses)];
-  unroll<addresses>([&](auto k) CCA_INLINE_LAMBDA { row[k] = a + k * near * row_stride; });
+  unroll<addresses>([&](auto k) CCA_INLINE_LAMBDA { row[k] = a + k * each * row_stride; });
   for (std::int64_t i = 0; i < steps; ++i, b += b_stride) {
     vec<T> operand[Vectors];
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA { operand[n] = vec<T>::load_aligned(b + n * width<T>); });
     unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
-      const vec<T> element(row[r / near][r % near * row_stride]);
+      const vec<T> element(row[r / each][r % each * row_stride]);
       unroll<N>([&](auto n) CCA_INLINE_LAMBDA { sum[r][n] = fma<T>(element, operand[n], sum[r][n]); });
     });
     unroll<addresses>([&](auto k) CCA_INLINE_LAMBDA {
