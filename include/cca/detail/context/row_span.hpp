@@ -132,9 +132,9 @@ CCA_INLINE void for_row_blocks_again(std::int64_t count, const F& f) {
   std::int64_t i = 0;
   for (; i + R <= count; i += R) f(std::integral_constant<std::int64_t, R>{}, i);
   while (i < count) {
-    const auto left = static_cast<std::uint64_t>(count - i);
-    const auto next = static_cast<std::int64_t>(std::bit_ceil(left));
-    const std::int64_t rows = next > count || next > R ? static_cast<std::int64_t>(std::bit_floor(left)) : next;
+    std::int64_t rows = 1;  // by hand: functions of the standard library may be shared with code of other instruction sets
+    while (rows < count - i) rows *= 2;
+    if (rows > count || rows > R) rows /= 2;
     unroll<powers>([&](auto k) CCA_INLINE_LAMBDA {
       constexpr std::int64_t size = std::int64_t{1} << (powers - 1 - k());
       if (rows == size) f(std::integral_constant<std::int64_t, size>{}, smaller(i, count - size));
