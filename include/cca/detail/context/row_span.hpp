@@ -134,7 +134,7 @@ CCA_INLINE void for_row_blocks_again(std::int64_t count, const F& f) {
   while (i < count) {
     std::int64_t rows = 1;  // by hand: functions of the standard library may be shared with code of other instruction sets
     while (rows < count - i) rows *= 2;
-    if (rows > count || rows > R) rows /= 2;
+    if (rows > count || rows >= R) rows /= 2;
     unroll<powers>([&](auto k) CCA_INLINE_LAMBDA {
       constexpr std::int64_t size = std::int64_t{1} << (powers - 1 - k());
       if (rows == size) f(std::integral_constant<std::int64_t, size>{}, smaller(i, count - size));
