@@ -53,10 +53,9 @@ inline constexpr range all_rows{0, std::int64_t{1} << 62};
 ///
 /// Cost of a row and query: `(dim + value_dim) / width` multiply-adds and a horizontal sum. Up to about four queries, reading
 /// the row's `dim + value_dim` elements takes longer; of more, four share each load of it, and from seven on they are the
-/// lanes of tiles, for which a vector takes as long as for one. The keys of a block are scored
-/// while the values of the block before it are added, a slice of the one and a slice of the other in turns: that keeps
-/// the processor's own prefetching of both under way, which starts anew where a whole block of keys is followed by one of
-/// values.
+/// lanes of tiles, of which a vector takes as long as one query. Without lanes, the keys of a block are scored while the
+/// values of the block before it are added, a slice of the one and a slice of the other in turns: that keeps the processor's
+/// own prefetching of both under way, which starts anew where a whole block of keys is followed by one of values.
 template <class T>
 class few_queries {
   using lane_tile = query_tile<vectors<T>>;
@@ -153,7 +152,7 @@ class few_queries {
     const tile_form form{dim_, value_dim_};
     const std::int64_t head = places.head(lanes.begin - of.begin);
     lane_stack stack(lanes_, {form, rule_, headroom_},
-                {{places.b, head, places.query(lanes.begin - of.begin)}, places.all_heads, lanes.size()}, staged_);
+                     {{places.b, head, places.query(lanes.begin - of.begin)}, places.all_heads, lanes.size()}, staged_);
     stack.for_each_tile([&](lane_tile tile, std::int64_t first) {
       tile.begin(query_ + (lanes.begin + first) * padded<T>(dim_), padded<T>(dim_), T(1));
     });
@@ -161,9 +160,9 @@ class few_queries {
       typename lane_tile::visible_lanes seen[lane_tile::most];
       stack.for_each_tile([&](lane_tile tile, std::int64_t first) {
         seen[first / lane_tile::lanes] = {tile.count(), [&](range* lane) {
-                                       for (std::int64_t i = 0; i < tile.count(); ++i)
-                                         lane[i] = intersection(seen_[lanes.begin + first + i], rows);
-                                     }};
+                                            for (std::int64_t i = 0; i < tile.count(); ++i)
+                                              lane[i] = intersection(seen_[lanes.begin + first + i], rows);
+                                          }};
       });
       stack.absorb_rows(rows_of_head, source.terms(places.b, head), seen, next, nothing_after_blocks{});
     });
