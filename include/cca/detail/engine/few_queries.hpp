@@ -26,7 +26,7 @@ inline constexpr std::int64_t most_few_queries = 12;
 /// Queries that share rows, of one head or of several, from which on they ride in lanes: fewer take rows along the dim. Where
 /// the two cross was measured (bench/TUNING.md): a vector of lanes takes as long whether it is full or not.
 template <class T>
-inline constexpr std::int64_t least_in_lanes = width<T> >= 16 ? 11 : 7;
+inline constexpr std::int64_t least_in_lanes = width<T> >= 16 ? 10 : 7;
 
 /// The same of queries that share a list of selected rows, in sequences of many such lists.
 inline constexpr std::int64_t most_few_of_block = 4;
@@ -311,14 +311,19 @@ class few_queries {
   /// them go together, otherwise each goes by itself: to the bit it gets the same, whatever its neighbours see.
   template <class F>
   void for_each_sharing(range rows, range queries, const F& f) const {
-    for_row_blocks<queries_sharing>(queries.size(), [&](auto n, std::int64_t i) {
-      const std::int64_t q = queries.begin + i;
+    const auto share = [&](auto n, std::int64_t q) {
       const auto of = [&](std::int64_t k) { return intersection(seen_[q + k], rows); };
       bool same = true;
       for (std::int64_t k = 1; k < n(); ++k) same &= of(k) == of(0);
       if (same && !of(0).empty()) return f(n, q, of(0));
       for (std::int64_t k = 0; !same && k < n(); ++k)
         if (!of(k).empty()) f(std::integral_constant<std::int64_t, 1>{}, q + k, of(k));
+    };
+    std::int64_t q = queries.begin;
+    for (; q + queries_sharing <= queries.end; q += queries_sharing)
+      share(std::integral_constant<std::int64_t, queries_sharing>{}, q);
+    unroll<queries_sharing - 1>([&](auto i) {  // not 2 and 1 for 3, which would take longer than 4
+      if (queries.end - q == i + 1) share(std::integral_constant<std::int64_t, i + 1>{}, q);
     });
   }
 

@@ -243,7 +243,7 @@ void add_shared_rows(const T* weights, std::int64_t weight_stride, row_span<Elem
       });
       unroll<Queries>([&](auto q) CCA_INLINE_LAMBDA {
         vec<T> weight(weights[q * weight_stride + j]);
-        keep<T>(weight);
+        if constexpr (N > 1) keep<T>(weight);
         unroll<N>([&](auto i) CCA_INLINE_LAMBDA { sum[q][i] = fma<T>(weight, row[i], sum[q][i]); });
       });
     }
