@@ -131,4 +131,5 @@ def main():
         print(f"| {label} | {' | '.join(cells)} |")
 
 
-main()
+if __name__ == "__main__":
+    main()

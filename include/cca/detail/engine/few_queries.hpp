@@ -24,8 +24,9 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 inline constexpr std::int64_t most_few_queries = 12;
 
 /// Queries that share rows, of one head or of several, from which on they ride in lanes: fewer take rows along the dim. Where
-/// the two cross was measured (bench/TUNING.md).
-inline constexpr std::int64_t least_in_lanes = 7;
+/// the two cross was measured (bench/TUNING.md): a vector of lanes takes as long whether it is full or not.
+template <class T>
+inline constexpr std::int64_t least_in_lanes = width<T> >= 16 ? 10 : 7;
 
 /// The same of queries that share a list of selected rows, in sequences of many such lists.
 inline constexpr std::int64_t most_few_of_block = 4;
@@ -52,8 +53,8 @@ inline constexpr range all_rows{0, std::int64_t{1} << 62};
 /// while it is in the first-level cache. The unit of work of decoding.
 ///
 /// Cost of a row and query: `(dim + value_dim) / width` multiply-adds and a horizontal sum. Up to about four queries, reading
-/// the row's `dim + value_dim` elements takes longer; of more, four share each load of it, and from seven on they are the
-/// lanes of tiles, of which a vector takes as long as one query. Without lanes, the keys of a block are scored while the
+/// the row's `dim + value_dim` elements takes longer; of more, four share each load of it, and from `least_in_lanes` on they
+/// are the lanes of tiles, of which a vector takes as long as one query. Without lanes, the keys of a block are scored while the
 /// values of the block before it are added, a slice of the one and a slice of the other in turns: that keeps the processor's
 /// own prefetching of both under way, which starts anew where a whole block of keys is followed by one of values.
 template <class T>
@@ -66,7 +67,7 @@ class few_queries {
   static constexpr std::int64_t size(std::int64_t queries, std::int64_t dim, std::int64_t value_dim, bool staged,
                                      bool pieces) {
     return ranges_size(queries) + queries * (padded<T>(dim) + row_block) + lanes_size(queries, {dim, value_dim}, staged) +
-           (staged ? slice_rows(dim, value_dim) * (dim + value_dim) : 0) +
+           (staged ? slice_rows(queries, dim, value_dim) * (dim + value_dim) : 0) +
            (pieces ? gathered_rows<T>::size(dim, value_dim) : 0);
   }
 
@@ -83,7 +84,7 @@ class few_queries {
         scores_(query_ + queries * padded<T>(dim)),
         lanes_(scores_ + queries * row_block),  // in whole vectors from here, as what comes next need not be
         staged_keys_(lanes_ + lanes_size(queries, {dim, value_dim}, staged)),
-        staged_values_(staged_keys_ + slice_rows(dim, value_dim) * dim),
+        staged_values_(staged_keys_ + slice_rows(queries, dim, value_dim) * dim),
         gathered_(scratch + size(queries, dim, value_dim, staged, false), dim, value_dim) {}
 
   /// Loads query `q`, `dim` elements.
@@ -104,7 +105,7 @@ class few_queries {
     for (std::int64_t h = heads.begin; h < heads.end; h += together) {
       const few_places some{places.b, places.all_heads, {h, h + together}, places.queries};
       const range of = shifted({0, some.count()}, (h - heads.begin) * places.queries.size());
-      if (of.size() >= least_in_lanes && (together == 1 || !rule_->shifts()))  // a tile has one slope, and a row one bias
+      if (of.size() >= least_in_lanes<T> && (together == 1 || !rule_->shifts()))  // a tile has one slope, and a row one bias
         for (range lanes = of; !lanes.empty(); lanes.begin += most_in_lanes)
           absorb_in_lanes(source, some, of, intersection(lanes, {lanes.begin, lanes.begin + most_in_lanes}), part, result);
       else
@@ -184,7 +185,7 @@ class few_queries {
   template <class Key, class Value, class Result, class Place>
   void absorb_rows(const context_rows<Key, Value>& head, range rows, range queries, const Result& result,
                    const Place& place) {
-    const std::int64_t step = slice_rows(dim_, value_dim_);
+    const std::int64_t step = slice_rows(queries.size(), dim_, value_dim_);
     const row_span<Key> keys{head.key, head.key_stride};
     const row_span<Value> values{head.value, head.value_stride};
     range weighted;  // the block before
@@ -203,20 +204,25 @@ class few_queries {
   static constexpr std::int64_t queries_sharing = 4;
 
   /// Rows of keys, or of values, that are read before it is the others' turn: about 4 KiB of them as they are computed
-  /// with. (Sums are rounded where a slice ends, so 16 bits have the slices of floats.)
-  static constexpr std::int64_t slice_rows(std::int64_t dim, std::int64_t value_dim) {
+  /// with, for more queries than share a load 8 KiB, which these take turns on. (Sums are rounded where a slice ends, so
+  /// 16 bits have the slices of floats.)
+  static constexpr std::int64_t slice_rows(std::int64_t queries, std::int64_t dim, std::int64_t value_dim) {
     constexpr std::int64_t n = sums_at_a_time<T>;
-    return std::clamp(rows_ahead<T>(larger(dim, value_dim)) / n * n, n, row_block);
+    return std::clamp(slices_ahead(queries) * rows_ahead<T>(larger(dim, value_dim)) / n * n, n, row_block);
   }
+
+  /// How far ahead memory is asked for, in times of 4 KiB: a slice. Every query asks, since a core that waits for as many
+  /// lines as it can keep in mind drops what it is asked for.
+  static constexpr std::int64_t slices_ahead(std::int64_t queries) { return queries > queries_sharing ? 2 : 1; }
 
   /// Queries that ride in lanes at a time.
   static constexpr std::int64_t most_in_lanes = lane_tile::most * lane_tile::lanes;
 
   /// Scratch elements of tiles, and of what one of them has absorbed.
   static constexpr std::int64_t lanes_size(std::int64_t queries, const tile_form& form, bool staged) {
-    return queries < least_in_lanes ? 0
-                                    : lane_stack::size(smaller(queries, most_in_lanes), form, staged, false) +
-                                          lane_tile::lanes * partial_result<T>::size(form.value_dim);
+    if (queries < least_in_lanes<T>) return 0;
+    return lane_stack::size(smaller(queries, most_in_lanes), form, staged, false) +
+           lane_tile::lanes * partial_result<T>::size(form.value_dim);
   }
 
   /// Elements that hold the ranges, in whole cache lines.
@@ -224,17 +230,18 @@ class few_queries {
     return static_cast<std::int64_t>(scratch_bytes<range>(queries) / sizeof(T));
   }
 
-  /// Calls `f` with the rows `slice` of `rows`. One query reads them as they lie and converts them in registers; for
-  /// several of them they are converted once, and what follows is asked for here.
+  /// Calls `f` with the rows `slice` of `rows`, and how many rows ahead memory is asked for. One query reads them as they lie
+  /// and converts them in registers; for several of them they are converted once, and what follows is asked for here.
   template <class Element, class F>
   static void with_rows(row_span<Element> rows, std::int64_t dim, range slice, range queries,
                         [[maybe_unused]] T* staged, const F& f) {
     const row_span<Element> some = rows.from(slice.begin);
     if constexpr (loads_as<T, Element>)
-      if (in_place<T, Element> || queries.size() == 1) return f(some);
+      if (in_place<T, Element> || queries.size() == 1)
+        return f(some, slices_ahead(queries.size()) * rows_ahead<Element>(dim));
     if constexpr (!in_place<T, Element>) {
       for (std::int64_t i = 0; i < slice.size(); ++i) prefetch_row(some, i + rows_ahead<Element>(dim), dim);
-      f(stage(some.data, some.stride, dim, slice.size(), staged));
+      f(stage(some.data, some.stride, dim, slice.size(), staged), std::int64_t{0});
     }
   }
 
@@ -242,15 +249,15 @@ class few_queries {
   template <class Element>
   void score(row_span<Element> rows, range slice, std::int64_t first, range queries) {
     if (slice.empty()) return;
-    with_rows(rows, dim_, slice, queries, staged_keys_, [&](const auto& keys) {
+    with_rows(rows, dim_, slice, queries, staged_keys_, [&](const auto& keys, std::int64_t ahead) {
       for_each_sharing(slice, queries, [&](auto n, std::int64_t q, range some) {
         const T* query = query_ + q * padded<T>(dim_);
+        T* scores = scores_of(q) + some.begin - first;
         const auto from = keys.from(some.begin - slice.begin);
         if constexpr (n() == 1)
-          dot_rows(query, from, dim_, some.size(), scores_of(q) + some.begin - first);
+          dot_rows(query, from, dim_, some.size(), scores, ahead);
         else
-          dot_shared_rows<n()>(query, padded<T>(dim_), from, dim_, some.size(), scores_of(q) + some.begin - first,
-                               row_block);
+          dot_shared_rows<n()>(query, padded<T>(dim_), from, dim_, some.size(), scores, row_block, ahead);
       });
     });
   }
@@ -275,31 +282,48 @@ class few_queries {
   template <class Element, class Result>
   void add(row_span<Element> rows, range slice, std::int64_t first, range queries, const Result& result) {
     if (slice.empty()) return;
-    with_rows(rows, value_dim_, slice, queries, staged_values_, [&](const auto& values) {
+    with_rows(rows, value_dim_, slice, queries, staged_values_, [&](const auto& values, std::int64_t ahead) {
       for_each_sharing(slice, queries, [&](auto n, std::int64_t q, range some) {
         const T* weights = scores_of(q) + some.begin - first;
         const auto from = values.from(some.begin - slice.begin);
         if constexpr (n() == 1)
-          add_weighted_rows(weights, from, value_dim_, some.size(), T(1), result(q).out());
+          add_weighted_rows(weights, from, value_dim_, some.size(), T(1), result(q).out(), ahead);
         else
-          add_shared_rows<n()>(weights, row_block, from, value_dim_, some.size(),
-                               [&](std::int64_t i) { return result(q + i).out(); });
+          with_vectors(queries, from, [&](auto vectors) {
+            const auto out = [&](std::int64_t i) { return result(q + i).out(); };
+            add_shared_rows<n(), vectors()>(weights, row_block, from, value_dim_, some.size(), out, ahead);
+          });
       });
     });
+  }
+
+  /// Calls `f(constant n)` with how many vectors of a row are summed at a time: where more queries than share a load take turns,
+  /// products bound it.
+  template <class Element, class F>
+  static void with_vectors(range queries, row_span<Element>, const F& f) {
+    if (queries.size() > queries_sharing)
+      f(std::integral_constant<std::int64_t, shared_vectors<T, Element>>{});
+    else
+      f(std::integral_constant<std::int64_t, vectors_asked<T, Element>>{});
   }
 
   /// Calls `f(constant n, q, some)` for the rows `some` of `rows` that the queries `[q, q + n)` see. Those that see the same of
   /// them go together, otherwise each goes by itself: to the bit it gets the same, whatever its neighbours see.
   template <class F>
   void for_each_sharing(range rows, range queries, const F& f) const {
-    for_row_blocks<queries_sharing>(queries.size(), [&](auto n, std::int64_t i) {
-      const std::int64_t q = queries.begin + i;
+    const auto share = [&](auto n, std::int64_t q) {
       const auto of = [&](std::int64_t k) { return intersection(seen_[q + k], rows); };
       bool same = true;
       for (std::int64_t k = 1; k < n(); ++k) same &= of(k) == of(0);
       if (same && !of(0).empty()) return f(n, q, of(0));
       for (std::int64_t k = 0; !same && k < n(); ++k)
         if (!of(k).empty()) f(std::integral_constant<std::int64_t, 1>{}, q + k, of(k));
+    };
+    std::int64_t q = queries.begin;
+    for (; q + queries_sharing <= queries.end; q += queries_sharing)
+      share(std::integral_constant<std::int64_t, queries_sharing>{}, q);
+    unroll<queries_sharing - 1>([&](auto i) {  // not 2 and 1 for 3, which would take longer than 4
+      if (queries.end - q == i + 1) share(std::integral_constant<std::int64_t, i + 1>{}, q);
     });
   }
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -49,8 +48,9 @@ class forward {
     const auto plan = [&]<class Tile>(std::type_identity<Tile>) {
       for (std::int64_t b = 0; b < all_.distinct(); ++b) {
         const sequence s = measured(queries(b), rows(b)...);
-        worker_size_ = larger(worker_size_, s.few()       ? few_size(s.queries)
-                                            : s.in_lists() ? list_size<Tile>()
+        if (s.few()) worker_size_ = larger(worker_size_, few_size(s.queries));
+        if (!s.few() || s.alone)  // a context may turn out to be shorter than planned for
+          worker_size_ = larger(worker_size_, s.in_lists() ? list_size<Tile>()
                                                            : stack<Tile>::size(lanes<Tile>(s), form_, staged_, pieces_));
         partials_ = s.few() ? element_count<T>(partials_ + partials_of(s)) : partials_;
         most_tasks += s.few() ? few_tasks(s) * groups_ : s.in_lists() ? lists(s) * heads_ : most_stacks(s) * heads_;
@@ -101,18 +101,20 @@ class forward {
       if (attend_few(few, query, out, lse, rule.balanced(), headroom, run, scratch, sources...)) return;
   }
 
-  /// How long a sequence is: its queries, per head, those of them that share lists, and the parts of its context. Those
-  /// are what few queries' context is cut into, and how long it is for many.
+  /// How long a sequence is: its queries, per head, those of them that share lists, and the parts of its context, which few
+  /// queries' is cut into. `alone`: each head fills lanes of its own, which after a context of one part go as a stack.
   struct sequence {
     std::int64_t queries, block, parts;
+    bool alone;
 
-    [[nodiscard]] bool few() const { return queries <= most_few_queries && queries <= block; }
+    [[nodiscard]] bool few() const { return queries <= smaller(most_few_queries, block) && !(alone && parts == 1); }
     /// Whether the few queries of each list go by themselves.
     [[nodiscard]] bool in_lists() const { return queries > block && block <= most_few_of_block; }
   };
   template <class... Rows>
   [[nodiscard]] sequence measured(std::int64_t queries, Rows... rows) const {
-    return {queries, block_, larger<std::int64_t>((count_parts(rows) + ... + 0), 1)};
+    const bool alone = form_.unit == matrix_unit::none && groups_ == heads_ && queries >= least_in_lanes<T>;
+    return {queries, block_, larger<std::int64_t>((count_parts(rows) + ... + 0), 1), alone};
   }
 
   /// What few queries work with beside the scratch of each worker.

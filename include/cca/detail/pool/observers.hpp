@@ -104,10 +104,11 @@ struct observer_rows {
   /// is the same to the bit whichever others are computed beside it.
   void score(std::int64_t count, row_span<T> keys, std::int64_t dim, std::int64_t rows, std::int64_t place = 0) const {
     if (count == observers_at_once)
-      return dot_shared_rows<observers_at_once>(queries, padded<T>(dim), keys, dim, rows, scores + place, row_block);
+      return dot_shared_rows<observers_at_once>(queries, padded<T>(dim), keys, dim, rows, scores + place, row_block,
+                                               rows_ahead<T>(dim));
     for (std::int64_t q = 0; q < count; ++q)
       dot_shared_rows<1>(queries + q * padded<T>(dim), padded<T>(dim), keys, dim, rows, scores + q * row_block + place,
-                         row_block);
+                         row_block, rows_ahead<T>(dim));
   }
 };
 

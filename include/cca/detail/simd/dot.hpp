@@ -90,9 +90,10 @@ CCA_INLINE void reduce_add_each(const vec<T>* x, T* to) {
 /// The sum of its lanes is `query . key`, of a key row that others follow in steps of `stride`. One sum is enough: the
 /// processor is at the next rows meanwhile. It is that of `dot_shared_rows`, to the bit.
 template <class T, class Element>
-CCA_INLINE vec<T> dot_lanes(const T* query, const Element* key, std::int64_t stride, std::int64_t dim) {
+CCA_INLINE vec<T> dot_lanes(const T* query, const Element* key, std::int64_t stride, std::int64_t dim,
+                            std::int64_t ahead) {
   constexpr std::int64_t W = width<T>, steps = 4;
-  const std::int64_t full = dim - dim % W, ahead = rows_ahead<Element>(dim);
+  const std::int64_t full = dim - dim % W;
   vec<T> sum(T(0));
   const auto add = [&](std::int64_t d, auto i) CCA_INLINE_LAMBDA {
     if (i % vectors_asked<T, Element> == 0) ask_ahead(key, ahead, stride, d);
@@ -108,23 +109,28 @@ CCA_INLINE vec<T> dot_lanes(const T* query, const Element* key, std::int64_t str
 /// `logits[j] = query . key_j` for j in `[0, count)`. `query` is padded with zeros to a multiple of the vector width.
 /// Row by row, in the order of memory: four rows side by side read up to 1.4 times slower. Blocks of eight vectors of the
 /// query that stay in registers were 0.84 to 0.97 of the speed, too: a lone load of the query costs nothing.
-template <class T, class Element = T>
-void dot_rows(const T* query, row_span<Element> keys, std::int64_t dim, std::int64_t count, T* logits) {
+template <class T, class Element>
+void dot_rows(const T* query, row_span<Element> keys, std::int64_t dim, std::int64_t count, T* logits,
+              std::int64_t ahead) {
   constexpr std::int64_t n = sums_at_a_time<T>;
   std::int64_t j = 0;
   for (; j + n <= count; j += n) {
     vec<T> dots[extent(n)];
-    unroll<n>([&](auto i) CCA_INLINE_LAMBDA { dots[i] = dot_lanes(query, keys.row(j + i), keys.stride, dim); });
+    unroll<n>([&](auto i) CCA_INLINE_LAMBDA { dots[i] = dot_lanes(query, keys.row(j + i), keys.stride, dim, ahead); });
     reduce_add_each<T>(dots, logits + j);
   }
   if (j == count) return;
   vec<T> dots[extent(n)];
   unroll<n>([&](auto i) CCA_INLINE_LAMBDA {
-    dots[i] = j + i < count ? dot_lanes(query, keys.row(j + i), keys.stride, dim) : vec<T>(T(0));
+    dots[i] = j + i < count ? dot_lanes(query, keys.row(j + i), keys.stride, dim, ahead) : vec<T>(T(0));
   });
   T last[extent(n)];
   reduce_add_each<T>(dots, last);
   copy_n(last, count - j, logits + j);
+}
+template <class T, class Element = T>
+void dot_rows(const T* query, row_span<Element> keys, std::int64_t dim, std::int64_t count, T* logits) {
+  dot_rows(query, keys, dim, count, logits, rows_ahead<Element>(dim));
 }
 
 /// Rows of a register block of `Queries` queries that share them: 4 x 4 accumulators of 32 registers, 4 x 2 of 16.
@@ -132,12 +138,13 @@ template <class T>
 inline constexpr std::int64_t shared_rows = tile_shape<T>::vectors;
 
 /// `logits[q * logit_stride + j] = query_q . key_j` for `Queries` queries `query_stride` apart, j in `[0, count)`. A load of
-/// a row serves all queries: from four of them on products bound it, not memory.
+/// a row serves all queries: from four of them on products bound it, not memory, which is asked for `ahead` rows ahead.
+/// (Operands are kept in registers: g++ would load one anew for each product, and loads would bound it.)
 template <std::int64_t Queries, class T, class Element>
 void dot_shared_rows(const T* query, std::int64_t query_stride, row_span<Element> keys, std::int64_t dim,
-                     std::int64_t count, T* logits, std::int64_t logit_stride) {
+                     std::int64_t count, T* logits, std::int64_t logit_stride, std::int64_t ahead) {
   constexpr std::int64_t W = width<T>, n = sums_at_a_time<T>;
-  const std::int64_t full = dim - dim % W, ahead = rows_ahead<Element>(dim);
+  const std::int64_t full = dim - dim % W;
   for_row_blocks<shared_rows<T>>(count, [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
     constexpr std::int64_t R = rows();
     // Rows of a query lie side by side; what is behind the last fills up a sum of several.
@@ -150,7 +157,8 @@ void dot_shared_rows(const T* query, std::int64_t query_stride, row_span<Element
       vec<T> row[extent(R)];
       unroll<R>([&](auto r) CCA_INLINE_LAMBDA { row[r] = load(keys.row(j + r) + d); });
       unroll<Queries>([&](auto q) CCA_INLINE_LAMBDA {
-        const vec<T> x = vec<T>::load_aligned(query + q * query_stride + d);
+        vec<T> x = vec<T>::load_aligned(query + q * query_stride + d);
+        keep<T>(x);
         unroll<R>([&](auto r) CCA_INLINE_LAMBDA { sum[q][r] = fma<T>(row[r], x, sum[q][r]); });
       });
     };
@@ -172,11 +180,11 @@ void dot_shared_rows(const T* query, std::int64_t query_stride, row_span<Element
 }
 
 /// `sum[d] = sum[d] * rescale + sum_j weights[j] * rows[j][d]` for d in `[0, dim)`, j in `[0, count)`.
-template <class T, class Element = T>
-void add_weighted_rows(const T* weights, row_span<Element> rows, std::int64_t dim, std::int64_t count, T rescale,
-                       T* sum) {
+template <class T, class Element>
+void add_weighted_rows(const T* weights, row_span<Element> rows, std::int64_t dim, std::int64_t count, T rescale, T* sum,
+                       std::int64_t ahead) {
   constexpr std::int64_t W = width<T>, vectors = 8;
-  const std::int64_t full = dim - dim % W, ahead = rows_ahead<Element>(dim);
+  const std::int64_t full = dim - dim % W;
   for_row_blocks<vectors>(dim / W, [&](auto n, std::int64_t first) CCA_INLINE_LAMBDA {
     constexpr std::int64_t N = n();
     const std::int64_t d = first * W;
@@ -200,17 +208,28 @@ void add_weighted_rows(const T* weights, row_span<Element> rows, std::int64_t di
     partial = fma<T>(vec<T>(weights[j]), load_as<T>(rows.row(j) + full, dim - full), partial);
   store_partial(sum + full, fma<T>(load_partial(sum + full, dim - full), vec<T>(rescale), partial), dim - full);
 }
+template <class T, class Element = T>
+void add_weighted_rows(const T* weights, row_span<Element> rows, std::int64_t dim, std::int64_t count, T rescale,
+                       T* sum) {
+  add_weighted_rows(weights, rows, dim, count, rescale, sum, rows_ahead<Element>(dim));
+}
+
+/// Vectors of a row in a register block of queries that products bound: 4 x 4 sums of 32 registers, 4 x 2 of 16, enough to
+/// hide the latency of a multiply-add; whole lines.
+template <class T, class Element>
+inline constexpr std::int64_t shared_vectors = larger(vectors_asked<T, Element>, tile_shape<T>::vectors);
 
 /// `out(q)[d] += sum_j weights[q * weight_stride + j] * rows[j][d]` for `Queries` queries, d in `[0, dim)`, j in `[0, count)`.
-/// A load of a row serves all queries. A cache line of each row at a time: two or four were 0.8 times as fast.
-template <std::int64_t Queries, class T, class Element, class Out>
+/// A load of a row serves all queries, as above. `Vectors` of each row go at a time: a line where memory bounds it, of which
+/// two or four were 0.8 times as fast.
+template <std::int64_t Queries, std::int64_t Vectors, class T, class Element, class Out>
 void add_shared_rows(const T* weights, std::int64_t weight_stride, row_span<Element> rows, std::int64_t dim,
-                     std::int64_t count, const Out& out) {
+                     std::int64_t count, const Out& out, std::int64_t ahead) {
   constexpr std::int64_t W = width<T>;
   T* to[extent(Queries)];
   unroll<Queries>([&](auto q) CCA_INLINE_LAMBDA { to[q] = out(q); });
-  const std::int64_t full = dim - dim % W, ahead = rows_ahead<Element>(dim);
-  for_row_blocks<vectors_asked<T, Element>>(dim / W, [&](auto n, std::int64_t first) CCA_INLINE_LAMBDA {
+  const std::int64_t full = dim - dim % W;
+    for_row_blocks<Vectors>(dim / W, [&](auto n, std::int64_t first) CCA_INLINE_LAMBDA {
     constexpr std::int64_t N = n();
     const std::int64_t d = first * W;
     vec<T> sum[extent(Queries)][extent(N)];
@@ -218,11 +237,13 @@ void add_shared_rows(const T* weights, std::int64_t weight_stride, row_span<Elem
     for (std::int64_t j = 0; j < count; ++j) {
       vec<T> row[extent(N)];
       unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
-        if (i == 0) ask_ahead(rows.row(j), ahead, rows.stride, d);
+        if (i % vectors_asked<T, Element> == 0) ask_ahead(rows.row(j), ahead, rows.stride, d + i * W);
         row[i] = load_as<T>(rows.row(j) + d + i * W);
+        keep<T>(row[i]);
       });
       unroll<Queries>([&](auto q) CCA_INLINE_LAMBDA {
-        const vec<T> weight(weights[q * weight_stride + j]);
+        vec<T> weight(weights[q * weight_stride + j]);
+        if constexpr (N > 1) keep<T>(weight);
         unroll<N>([&](auto i) CCA_INLINE_LAMBDA { sum[q][i] = fma<T>(weight, row[i], sum[q][i]); });
       });
     }
