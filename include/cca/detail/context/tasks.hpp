@@ -51,12 +51,25 @@ struct sequences {
   [[nodiscard]] std::int64_t table_size() const { return alike ? 0 : batch; }
 };
 
+/// A number of each sequence, from a callable that outlives it: what plans for all sequences is compiled once for all of them.
+class of_sequence {
+ public:
+  template <class F>
+  of_sequence(const F& f)
+      : self_(&f), call_([](const void* self, std::int64_t b) -> std::int64_t { return (*static_cast<const F*>(self))(b); }) {}
+
+  std::int64_t operator()(std::int64_t b) const { return call_(self_, b); }
+
+ private:
+  const void* self_;
+  std::int64_t (*call_)(const void*, std::int64_t);
+};
+
 /// Where the share of each sequence begins in what sequences have one after the other.
 class sequence_offsets {
  public:
   /// `size(b)` is the share of sequence `b`; `table` has place for `table_size()` numbers.
-  template <class Size>
-  sequence_offsets(const sequences& all, std::int64_t* table, const Size& size)
+  sequence_offsets(const sequences& all, std::int64_t* table, of_sequence size)
       : table_(all.alike ? nullptr : table), each_(all.alike && all.batch > 0 ? size(0) : 0) {
     std::int64_t next = 0;
     for (std::int64_t b = 0; b < all.table_size(); ++b) {
@@ -112,9 +125,8 @@ struct sequence_tasks {
 class task_list {
  public:
   /// `table` has place for `all.table_size()` entries.
-  template <class Length, class PerTask>
-  task_list(const sequences& all, sequence_tasks* table, std::int64_t heads, const Length& length,
-            const PerTask& per_task, std::int64_t sharing = 1)
+  task_list(const sequences& all, sequence_tasks* table, std::int64_t heads, of_sequence length, of_sequence per_task,
+            std::int64_t sharing = 1)
       : sharing_(sharing), chains_(sharing > 0 ? heads / sharing : 0), table_(all.alike ? nullptr : table) {
     const auto entry = [&](std::int64_t b) {
       return sequence_tasks{b, length(b), larger<std::int64_t>(per_task(b), 1), size_};
@@ -137,9 +149,8 @@ class task_list {
   [[nodiscard]] std::int64_t size() const { return size_; }
 
   /// The same number before there is a table.
-  template <class Length, class PerTask>
-  [[nodiscard]] static std::int64_t size(const sequences& all, std::int64_t heads, const Length& length,
-                                         const PerTask& per_task) {
+  [[nodiscard]] static std::int64_t size(const sequences& all, std::int64_t heads, of_sequence length,
+                                         of_sequence per_task) {
     std::int64_t tasks = 0;
     for (std::int64_t b = 0; b < all.distinct(); ++b)
       tasks += heads * sequence_tasks{b, length(b), larger<std::int64_t>(per_task(b), 1)}.cuts();

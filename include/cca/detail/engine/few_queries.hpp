@@ -46,6 +46,15 @@ struct few_places {
   [[nodiscard]] std::int64_t query(std::int64_t q) const { return queries.begin + q % queries.size(); }
 };
 
+/// What few queries have seen, `stride` elements apart.
+template <class T>
+struct few_results {
+  T* first;
+  std::int64_t stride, value_dim;
+
+  [[nodiscard]] partial_result<T> operator[](std::int64_t q) const { return {first + q * stride, value_dim}; }
+};
+
 /// Of what queries see, all.
 inline constexpr range all_rows{0, std::int64_t{1} << 62};
 
@@ -96,9 +105,9 @@ class few_queries {
   }
 
   /// Lets the queries, which are at `places`, absorb the rows `part` of what they see of a source, counted from its
-  /// first. `result(q)` is a `partial_result`.
-  template <class Source, class Result>
-  void absorb(const Source& source, const few_places& places, range part, const Result& result) {
+  /// first.
+  template <class Source>
+  void absorb(const Source& source, const few_places& places, range part, const few_results<T>& results) {
     const range heads = places.heads;
     const std::int64_t sharing = places.all_heads / source.heads;  // they divide `heads`, a group
     const std::int64_t together = gcd(sharing, places.all_heads / source.piece_heads);
@@ -107,10 +116,10 @@ class few_queries {
       const range of = shifted({0, some.count()}, (h - heads.begin) * places.queries.size());
       if (of.size() >= least_in_lanes<T> && (together == 1 || !rule_->shifts()))  // a tile has one slope, and a row one bias
         for (range lanes = of; !lanes.empty(); lanes.begin += most_in_lanes)
-          absorb_in_lanes(source, some, of, intersection(lanes, {lanes.begin, lanes.begin + most_in_lanes}), part, result);
+          absorb_in_lanes(source, some, of, intersection(lanes, {lanes.begin, lanes.begin + most_in_lanes}), part, results);
       else
         for_each_seen(source, some, of, part, [&](const auto& head, range rows, std::int64_t) {
-          absorb_rows(head, rows, of, result, [&](std::int64_t q, range block) {
+          absorb_rows(head, rows, of, results, [&](std::int64_t q, range block) {
             const std::int64_t head_of = some.head(q - of.begin);
             return score_place{source.terms(places.b, head_of), rule_->slope(places.b, head_of), some.query(q - of.begin),
                                block, shift_sums<T>{}};
@@ -147,9 +156,9 @@ class few_queries {
   }
 
   /// Lets the queries `lanes`, of those `of` at `places`, absorb a part of what they see, in the lanes of tiles.
-  template <class Source, class Result>
+  template <class Source>
   void absorb_in_lanes(const Source& source, const few_places& places, range of, range lanes, range part,
-                       const Result& result) {
+                       const few_results<T>& results) {
     const tile_form form{dim_, value_dim_};
     const std::int64_t head = places.head(lanes.begin - of.begin);
     lane_stack stack(lanes_, {form, rule_, headroom_},
@@ -175,15 +184,15 @@ class few_queries {
       for (std::int64_t i = 0; i < tile.count(); ++i) {
         partial_result<T> some(sums + i * size, value_dim_);
         some.put(tile.weights(i));
-        result(lanes.begin + first + i).merge(some, rule_->unit_in_base_2());
+        results[lanes.begin + first + i].merge(some, rule_->unit_in_base_2());
       }
     });
   }
 
-  /// Lets the queries `queries` absorb what they see of the rows `rows` of a head. `result(q)` is a `partial_result`,
-  /// `place(q, some)` the `score_place` of a query and some of the rows.
-  template <class Key, class Value, class Result, class Place>
-  void absorb_rows(const context_rows<Key, Value>& head, range rows, range queries, const Result& result,
+  /// Lets the queries `queries` absorb what they see of the rows `rows` of a head. `place(q, some)` is the `score_place` of a
+  /// query and some of the rows.
+  template <class Key, class Value, class Place>
+  void absorb_rows(const context_rows<Key, Value>& head, range rows, range queries, const few_results<T>& results,
                    const Place& place) {
     const std::int64_t step = slice_rows(queries.size(), dim_, value_dim_);
     const row_span<Key> keys{head.key, head.key_stride};
@@ -192,10 +201,10 @@ class few_queries {
     for (std::int64_t j = rows.begin; j < rows.end || !weighted.empty(); j += row_block) {
       const range block = intersection({j, j + row_block}, rows);
       for (std::int64_t i = 0; i < row_block; i += step) {
-        add(values, intersection(shifted({i, i + step}, weighted.begin), weighted), weighted.begin, queries, result);
+        add(values, intersection(shifted({i, i + step}, weighted.begin), weighted), weighted.begin, queries, results);
         score(keys, intersection({j + i, j + i + step}, block), j, queries);
       }
-      for (std::int64_t q = queries.begin; q < queries.end; ++q) weigh(head, q, block, j, result(q), place);
+      for (std::int64_t q = queries.begin; q < queries.end; ++q) weigh(head, q, block, j, results[q], place);
       weighted = block;
     }
   }
@@ -279,18 +288,18 @@ class few_queries {
   }
 
   /// Adds the values of the rows `slice` of a block that begins at row `first`.
-  template <class Element, class Result>
-  void add(row_span<Element> rows, range slice, std::int64_t first, range queries, const Result& result) {
+  template <class Element>
+  void add(row_span<Element> rows, range slice, std::int64_t first, range queries, const few_results<T>& results) {
     if (slice.empty()) return;
     with_rows(rows, value_dim_, slice, queries, staged_values_, [&](const auto& values, std::int64_t ahead) {
       for_each_sharing(slice, queries, [&](auto n, std::int64_t q, range some) {
         const T* weights = scores_of(q) + some.begin - first;
         const auto from = values.from(some.begin - slice.begin);
         if constexpr (n() == 1)
-          add_weighted_rows(weights, from, value_dim_, some.size(), T(1), result(q).out(), ahead);
+          add_weighted_rows(weights, from, value_dim_, some.size(), T(1), results[q].out(), ahead);
         else
           with_vectors(queries, from, [&](auto vectors) {
-            const auto out = [&](std::int64_t i) { return result(q + i).out(); };
+            const auto out = [&](std::int64_t i) { return results[q + i].out(); };
             add_shared_rows<n(), vectors()>(weights, row_block, from, value_dim_, some.size(), out, ahead);
           });
       });

@@ -124,11 +124,10 @@ class forward {
     T* partials;
     std::int64_t value_dim;
 
-    /// What query `i` of head `h` of sequence `b` has seen of a part.
-    [[nodiscard]] partial_result<T> partial(std::int64_t b, const sequence& s, std::int64_t h, std::int64_t i,
-                                            std::int64_t part) const {
-      return {partials + first[b] + ((h * s.queries + i) * s.parts + part) * partial_result<T>::size(value_dim),
-              value_dim};
+    /// What the queries of sequence `b` have seen of a part, from the first of a head on.
+    [[nodiscard]] few_results<T> results(std::int64_t b, const sequence& s, std::int64_t head, std::int64_t part) const {
+      const std::int64_t size = partial_result<T>::size(value_dim);
+      return {partials + first[b] + (head * s.queries * s.parts + part) * size, s.parts * size, value_dim};
     }
   };
 
@@ -259,18 +258,18 @@ class forward {
       few_queries<T> queries(scratch[worker], queries_per_group(s.queries), form_.dim, form_.value_dim, staged_, rule,
                              headroom);
       const few_places places{b, heads_, heads, {0, s.queries}};
+      const few_results<T> results = few.results(b, s, heads.begin, part);
       for (std::int64_t h = heads.begin; h < heads.end; ++h)
         for (std::int64_t i = 0; i < s.queries; ++i) {
-          queries.load((h - heads.begin) * s.queries + i, query.row(b, h, i));
-          few.partial(b, s, h, i, part).begin();
+          const std::int64_t q = (h - heads.begin) * s.queries + i;
+          queries.load(q, query.row(b, h, i));
+          results[q].begin();
         }
       std::int64_t source_part = part;  // counted from the source's first
       const auto absorb = [&](const auto& source) {
         const std::int64_t parts = count_parts(source.most_seen(b));
         if (source_part >= 0 && source_part < parts)
-          queries.absorb(source, places, {source_part * part_rows, (source_part + 1) * part_rows}, [&](std::int64_t q) {
-            return few.partial(b, s, places.head(q), places.query(q), part);
-          });
+          queries.absorb(source, places, {source_part * part_rows, (source_part + 1) * part_rows}, results);
         source_part -= parts;
       };
       (absorb(sources), ...);
@@ -289,9 +288,9 @@ class forward {
   template <class Out, class Lse>
   bool merge_parts(const few_memory& few, const sequence& s, std::int64_t b, std::int64_t h, std::int64_t i,
                    tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule, int headroom) const {
-    partial_result<T> whole = few.partial(b, s, h, i, 0);
+    partial_result<T> whole = few.results(b, s, h, 0)[i];
     for (std::int64_t part = 1; part < s.parts; ++part)
-      whole.merge(few.partial(b, s, h, i, part), rule.unit_in_base_2());
+      whole.merge(few.results(b, s, h, part)[i], rule.unit_in_base_2());
     return write(whole, b, h, i, out, lse, rule, headroom);
   }
 
@@ -321,20 +320,18 @@ class forward {
       const std::int64_t b = task.b;
       const few_places places{b, heads_, heads_of_group(task.head), task.items};
       T* const partials = scratch[worker];
-      const auto result = [&](std::int64_t q) {
-        return partial_result<T>(partials + q * partial_result<T>::size(form_.value_dim), form_.value_dim);
-      };
+      const few_results<T> results{partials, partial_result<T>::size(form_.value_dim), form_.value_dim};
       for (const int headroom : {0, most_headroom}) {
         few_queries<T> queries(partials + list_partials(), places.count(), form_.dim, form_.value_dim, staged_, rule,
                                headroom);
         for (std::int64_t q = 0; q < places.count(); ++q) {
           queries.load(q, query.row(b, places.head(q), places.query(q)));
-          result(q).begin();
+          results[q].begin();
         }
-        (queries.absorb(sources, places, all_rows, result), ...);
+        (queries.absorb(sources, places, all_rows, results), ...);
         bool finite = true;
         for (std::int64_t q = 0; q < places.count(); ++q)
-          finite &= write(result(q), b, places.head(q), places.query(q), out, lse, rule, headroom);
+          finite &= write(results[q], b, places.head(q), places.query(q), out, lse, rule, headroom);
         if (finite) break;
       }
     });

@@ -187,9 +187,8 @@ void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim
       *place.value_scale = round_to_q8(value, value_dim, place.value);
     }
   };
-  with_pooling<T>(options.pool, [&]<class Pooling>() {
-    for_each_group(heads, groups, options.group_size, run, memory,
-                   [&](auto... where) { pool_group.template operator()<Pooling>(where...); });
+  for_each_group(heads, groups, options.group_size, run, memory, [&](auto... where) {
+    with_pooling<T>(options.pool, [&]<class Pooling>() { pool_group.template operator()<Pooling>(where...); });
   });
 }
 
@@ -293,9 +292,8 @@ void add_group_gradients(const pool_heads& heads, const Groups& groups, const Fi
     for (std::int64_t q = h * sharing; uses_last_query(options.pool) && q < (h + 1) * sharing; ++q)
       add_scaled_row(group.grad_query, dim, T(1) / static_cast<T>(sharing), grad_query_row(b, q, tokens.end - 1));
   };
-  with_pooling<T>(options.pool, [&]<class Pooling>() {
-    for_each_group(heads, groups, options.group_size, run, memory,
-                   [&](auto... where) { differentiate.template operator()<Pooling>(where...); });
+  for_each_group(heads, groups, options.group_size, run, memory, [&](auto... where) {
+    with_pooling<T>(options.pool, [&]<class Pooling>() { differentiate.template operator()<Pooling>(where...); });
   });
 }
 
