@@ -314,17 +314,6 @@ struct operands_of_8_bits {
   }
 };
 
-/// What a call is refused with.
-template <class F>
-std::string refusal_of(const F& f) {
-  try {
-    f();
-  } catch (const std::invalid_argument& e) {
-    return e.what();
-  }
-  return "nothing";
-}
-
 /// Of all queries, by a workspace of the size that the call says.
 template <class Call>
 cca::test::results<float> answers(const sizes& s, const Call& call) {
