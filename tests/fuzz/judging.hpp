@@ -26,17 +26,16 @@ template <class About>
   std::abort();
 }
 
-/// Relative to the largest number of a result, or to 1.
+/// Relative to the largest number of a result, or to the size that `compare` is told.
 template <class T>
 constexpr long double tolerance_of = std::is_same_v<T, float> ? 1e-4L : 1e-12L;
 
-/// Both have the same NaNs, and numbers within a tolerance.
+/// Both have the same NaNs, and numbers within a tolerance, relative to the largest of them or to `size`.
 template <class About, class T, class Exact>
 void compare(const About& about, const std::string& what, const tensor_view<T>& got,
-             const reference::tensor<Exact>& exact, long double tolerance) {
+             const reference::tensor<Exact>& exact, long double tolerance, long double size = 1) {
   const auto want = exact.view();
   if (got.extent != want.extent) finding(about, what + ": other extents");
-  long double size = 1;
   for (const Exact x : exact.data)
     if (std::isfinite(x)) size = std::max(size, std::fabs(static_cast<long double>(x)));
   for_each_row(want, [&](std::int64_t b, std::int64_t h, std::int64_t i) {
