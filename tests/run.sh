@@ -6,8 +6,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 presets=("${@:-tests}")
-packages=()
-[[ ${presets[*]} == *clang* ]] && packages=(clang libclang-rt-dev libomp-dev)
+packages=(ccache)
+[[ ${presets[*]} == *clang* ]] && packages+=(clang libclang-rt-dev libomp-dev)
 cmake/install_packages.sh "${packages[@]}"
 
 cmake/python_environment.sh build/pytest examples/python/requirements-light.txt ||
@@ -15,6 +15,11 @@ cmake/python_environment.sh build/pytest examples/python/requirements-light.txt 
 
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 export CTEST_PARALLEL_LEVEL=${CTEST_PARALLEL_LEVEL:-$CMAKE_BUILD_PARALLEL_LEVEL}
+
+# What this machine has compiled before is not compiled again, in a checkout of any name.
+if command -v ccache >/dev/null; then
+  export CMAKE_C_COMPILER_LAUNCHER=ccache CMAKE_CXX_COMPILER_LAUNCHER=ccache CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
+fi
 
 # count NAME FILE: an attribute of the whole run in CTest's JUnit file
 count() { sed -n "s/^[[:space:]]*$1=\"\([0-9]*\)\"\$/\1/p" "$2" | head -n 1; }

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Draws what "Choosing g, s and m" shows: perplexity against bytes, recall against distance, loss against steps.
+"""Draws what "Choosing g, s and m" shows: perplexity against bytes, recall against distance, and against steps the loss on
+text and, by group size, the loss of answers.
 
     python examples/finetune/plot.py cmake/docs perplexity
     python examples/finetune/plot.py cmake/docs recall examples/finetune/logs/recall.jsonl
     python examples/finetune/plot.py cmake/docs loss examples/finetune/logs/{dense,cca,window}.jsonl
+    python examples/finetune/plot.py cmake/docs answers examples/finetune/logs/{dense,cca,window}.jsonl
 """
 
 import argparse
@@ -85,7 +87,27 @@ def draw_loss(axes, logs):
     axes.set_ylabel("loss on text, nats a token: validation (dots), training (thin)")
 
 
-CHARTS = {"perplexity": draw_perplexity, "recall": draw_recall, "loss": draw_loss}
+def means_by_group(steps: list[dict], part=50) -> dict[int, tuple[list, list]]:
+    """For each group size that steps drew, ([the last step of each part], [the mean loss of answers in it])."""
+    losses = {}
+    for entry in steps:
+        end = -(-entry["step"] // part) * part
+        losses.setdefault(entry["g"], {}).setdefault(end, []).append(entry["recall"])
+    return {g: (list(parts), [sum(x) / len(x) for x in parts.values()]) for g, parts in sorted(losses.items())}
+
+
+def draw_answers(axes, logs):
+    for log in logs:
+        head, *entries = read(log)
+        for g, points in means_by_group([x for x in entries if "text" in x]).items():
+            label = f"CCA g={g}" if head["settings"]["attention"] == "cca" else head["target"]
+            axes.plot(*points, marker="o", markersize=4, label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss of answers in training, nats a token, mean of 50 steps")
+
+
+CHARTS = {"perplexity": draw_perplexity, "recall": draw_recall, "loss": draw_loss, "answers": draw_answers}
 
 
 def main():

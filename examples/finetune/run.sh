@@ -13,6 +13,6 @@ for ((until = piece; until < steps + piece; until += piece)); do
     $python examples/finetune/finetune.py build/smollm2-data $runs/$attention --attention $attention --steps "$steps" --until $until "$@"
   done
 done
-for chart in loss recall; do
+for chart in loss answers recall; do
   $python examples/finetune/plot.py $runs $chart $runs/{dense,cca,window}/log.jsonl
 done

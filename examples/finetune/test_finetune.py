@@ -300,3 +300,6 @@ def test_charts_take_the_last_evaluation_of_a_training():
     assert plot.rows_of([{"settings": {}, "target": "dense"}, first, {"step": 1, "recall": 0.3}, last]) == [last]
     assert plot.rows_of([first, last]) == [first, last]
     assert plot.mean_by_distance(found) == ([64], [75])
+    drawn = [(1, 16, 4), (50, 4, 3), (50, 16, 2), (51, 16, 1)]
+    steps = [{"step": step, "g": g, "recall": loss} for step, g, loss in drawn]
+    assert plot.means_by_group(steps) == {4: ([50], [3]), 16: ([50, 100], [3, 1])}

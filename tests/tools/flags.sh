@@ -82,7 +82,7 @@ levels=("-O2 -fno-inline")
 part=()
 [[ $amount == all ]] || part=(-DFEW_TYPES)
 
-compile() { nice "$compiler" "${common[@]}" -mtune=generic "$@"; }
+compile() { nice ${CMAKE_CXX_COMPILER_LAUNCHER-} "$compiler" "${common[@]}" -mtune=generic "$@"; }
 
 # unit LEVEL SET: the object of the unit, what the assembler reads of it, and its function, which has the name of the flags.
 unit() {

@@ -215,8 +215,6 @@ def _understood(
     if said is not None and said != sliding_window:
         _refuse("sliding_window", sliding_window, f"{said}, which the mask has")
 
-    if torch.is_autocast_enabled(query.device.type):
-        value = value.to(query.dtype)  # autocast's projections are of 16 bits, and RoPE makes queries and keys float32
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     options = _options(module, causal, scaling, sliding_window, softcap)
     sink_logits = s_aux if s_aux is not None else sinks
@@ -225,10 +223,16 @@ def _understood(
     return options, sink_logits
 
 
+def _of_one_type(query, value):
+    """The values: autocast's projections are of 16 bits, and RoPE makes queries and keys float32."""
+    return value.to(query.dtype) if torch.is_autocast_enabled(query.device.type) else value
+
+
 def attention_forward(module, query, key, value, attention_mask, *, cu_seq_lens_q=None, cu_seq_lens_k=None, **more):
     """transformers' attention function: query [batch, heads, query length, dim], key and value
     [batch, kv heads, key length, dim]; returns out [batch, query length, heads, value dim], and None for the weights."""
     options, sink_logits = _understood(module, query, attention_mask, globals()["attention_mask"], **more)
+    value = _of_one_type(query, value)
     layer = getattr(key, "cca_layer", None)
     if layer is not None:
         if cu_seq_lens_q is not None:

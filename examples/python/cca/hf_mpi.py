@@ -81,6 +81,7 @@ def attention_forward(module, query, key, value, attention_mask, *, position_ids
             hf._refuse("cache", "cca.hf.Cache", "none across ranks")
         if position_ids is None or not torch.equal(position_ids.to("cpu", torch.int64), positions):
             hf._refuse("position_ids", "others than the layout's", "[layout.positions_of(ranks.rank)]")
+    value = hf._of_one_type(query, value)
     out = mpi.attention(ranks, layout, query, key, value, sink_logits=_kept_once(ranks, sink_logits), **options)
     return out.transpose(1, 2), None
 
