@@ -1,7 +1,7 @@
 #pragma once
 
-// The textbook of integers of 8 bits: the formulas, of numbers that are rounded to them. Queries, keys and values are rounded
-// row by row; weights, in the scales of their values, relative to the largest of a block of rows.
+// The textbook of integers of 8 bits: the formulas, of numbers that are rounded to them. Queries, keys and values are
+// rounded row by row; weights, in the scales of their values, relative to the largest of a block of rows.
 
 #include "textbooks.hpp"
 
