@@ -35,19 +35,14 @@ kv_cache<float> load_from(const std::string& file) {
 }
 
 /// What a file is refused with. Whatever it claims, it costs no more than a few megabytes.
-std::string refusal_of(const std::string& file) {
+std::string refusal_of_file(const std::string& file) {
   std::istringstream stream(file);
   const allocation_limit limit(1'000'000, std::size_t{1} << 25);
-  try {
-    (void)load<float>(stream);
-  } catch (const std::runtime_error& refused) {
-    return refused.what();
-  }
-  return "nothing";
+  return refusal_of<std::runtime_error>([&] { (void)load<float>(stream); });
 }
 
 testing::AssertionResult refused(const std::string& file, const std::string& because = "cca: cache file: ") {
-  const std::string message = refusal_of(file);
+  const std::string message = refusal_of_file(file);
   if (message.find(because) != std::string::npos) return testing::AssertionSuccess();
   return testing::AssertionFailure() << "refused with \"" << message << "\", not \"" << because << "\"";
 }

@@ -476,17 +476,6 @@ TEST(KvCache, AllocatesNothingWithinItsCapacity) {
   }
 }
 
-/// What `f` is refused with.
-template <class F>
-std::string refusal_of(const F& f) {
-  try {
-    f();
-  } catch (const std::invalid_argument& refused) {
-    return refused.what();
-  }
-  return "nothing";
-}
-
 TEST(KvCache, RefusesWhatDoesNotFitAndStaysAsItWas) {
   prepared_cache p(20, {14, 5});
   const token_views<float> good = p.next(2);

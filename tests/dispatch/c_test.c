@@ -840,6 +840,57 @@ static void test_rows_of_8_bits(void) {
   for (int i = 0; i < Q_N * Q_D; ++i) EXPECT(fabsf(out[0][i] - out[1][i]) < 1e-5f);
 }
 
+/* A cache of int8 keeps rows with scales as they are: its file is that of a cache that rounded the numbers to them. */
+static void test_cache_of_rounded_rows(void) {
+  static q8_rows rows;
+  static float query[Q_N * Q_D], out[2][Q_N * Q_D];
+  static memory_file files[2];
+  int64_t extents[4] = {1, 1, Q_N, Q_D}, of_rows[3] = {1, 1, Q_N}, second[3] = {2 * Q_N, 2 * Q_N, 2};
+  fill_q8(&rows, 7);
+  for (int i = 0; i < Q_N; ++i) { /* as they are rounded: up to 127 */
+    for (int d = 0; d < Q_D; ++d)
+      if (d == i % Q_D || rows.elements[i * Q_D + d] == -128) rows.elements[i * Q_D + d] = 127;
+    for (int d = 0; d < Q_D; ++d)
+      rows.numbers[i * Q_D + d] = (float)rows.elements[i * Q_D + d] * rows.scales[2 * i];
+  }
+  for (int i = 0; i < Q_N * Q_D; ++i) query[i] = (float)(i % 7 - 3) / 4;
+  DLTensor q = tensor_of(query, kDLFloat, 32, 4, extents, NULL), scales = tensor_of(rows.scales, kDLFloat, 32, 3, of_rows, second);
+  DLTensor numbers = tensor_of(rows.numbers, kDLFloat, 32, 4, extents, NULL);
+  DLTensor elements = tensor_of(rows.elements, kDLInt, 8, 4, extents, NULL);
+  cca_cache_shape shape = {.struct_size = sizeof shape, .batch = 1, .heads = 1, .kv_heads = 1, .dim = Q_D};
+  cca_options options = CCA_OPTIONS;
+  options.group_size = 3;
+  options.window = 4;
+  for (int way = 0; way < 2; ++way) {
+    DLTensor o = tensor_of(out[way], kDLFloat, 32, 4, extents, NULL);
+    const DLTensor* tokens = way == 0 ? &numbers : &elements;
+    cca_cache* cache = NULL;
+    EXPECT(cca_cache_make(&cache, &shape, elements.dtype, &options) == CCA_OK);
+    cca_call call = {.struct_size = sizeof call, .query = &q, .key = tokens, .value = tokens, .out = &o};
+    if (way == 1) call.key_scales = call.value_scales = &scales;
+    EXPECT(cca_cache_attend(cache, CCA_ALL_SEQUENCES, &call) == CCA_OK);
+    call.out = NULL;
+    EXPECT(cca_cache_append(cache, 0, &call) == CCA_OK);
+
+    if (way == 1) call.value_scales = NULL;
+    if (way == 0) call.key_scales = &scales;
+    EXPECT(cca_cache_append(cache, 0, &call) == CCA_INVALID_ARGUMENT);
+    EXPECT(strstr(cca_error(), way == 1 ? "cca: value_scales: got none" : "cca: key_scales: got a tensor") == cca_error());
+    EXPECT(cca_cache_save(cache, write_memory, &files[way]) == CCA_OK);
+    cca_cache_free(cache);
+  }
+  EXPECT(memcmp(out[0], out[1], sizeof out[0]) == 0);
+  EXPECT(files[0].size == files[1].size && memcmp(files[0].bytes, files[1].bytes, files[0].size) == 0);
+
+  cca_cache* floats = NULL;
+  EXPECT(cca_cache_make(&floats, &shape, numbers.dtype, &options) == CCA_OK);
+  cca_call call = {.struct_size = sizeof call, .query = &q, .key = &elements, .value = &elements,
+                   .key_scales = &scales, .value_scales = &scales};
+  EXPECT(cca_cache_append(floats, 0, &call) == CCA_INVALID_ARGUMENT);
+  EXPECT(strcmp(cca_error(), "cca: key: got int8, wants float32") == 0);
+  cca_cache_free(floats);
+}
+
 int main(void) {
   test_against_textbook();
   test_threads_and_workspace();
@@ -851,6 +902,7 @@ int main(void) {
   test_options();
   test_refusals();
   test_rows_of_8_bits();
+  test_cache_of_rounded_rows();
   test_elements();
   free_all();
   printf("%s, %s: %d failures\n", cca_version(), cca_architecture(), failures);

@@ -233,8 +233,23 @@ struct rows_of_8_bits {
       : elements(e, random_operand_layout(random)), scales({e[0], e[1], e[2]}, random_operand_layout(random)), floats(e) {
     elements.generate([&] { return static_cast<q8>(draw(random, -128, 127)); });
     scales.generate([&] { return std::ldexp(1.0f, static_cast<int>(draw(random, -9, -6))); });
+    convert();
+  }
+
+  /// Elements up to 127, which every row has.
+  void make_as_quantized() {
+    for_each_row(elements.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
+      q8* const row = elements.row(b, h, i);
+      std::replace(row, row + elements.view().dim(), q8{-128}, q8{-127});
+      row[3] = 127;
+    });
+    convert();
+  }
+
+ private:
+  void convert() {
     for_each_row(floats.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
-      for (std::int64_t d = 0; d < e[3]; ++d)
+      for (std::int64_t d = 0; d < floats.view().dim(); ++d)
         floats.row(b, h, i)[d] = static_cast<float>(elements.row(b, h, i)[d]) * *scales.row(b, h, i);
     });
   }
@@ -298,17 +313,6 @@ struct operands_of_8_bits {
             .value_scales = far_value.scales.view()};
   }
 };
-
-/// What a call is refused with.
-template <class F>
-std::string refusal_of(const F& f) {
-  try {
-    f();
-  } catch (const std::invalid_argument& e) {
-    return e.what();
-  }
-  return "nothing";
-}
 
 /// Of all queries, by a workspace of the size that the call says.
 template <class Call>
@@ -377,35 +381,85 @@ TEST_F(DispatchRowsOf8Bits, AreRoundedAsByTheHeaders) {
   });
 }
 
-/// Tokens that 8 bits hold: whole numbers up to 127, which every row has, times a power of two.
-TEST_F(DispatchRowsOf8Bits, GiveWhatFloatsGive) {
-  const sizes s = example_sizes;
-  const auto exact_rows = [&](std::int64_t dim) {
-    tensor<float> rows({s.batch, s.kv_heads, s.keys, dim});
-    for_each_row(rows.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {
-      const float scale = std::ldexp(1.0f, static_cast<int>(draw(random, -9, -6)));
-      for (std::int64_t d = 0; d < dim; ++d)
-        rows.row(b, h, i)[d] = scale * static_cast<float>(d == 3 ? 127 : draw(random, -127, 127));
-    });
-    return rows;
+/// The tokens of a part of a sequence, with all that belongs to them.
+template <class Row>
+inputs<float, Row> part_of(inputs<float, Row> in, range part) {
+  const auto cut = [&](auto& view) {
+    if (view.data != nullptr) view = view.slice(part.begin, part.size());
   };
-  const tensor<float> key = exact_rows(s.dim), value = exact_rows(s.value_dim);
-  tensor<float> query({s.batch, s.heads, s.queries, s.dim});
-  query.randomize(random);
+  cut(in.query), cut(in.key), cut(in.value), cut(in.key_scales), cut(in.value_scales);
+  return in;
+}
+
+/// Tokens that 8 bits hold, as `quantize` makes them: a cache of q8 answers and holds the same whether they come as floats or as
+/// rows with scales, and answers as a cache of floats where nothing is pooled. (dispatch_test.cpp compares caches of q8 with the
+/// program's own.)
+TEST_F(DispatchRowsOf8Bits, GiveWhatFloatsGive) {
+  operands_of_8_bits o(random);
+  const sizes& s = o.s;
+  o.key.make_as_quantized();
+  o.value.make_as_quantized();
   const cache_shape shape{
       .batch = s.batch, .heads = s.heads, .kv_heads = s.kv_heads, .dim = s.dim, .value_dim = s.value_dim};
+  const auto ends_up = [&](auto& cache, const auto& in) {
+    tensor<float> out({s.batch, s.heads, s.queries, s.value_dim});
+    for (const range part : {range{0, 40}, range{40, 41}, range{41, 50}})  // a tile, a lone query, and few
+      cache.attend(part_of(in, part), cca::results<float>{out.view().slice(part.begin, part.size())});
+    cache.append(part_of(in, {50, 51}));
+    for (std::int64_t b = 0; b < s.batch; ++b) {
+      const auto of_sequence = [&](range part) {
+        auto one = part_of(in, part);
+        const auto pick = [&](auto& view) {
+          if (view.data != nullptr) view = view.sequence(b);
+        };
+        pick(one.query), pick(one.key), pick(one.value), pick(one.key_scales), pick(one.value_scales);
+        return one;
+      };
+      cache.append(b, of_sequence({51, 52}));
+      cache.attend(b, of_sequence({52, 53}), cca::results<float>{out.view().sequence(b).slice(52, 1)});
+    }
+    return out;
+  };
+  const auto file_of = [](const auto& cache) {
+    std::ostringstream file;
+    save(cache, file);
+    return file.str();
+  };
+  for (const options& options : {cca::options{.window = 30}, {.group_size = 3, .window = 7, .sink_tokens = 2}}) {
+    on_each_architecture([&] {
+      dispatch::kv_cache<q8> of_rows(shape, options), of_floats(shape, options);
+      dispatch::kv_cache<float> floats(shape, options);
+      const auto got = ends_up(of_rows, o.rows());
+      EXPECT_TRUE(same_bits(got.view(), ends_up(of_floats, o.floats()).view()));
+      EXPECT_EQ(file_of(of_rows), file_of(of_floats));
+      if (options.group_size == 0) {
+        EXPECT_TRUE(same_bits(got.view(), ends_up(floats, o.floats()).view()));
+      }
+    });
+  }
+}
+
+TEST_F(DispatchRowsOf8Bits, AreRefusedByCachesWithoutTheirScales) {
+  const operands_of_8_bits o(random);
+  const sizes& s = o.s;
+  tensor<float> out({s.batch, s.heads, s.queries, s.value_dim});
   on_each_architecture([&] {
-    const auto answers = [&](auto cache) {
-      tensor<float> out({s.batch, s.heads, s.queries, s.value_dim});
-      for (const range part : {range{0, 40}, range{40, 41}, range{41, 53}})  // a tile, a lone query, and few
-        cache.attend(query.view().slice(part.begin, part.size()), key.view().slice(part.begin, part.size()),
-                     value.view().slice(part.begin, part.size()), out.view().slice(part.begin, part.size()));
-      return out;
+    dispatch::kv_cache<q8> cache({s.batch, s.heads, s.kv_heads, s.dim, s.value_dim}, {.window = 7});
+    const auto expect_refused = [&](const auto& in, const std::string& message) {
+      const auto refused = [&](const auto& call) { EXPECT_EQ(refusal_of(call).find("cca: " + message), 0U); };
+      refused([&] { cache.append(in); });
+      refused([&] { cache.attend(in, cca::results<float>{out.view()}); });
+      EXPECT_EQ(cache.length(), 0);
     };
-    const options window{.window = 30};
-    const auto got = answers(dispatch::kv_cache<q8>(shape, window)),
-               want = answers(dispatch::kv_cache<float>(shape, window));
-    EXPECT_TRUE(same_bits(got.view(), want.view()));
+    inputs<float, q8> in = o.rows();
+    in.key_scales = {};
+    expect_refused(in, "key_scales: got none, wants a scale for each row of key");
+    in = o.rows();
+    --in.value_scales.extent[2];
+    expect_refused(in, "value_scales: got [2, 2, 52], wants extents [2, 2, 53]");
+    inputs<float> floats = o.floats();
+    floats.key_scales = o.key.scales.view();
+    expect_refused(floats, "key_scales: got [2, 2, 53], wants none: key has no elements of 8 bits");
   });
 }
 

@@ -7,17 +7,6 @@
 
 namespace cca::test { namespace {
 
-/// What `f` throws as an `Error`.
-template <class Error, class F>
-std::string message_of(const F& f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "nothing thrown";
-}
-
 testing::AssertionResult contains(const std::string& text, const std::string& part) {
   if (text.find(part) != std::string::npos) return testing::AssertionSuccess();
   return testing::AssertionFailure() << "\"" << text << "\" does not say \"" << part << "\"";
@@ -29,7 +18,7 @@ TEST(Scratch, ProductsOfSizesAreExactOrRefused) {
   EXPECT_EQ(detail::element_count<std::byte>(large, large, 3, large / 8), 3 * (large * large * large / 8));
   EXPECT_EQ(detail::element_count<double>(huge, huge, 0, huge), 0);
   const auto refused = [](const std::string& bytes, auto... sizes) {
-    EXPECT_TRUE(contains(message_of<std::invalid_argument>([&] { (void)detail::element_count<float>(sizes...); }),
+    EXPECT_TRUE(contains(refusal_of([&] { (void)detail::element_count<float>(sizes...); }),
                          "workspace: got operands that need " + bytes + " bytes of it, wants fewer than 2^59"));
   };
   refused("1152921504606846976", large, large, large / 4);
@@ -82,7 +71,7 @@ TYPED_TEST(ScratchOf, ALengthOf2To40IsRefusedWithItsBytes) {
   const endless<TypeParam> call(p);
   const std::size_t bytes = TypeParam::workspace_size(p, call.a) - detail::scratch_alignment;
   EXPECT_GT(bytes, static_cast<std::size_t>(length) / 2 * 8 * sizeof(typename TypeParam::element) - 100000);
-  EXPECT_TRUE(contains(message_of<std::invalid_argument>([&] { TypeParam::call(p, call.a); }),
+  EXPECT_TRUE(contains(refusal_of([&] { TypeParam::call(p, call.a); }),
                        "workspace: got a call that needs " + std::to_string(bytes) + " bytes of it, wants"));
 }
 
@@ -92,9 +81,9 @@ TYPED_TEST(ScratchOf, ProductsBeyond64BitsAreRefused) {
   problem p = example(entry::attention, {.heads = many, .kv_heads = 1, .dim = 1, .value_dim = 1});
   p.sizes.queries = p.sizes.keys = 1;
   const endless<TypeParam> call(p);  // few queries: a partial result for each head
-  EXPECT_TRUE(contains(message_of<std::invalid_argument>([&] { (void)TypeParam::workspace_size(p, call.a); }),
+  EXPECT_TRUE(contains(refusal_of([&] { (void)TypeParam::workspace_size(p, call.a); }),
                        "workspace: got operands that need "));
-  EXPECT_TRUE(contains(message_of<std::invalid_argument>([&] { TypeParam::call(p, call.a); }),
+  EXPECT_TRUE(contains(refusal_of([&] { TypeParam::call(p, call.a); }),
                        "workspace: got operands that need "));
 }
 
@@ -106,7 +95,7 @@ TYPED_TEST(ScratchOf, MemoryThatIsOutIsSaid) {
   const auto a = memory.randomize(random).arguments();
   const std::size_t bytes = TypeParam::workspace_size(p, a) - detail::scratch_alignment;
   const any_executor run;
-  const std::string message = message_of<std::bad_alloc>([&] {
+  const std::string message = refusal_of<std::bad_alloc>([&] {
     const allocation_limit limit(0);
     TypeParam::call(p, a, run);
   });
@@ -122,7 +111,7 @@ TYPED_TEST(ScratchOf, ARefusedWorkspaceSaysWhatTellsItsSize) {
     typename TypeParam::memory memory(p);
     const auto a = memory.randomize(random).arguments();
     std::vector<std::byte> workspace(1);
-    EXPECT_TRUE(contains(message_of<std::invalid_argument>([&] { TypeParam::call(p, a, {}, workspace); }),
+    EXPECT_TRUE(contains(refusal_of([&] { TypeParam::call(p, a, {}, workspace); }),
                          backward ? "(see gradient_workspace_size" : "(see workspace_size"))
         << p;
   }
@@ -148,9 +137,9 @@ TYPED_TEST(ScratchOf, SizesThatMakeNoSenseHaveNoWorkspace) {
       endless<TypeParam> call(valid);
       call.a.operands[operand].extent[dimension] = extent;
       const std::string name = std::array{"query", "key", "value"}[operand];
-      EXPECT_TRUE(contains(message_of<std::invalid_argument>([&] { (void)TypeParam::workspace_size(valid, call.a); }),
+      EXPECT_TRUE(contains(refusal_of([&] { (void)TypeParam::workspace_size(valid, call.a); }),
                            name + ": got"));
-      EXPECT_TRUE(contains(message_of<std::invalid_argument>([&] { TypeParam::call(valid, call.a); }), ": got"));
+      EXPECT_TRUE(contains(refusal_of([&] { TypeParam::call(valid, call.a); }), ": got"));
     }
 }
 
@@ -163,7 +152,7 @@ TEST(Scratch, ACacheOf2To40TokensIsRefusedWithItsBytes) {
       std::to_string(length) + " tokens of " + std::to_string(length / 2 * 4 * 8 * 4 + 2 * 6 * 8 * 4) + " bytes";
   cache_setup large = setup;
   large.shape.capacity = length;
-  EXPECT_TRUE(contains(message_of<std::invalid_argument>([&] { (void)large.make(); }), "shape.capacity: got " + bytes));
+  EXPECT_TRUE(contains(refusal_of([&] { (void)large.make(); }), "shape.capacity: got " + bytes));
 
   std::array<float, 5> row{};
   kv_cache<float> cache = setup.make();
@@ -171,7 +160,7 @@ TEST(Scratch, ACacheOf2To40TokensIsRefusedWithItsBytes) {
     return tensor_view<const float>{row.data(), {1, heads, length, dim}, {0, 0, 0, 1}};
   };
   const token_views<float> tokens{repeated(4, 5), repeated(2, 5), repeated(2, 3)};
-  EXPECT_TRUE(contains(message_of<std::invalid_argument>([&] { append(cache, tokens); }), "key: got " + bytes));
+  EXPECT_TRUE(contains(refusal_of([&] { append(cache, tokens); }), "key: got " + bytes));
   EXPECT_EQ(cache.length(), 0);
   EXPECT_EQ(cache.allocated_bytes(), 0U);
 }

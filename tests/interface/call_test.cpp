@@ -36,16 +36,6 @@ struct all_arguments {
   [[nodiscard]] gradients<T> grads() { return {grad_query.view(), grad_key.view(), grad_value.view()}; }
 };
 
-template <class Call>
-std::string refusal(const Call& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument& refused) {
-    return refused.what();
-  }
-  return "none";
-}
-
 constexpr options pooled{.group_size = 3, .window = 4};
 
 // ------------------------------------------------------------------------------------------------------------ forms
@@ -175,9 +165,9 @@ TEST(CallRefusals, OutputsThatAreOtherArguments) {
   random_engine random(4);
   all_arguments<float> a(random);
   const auto expect = [&](const std::string& output, const std::string& other, const auto& call) {
-    EXPECT_NE(refusal(call).find("cca: " + output + ": got the memory of " + other + ", wants memory of its own"),
+    EXPECT_NE(refusal_of(call).find("cca: " + output + ": got the memory of " + other + ", wants memory of its own"),
               std::string::npos)
-        << output << ", " << other << ": " << refusal(call);
+        << output << ", " << other << ": " << refusal_of(call);
   };
   /// The same memory as other extents.
   const auto at = [](auto view, const auto& memory) {
@@ -231,13 +221,13 @@ TEST(CallRefusals, OutputsThatAreOtherArguments) {
   });
 
   // A merge may write over a part.
-  EXPECT_EQ(refusal([&] { merge(a.to(), cca::results{a.grad_out.view(), a.grad_lse.view()}, a.to()); }), "none");
+  EXPECT_EQ(refusal_of([&] { merge(a.to(), cca::results{a.grad_out.view(), a.grad_lse.view()}, a.to()); }), "none");
   // Where there is nothing, nothing is shared.
   inputs<float> none = a.in();
   cca::results<float> to = a.to();
   none.query.extent[2] = none.key.extent[2] = none.value.extent[2] = to.out.extent[2] = to.lse.extent[2] = 0;
   to.out.data = const_cast<float*>(none.query.data);
-  EXPECT_EQ(refusal([&] { attention(none, to, pooled); }), "none");
+  EXPECT_EQ(refusal_of([&] { attention(none, to, pooled); }), "none");
 }
 
 TEST(CallRefusals, SayWhereToGo) {
@@ -245,7 +235,7 @@ TEST(CallRefusals, SayWhereToGo) {
   all_arguments<float> a(random);
   inputs<float> few = a.in();
   few.query.extent[2] = 3;
-  const std::string queries = refusal([&] { attention(few, a.to(), pooled); });
+  const std::string queries = refusal_of([&] { attention(few, a.to(), pooled); });
   EXPECT_NE(queries.find("query: got 3 queries, wants a query for each of the 9 keys"), std::string::npos) << queries;
   EXPECT_NE(queries.find("kv_cache"), std::string::npos) << queries;
 
@@ -254,10 +244,10 @@ TEST(CallRefusals, SayWhereToGo) {
   const auto size_function = [](const std::string& text) {
     return text.substr(std::min(text.size(), text.find("(see ")));
   };
-  EXPECT_EQ(size_function(refusal([&] { attention(a.in(), a.to(), pooled, one_byte); })), "(see workspace_size)");
-  EXPECT_EQ(size_function(refusal([&] { attend(a.in(), a.far_rows(), a.to(), {}, one_byte); })),
+  EXPECT_EQ(size_function(refusal_of([&] { attention(a.in(), a.to(), pooled, one_byte); })), "(see workspace_size)");
+  EXPECT_EQ(size_function(refusal_of([&] { attend(a.in(), a.far_rows(), a.to(), {}, one_byte); })),
             "(see workspace_size)");
-  EXPECT_EQ(size_function(refusal([&] { attention_gradient(a.in(), a.of(), a.from(), a.grads(), pooled, one_byte); })),
+  EXPECT_EQ(size_function(refusal_of([&] { attention_gradient(a.in(), a.of(), a.from(), a.grads(), pooled, one_byte); })),
             "(see gradient_workspace_size)");
 }
 
@@ -271,19 +261,19 @@ TEST(CallRefusals, OptionalArgumentsThatDoNotFit) {
   };
   for (const std::array<std::int64_t, 3>& e : std::vector<std::array<std::int64_t, 3>>{
            {0, 4, 1}, {3, 4, 1}, {1, 2, 1}, {1, 4, 0}, {1, 4, 9}, {2, 4, 8}, {2, 4, 10}}) {
-    const std::string text = refusal([&] { attention(sinks_of(e[0], e[1], e[2]), a.to(), pooled); });
+    const std::string text = refusal_of([&] { attention(sinks_of(e[0], e[1], e[2]), a.to(), pooled); });
     EXPECT_NE(text.find("sink_logits: got " + text_of(e) + ", wants [1 or 2, 4, 1] or [2, 4, 9]"),
               std::string::npos)
         << text;
   }
   for (const std::array<std::int64_t, 3>& e : std::vector<std::array<std::int64_t, 3>>{{1, 4, 1}, {2, 4, 1}, {2, 4, 9}})
-    EXPECT_EQ(refusal([&] { attention(sinks_of(e[0], e[1], e[2]), a.to(), pooled); }), "none");
+    EXPECT_EQ(refusal_of([&] { attention(sinks_of(e[0], e[1], e[2]), a.to(), pooled); }), "none");
   inputs<float> null = a.in();
   null.sink_logits.extent = {1, 4, 1};
-  EXPECT_NE(refusal([&] { attention(null, a.to(), pooled); }).find("sink_logits: got a null"), std::string::npos);
+  EXPECT_NE(refusal_of([&] { attention(null, a.to(), pooled); }).find("sink_logits: got a null"), std::string::npos);
 
   const auto gradient = [&](const inputs<float>& in, const gradients<float>& to) {
-    return refusal([&] { attention_gradient(in, a.of(), a.from(), to, pooled); });
+    return refusal_of([&] { attention_gradient(in, a.of(), a.from(), to, pooled); });
   };
   gradients<float> to = a.grads();
   EXPECT_EQ(gradient(sinks_of(1, 4, 1), to), "none");  // not wanted
@@ -301,12 +291,12 @@ TEST(CallRefusals, OptionalArgumentsThatDoNotFit) {
 
   inputs<float> pooling_with_sinks = sinks_of(1, 4, 1);
   tensor<float> core_key({2, 4, 3, 5}), core_value({2, 4, 3, 3});
-  EXPECT_NE(refusal([&] {
+  EXPECT_NE(refusal_of([&] {
               pool(pooling_with_sinks, cores{core_key.view(), core_value.view()}, {.group_size = 3});
             }).find("sink_logits: got [1, 4, 1], wants none"),
             std::string::npos);
   kv_cache<float> cache({.batch = 2, .heads = 4, .kv_heads = 2, .dim = 5, .value_dim = 3}, pooled);
-  EXPECT_NE(refusal([&] { cache.attend(sinks_of(1, 3, 1), a.to()); }).find("sink_logits: got [1, 3, 1]"),
+  EXPECT_NE(refusal_of([&] { cache.attend(sinks_of(1, 3, 1), a.to()); }).find("sink_logits: got [1, 3, 1]"),
             std::string::npos);
 }
 

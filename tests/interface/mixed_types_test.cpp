@@ -60,12 +60,7 @@ TEST(AttendOf, RefusesBiasesOfAnotherTypeThanIsComputedIn) {
   seen.fill(0);
   const inputs<float> in{o.query.view(), o.key.view(), o.value.view()};
   const cca::far_context<float, float, double> context{in.key, in.value, seen.view(), biases.view()};
-  std::string message;
-  try {
-    attend(in, context, cca::results<float>{out.view()});
-  } catch (const std::invalid_argument& refused) {
-    message = refused.what();
-  }
+  const std::string message = refusal_of([&] { attend(in, context, cca::results<float>{out.view()}); });
   EXPECT_NE(message.find("far.bias: got numbers of 8 bytes"), std::string::npos) << message;
 }
 
@@ -92,15 +87,10 @@ TEST(KvCacheFile, SaysItsTypes) {
   const std::string plain = content(setup.make()), mixed = content(setup.make<float, Eigen::bfloat16>());
   const auto refusal = []<class Element, class Core>(const std::string& file) {
     std::istringstream stream(file);
-    try {
-      (void)load<Element, Core>(stream);
-    } catch (const std::runtime_error& refused) {
-      return std::string(refused.what());
-    }
-    return std::string("nothing");
+    return refusal_of<std::runtime_error>([&] { (void)load<Element, Core>(stream); });
   };
-  EXPECT_EQ((refusal.operator()<float, float>(plain)), "nothing");
-  EXPECT_EQ((refusal.operator()<float, Eigen::bfloat16>(mixed)), "nothing");
+  EXPECT_EQ((refusal.operator()<float, float>(plain)), "none");
+  EXPECT_EQ((refusal.operator()<float, Eigen::bfloat16>(mixed)), "none");
   EXPECT_EQ(
       (refusal.operator()<float, Eigen::half>(mixed)),
       "cca: cache file: got elements of 4 bytes and 24 digits, cores of 2 bytes and 8 digits, wants elements of 4 "

@@ -31,12 +31,7 @@ struct refusal {
 };
 
 void expect_refused(prepared& call, const refusal& expected) {
-  std::string text;
-  try {
-    call.call();
-  } catch (const std::invalid_argument& refused) {
-    text = refused.what();
-  }
+  const std::string text = refusal_of([&] { call.call(); });
   EXPECT_NE(text.find(expected.argument + ": got "), std::string::npos) << text << " names not " << expected.argument;
   EXPECT_NE(text.find(": got " + expected.got), std::string::npos) << text << " says not " << expected.got;
   EXPECT_NE(text.find(", wants " + expected.wants), std::string::npos) << text << " says not " << expected.wants;

@@ -212,16 +212,6 @@ TEST(CoreBiasCache, ForksWithItsBiases) {
 
 // -------------------------------------------------------------------------------------------------------------- refusals
 
-template <class Call>
-std::string refusal(const Call& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument& refused) {
-    return refused.what();
-  }
-  return "none";
-}
-
 TEST(CoreBiasRefusals, WhereItHasNoMeaning) {
   random_engine random(9);
   const sizes s{.heads = 2, .queries = 9, .keys = 9, .dim = 3, .value_dim = 3};
@@ -238,16 +228,16 @@ TEST(CoreBiasRefusals, WhereItHasNoMeaning) {
   options maximum = entropy, dense{.core_bias = core_bias::entropy}, pooling_alone = entropy;
   maximum.pool = pooling::max;
   pooling_alone.window = unlimited;
-  expect(refusal([&] { through::attention(in, to, maximum); }), "the pooling has no weights");
-  expect(refusal([&] { kv_cache<float>({.heads = 2, .kv_heads = 1, .dim = 3}, maximum); }), "the pooling");
-  expect(refusal([&] { through::attention(in, to, dense); }), "nothing is pooled");
+  expect(refusal_of([&] { through::attention(in, to, maximum); }), "the pooling has no weights");
+  expect(refusal_of([&] { kv_cache<float>({.heads = 2, .kv_heads = 1, .dim = 3}, maximum); }), "the pooling");
+  expect(refusal_of([&] { through::attention(in, to, dense); }), "nothing is pooled");
   const far_context<float> context{in.key, in.value, seen.view()};
-  expect(refusal([&] { through::attend(in, context, to, entropy); }), "the caller pools");
+  expect(refusal_of([&] { through::attend(in, context, to, entropy); }), "the caller pools");
   const cores<float> cores{core_key.view(), core_value.view()};
-  expect(refusal([&] { through::pool(in, cores, pooling_alone); }), "attention adds it");
+  expect(refusal_of([&] { through::pool(in, cores, pooling_alone); }), "attention adds it");
   options unknown = entropy;
   unknown.core_bias = static_cast<core_bias>(2);
-  const std::string text = refusal([&] { through::attention(in, to, unknown); });
+  const std::string text = refusal_of([&] { through::attention(in, to, unknown); });
   EXPECT_NE(text.find("options.core_bias: got 2, wants none or entropy"), std::string::npos) << text;
 }
 

@@ -263,12 +263,7 @@ struct prepared {
 
 /// Expects a refusal that names `argument` and says what it got, before anything is written.
 void expect_refused(prepared& call, const std::string& argument, const std::string& got = {}) {
-  std::string text;
-  try {
-    call_gradient(call.p, call.a);
-  } catch (const std::invalid_argument& refused) {
-    text = refused.what();
-  }
+  const std::string text = refusal_of([&] { call_gradient(call.p, call.a); });
   EXPECT_NE(text.find("cca: " + argument + ": got " + got), std::string::npos)
       << call.p << ": '" << text << "' names not " << argument << ", got " << got;
   for (const tensor<float>& result : call.memory.results)

@@ -354,12 +354,7 @@ void expect_refused(const std::string& message, entry entry, const Change& chang
   const together<Pass> got(want, [] { return ragged_layout::packed; });
   arguments<float> a = got.arguments();
   change(a);
-  std::string text;
-  try {
-    Pass::call(p, a);
-  } catch (const std::invalid_argument& refused) {
-    text = refused.what();
-  }
+  const std::string text = refusal_of([&] { Pass::call(p, a); });
   EXPECT_EQ(text, "cca: " + message) << entry;
   for (const auto& result : got.results)
     for_each_row(result.view(), [&](std::int64_t b, std::int64_t h, std::int64_t i) {

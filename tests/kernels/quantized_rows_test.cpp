@@ -359,16 +359,6 @@ TEST(Quantize, IsHalfAScaleOffAtMost) {
 
 // ---------------------------------------------------------------------------------------------------------- refusals
 
-template <class Call>
-std::string refusal_of(const Call& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument& refused) {
-    return refused.what();
-  }
-  return "nothing";
-}
-
 TEST(QuantizedRows, AreRefusedWithoutTheirScales) {
   const sizes s{.batch = 2, .heads = 4, .kv_heads = 2, .queries = 3, .keys = 9, .dim = 5, .value_dim = 3};
   random_engine random(10);

@@ -344,16 +344,6 @@ TYPED_TEST(Shift, IsTheSameForAnyExecutor) {
 
 // -------------------------------------------------------------------------------------------------------------- refusals
 
-template <class Call>
-std::string refusal(const Call& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument& refused) {
-    return refused.what();
-  }
-  return "none";
-}
-
 struct refused_call {
   sizes s = example_sizes(9, 9);
   random_engine random{12};
@@ -381,7 +371,7 @@ void expect_text(const std::string& text, const std::string& wanted) {
 
 TEST(ShiftRefusals, ExtentsThatDoNotFit) {
   refused_call c;
-  const auto attention_of = [&](const inputs<float>& in) { return refusal([&] { through::attention(in, c.to); }); };
+  const auto attention_of = [&](const inputs<float>& in) { return refusal_of([&] { through::attention(in, c.to); }); };
   for (const auto& [b, h, i] : {std::array{1, 2, 1}, {3, 4, 1}, {1, 4, 9}, {1, 4, 0}}) {
     inputs<float> in = c.in;
     in.alibi_slopes = c.of(b, h, i);
@@ -398,7 +388,7 @@ TEST(ShiftRefusals, ExtentsThatDoNotFit) {
   in.key_bias = {nullptr, {1, 1, 9}, {0, 0, 1}};
   expect_text(attention_of(in), "key_bias: got a null pointer");
   const auto attend_of = [&](const inputs<float>& of, const far_context<float>& context) {
-    return refusal([&] { through::attend(of, context, c.to); });
+    return refusal_of([&] { through::attend(of, context, c.to); });
   };
   auto context = c.far_rows;
   context.bias = c.of(1, 4, 8);
@@ -424,33 +414,33 @@ TEST(ShiftRefusals, WhatHasNoMeaning) {
   biased.key_bias = c.of(1, 1, 9);
   sloped.alibi_slopes = c.of(1, 4, 1);
   const options pooled{.group_size = 3, .window = 4};
-  expect_text(refusal([&] { through::attention(biased, c.to, pooled); }), "key_bias: got [1, 1, 9], wants none: cores");
-  EXPECT_EQ(refusal([&] { through::attention(sloped, c.to, pooled); }), "none");
+  expect_text(refusal_of([&] { through::attention(biased, c.to, pooled); }), "key_bias: got [1, 1, 9], wants none: cores");
+  EXPECT_EQ(refusal_of([&] { through::attention(sloped, c.to, pooled); }), "none");
   kv_cache<float> cache({.batch = 2, .heads = 4, .kv_heads = 2, .dim = 5, .value_dim = 3}, pooled);
-  expect_text(refusal([&] { cache.attend(biased, c.to); }), "key_bias: got [1, 1, 9], wants none: a cache");
+  expect_text(refusal_of([&] { cache.attend(biased, c.to); }), "key_bias: got [1, 1, 9], wants none: a cache");
   inputs<float> wrong = c.in;
   wrong.alibi_slopes = c.of(1, 3, 1);
-  expect_text(refusal([&] { cache.attend(wrong, c.to); }), "alibi_slopes: got [1, 3, 1]");
+  expect_text(refusal_of([&] { cache.attend(wrong, c.to); }), "alibi_slopes: got [1, 3, 1]");
   tensor<float> core_key({2, 4, 3, 5}), core_value({2, 4, 3, 3});
   const cores to{core_key.view(), core_value.view()};
-  expect_text(refusal([&] { through::pool(biased, to, {.group_size = 3}); }), "key_bias: got [1, 1, 9], wants none");
-  expect_text(refusal([&] { through::pool(sloped, to, {.group_size = 3}); }),
+  expect_text(refusal_of([&] { through::pool(biased, to, {.group_size = 3}); }), "key_bias: got [1, 1, 9], wants none");
+  expect_text(refusal_of([&] { through::pool(sloped, to, {.group_size = 3}); }),
               "alibi_slopes: got [1, 4, 1], wants none");
 
   // Outputs that are these operands, and gradients of what is not given.
   cca::results<float> same = c.to;
   same.lse.data = c.numbers.view().data;
-  expect_text(refusal([&] { through::attention(biased, same); }), "lse: got the memory of key_bias");
-  expect_text(refusal([&] { through::attention(sloped, same); }), "lse: got the memory of alibi_slopes");
+  expect_text(refusal_of([&] { through::attention(biased, same); }), "lse: got the memory of key_bias");
+  expect_text(refusal_of([&] { through::attention(sloped, same); }), "lse: got the memory of alibi_slopes");
   auto context = c.far_rows;
   context.bias = c.of(1, 1, 9);
-  expect_text(refusal([&] { through::attend(c.in, context, same); }), "lse: got the memory of far.bias");
+  expect_text(refusal_of([&] { through::attend(c.in, context, same); }), "lse: got the memory of far.bias");
   operands<float> grads = c.o;
   tensor<float, 3> grad({1, 1, 9});
   const auto gradient = [&](const inputs<float>& in, auto member) {
     gradients<float> all{grads.query.view(), grads.key.view(), grads.value.view()};
     all.*member = grad.view();
-    return refusal([&] {
+    return refusal_of([&] {
       through::attention_gradient(in, cca::results<const float, const float>{c.r.out.view(), c.r.lse.view()},
                                   incoming<float>{c.r.out.view()}, all);
     });

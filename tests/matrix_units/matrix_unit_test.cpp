@@ -195,9 +195,7 @@ class rules {
     grad_lse.randomize(random);
     const textbook<Element> plain(c, std::as_const(grad_out).view(), std::as_const(grad_lse).view());
     const auto& o = c.p.options;
-    const auto exact = c.p.entry == entry::attend      ? reference::attend<double>(c.in(), c.far_rows(), o)
-                       : c.p.entry == entry::attention ? reference::attention<double>(c.in(), o)
-                                                       : reference::local_attention<double>(c.in(), o);
+    const auto exact = textbook_attention<double>(c.p, c.in(), c.far_rows());
     const auto dout = std::as_const(grad_out).view();
     const auto dlse = std::as_const(grad_lse).view();
     const auto grad =
@@ -785,40 +783,32 @@ TEST(UnitRefusals, Name) {
   std::vector<float> f(64);
   std::vector<bfloat16> b(64);
   const auto of = [](auto& x) { return bhsd(std::as_const(x).data(), 1, 1, 16, 4); };
-  const auto refusal = [](const auto& call) -> std::string {
-    try {
-      call();
-    } catch (const std::invalid_argument& refused) {
-      return refused.what();
-    }
-    return "none";
-  };
   std::vector<float> written(64);
   const auto out = bhsd(written.data(), 1, 1, 16, 4);
-  EXPECT_EQ(refusal([&] { attention(of(f), of(f), of(f), out, {.unit = matrix_unit::best}); }), "none");
-  EXPECT_EQ(refusal([&] { attention(of(f), of(f), of(f), out, {.unit = matrix_unit::amx}); }),
+  EXPECT_EQ(refusal_of([&] { attention(of(f), of(f), of(f), out, {.unit = matrix_unit::best}); }), "none");
+  EXPECT_EQ(refusal_of([&] { attention(of(f), of(f), of(f), out, {.unit = matrix_unit::amx}); }),
             "cca: options.unit: got amx, wants none: the operands are not all of the same 16-bit type");
-  EXPECT_NE(refusal([&] { attention(of(b), of(f), of(b), out, {.unit = matrix_unit::amx}); }).find("options.unit"),
+  EXPECT_NE(refusal_of([&] { attention(of(b), of(f), of(b), out, {.unit = matrix_unit::amx}); }).find("options.unit"),
             std::string::npos);
-  EXPECT_NE(refusal([&] { attention(of(b), of(b), of(b), out, {.unit = static_cast<matrix_unit>(9)}); }).find("got 9"),
+  EXPECT_NE(refusal_of([&] { attention(of(b), of(b), of(b), out, {.unit = static_cast<matrix_unit>(9)}); }).find("got 9"),
             std::string::npos);
-  EXPECT_NE(refusal([&] {
+  EXPECT_NE(refusal_of([&] {
               pool(of(b), of(b), of(b), out, out, {.group_size = 1, .unit = matrix_unit::best});
             }).find("options.unit"),
             std::string::npos);
   const cache_shape shape{.heads = 1, .kv_heads = 1, .dim = 4};
-  EXPECT_NE(refusal([&] { kv_cache<bfloat16, float>(shape, {.unit = matrix_unit::amx}); }).find("options.unit"),
+  EXPECT_NE(refusal_of([&] { kv_cache<bfloat16, float>(shape, {.unit = matrix_unit::amx}); }).find("options.unit"),
             std::string::npos);
   if (const matrix_unit unit = detail::present_unit<bfloat16>(); unit != matrix_unit::none) {
     kv_cache<bfloat16> cache(shape, {.unit = unit});
-    EXPECT_NE(refusal([&] { cache.attend(of(f), of(b), of(b), out); }).find("options.unit"), std::string::npos);
+    EXPECT_NE(refusal_of([&] { cache.attend(of(f), of(b), of(b), out); }).find("options.unit"), std::string::npos);
     EXPECT_EQ(cache.length(), 0);
   }
   detail::matrix_units& present = detail::present_units();
   const detail::matrix_units had = std::exchange(present, {});
-  EXPECT_EQ(refusal([&] { attention(of(b), of(b), of(b), out, {.unit = matrix_unit::amx}); }),
+  EXPECT_EQ(refusal_of([&] { attention(of(b), of(b), of(b), out, {.unit = matrix_unit::amx}); }),
             "cca: options.unit: got amx, wants best, or a unit that this processor has for the operands' type");
-  EXPECT_EQ(refusal([&] { attention(of(b), of(b), of(b), out, {.unit = matrix_unit::best}); }), "none");
+  EXPECT_EQ(refusal_of([&] { attention(of(b), of(b), of(b), out, {.unit = matrix_unit::best}); }), "none");
   present = had;
 }
 

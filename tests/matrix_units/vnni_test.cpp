@@ -2,6 +2,7 @@
 // here, where the plain textbook rounds the same numbers to 8 bits: queries, keys and values row by row, and weights, in
 // the scales of their values, relative to the largest of a block of rows.
 
+#include "byte_textbook.hpp"
 #include "unit_calls.hpp"
 
 // After support.hpp, which has a say in how Eigen is compiled.
@@ -32,111 +33,6 @@ constexpr matrix_unit vnni = matrix_unit::vnni;
   return true;
 }();
 
-// ------------------------------------------------------------------------------------------------- the textbook, 8 bits
-
-/// The scale of a row: its largest element is 127 of them.
-template <class Row>
-float scale_of(const Row& row) {
-  return std::max(row.cwiseAbs().maxCoeff(), 0x1p-64f) / 127.0f;
-}
-
-/// A row as bytes stand for it.
-template <class Row>
-reference::vector<float> rounded(const Row& row) {
-  const float scale = scale_of(row);
-  return (row / scale).array().round() * scale;
-}
-
-reference::matrix<float> rounded_rows(reference::matrix<float> rows) {
-  for (Eigen::Index j = 0; j < rows.rows(); ++j) rows.row(j) = rounded(rows.row(j)).transpose();
-  return rows;
-}
-
-/// Attention as its formulas read, of rounded operands, with rounded weights.
-template <class Element>
-class textbook {
-  using matrix = reference::matrix<float>;
-  using vector = reference::vector<float>;
-
- public:
-  results<float> result;
-
-  explicit textbook(const unit_call<Element>& c)
-      : result{tensor<float>({c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries, c.p.sizes.value_dim}),
-               tensor<float, 3>({c.p.sizes.batch, c.p.sizes.heads, c.p.sizes.queries})} {
-    result.out.fill(0.0f);
-    reference::converter<float> numbers;
-    const reference::operands<float> in = numbers(c.in());
-    const options& o = c.p.options;
-    const partition partition = partition_of(o);
-    if (c.p.entry == entry::attend) {
-      const reference::far_operands<float> far = numbers(c.far_rows());
-      go(in, far.key, far.value, o, reference::far_rows(in, far, o), reference::far_terms(far, in.query.heads()));
-    } else if (c.p.entry == entry::attention) {
-      const auto cores = reference::pool(in, o);
-      const auto biases = reference::core_biases(in, o);
-      go(
-          in, cores.first.view(), cores.second.view(), o,
-          [&](std::int64_t, std::int64_t, std::int64_t t) { return reference::first_rows(partition.core_count(t)); },
-          reference::core_terms(o, biases, in.query.heads()));
-    } else {
-      go(in, in.key, in.value, o, reference::none_seen, {});
-    }
-  }
-
- private:
-  void go(const reference::operands<float>& in, tensor_view<const float> far_key, tensor_view<const float> far_value,
-          const options& o, const reference::seen_rows_of& seen, const reference::row_terms<float>& far_terms) {
-    using reference::head;
-    const auto& query = in.query;
-    const auto near_terms = reference::raw_terms(in);
-    const auto raw = reference::raw_tokens(o, query.length(), in.key.length());
-    const std::int64_t first = detail::first_position(o, query.length(), in.key.length());
-    for (std::int64_t b = 0; b < query.batch(); ++b)
-      for (std::int64_t h = 0; h < query.heads(); ++h) {
-        const std::int64_t kv = h / (query.heads() / in.key.heads()), fh = h / (query.heads() / far_key.heads());
-        const matrix q = rounded_rows(head(query, b, h)), k = rounded_rows(head(in.key, b, kv));
-        const matrix fk = rounded_rows(head(far_key, b, fh)), v = head(in.value, b, kv), fv = head(far_value, b, fh);
-        for (std::int64_t i = 0; i < query.length(); ++i) {
-          const reference::row_numbers near = raw(i), far = seen(b, h, i);
-          float& lse = *result.lse.row(b, h, i);
-          lse = reference::sink_logit(in.sink_logits, b, h, i);
-          if (far.size() + near.size() == 0) continue;
-          const vector x = reference::scores(reference::seen_rows(fk, far, k, near), vector(q.row(i)), o);
-          vector of_far = x.head(far.size()), of_near = x.tail(near.size());
-          reference::shift(of_far, in.alibi_slopes, far_terms, b, h, first + i, far);
-          reference::shift(of_near, in.alibi_slopes, near_terms, b, h, first + i, near);
-          const float sink = lse, maximum = std::max(std::max(of_far.size() ? of_far.maxCoeff() : sink, sink),
-                                                     of_near.size() ? of_near.maxCoeff() : sink);
-          lse = maximum + std::log((of_far.array() - maximum).exp().sum() + (of_near.array() - maximum).exp().sum() +
-                                   std::exp(sink - maximum));
-          vector out = vector::Zero(v.cols());
-          add(of_far, far, fv, lse, out);
-          add(of_near, near, v, lse, out);
-          std::copy_n(out.data(), out.size(), result.out.row(b, h, i));
-        }
-      }
-  }
-
-  /// Adds weighted values, block by block of rows.
-  static void add(const vector& logits, const reference::row_numbers& rows, const matrix& values, float lse,
-                  vector& out) {
-    constexpr std::int64_t block = detail::eight_bits::shape::block;
-    for (Eigen::Index begin = 0, end = 0; begin < rows.size(); begin = end) {
-      while (end < rows.size() && rows(end) / block == rows(begin) / block) ++end;
-      vector weights(end - begin);  // of bytes, not of values
-      for (Eigen::Index j = begin; j < end; ++j)
-        weights(j - begin) = std::exp(logits(j) - lse) * scale_of(values.row(rows(j)));
-      const float unit = weights.maxCoeff() / 255.0f;
-      if (unit == 0.0f) continue;
-      for (Eigen::Index j = begin; j < end; ++j) {
-        const auto value = values.row(rows(j));
-        out += std::round(weights(j - begin) / unit) * unit / scale_of(value) * rounded(value);
-      }
-    }
-  }
-};
-
 // ---------------------------------------------------------------------------------------------------------------- tests
 
 /// What the rule takes in: outputs and log-sum-exps.
@@ -144,16 +40,13 @@ template <class Element>
 class rules {
  public:
   void add(const unit_call<Element>& c, const layout& out_layout = {}) {
-    const textbook<Element> plain(c);
-    const auto& o = c.p.options;
-    const auto exact = c.p.entry == entry::attend      ? reference::attend<double>(c.in(), c.far_rows(), o)
-                       : c.p.entry == entry::attention ? reference::attention<double>(c.in(), o)
-                                                       : reference::local_attention<double>(c.in(), o);
+    const reference::result<float> plain = byte_textbook(c.p, c.in(), c.far_rows());
+    const auto exact = textbook_attention<double>(c.p, c.in(), c.far_rows());
     std::ostringstream label;
     label << c.p;
     const results<float> got = c.forward(vnni, {}, out_layout);
-    out_.add(got.out.view(), plain.result.out.view(), exact.out.view(), label.str());
-    lse_.add(with_dim(got.lse.view()), with_dim(plain.result.lse.view()), exact.lse.view(), label.str());
+    out_.add(got.out.view(), plain.out.view(), exact.out.view(), label.str());
+    lse_.add(with_dim(got.lse.view()), plain.lse.view(), exact.lse.view(), label.str());
   }
   void expect() const {
     EXPECT_TRUE(out_.holds());
@@ -616,7 +509,7 @@ TEST(Vnni, Cache) {
   p.options.sink_tokens = 5;
   const unit_call<float> c(p, random);
   const sizes& s = p.sizes;
-  const textbook<float> plain(c);
+  const reference::result<float> plain = byte_textbook(c.p, c.in(), c.far_rows());
   const auto exact = reference::attention<double>(c.in(), p.options);
   const auto rows = [](auto view, range part) {
     view.data = view.row(0, 0, part.begin);
@@ -645,8 +538,8 @@ TEST(Vnni, Cache) {
       }
     });
     EXPECT_EQ(cache.options().unit, vnni);
-    out_rule.add(got.out.view(), plain.result.out.view(), exact.out.view(), "cache");
-    lse_rule.add(with_dim(got.lse.view()), with_dim(plain.result.lse.view()), exact.lse.view(), "cache");
+    out_rule.add(got.out.view(), plain.out.view(), exact.out.view(), "cache");
+    lse_rule.add(with_dim(got.lse.view()), plain.lse.view(), exact.lse.view(), "cache");
   }
   EXPECT_TRUE(out_rule.holds());
   EXPECT_TRUE(lse_rule.holds());
@@ -687,15 +580,7 @@ TEST(Vnni, Refusals) {
   std::vector<float> f(64);
   std::vector<double> d(64);
   const auto of = [](auto& x) { return bhsd(std::as_const(x).data(), 1, 1, 16, 4); };
-  const auto refusal = [](const auto& call) -> std::string {
-    try {
-      call();
-    } catch (const std::invalid_argument& refused) {
-      return refused.what();
-    }
-    return "none";
-  };
-  EXPECT_EQ(refusal([&] {
+  EXPECT_EQ(refusal_of([&] {
               static_cast<void>(workspace_size(inputs{of(d), of(d), of(d)}, {.unit = vnni}));
             }),
             "cca: options.unit: got vnni, wants none: integers stand for floats and 16-bit operands, not for doubles");
@@ -711,21 +596,21 @@ TEST(Vnni, Refusals) {
     const tensor<float, 3> grad_lse({1, 1, 16});
     for (const entry entry : unit_entries) {
       const unit_call<bfloat16> one(example(entry, {.queries = 16, .keys = 16, .dim = 4, .value_dim = 4}), random);
-      EXPECT_EQ(refusal([&] { static_cast<void>(one.gradient(vnni, one.forward(vnni), grad_out, grad_lse)); }), wanted);
+      EXPECT_EQ(refusal_of([&] { static_cast<void>(one.gradient(vnni, one.forward(vnni), grad_out, grad_lse)); }), wanted);
     }
-    EXPECT_EQ(refusal([&] { static_cast<void>(gradient_workspace_size(c.in(), {.unit = vnni})); }), wanted);
+    EXPECT_EQ(refusal_of([&] { static_cast<void>(gradient_workspace_size(c.in(), {.unit = vnni})); }), wanted);
     std::vector<float> wide(2 * 65537);
     const auto rows = bhsd(std::as_const(wide).data(), 1, 1, 2, 65537);
-    EXPECT_EQ(refusal([&] {
+    EXPECT_EQ(refusal_of([&] {
                 static_cast<void>(workspace_size(inputs{rows, rows, rows}, {.unit = vnni}));
               }),
               "cca: query: got the dim 65537, wants at most 65536 with options.unit vnni");
   }
   detail::matrix_units& present = detail::present_units();
   const detail::matrix_units had = std::exchange(present, {});
-  EXPECT_EQ(refusal([&] { static_cast<void>(c.forward(vnni)); }),
+  EXPECT_EQ(refusal_of([&] { static_cast<void>(c.forward(vnni)); }),
             "cca: options.unit: got vnni, wants best, or a unit that this processor has for the operands' type");
-  EXPECT_NE(refusal([&] {
+  EXPECT_NE(refusal_of([&] {
               static_cast<void>(workspace_size(inputs{of(f), of(f), of(f)}, {.unit = vnni}));
             }).find("unit"),
             std::string::npos);

@@ -206,10 +206,18 @@ class cache_life {
       return;
     }
     std::optional<results<T>> answers;
-    if (attending)
-      answers = all ? attend(cache_, tokens) : attend(cache_, batch.begin, tokens);
-    else
-      all ? append(cache_, tokens) : append(cache_, batch.begin, tokens);
+    const auto come = [&](const auto& in) {
+      if (attending)
+        answers = all ? attend(cache_, in) : attend(cache_, batch.begin, in);
+      else
+        all ? append(cache_, in) : append(cache_, batch.begin, in);
+    };
+    bool rounded = false;  // before they come
+    if constexpr (std::is_same_v<Element, q8>) {
+      rounded = draw(numbers_, 0, 1) == 1;
+      if (rounded) come(rounded_tokens(tokens, numbers_).views());
+    }
+    if (!rounded) come(tokens);
 
     for (std::int64_t b = batch.begin; b < batch.end; ++b) {
       known_sequence<T>& s = known(b);

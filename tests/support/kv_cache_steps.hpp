@@ -10,11 +10,17 @@
 
 namespace cca::test {
 
-/// Tokens, `[batch, heads, count, dim]` each.
-template <class T>
+/// Tokens, `[batch, heads, count, dim]` each; keys and values may be rows of 8 bits with scales.
+template <class T, class Row = T>
 struct token_views {
-  tensor_view<const T> query, key, value;
+  tensor_view<const T> query;
+  tensor_view<const Row> key, value;
   lse_view<const T> sinks{}, slopes{};
+  lse_view<const float> key_scales{}, value_scales{};
+
+  [[nodiscard]] inputs<T, Row> in() const {
+    return {query, key, value, sinks, slopes, {}, key_scales, value_scales};
+  }
 
   [[nodiscard]] std::int64_t count() const { return query.length(); }
 };
@@ -44,34 +50,37 @@ using number_of = std::conditional_t<std::is_same_v<Element, q8>, float, Element
 
 /// `cache.append` and `cache.attend`, for sequence `b` or for all: compiled once, in kv_cache_steps.cpp and, where cores are
 /// of another type, in mixed_cache_steps.cpp.
-template <class Cache>
+template <class Cache, class Row = number_of<typename Cache::element_type>>
 struct cache_steps {
   using T = number_of<typename Cache::element_type>;
 
-  static void append(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
+  static void append(Cache& cache, std::optional<std::int64_t> b, const token_views<T, Row>& tokens,
                      const any_executor& run);
-  static void attend(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens, tensor_view<T> out,
-                     lse_view<T> lse, const any_executor& run);
+  static void attend(Cache& cache, std::optional<std::int64_t> b, const token_views<T, Row>& tokens,
+                     tensor_view<T> out, lse_view<T> lse, const any_executor& run);
 };
 
-template <class Cache>
-void cache_steps<Cache>::append(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
-                                const any_executor& run) {
-  b ? cache.append(*b, tokens.query, tokens.key, tokens.value, run)
-    : cache.append(tokens.query, tokens.key, tokens.value, run);
+template <class Cache, class Row>
+void cache_steps<Cache, Row>::append(Cache& cache, std::optional<std::int64_t> b, const token_views<T, Row>& tokens,
+                                     const any_executor& run) {
+  if constexpr (std::is_same_v<Row, T>)
+    b ? cache.append(*b, tokens.query, tokens.key, tokens.value, run)
+      : cache.append(tokens.query, tokens.key, tokens.value, run);
+  else
+    b ? cache.append(*b, tokens.in(), run) : cache.append(tokens.in(), run);
 }
 
-template <class Cache>
-void cache_steps<Cache>::attend(Cache& cache, std::optional<std::int64_t> b, const token_views<T>& tokens,
-                                tensor_view<T> out, lse_view<T> lse, const any_executor& run) {
-  const inputs<T> in{tokens.query, tokens.key, tokens.value, tokens.sinks, tokens.slopes};
+template <class Cache, class Row>
+void cache_steps<Cache, Row>::attend(Cache& cache, std::optional<std::int64_t> b, const token_views<T, Row>& tokens,
+                                     tensor_view<T> out, lse_view<T> lse, const any_executor& run) {
   const cca::results<T, T> to{out, lse};
-  b ? cache.attend(*b, in, to, run) : cache.attend(in, to, run);
+  b ? cache.attend(*b, tokens.in(), to, run) : cache.attend(tokens.in(), to, run);
 }
 
 extern template struct cache_steps<kv_cache<float>>;
 extern template struct cache_steps<kv_cache<double>>;
 extern template struct cache_steps<kv_cache<q8>>;
+extern template struct cache_steps<kv_cache<q8>, q8>;
 #if !defined(CCA_TEST_THROUGH_DISPATCH)
 extern template struct cache_steps<kv_cache<float, Eigen::bfloat16>>;
 extern template struct cache_steps<kv_cache<float, Eigen::half>>;
@@ -79,23 +88,23 @@ extern template struct cache_steps<kv_cache<double, float>>;
 extern template struct cache_steps<kv_cache<float, q8>>;
 #endif
 
-template <class Cache, class T>
-void append(Cache& cache, const token_views<T>& tokens, const any_executor& run = {}) {
-  cache_steps<Cache>::append(cache, {}, tokens, run);
+template <class Cache, class T, class Row>
+void append(Cache& cache, const token_views<T, Row>& tokens, const any_executor& run = {}) {
+  cache_steps<Cache, Row>::append(cache, {}, tokens, run);
 }
-template <class Cache, class T>
-void append(Cache& cache, std::int64_t b, const token_views<T>& tokens, const any_executor& run = {}) {
-  cache_steps<Cache>::append(cache, b, tokens, run);
+template <class Cache, class T, class Row>
+void append(Cache& cache, std::int64_t b, const token_views<T, Row>& tokens, const any_executor& run = {}) {
+  cache_steps<Cache, Row>::append(cache, b, tokens, run);
 }
-template <class Cache, class T>
-void attend(Cache& cache, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
+template <class Cache, class T, class Row>
+void attend(Cache& cache, const token_views<T, Row>& tokens, tensor_view<T> out, lse_view<T> lse,
             const any_executor& run = {}) {
-  cache_steps<Cache>::attend(cache, {}, tokens, out, lse, run);
+  cache_steps<Cache, Row>::attend(cache, {}, tokens, out, lse, run);
 }
-template <class Cache, class T>
-void attend(Cache& cache, std::int64_t b, const token_views<T>& tokens, tensor_view<T> out, lse_view<T> lse,
+template <class Cache, class T, class Row>
+void attend(Cache& cache, std::int64_t b, const token_views<T, Row>& tokens, tensor_view<T> out, lse_view<T> lse,
             const any_executor& run = {}) {
-  cache_steps<Cache>::attend(cache, b, tokens, out, lse, run);
+  cache_steps<Cache, Row>::attend(cache, b, tokens, out, lse, run);
 }
 
 /// What a cache is made from.
@@ -178,8 +187,8 @@ token_views<T> sequence_of(const token_views<T>& all, std::int64_t b) {
   return {sequence_of(all.query, b), sequence_of(all.key, b), sequence_of(all.value, b)};
 }
 
-template <class T>
-sizes sizes_of(const token_views<T>& tokens) {
+template <class T, class Row>
+sizes sizes_of(const token_views<T, Row>& tokens) {
   return {.batch = tokens.query.batch(),
           .heads = tokens.query.heads(),
           .kv_heads = tokens.key.heads(),
@@ -189,14 +198,44 @@ sizes sizes_of(const token_views<T>& tokens) {
           .value_dim = tokens.value.dim()};
 }
 
+/// Tokens whose keys and values are rounded to rows of 8 bits, in any layout.
+class rounded_tokens {
+  struct rows {
+    tensor<q8> elements;
+    tensor<float, 3> scales;
+
+    rows(const tensor_view<const float>& from, random_engine& random)
+        : elements(from.extent, random_layout(random)),
+          scales({from.batch(), from.heads(), from.length()}, random_layout(random)) {
+      through::quantize(from, elements.view(), scales.view());
+    }
+  };
+
+ public:
+  rounded_tokens(const token_views<float>& tokens, random_engine& random)
+      : query_(tokens.query), key_(tokens.key, random), value_(tokens.value, random) {}
+
+  [[nodiscard]] token_views<float, q8> views() const {
+    return {.query = query_,
+            .key = key_.elements.view(),
+            .value = value_.elements.view(),
+            .key_scales = key_.scales.view(),
+            .value_scales = value_.scales.view()};
+  }
+
+ private:
+  tensor_view<const float> query_;
+  rows key_, value_;
+};
+
 /// Results of a step in memory of their own.
-template <class Cache, class T>
-results<T> attend(Cache& cache, const token_views<T>& tokens, const any_executor& run = {}) {
+template <class Cache, class T, class Row>
+results<T> attend(Cache& cache, const token_views<T, Row>& tokens, const any_executor& run = {}) {
   return collect<T>(sizes_of(tokens),
                     [&](tensor_view<T> out, lse_view<T> lse) { attend(cache, tokens, out, lse, run); });
 }
-template <class Cache, class T>
-results<T> attend(Cache& cache, std::int64_t b, const token_views<T>& tokens, const any_executor& run = {}) {
+template <class Cache, class T, class Row>
+results<T> attend(Cache& cache, std::int64_t b, const token_views<T, Row>& tokens, const any_executor& run = {}) {
   return collect<T>(sizes_of(tokens),
                     [&](tensor_view<T> out, lse_view<T> lse) { attend(cache, b, tokens, out, lse, run); });
 }

@@ -22,6 +22,7 @@
 #include <optional>
 #include <random>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -39,6 +40,17 @@ namespace cca::test {
 template <std::size_t Rank>
 std::string text_of(const std::array<std::int64_t, Rank>& numbers) {
   return detail::text{numbers}.c_str();
+}
+
+/// What a call throws as an `Error`: the text of a refusal, or "none".
+template <class Error = std::invalid_argument, class Call>
+std::string refusal_of(const Call& call) {
+  try {
+    call();
+  } catch (const Error& refused) {
+    return refused.what();
+  }
+  return "none";
 }
 
 /// Every test seeds its own: it draws the same numbers whichever tests run beside it.

@@ -24,6 +24,14 @@ std::vector<reference::tensor<Scalar>> textbook_merge(const std::vector<tensor_v
   return all;
 }
 
+/// Of one that attends; `context` is for `attend` alone.
+template <class Scalar, class Inputs, class Context>
+reference::result<Scalar> textbook_attention(const problem& p, const Inputs& in, const Context& context) {
+  if (p.entry == entry::attention) return reference::attention<Scalar>(in, p.options);
+  if (p.entry == entry::attend) return reference::attend<Scalar>(in, context, p.options);
+  return reference::local_attention<Scalar>(in, p.options);
+}
+
 /// The results of a call: output and log-sum-exps, or core keys and values.
 template <class Scalar, class T>
 std::vector<reference::tensor<Scalar>> textbook_forward(const problem& p, const std::vector<tensor_view<const T>>& in,
@@ -33,10 +41,9 @@ std::vector<reference::tensor<Scalar>> textbook_forward(const problem& p, const 
     auto cores = reference::pool<Scalar>(in[0], in[1], in[2], p.options);
     return {std::move(cores.first), std::move(cores.second)};
   }
-  const inputs<T> operands{in[0], in[1], in[2]};
-  auto r = p.entry == entry::attention ? reference::attention<Scalar>(operands, p.options)
-           : p.entry == entry::attend  ? reference::attend<Scalar>(operands, far_context{in[3], in[4], seen}, p.options)
-                                       : reference::local_attention<Scalar>(operands, p.options);
+  far_context<T> context;
+  if (p.entry == entry::attend) context = {in[3], in[4], seen};
+  auto r = textbook_attention<Scalar>(p, inputs<T>{in[0], in[1], in[2]}, context);
   return {std::move(r.out), std::move(r.lse)};
 }
 

@@ -2,6 +2,7 @@
 
 // Calls of matrix units: problems with operands of their types, whose results are floats.
 
+#include "textbooks.hpp"
 #include "unit_entry_points.hpp"
 
 namespace cca::test {
@@ -25,8 +26,10 @@ struct unit_call {
   unit_call(const problem& of, random_engine& random) : unit_call(of, random, [] { return layout{}; }) {}
 
   [[nodiscard]] tensor_view<const Element> operand(std::size_t i) const { return operands[i].view(); }
-  [[nodiscard]] auto far_rows() const {
-    return far_context{operand(3), operand(4), seen.view(), given(far_bias), given(positions)};
+  /// Empty for another entry than `attend`.
+  [[nodiscard]] far_context<Element> far_rows() const {
+    if (p.entry != entry::attend) return {};
+    return {operand(3), operand(4), seen.view(), given(far_bias), given(positions)};
   }
 
   [[nodiscard]] unit_arguments<Element> arguments() const {

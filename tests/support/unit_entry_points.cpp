@@ -12,17 +12,30 @@ far_context<Element> far_of(const unit_arguments<Element>& a) {
           a.positions,   a.visible_from, a.visible_until, a.selected};
 }
 
+template <class Inputs, class Context>
+void call_unit_entry(const problem& p, const Inputs& in, const Context& context, const cca::results<float>& to,
+                     const any_executor& run) {
+  if (p.entry == entry::attend)
+    attend(in, context, to, p.options, run);
+  else if (p.entry == entry::attention)
+    attention(in, to, p.options, run);
+  else
+    local_attention(in, to, p.options, run);
+}
+
 template <class Element>
 void call(const problem& p, const unit_arguments<Element>& a, const any_executor& run) {
   const auto& in = a.operands;
   const inputs<Element> operands{in[0], in[1], in[2], a.sinks, a.slopes, a.key_bias};
-  const cca::results<float> to{a.results[0], without_dim(a.results[1])};
-  if (p.entry == entry::attend)
-    attend(operands, far_of(a), to, p.options, run);
-  else if (p.entry == entry::attention)
-    attention(operands, to, p.options, run);
-  else
-    local_attention(operands, to, p.options, run);
+  far_context<Element> context;
+  if (p.entry == entry::attend) context = far_of(a);
+  call_unit_entry(p, operands, context, {a.results[0], without_dim(a.results[1])}, run);
+}
+
+template <class Row>
+void call_rows(const problem& p, const inputs<float, Row>& in, const far_context<q8>& context,
+               const cca::results<float>& to) {
+  call_unit_entry(p, in, context, to, {});
 }
 
 template <class Element>
@@ -45,6 +58,8 @@ void call_gradient(const problem& p, const unit_arguments<Element>& a, const any
 template void call(const problem&, const unit_arguments<float>&, const any_executor&);
 template void call(const problem&, const unit_arguments<Eigen::bfloat16>&, const any_executor&);
 template void call(const problem&, const unit_arguments<Eigen::half>&, const any_executor&);
+template void call_rows(const problem&, const inputs<float, q8>&, const far_context<q8>&, const cca::results<float>&);
+template void call_rows(const problem&, const inputs<float>&, const far_context<q8>&, const cca::results<float>&);
 template void call_gradient(const problem&, const unit_arguments<Eigen::bfloat16>&, const any_executor&);
 template void call_gradient(const problem&, const unit_arguments<Eigen::half>&, const any_executor&);
 

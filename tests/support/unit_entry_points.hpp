@@ -1,7 +1,8 @@
 #pragma once
 
-// Entry points of operands of float and of 16 bits, and gradients of the latter, with results of floats: the kernels, those of
-// matrix units among them, are compiled once, in unit_entry_points.cpp, for all tests of an instruction set.
+// Entry points of operands of float and of 16 bits, gradients of the latter, and entry points of rows of 8 bits, with results
+// of floats: the kernels, those of matrix units among them, are compiled once, in unit_entry_points.cpp, for all tests of an
+// instruction set.
 
 #include "gradient_entry_points.hpp"
 
@@ -28,6 +29,11 @@ struct unit_arguments {
 /// Calls one of `unit_entries`.
 template <class Element>
 void call(const problem& p, const unit_arguments<Element>& a, const any_executor& run = {});
+
+/// Calls one of them on rows of 8 bits: all, or with `Row` float the far ones of `attend`.
+template <class Row>
+void call_rows(const problem& p, const inputs<float, Row>& in, const far_context<q8>& context,
+               const cca::results<float>& to);
 
 template <class Element>
 void call_gradient(const problem& p, const unit_arguments<Element>& a, const any_executor& run = {});

@@ -596,7 +596,8 @@ class KvCache:
     batch: sequences. heads, kv_heads: of queries, and of keys and values. dim, value_dim: of keys, and of values (0: the
     same). capacity: tokens per sequence for which memory is taken at once (0: as they come). rewind: tokens that `truncate`
     can take back. dtype: float32, float64, bfloat16, float16 or int8, by name or as NumPy's or PyTorch's. A cache of int8 holds
-    tokens and cores as `quantize` rounds them, in 0.26 of the bytes of float32, and takes and gives float32.
+    tokens and cores as `quantize` rounds them, in 0.26 of the bytes of float32, and takes and gives float32; keys and values that
+    are int8 already, with their scales, it keeps as they are.
 
     One thread at a time may use a cache. A call that raises leaves it as it was. Caches can be pickled and copied.
     """
@@ -657,11 +658,15 @@ class KvCache:
         return_lse: bool = False,
         sink_logits: Tensor = None,
         alibi_slopes: Tensor = None,
+        key_scales: Tensor = None,
+        value_scales: Tensor = None,
         threads: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Appends the tokens, then answers their queries: query [batch, heads, new tokens, dim], key and value
-        [batch, kv heads, new tokens, dim]. With `sequence` it alone grows, and the batch is 1. Returns as `attention`."""
+        [batch, kv heads, new tokens, dim], which in a cache of int8 may be int8 with key_scales and value_scales
+        [batch, kv heads, new tokens]. With `sequence` it alone grows, and the batch is 1. Returns as `attention`."""
         read = {"query": query, "key": key, "value": value, "sink_logits": sink_logits, "alibi_slopes": alibi_slopes}
+        read |= {"key_scales": key_scales, "value_scales": value_scales}
         if out is None or (lse is None and return_lse):
             extents, _ = _sizes(read)
             out = _empty(query, extents) if out is None else out
@@ -670,10 +675,19 @@ class KvCache:
         return (out, lse) if return_lse else out
 
     def append(
-        self, query: Tensor, key: Tensor, value: Tensor, *, sequence: int | None = None, threads: int | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        sequence: int | None = None,
+        key_scales: Tensor = None,
+        value_scales: Tensor = None,
+        threads: int | None = None,
     ) -> None:
-        """Appends tokens without answering."""
-        self._step("cca_cache_append", sequence, {"query": query, "key": key, "value": value}, {}, threads)
+        """Appends tokens, as `attend` takes them, without answering."""
+        read = {"query": query, "key": key, "value": value, "key_scales": key_scales, "value_scales": value_scales}
+        self._step("cca_cache_append", sequence, read, {}, threads)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Takes back the tokens of a sequence from `length` on; see `least_length`."""

@@ -157,6 +157,55 @@ def test_quantize_and_a_cache_of_8_bits():
     copied = pickle.loads(pickle.dumps(cache))
     token = [x[:, :, :1] for x in (q, k, v)]
     assert np.array_equal(copied.attend(*token), cache.attend(*token))
+
+
+def test_a_cache_of_8_bits_keeps_rows_that_are_rounded_already():
+    q, k, v = operands(np.float32)
+    (kq, ks), (vq, vs) = cca.quantize(k), cca.quantize(v)
+    wide = [np.repeat(x, 2, -1)[..., ::2] for x in (ks, vs)]  # scales have strides of their own
+    shape = {"batch": 2, "heads": 4, "kv_heads": 2, "dim": 5, "value_dim": 3, "dtype": "int8"}
+    of_floats, of_rows = (cca.KvCache(**shape, **OPTIONS) for _ in range(2))
+
+    def part(i, j, *all):
+        return [x[:, :, i:j] for x in all]
+
+    def scales(i, j):
+        return dict(zip(("key_scales", "value_scales"), part(i, j, *wide)))
+
+    for i, j in ((0, 11), (11, 12)):
+        want = of_floats.attend(*part(i, j, q, k, v), return_lse=True)
+        got = of_rows.attend(*part(i, j, q, kq, vq), return_lse=True, **scales(i, j))
+        assert got[0].dtype == np.float32 and all(np.array_equal(a, b) for a, b in zip(got, want))
+    of_floats.append(*part(12, 16, q, k, v))
+    of_rows.append(*part(12, 16, q, kq, vq), **scales(12, 16))
+    for sequence in range(2):
+        of_floats.append(*(x[sequence : sequence + 1] for x in part(16, 19, q, k, v)), sequence=sequence)
+        few = {name: x[sequence : sequence + 1] for name, x in scales(16, 19).items()}
+        of_rows.append(*(x[sequence : sequence + 1] for x in part(16, 19, q, kq, vq)), sequence=sequence, **few)
+    before = pickle.dumps(of_floats)
+    assert pickle.dumps(of_rows) == before
+    token, given = part(0, 1, q, kq, vq), scales(0, 1)
+    for wrong, message in (
+        ({}, "key_scales: got none"),
+        ({"key_scales": given["key_scales"]}, "value_scales: got none"),
+        (given | {"key_scales": ks}, r"key_scales: got \["),
+        (given | {"value_scales": vs[:, :, :1].astype(np.float64)}, "value_scales: got float64, wants float32"),
+    ):
+        for call in (of_rows.attend, of_rows.append):
+            with pytest.raises(ValueError, match="cca: " + message):
+                call(*token, **wrong)
+    for call in (of_rows.attend, of_rows.append):
+        with pytest.raises(ValueError, match="cca: key_scales: got a tensor, wants none"):
+            call(*part(0, 1, q, k, v), **given)
+        with pytest.raises(ValueError, match="cca: value: got float32, wants int8"):
+            call(*part(0, 1, q, kq, v), **given)
+    assert pickle.dumps(of_rows) == before
+    with pytest.raises(ValueError, match="cca: key: got int8, wants float32"):
+        cca.KvCache(**(shape | {"dtype": "float32"})).attend(*token, **given)
+
+
+def test_quantize_refuses_what_does_not_fit():
+    _, k, _ = operands(np.float32)
     with pytest.raises(ValueError, match="cca: rows: got 3 dimensions, wants 4"):
         cca.quantize(k[0])
     with pytest.raises(ValueError, match="cca: to: got float32, wants int8"):

@@ -12,31 +12,10 @@ transformers = pytest.importorskip("transformers")
 
 import cca
 import cca.hf
-from transformers import (
-    AttentionInterface,
-    DynamicCache,
-    Gemma2Config,
-    GptOssConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen3Config,
-    StaticCache,
-)
+import small_models
+from small_models import CONFIGS, CORES
+from transformers import AttentionInterface, DynamicCache, StaticCache
 
-SIZES = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen3": Qwen3Config(**SIZES),
-    "gemma2": Gemma2Config(**SIZES, sliding_window=6, query_pre_attn_scalar=9, attn_logit_softcapping=2.0),
-    "gpt_oss": GptOssConfig(
-        **SIZES, sliding_window=6, num_local_experts=2, num_experts_per_tok=1, layer_types=["sliding_attention", "full_attention"]
-    ),
-    "mistral": MistralConfig(**SIZES, sliding_window=6),
-}
-CORES = dict(group_size=3, window=4, sink_tokens=1)
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
 
 
@@ -46,13 +25,7 @@ def registered():
 
 
 def model_of(name, implementation="cca"):
-    torch.manual_seed(3)
-    config = type(CONFIGS[name])(**CONFIGS[name].to_dict())
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
-    for n, parameter in model.named_parameters():
-        if parameter.dim() > 1 or "sinks" in n:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return small_models.model_of(name, implementation).eval()
 
 
 def tokens(batch=2, length=20):

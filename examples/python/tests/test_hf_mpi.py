@@ -18,7 +18,8 @@ from mpi4py import MPI
 
 import cca.hf
 import cca.hf_mpi
-from transformers import GptOssConfig, LlamaConfig, MistralConfig
+import small_models
+from small_models import CORES
 
 torch.set_num_threads(1)
 world = MPI.COMM_WORLD
@@ -26,18 +27,7 @@ ranks = cca.mpi.Ranks(world)
 cca.hf.register()
 cca.hf_mpi.register()
 
-SIZES = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "gpt_oss": GptOssConfig(
-        **SIZES, sliding_window=6, num_local_experts=2, num_experts_per_tok=1, layer_types=["sliding_attention", "full_attention"]
-    ),
-    "mistral": MistralConfig(**SIZES, sliding_window=6),
-}
-CORES = {"group_size": 3, "window": 4, "sink_tokens": 1}
+NAMES = ("llama", "gpt_oss", "mistral")
 LENGTHS = [31, 50]
 LAYOUTS = {
     "contiguous": cca.mpi.Layout.contiguous(ranks.size, LENGTHS),
@@ -55,12 +45,7 @@ def norm_in_double(self, x):
 
 
 def model_of(name, implementation, dtype=torch.float64):
-    torch.manual_seed(3)
-    config = type(CONFIGS[name])(**CONFIGS[name].to_dict())
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(dtype)
-    for n, parameter in model.named_parameters():
-        if parameter.dim() > 1 or "sinks" in n:
-            torch.nn.init.normal_(parameter, std=0.3)
+    model = small_models.model_of(name, implementation, dtype)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and dtype == torch.float64:
             module.forward = types.MethodType(norm_in_double, module)
@@ -116,7 +101,7 @@ def expect_same(got, wanted, bound=1e-10):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("settings", [{}, CORES], ids=["own", "cores"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_is_that_of_one_process(name, settings, layout):
     # Experts of transformers have no doubles.
     dtype, bound = (torch.float32, 2e-5) if name == "gpt_oss" else (torch.float64, 1e-10)

@@ -198,11 +198,11 @@ class arguments {
     return (call_.*at)->dtype;
   }
 
-  /// Calls `f(std::type_identity<Row>)` with the elements of the rows at `at`, beside queries of `T`: the same, or those of 8
-  /// bits, which only calls of floats take. What else they are is refused when they are taken.
-  template <class T, class F>
+  /// Calls `f(std::type_identity<Row>)` with the elements of the rows at `at`: `T`, as the query has them, or 8 bits beside
+  /// floats, for a cache where it keeps such. What else they are is refused when they are taken.
+  template <class T, class Kept = q8, class F>
   auto with_rows(tensor_place at, const F& f) const {
-    if constexpr (std::is_same_v<T, float>)
+    if constexpr (std::is_same_v<T, float> && is_q8<Kept>)
       if (has(at) && is_of<q8>((call_.*at)->dtype)) return f(std::type_identity<q8>{});
     return f(std::type_identity<T>{});
   }
@@ -213,17 +213,18 @@ class arguments {
     in.sink_logits = per_query<const compute_type<T>>(&cca_call::sink_logits);
     in.alibi_slopes = of<const compute_type<T>, 3>(&cca_call::alibi_slopes, {});
     in.key_bias = of<const compute_type<T>, 3>(&cca_call::key_bias, keys_);
+    return in;
+  }
+  /// Query, key and value alone, with the scales of rows that have them.
+  template <class T, class Row = T>
+  inputs<T, Row> take_tokens() {
+    inputs<T, Row> in{of<const T, 4>(&cca_call::query, queries_), of<const Row, 4>(&cca_call::key, keys_),
+                      of<const Row, 4>(&cca_call::value, keys_)};
     if constexpr (is_q8<Row>) {
       in.key_scales = of<const float, 3>(&cca_call::key_scales, keys_);
       in.value_scales = of<const float, 3>(&cca_call::value_scales, keys_);
     }
     return in;
-  }
-  /// Query, key and value alone.
-  template <class T, class Row = T>
-  inputs<T, Row> take_tokens() {
-    return {of<const T, 4>(&cca_call::query, queries_), of<const Row, 4>(&cca_call::key, keys_),
-            of<const Row, 4>(&cca_call::value, keys_)};
   }
   template <class T>
   far_context<T> take_far() {

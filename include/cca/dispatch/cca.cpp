@@ -44,13 +44,15 @@ cca_status with_cache(Cache* cache, const F& f) noexcept {
   });
 }
 
-/// Calls `f(kv_cache<T>, arguments)` for a step.
+/// Calls `f(std::type_identity<Row>, kv_cache<T>, arguments)` for a step of tokens of `Row`.
 template <class F>
 cca_status with_cache_step(cca_cache* cache, const cca_call* call, const F& f) noexcept {
   return with_cache(cache, [&](auto& of) {
+    using Cache = std::remove_cvref_t<decltype(of)>;
     arguments all(call);
     all.refuse_what_a_cache_has();
-    f(of, all);
+    all.with_rows<typename Cache::number_type, typename Cache::element_type>(&cca_call::key,
+                                                                             [&](auto row) { f(row, of, all); });
   });
 }
 
@@ -230,9 +232,9 @@ cca_status cca_cache_make(cca_cache** cache, const cca_cache_shape* shape, DLDat
 void cca_cache_free(cca_cache* cache) { delete cache; }
 
 cca_status cca_cache_attend(cca_cache* cache, int64_t sequence, const cca_call* call) {
-  return with_cache_step(cache, call, [&](auto& of, arguments& all) {
+  return with_cache_step(cache, call, [&]<class Row>(std::type_identity<Row>, auto& of, arguments& all) {
     using T = typename std::remove_cvref_t<decltype(of)>::number_type;
-    const auto in = all.take_inputs<T>();
+    const auto in = all.take_inputs<T, Row>();
     const auto to = all.take_results<T>();
     all.run([&](const auto&, const execution& run) {
       sequence == CCA_ALL_SEQUENCES ? of.attend(in, to, run) : of.attend(sequence, in, to, run);
@@ -241,12 +243,11 @@ cca_status cca_cache_attend(cca_cache* cache, int64_t sequence, const cca_call* 
 }
 
 cca_status cca_cache_append(cca_cache* cache, int64_t sequence, const cca_call* call) {
-  return with_cache_step(cache, call, [&](auto& of, arguments& all) {
+  return with_cache_step(cache, call, [&]<class Row>(std::type_identity<Row>, auto& of, arguments& all) {
     using T = typename std::remove_cvref_t<decltype(of)>::number_type;
-    const auto in = all.take_tokens<T>();
+    const auto in = all.take_tokens<T, Row>();
     all.run([&](const auto&, const execution& run) {
-      sequence == CCA_ALL_SEQUENCES ? of.append(in.query, in.key, in.value, run)
-                                    : of.append(sequence, in.query, in.key, in.value, run);
+      sequence == CCA_ALL_SEQUENCES ? of.append(in, run) : of.append(sequence, in, run);
     });
   });
 }

@@ -23,7 +23,7 @@
  * has it; any strides are taken as they are, but the innermost dimension is contiguous. Their elements are float32, float64,
  * bfloat16 or float16, all those of the query; numbers per row and gradients have the type that is computed in, float64 for
  * float64 and float32 for all else; counts, lengths, offsets and positions are int64. Beside a query of float32, rows of
- * `cca_attention` and `cca_attend` may be int8 with a scale per row, see `key_scales`.
+ * `cca_attention` and `cca_attend`, and tokens of a cache of int8, may be int8 with a scale per row, see `key_scales`.
  *
  * The library keeps no threads, and no state but the last error of each thread and the choice of `cca_use`.
  */
@@ -258,14 +258,15 @@ typedef struct cca_cache_counts {
 /** In place of a sequence: every one. */
 #define CCA_ALL_SEQUENCES (-1)
 
-/** Makes `*cache`, of these elements. Of int8 it holds a scale beside each row, and its calls take and give float32. */
+/** Makes `*cache`, of these elements. Of int8 it holds a scale beside each row, and its calls take and give float32: keys and
+ * values that are int8 already it keeps as they are, with their scales. */
 cca_status cca_cache_make(cca_cache** cache, const cca_cache_shape* shape, DLDataType elements,
                           const cca_options* options);
 /** Nothing for NULL. */
 void cca_cache_free(cca_cache* cache);
-/** query, key, value, sink_logits, alibi_slopes, out, lse: appends the tokens, then answers. */
+/** query, key, value, their scales, sink_logits, alibi_slopes, out, lse: appends the tokens, then answers. */
 cca_status cca_cache_attend(cca_cache* cache, int64_t sequence, const cca_call* call);
-/** query, key, value: appends without answering. */
+/** query, key, value, their scales: appends without answering. */
 cca_status cca_cache_append(cca_cache* cache, int64_t sequence, const cca_call* call);
 /** Takes back the tokens of a sequence from `length` on. */
 cca_status cca_cache_truncate(cca_cache* cache, int64_t sequence, int64_t length);

@@ -144,12 +144,8 @@ const kv_cache<T>& cache_at(const void* cache) {
   return *static_cast<const kv_cache<T>*>(cache);
 }
 
-template <class T>
-constexpr plain::cache_functions<T> cache_functions{
-    .make = [](const plain::cache_shape& shape, const plain::options& options) -> void* {
-      return new kv_cache<T>(typed(shape), detail::from_plain(options));
-    },
-    .destroy = [](void* cache) { delete &cache_at<T>(cache); },
+template <class T, class Row>
+constexpr plain::cache_steps<T, Row> cache_steps{
     .attend =
         [](void* cache, const auto& b, const auto& c) {
           with(c, [&](const auto&, const auto& run) {
@@ -162,7 +158,16 @@ constexpr plain::cache_functions<T> cache_functions{
           with(c, [&](const auto&, const auto& run) {
             b ? cache_at<T>(cache).append(*b, inputs_of(c), run) : cache_at<T>(cache).append(inputs_of(c), run);
           });
-        },
+        }};
+
+template <class T>
+constexpr plain::cache_functions<T> cache_functions{
+    .of_numbers = cache_steps<T, typename plain::token<T>::type>,
+    .of_rows = cache_steps<T, T>,
+    .make = [](const plain::cache_shape& shape, const plain::options& options) -> void* {
+      return new kv_cache<T>(typed(shape), detail::from_plain(options));
+    },
+    .destroy = [](void* cache) { delete &cache_at<T>(cache); },
     .truncate = [](void* cache, std::int64_t b, std::int64_t length) { cache_at<T>(cache).truncate(b, length); },
     .reset = [](void* cache, const auto& b) { b ? cache_at<T>(cache).reset(*b) : cache_at<T>(cache).reset(); },
     .fork = [](void* cache, std::int64_t from, std::int64_t to) { cache_at<T>(cache).fork(from, to); },

@@ -5,9 +5,11 @@
 #include <iosfwd>
 #include <memory>
 #include <optional>
+#include <type_traits>
 
 #include "../cache_shape.hpp"
 #include "../call.hpp"
+#include "../element.hpp"
 #include "../options.hpp"
 #include "../tensor_view.hpp"
 #include "plain.hpp"
@@ -16,7 +18,8 @@
 namespace cca { inline namespace CCA_TARGET { namespace dispatch {
 
 /// `cca::kv_cache` for the processor that the program runs on; see there. It stays with the instruction set that it was
-/// made with. Tokens, queries and outputs have the cache's element type, or are floats where that is `q8`.
+/// made with. Tokens, queries and outputs have the cache's element type, or are floats where that is `q8`; tokens of a cache of
+/// `q8` may also come as rows of `q8` with scales, in inputs.
 template <class Element = float>
 class kv_cache {
  public:
@@ -41,12 +44,14 @@ class kv_cache {
   [[nodiscard]] std::size_t bytes() const { return kernels_->bytes(cache_.get())[0]; }
   [[nodiscard]] std::size_t allocated_bytes() const { return kernels_->bytes(cache_.get())[1]; }
 
-  void attend(const inputs<number_type>& in, const results<number_type>& to, const execution& run = {}) {
-    step(kernels_->attend, {}, in, to, run);
+  template <class Row = number_type>
+  void attend(const inputs<number_type, Row>& in, const results<number_type>& to, const execution& run = {}) {
+    step<Row>(steps_of<Row>().attend, {}, in, to, run);
   }
-  void attend(std::int64_t b, const inputs<number_type>& in, const results<number_type>& to,
+  template <class Row = number_type>
+  void attend(std::int64_t b, const inputs<number_type, Row>& in, const results<number_type>& to,
               const execution& run = {}) {
-    step(kernels_->attend, b, in, to, run);
+    step<Row>(steps_of<Row>().attend, b, in, to, run);
   }
   void attend(const operand& query, const operand& key, const operand& value, const tensor_view<number_type>& out,
               const execution& run = {}) {
@@ -57,12 +62,20 @@ class kv_cache {
     attend(b, {query, key, value}, {out}, run);
   }
 
+  template <class Row = number_type>
+  void append(const inputs<number_type, Row>& in, const execution& run = {}) {
+    step<Row>(steps_of<Row>().append, {}, in, run);
+  }
+  template <class Row = number_type>
+  void append(std::int64_t b, const inputs<number_type, Row>& in, const execution& run = {}) {
+    step<Row>(steps_of<Row>().append, b, in, run);
+  }
   void append(const operand& query, const operand& key, const operand& value, const execution& run = {}) {
-    step(kernels_->append, {}, inputs<number_type>{query, key, value}, run);
+    append({query, key, value}, run);
   }
   void append(std::int64_t b, const operand& query, const operand& key, const operand& value,
               const execution& run = {}) {
-    step(kernels_->append, b, inputs<number_type>{query, key, value}, run);
+    append(b, {query, key, value}, run);
   }
 
   void truncate(std::int64_t b, std::int64_t length) { kernels_->truncate(cache_.get(), b, length); }
@@ -89,9 +102,21 @@ class kv_cache {
 
   [[nodiscard]] plain::sequence_counts counts(std::int64_t b) const { return kernels_->counts(cache_.get(), b); }
 
-  template <class Function, class... Arguments>
+  /// How the cache takes tokens of `Row`.
+  template <class Row>
+  [[nodiscard]] const auto& steps_of() const {
+    constexpr bool numbers = std::is_same_v<Row, number_type>;
+    static_assert(numbers || std::is_same_v<Row, Element>,
+                  "cca: keys and values have the cache's element type, or are floats where that is q8");
+    if constexpr (numbers)
+      return kernels_->of_numbers;
+    else
+      return kernels_->of_rows;
+  }
+
+  template <class Row, class Function, class... Arguments>
   void step(Function* function, const std::optional<std::int64_t>& b, const Arguments&... arguments) {
-    plain::call<number_type> all{};
+    plain::call<number_type, Row> all{};
     (detail::put(all, arguments), ...);
     function(cache_.get(), b, all);
   }

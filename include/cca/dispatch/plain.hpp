@@ -31,7 +31,7 @@ struct computed<double> {
   using type = double;
 };
 
-/// What the tokens of a cache come as, as `kv_cache::number_type`: the elements of `q8` are kept with scales.
+/// What the numbers of a cache's calls are, as `kv_cache::number_type`: elements of `q8` need scales.
 template <class T>
 struct token {
   using type = T;
@@ -128,15 +128,21 @@ struct sequence_counts {
 };
 
 /// A cache is a pointer to the `kv_cache<T>` of the architecture that made it. Without a sequence `b`, all are meant.
+using sequence = const std::optional<std::int64_t>&;
+
+/// How such a cache takes tokens of `Row`.
+template <class T, class Row>
+struct cache_steps {
+  using step = void(void* cache, sequence b, const call<typename token<T>::type, Row>&);
+
+  step *attend, *append;
+};
 template <class T>
 struct cache_functions {
-  using sequence = const std::optional<std::int64_t>&;
-  using step = plain::call<typename token<T>::type>;
-
+  cache_steps<T, typename token<T>::type> of_numbers;
+  cache_steps<T, T> of_rows;  // as they are kept: the same, or with scales
   void* (*make)(const cache_shape&, const options&);
   void (*destroy)(void* cache);
-  void (*attend)(void* cache, sequence b, const step&);
-  void (*append)(void* cache, sequence b, const step&);
   void (*truncate)(void* cache, std::int64_t b, std::int64_t length);
   void (*reset)(void* cache, sequence b);
   void (*fork)(void* cache, std::int64_t from, std::int64_t to);
