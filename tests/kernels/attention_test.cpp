@@ -353,8 +353,9 @@ TYPED_TEST(Attention, IsExactForFewQueriesOfALongContext) {
 TYPED_TEST(Attention, IsExactForFewQueriesOfManyHeads) {
   using T = TypeParam;
   random_engine random(20);
-  constexpr std::int64_t least = detail::least_in_lanes;
-  for (const std::int64_t heads : {least - 1, least, this->lanes - 1, this->lanes + 1, this->stack + 3}) {
+  constexpr std::int64_t least = 7, least_of_widest = 10;  // `least_in_lanes`, and where a vector has 16
+  for (const std::int64_t heads : {least - 1, least, least_of_widest - 1, least_of_widest, this->lanes - 1,
+                                   this->lanes + 1, this->stack + 3}) {
     attention_rule<T> rule;
     for (const std::int64_t queries : {1, 2, 5})
       for (const std::int64_t keys : {std::int64_t{40}, detail::part_rows + 30}) {

@@ -223,7 +223,7 @@ TYPED_TEST(Selection, OfNeighboursDoesNotMatter) {
 TYPED_TEST(Selection, OfAPrefixIsCounted) {
   using T = TypeParam;
   random_engine random(3);
-  static_assert(2 * 3 < detail::least_in_lanes);
+  static_assert(2 * 3 < detail::least_in_lanes<float>);
   const std::int64_t many = detail::larger(this->lanes, detail::most_few_queries);
   for (const std::int64_t queries : {std::int64_t{3}, many + 3, 5 * many}) {
     problem p{.entry = entry::attend,
