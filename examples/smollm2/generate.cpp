@@ -38,7 +38,7 @@ struct arguments {
   std::string folder;
   std::optional<std::int64_t> prompt_tokens;
   std::int64_t new_tokens = 256;
-  std::string attention = "16/1024/shared/select";
+  std::string attention = "32/1024/shared/mass";
   std::int64_t sink_tokens = 4;
   bool compare = false;
   sampling_options sampling;
