@@ -51,12 +51,14 @@ struct sequences {
   [[nodiscard]] std::int64_t table_size() const { return alike ? 0 : batch; }
 };
 
-/// A number of each sequence, from a callable that outlives it: what plans for all sequences is compiled once for all of them.
+/// A number of each sequence, from a callable that outlives it: what plans for sequences is compiled once for all callables.
 class of_sequence {
  public:
   template <class F>
   of_sequence(const F& f)
-      : self_(&f), call_([](const void* self, std::int64_t b) -> std::int64_t { return (*static_cast<const F*>(self))(b); }) {}
+      : self_(&f), call_([](const void* self, std::int64_t b) -> std::int64_t {
+          return (*static_cast<const F*>(self))(b);
+        }) {}
 
   std::int64_t operator()(std::int64_t b) const { return call_(self_, b); }
 

@@ -139,7 +139,6 @@ inline constexpr std::int64_t shared_rows = tile_shape<T>::vectors;
 
 /// `logits[q * logit_stride + j] = query_q . key_j` for `Queries` queries `query_stride` apart, j in `[0, count)`. A load of
 /// a row serves all queries: from four of them on products bound it, not memory, which is asked for `ahead` rows ahead.
-/// (Operands are kept in registers: g++ would load one anew for each product, and loads would bound it.)
 template <std::int64_t Queries, class T, class Element>
 void dot_shared_rows(const T* query, std::int64_t query_stride, row_span<Element> keys, std::int64_t dim,
                      std::int64_t count, T* logits, std::int64_t logit_stride, std::int64_t ahead) {
@@ -157,8 +156,7 @@ void dot_shared_rows(const T* query, std::int64_t query_stride, row_span<Element
       vec<T> row[extent(R)];
       unroll<R>([&](auto r) CCA_INLINE_LAMBDA { row[r] = load(keys.row(j + r) + d); });
       unroll<Queries>([&](auto q) CCA_INLINE_LAMBDA {
-        vec<T> x = vec<T>::load_aligned(query + q * query_stride + d);
-        keep<T>(x);
+        const vec<T> x = vec<T>::load_aligned(query + q * query_stride + d);
         unroll<R>([&](auto r) CCA_INLINE_LAMBDA { sum[q][r] = fma<T>(row[r], x, sum[q][r]); });
       });
     };
@@ -229,7 +227,7 @@ void add_shared_rows(const T* weights, std::int64_t weight_stride, row_span<Elem
   T* to[extent(Queries)];
   unroll<Queries>([&](auto q) CCA_INLINE_LAMBDA { to[q] = out(q); });
   const std::int64_t full = dim - dim % W;
-    for_row_blocks<Vectors>(dim / W, [&](auto n, std::int64_t first) CCA_INLINE_LAMBDA {
+  for_row_blocks<Vectors>(dim / W, [&](auto n, std::int64_t first) CCA_INLINE_LAMBDA {
     constexpr std::int64_t N = n();
     const std::int64_t d = first * W;
     vec<T> sum[extent(Queries)][extent(N)];
