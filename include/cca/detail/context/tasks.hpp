@@ -130,11 +130,8 @@ class task_list {
   task_list(const sequences& all, sequence_tasks* table, std::int64_t heads, of_sequence length, of_sequence per_task,
             std::int64_t sharing = 1)
       : sharing_(sharing), chains_(sharing > 0 ? heads / sharing : 0), table_(all.alike ? nullptr : table) {
-    const auto entry = [&](std::int64_t b) {
-      return sequence_tasks{b, length(b), larger<std::int64_t>(per_task(b), 1), size_};
-    };
     if (all.alike) {
-      if (all.batch > 0) one_ = entry(0);
+      if (all.batch > 0) one_ = entry(0, length, per_task);
       size_ = all.batch * tasks_of(one_);
       return;
     }
@@ -143,7 +140,7 @@ class task_list {
     for (std::int64_t most = longest; most > 0; most /= 2)
       for (std::int64_t b = 0; b < all.batch; ++b)
         if (length(b) <= most && length(b) > most / 2) {
-          table[entries_] = entry(b);
+          table[entries_] = entry(b, length, per_task);
           size_ += tasks_of(table[entries_++]);
         }
   }
@@ -177,6 +174,9 @@ class task_list {
     std::int64_t chain, place;
   };
 
+  [[nodiscard]] sequence_tasks entry(std::int64_t b, of_sequence length, of_sequence per_task) const {
+    return {b, length(b), larger<std::int64_t>(per_task(b), 1), size_};
+  }
   [[nodiscard]] std::int64_t tasks_of(const sequence_tasks& s) const { return chains_ * sharing_ * s.cuts(); }
 
   [[nodiscard]] position find(std::int64_t i) const {
