@@ -18,8 +18,8 @@
 /// `cca::dispatch`, and `cca::attention` becomes `cca::dispatch::attention`. Parameters, results and errors are those of
 /// the function of the same name in `cca`; operands and outputs of a call have elements of one type: float, double,
 /// `Eigen::bfloat16` or `Eigen::half`. Beside queries and outputs of float, keys and values of `attention` and `attend` may be
-/// of `q8`, and so may far ones. There are caches of these, and of `q8`, which take tokens of float and of `q8`. (Matrix units are found at run time with the headers
-/// alone, too.)
+/// of `q8`, and so may far ones. There are caches of these, and of `q8`, which take tokens of float and of `q8`. (Matrix units
+/// are found at run time with the headers alone, too.)
 namespace cca { inline namespace CCA_TARGET { namespace dispatch {
 
 using detail::call;
