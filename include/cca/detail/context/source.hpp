@@ -139,6 +139,7 @@ class source_ref {
   [[nodiscard]] std::int64_t length(std::int64_t b) const { return length_(source_, b); }
   [[nodiscard]] context_rows<Key, Value> rows(std::int64_t b, std::int64_t head) const { return rows_(source_, b, head); }
   [[nodiscard]] row_terms<Bias> terms(std::int64_t b, std::int64_t h) const { return terms_(source_, b, h); }
+  [[nodiscard]] bool in_pieces() const { return next_ != nullptr; }
   /// Rows that a query sees, at most.
   [[nodiscard]] std::int64_t most_seen(std::int64_t b) const { return most_ != nullptr ? most_(source_, b) : length(b); }
 

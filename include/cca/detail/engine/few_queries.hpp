@@ -174,7 +174,8 @@ class few_queries {
                                               lane[i] = intersection(seen_[lanes.begin + first + i], rows);
                                           }};
       });
-      stack.absorb_rows(rows_of_head, source.terms(places.b, head), seen, next, nothing_after_blocks{});
+      stack.absorb_rows(rows_of_head, source.terms(places.b, head), seen,
+                        expected_rows{rows_of_head, {next, next + lane_tile::block_rows}}, nothing_after_blocks{});
     });
     const std::int64_t size = partial_result<T>::size(value_dim_);
     T* const sums = lanes_ + lane_stack::size(lanes.size(), form, staged_, false);

@@ -140,6 +140,19 @@ class forward {
   [[nodiscard]] std::int64_t lanes(const sequence& s) const {
     return Tile::stack_lanes(smaller(s.queries, block_), larger(s.queries, s.parts * part_rows), form_);
   }
+  /// Queries of a stack that each see `seen` rows, at most: where the next stack finds those rows in a cache, small stacks read no
+  /// more memory, and it is known earlier what the next one reads.
+  template <class Tile>
+  [[nodiscard]] std::int64_t most_lanes(std::int64_t seen) const {
+    return seen <= stack<Tile>::kept_rows(form_) / 2 ? Tile::stack_lanes(unlimited, 0, form_) : unlimited;
+  }
+  /// Rows of a source that the last query of a sequence sees.
+  template <class Source>
+  [[nodiscard]] static std::int64_t seen_by_last(const Source& source, std::int64_t b, std::int64_t queries) {
+    range seen{0, unlimited};
+    if (!source.in_pieces() && queries > 0) source.visible(b, 0, {queries - 1, queries}, seen, &seen);
+    return seen.size();
+  }
   /// Stacks of many queries of a head, if every tile were one of its own. How many tiles a stack has depends on the
   /// context, and a workspace is sized for more of that than some entry points have.
   [[nodiscard]] static std::int64_t most_stacks(const sequence& s) {
@@ -189,25 +202,33 @@ class forward {
                    const E& run, const worker_scratch<T>& scratch, sequence_tasks* table,
                    const Source&... sources) const {
     const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
-    const auto cuts = [&](std::int64_t b) { return query_cuts(query.length(b), block_, lanes<Tile>(measure(b))); };
+    const auto per_stack = [&](std::int64_t b) {
+      return smaller(lanes<Tile>(measure(b)), most_lanes<Tile>((seen_by_last(sources, b, query.length(b)) + ...)));
+    };
+    const auto cuts = [&](std::int64_t b) { return query_cuts(query.length(b), block_, per_stack(b)); };
     const auto many = [&](std::int64_t b) { return !measure(b).few() && !measure(b).in_lists(); };
     const task_list tasks(
-        all_, table, heads_, [&](std::int64_t b) { return many(b) ? cuts(b).items() : 0; },
-        [&](std::int64_t b) { return lanes<Tile>(measure(b)); });
-    run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
+        all_, table, heads_, [&](std::int64_t b) { return many(b) ? cuts(b).items() : 0; }, per_stack);
+    const auto queries_of = [&](std::int64_t i) -> stack_queries {
       const task task = tasks.last_first(i);
       const range some = cuts(task.b).queries(task.items);
-      attend_stack<Tile>({{task.b, task.head, some.begin}, heads_, some.size()}, query, out, lse, rule, scratch[worker],
+      return {{task.b, task.head, some.begin}, heads_, some.size()};
+    };
+    run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
+      // Which task a worker takes next is known where there is one worker.
+      const bool known = workers_ == 1 && i + 1 < tasks.size();
+      attend_stack<Tile>(queries_of(i), known ? queries_of(i + 1) : stack_queries{}, query, out, lse, rule, scratch[worker],
                          sources...);
     });
   }
 
   template <class Tile, class Query, class Out, class Lse, class... Source>
-  void attend_stack(const stack_queries& queries, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
+  void attend_stack(const stack_queries& queries, const stack_queries& next, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
                     const score_rule<T>& rule, T* scratch, const Source&... sources) const {
     // A mean of finite values is finite: where it is not, it may have overflowed on the way, and is taken again.
     for (const int headroom : {0, most_headroom}) {
       stack<Tile> stack(scratch, {form_, &rule, headroom}, queries, staged_);
+      if (next.count > 0) stack.expect(next, query, out);
       stack.for_each_tile([&](Tile tile, std::int64_t at) {
         const lane_queries of = queries.lanes.from(at);
         tile.begin(of.row(query), of.stride(query), rule.query_factor());
@@ -239,7 +260,7 @@ class forward {
       const task task = tasks.last_first(place);
       const std::int64_t head = task.head * across_, first = head + task.items.begin % stacks * most;
       attend_stack<Tile>({{task.b, first, task.items.begin / stacks, true}, heads_, smaller(most, head + across_ - first)},
-                         query, out, lse, rule, scratch[worker], sources...);
+                         {}, query, out, lse, rule, scratch[worker], sources...);
     });
   }
 

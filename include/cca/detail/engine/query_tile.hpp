@@ -9,6 +9,7 @@
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
+#include "../simd/wanted_memory.hpp"
 #include "../softmax/score_rule.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -19,6 +20,7 @@ struct tile_call {
   tile_form form;
   const score_rule<T>* rule;
   int headroom = 0;
+  wanted_memory* wanted = nullptr;  ///< what a stack's products ask for
 };
 
 /// A tile of queries, one in every lane, that absorbs blocks of keys and values: the online softmax of attention.
@@ -84,15 +86,14 @@ class query_tile {
   void leave_out(range*) const {}
 
   /// Absorbs what the queries see of a block: the four lines of attention, `S = K Q^T`, what happens to scores, the
-  /// softmax, `O = O rescale + V^T P`. The first tile of a stack asks for the rows that follow.
-  /// `place` is the tile's in the stack, `at` a `score_place`.
+  /// softmax, `O = O rescale + V^T P`. `at` is a `score_place`.
   template <class Place>
-  void absorb(const stack_memory& memory, const staged_block& block, const visible_lanes& visible, std::int64_t place,
+  void absorb(const stack_memory& memory, const staged_block& block, const visible_lanes& visible, std::int64_t,
               const Place& at) {
     Product::for_each_part(block.rows(), visible, count_, [&](const auto& part) {
       const score_block<number> scores = memory.scores(part);
       const typename Product::weights weights(memory, block, part, scores);
-      Product::score(memory, block, part, call_.form, *call_.rule, query_, scores, place == 0);
+      Product::score(memory, block, part, call_.form, *call_.rule, query_, scores, *call_.wanted);
       call_.rule->apply(part, scores, at);
       softmax_.absorb(part, scores, weights);
       Product::add(memory, part, block.value_columns(part.rows.begin), call_.form.value_dim, weights.at,

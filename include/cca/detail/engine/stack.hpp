@@ -8,6 +8,7 @@
 #include "../context/tasks.hpp"
 #include "../context/visible.hpp"
 #include "../simd/simd.hpp"
+#include "../simd/wanted_memory.hpp"
 #include "../softmax/score_shift.hpp"
 #include "gathered_rows.hpp"
 #include "query_tile.hpp"
@@ -18,6 +19,14 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 struct stack_queries {
   lane_queries lanes;
   std::int64_t heads, count;
+};
+
+/// Rows of a head that are expected behind those that a stack sees.
+template <class Rows>
+struct expected_rows {
+  Rows rows;
+  range some{};
+  bool only = false;  ///< the stack's own rows are in a cache: the stack before has asked for them
 };
 
 /// What follows a block in a stack that leaves nothing behind with its rows.
@@ -52,7 +61,26 @@ class stack {
         memory_(tile_memory_ + tiles_ * Tile::size(call.form), call.form, tiles_),
         block_(tile_memory_ + tiles_ * Tile::size(call.form) + Tile::stack_memory::size(call.form, tiles_), call.form,
                block_rows),
-        gathered_(tile_memory_ + size(queries.count, call.form, staged, false), call.form.dim, call.form.value_dim) {}
+        gathered_(tile_memory_ + size(queries.count, call.form, staged, false), call.form.dim, call.form.value_dim) {
+    call_.wanted = &wanted_;
+  }
+  stack(const stack&) = delete;  // its tiles refer to it
+  stack& operator=(const stack&) = delete;
+
+  /// Rows that a stack sees and the next finds in the second-level cache.
+  [[nodiscard]] static constexpr std::int64_t kept_rows(const tile_form& form) {
+    return tile_shape<T>::budget / ((form.dim + form.value_dim) * static_cast<std::int64_t>(sizeof(T)));
+  }
+
+  /// Says which stack the same worker takes next. What that reads and this one does not, and `out`, which this one writes,
+  /// are asked for while the products run.
+  template <class Query, class Out>
+  void expect(const stack_queries& next, tensor_view<Query> query, tensor_view<Out> out) {
+    next_ = next;
+    last_ = queries_.lanes.first + queries_.count == query.length(queries_.lanes.b);
+    operands_[0] = {next.lanes.row(query), next.lanes.stride(query), call_.form.dim, {0, next.count}};
+    operands_[1] = {queries_.lanes.row(out), queries_.lanes.stride(out), call_.form.value_dim, {0, queries_.count}};
+  }
 
   /// Calls `f(tile, first)` for the tiles, of which query 0 is query `first` of the stack.
   template <class F>
@@ -74,21 +102,30 @@ class stack {
         source.rows(b, head / (queries_.heads / source.heads)), gathers,
         [](std::int64_t, std::int64_t) { return false; },
         [&](const auto& rows, range piece, std::int64_t next, bool whole) {
-          absorb_piece(source, rows, terms, piece, next, whole, after, sums);
+          visible_lanes seen[Tile::most];
+          see(source, piece, whole, seen);
+          absorb_rows(rows, terms, seen,
+                      source.in_pieces() ? expected_rows{rows, {next, next + block_rows}} : expected(source, seen), after, sums);
         });
   }
 
-  /// Absorbs the rows of a head that are seen, of which tile `c` sees `seen[c]`; behind them those from `next` on are
-  /// expected. The rest is as above.
+  /// Absorbs the rows of a head that are seen, of which tile `c` sees `seen[c]`. The rest is as above.
   template <class Rows, class Terms, class After>
-  void absorb_rows(const Rows& rows, const Terms& terms, const visible_lanes* seen, std::int64_t next,
+  void absorb_rows(const Rows& rows, const Terms& terms, const visible_lanes* seen, const expected_rows<Rows>& next,
                    const After& after, const shift_sums<T>& sums = {}) {
-    range any;
-    for (std::int64_t c = 0; c < tiles_; ++c) any = hull(any, seen[c].seen_by_any());
+    const range any = seen_by_any(seen);
     const T slope = call_.rule->slope(queries_.lanes.b, queries_.lanes.head);
     for (std::int64_t j = any.begin; j < any.end; j += block_rows - j % block_rows) {
       const std::int64_t end = smaller(j + block_rows - j % block_rows, any.end);
-      block_.stage(rows, {j, end}, end < any.end ? end : next);
+      block_.stage(rows, {j, end});
+      if (!next.only) {
+        wanted_.clear();
+        want(rows, {end, smaller(end + block_rows, any.end)});
+      }
+      if (next.only ? j == any.begin : end == any.end) {
+        want(next.rows, next.some);
+        for (memory_rows& of : operands_) wanted_.want(std::exchange(of, {}));
+      }
       for (std::int64_t c = 0; c < tiles_; ++c)
         at(c).absorb(memory_, block_, seen[c], c,
                      score_place{terms, slope, queries_.lanes.first + c * lanes, block_.rows(), sums});
@@ -100,10 +137,9 @@ class stack {
   [[nodiscard]] std::int64_t tiles() const { return tiles_; }
 
  private:
-  template <class Source, class Rows, class Terms, class After>
-  void absorb_piece(const Source& source, const Rows& rows, const Terms& terms, range piece, std::int64_t next,
-                    bool whole, const After& after, const shift_sums<T>& sums) {
-    visible_lanes seen[Tile::most];
+  /// What each tile sees of a piece.
+  template <class Source>
+  void see(const Source& source, range piece, bool whole, visible_lanes* seen) const {
     for (std::int64_t c = 0; c < tiles_; ++c) {
       const std::int64_t count = at(c).count();
       seen[c] = {count, [&](range* lane) {
@@ -116,7 +152,39 @@ class stack {
       // A lane without a query would add 0 times the NaN that its weight may be: it is left out like one that sees nothing.
       if (Tile::backward && count % width<T> != 0) seen[c].all[count / width<T>] = {};
     }
-    absorb_rows(rows, terms, seen, next, after, sums);
+  }
+  [[nodiscard]] range seen_by_any(const visible_lanes* seen) const {
+    range any;
+    for (std::int64_t c = 0; c < tiles_; ++c) any = hull(any, seen[c].seen_by_any());
+    return any;
+  }
+
+  /// What the next stack sees of a source and this one, which sees `seen`, does not; where caches do not keep what this one
+  /// sees, what it begins with.
+  template <class Source>
+  [[nodiscard]] auto expected(const Source& source, const visible_lanes* seen) const {
+    const lane_queries& of = next_.lanes;
+    const std::int64_t heads = queries_.heads / source.heads;
+    expected_rows of_next{source.rows(of.b, of.head / heads)};
+    if (next_.count == 0 || source.length(of.b) == 0) return of_next;
+    const range own = seen_by_any(seen), queries = of.queries(next_.count), all{0, source.length(of.b)};
+    range first, last;
+    source.visible(of.b, of.head, {queries.begin, queries.begin + 1}, all, &first);
+    source.visible(of.b, of.head, {queries.end - 1, queries.end}, all, &last);
+    of_next.some = hull(first, last);
+    of_next.only = !last_ && own.size() <= kept_rows(call_.form);
+    const bool shared = of.b == queries_.lanes.b && of.head / heads == queries_.lanes.head / heads;
+    if (shared && (of_next.only || of_next.some.begin < own.begin))
+      of_next.some.end = smaller(of_next.some.end, own.begin);
+    of_next.some.end = smaller(of_next.some.end, of_next.some.begin + kept_rows(call_.form));
+    return of_next;
+  }
+
+  /// Wants the rows `some` of a head.
+  template <class Key, class Value>
+  void want(const context_rows<Key, Value>& rows, range some) {
+    wanted_.want({rows.key, rows.key_stride, call_.form.dim, some});
+    wanted_.want({rows.value, rows.value_stride, call_.form.value_dim, some});
   }
 
   /// What each of the queries sees of a piece.
@@ -138,6 +206,10 @@ class stack {
   typename Tile::stack_memory memory_;
   typename Tile::staged_block block_;
   gathered_rows<T> gathered_;
+  wanted_memory wanted_;
+  stack_queries next_{};
+  bool last_ = false;  ///< whether these are the last queries of their head, whose rows nobody has seen before
+  memory_rows operands_[2];  ///< the next queries, and the outputs of these
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -13,6 +13,7 @@
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
+#include "../simd/wanted_memory.hpp"
 #include "../softmax/scaled_softmax.hpp"
 #include "../softmax/score_rule.hpp"
 #include "byte_rows.hpp"
@@ -140,8 +141,9 @@ struct eight_bits {
 
   /// As `vectors::score`, but for what the scores are where the rule does not shape them: see `scaled_softmax`.
   static void score(const stack_memory&, const staged_block& block, const whole_part& part, const tile_form& form,
-                    const score_rule<float>& rule, const float* packed, const score_block<float> to, bool first) {
-    for (std::int64_t j = part.rows.begin; first && j < part.rows.end; ++j) block.ask_behind(j);
+                    const score_rule<float>& rule, const float* packed, const score_block<float> to,
+                    wanted_memory& wanted) {
+    for (std::int64_t j = part.rows.begin; j < part.rows.end; j += 2) wanted.ask();
     const bool finite = !block.has_infinite_keys(part.rows), shaped = rule.shapes();
     const float unit = shaped ? 1.0f : rule.unit_in_base_2();
     const float* exponents = block.value_scales(part.rows.begin).exponent;

@@ -18,6 +18,7 @@
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
+#include "../simd/wanted_memory.hpp"
 #include "../softmax/lane_softmax.hpp"
 #include "../softmax/score_rule.hpp"
 #include "multiply_pairs.hpp"
@@ -93,10 +94,8 @@ struct sixteen_bits {
           keys_(scratch, form.dim),
           values_(scratch + row_chunks<Element>::size(rows, form.dim), rows, form.value_dim) {}
 
-    void stage(const context_rows<Element, Element>& head, range rows, std::int64_t following) {
-      head_ = head;
+    void stage(const context_rows<Element, Element>& head, range rows) {
       rows_ = rows;
-      following_ = following - rows.begin;
       keys_.stage({head.key, head.key_stride}, rows);
       values_.stage({head.value, head.value_stride}, rows);
     }
@@ -105,19 +104,11 @@ struct sixteen_bits {
     [[nodiscard]] element_rows keys(std::int64_t j) const { return keys_.chunk(j); }
     [[nodiscard]] columns_from value_columns(std::int64_t j) const { return {&values_, j}; }
 
-    /// As in `vectors`.
-    CCA_INLINE void ask_behind(std::int64_t j) const {
-      prefetch_row(row_span<Element>{head_.key, head_.key_stride}, j + following_, form_.dim);
-      prefetch_row(row_span<Element>{head_.value, head_.value_stride}, j + following_, form_.value_dim);
-    }
-
    private:
     tile_form form_;
     row_chunks<Element> keys_;
     column_chunks<Element> values_;
-    context_rows<Element, Element> head_{};
     range rows_;
-    std::int64_t following_ = 0;
   };
 
   /// Keys as rows and as columns, values as rows.
@@ -239,9 +230,9 @@ struct sixteen_bits {
   /// As `vectors::score`.
   static void score(const stack_memory& memory, const staged_block& block, const whole_part& part,
                     const tile_form& form, const score_rule<float>&, const float* packed, const score_block<float> to,
-                    bool first) {
+                    wanted_memory& wanted) {
     for (std::int64_t j = part.rows.begin; j < part.rows.end; j += chunk_rows) {
-      for (std::int64_t i = j; first && i < j + chunk_rows; ++i) block.ask_behind(i);
+      for (std::int64_t i = 0; i < chunk_rows; i += 2) wanted.ask();
       multiply<Element>(memory.unit, block.keys(j), {reinterpret_cast<const packed_pair*>(packed), lanes},
                         to.at(j - part.rows.begin, 0), lanes, chunk_rows, lanes, form.dim);
     }

@@ -53,11 +53,10 @@ class staged_bytes {
         quad_(reinterpret_cast<std::int8_t*>(columns_ + rows / 4 * quad_stride(form.value_dim))),
         numbers_(reinterpret_cast<float*>(quad_ + 4 * row_bytes(form.value_dim))) {}
 
-  /// Takes in the rows `rows` of a head, which the rows from `following` on follow.
+  /// Takes in the rows `rows` of a head.
   template <class Key, class Value>
-  void stage(const context_rows<Key, Value>& head, range rows, std::int64_t following) {
+  void stage(const context_rows<Key, Value>& head, range rows) {
     rows_ = rows;
-    following_ = following - rows.begin;
     key_memory_ = as_bytes(head.key, head.key_stride);
     value_memory_ = as_bytes(head.value, head.value_stride);
     key_size_ = form_.dim * static_cast<std::int64_t>(sizeof(Key));
@@ -100,12 +99,6 @@ class staged_bytes {
     return {exponent_ + place_of(j), inverse_ + place_of(j)};
   }
   /// @}
-
-  /// As in `vectors`.
-  CCA_INLINE void ask_behind(std::int64_t j) const {
-    prefetch_row(key_memory_, j + following_, key_size_);
-    prefetch_row(value_memory_, j + following_, value_size_);
-  }
 
   /// @{
   /// Whether any of these rows is left out, and calls `f(j, d, x)` for the elements of those that are.
@@ -189,7 +182,7 @@ class staged_bytes {
   range rows_, infinite_keys_, infinite_values_;
   float_rows key_rows_, value_rows_;
   row_span<std::int8_t> key_memory_, value_memory_;
-  std::int64_t key_size_ = 0, value_size_ = 0, following_ = 0;
+  std::int64_t key_size_ = 0, value_size_ = 0;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

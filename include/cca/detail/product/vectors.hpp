@@ -13,6 +13,7 @@
 #include "../simd/register_block.hpp"
 #include "../simd/simd.hpp"
 #include "../simd/transpose.hpp"
+#include "../simd/wanted_memory.hpp"
 #include "../softmax/lane_softmax.hpp"
 #include "../softmax/score_rule.hpp"
 #include "vector_rows.hpp"
@@ -83,12 +84,11 @@ struct vectors {
     staged_block(T* scratch, const tile_form& form, std::int64_t rows)
         : form_(form), staged_keys_(scratch), staged_values_(scratch + rows * form.dim) {}
 
-    /// Takes in the rows `rows` of a head, which the rows from `following` on follow.
+    /// Takes in the rows `rows` of a head.
     template <class Key, class Value>
-    void stage(const context_rows<Key, Value>& head, range rows, std::int64_t following) {
+    void stage(const context_rows<Key, Value>& head, range rows) {
       const std::int64_t j = rows.begin, count = rows.size();
       rows_ = rows;
-      following_ = following - j;
       const context_rows<Key, Value> from = head.from(j);
       keys_ = {stage_numbers(from.key, from.key_stride, from.key_scales, form_.dim, count, staged_keys_), form_.dim,
                count};
@@ -105,24 +105,11 @@ struct vectors {
     [[nodiscard]] columns value_columns(std::int64_t j) const { return {values(j), &values_}; }
     /// @}
 
-    /// Asks for the memory of `count` rows that follow, in the place of row `j` and those behind it, a line of each key and
-    /// value from element `d` on: there may be none. (Inline: for g++ a function that only asks for memory does nothing, and
-    /// its calls go. 64 queries after 32K keys took 8.0 ms for 6.2.)
-    CCA_INLINE void ask_behind(std::int64_t j, std::int64_t count, std::int64_t d) const {
-      forget(d);
-      for (const row_span<T>* rows : {&keys_.rows, &values_.rows}) {
-        auto at = place_in_memory(rows->data, j - rows_.begin + following_, rows->stride, d);
-        const auto stride = static_cast<std::uintptr_t>(rows->stride) * sizeof(T);
-        for (std::int64_t r = 0; r < count; ++r, at += stride) prefetch(at);
-      }
-    }
-
    private:
     tile_form form_;
     T *staged_keys_, *staged_values_;
     whole_block keys_, values_;
     range rows_;
-    std::int64_t following_ = 0;
   };
 
   using staged_gradient_block = staged_block;
@@ -236,26 +223,23 @@ struct vectors {
 
   // ------------------------------------------------------------------------------------------------------- products
 
-  /// `S = K Q^T` of a part: scores, unseen ones -inf, and the maximum of each lane. The first tile of a stack asks for the
-  /// rows that follow, a line of each at a time: memory answers while the products run, and no more is asked for than a
-  /// core keeps in mind.
+  /// `S = K Q^T` of a part: scores, unseen ones -inf, and the maximum of each lane. Asks for memory that is `wanted` on the way.
   template <class Part>
   static void score(const stack_memory&, const staged_block& block, const Part& part, const tile_form& form,
-                    const score_rule<T>&, const T* packed, const score_block<T>& to, bool first) {
+                    const score_rule<T>&, const T* packed, const score_block<T>& to, wanted_memory& wanted) {
     constexpr std::int64_t N = Part::vectors;
     const row_span<T> keys = block.keys(part.rows.begin);
-    const bool asks = first && (N > 1 || part.first == 0);  // vectors by themselves leave it to the first
     fill_n(to.maximum, N * W, -infinity<T>);  // in memory: registers are for the products
     for_row_blocks_again<shape::template rows_of<N>>(part.rows.size(), [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
       constexpr std::int64_t R = rows();
       vec<T> sum[extent(R)][extent(N)];
       unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
-      const std::int64_t asked = asks ? form.dim - form.dim % line<T> : 0;
+      const std::int64_t asked = form.dim - form.dim % line<T>;
       const auto add = [&](std::int64_t d, auto steps) CCA_INLINE_LAMBDA {
         accumulate(sum, keys.row(j) + d, keys.stride, adjacent{}, packed + part.first * W + d * lanes, lanes, steps);
       };
       for (std::int64_t d = 0; d < asked; d += line<T>) {
-        block.ask_behind(part.rows.begin + j, R, d);
+        wanted.ask();
         add(d, std::integral_constant<std::int64_t, line<T>>{});
       }
       add(asked, form.dim - asked);
