@@ -126,6 +126,7 @@ class stack {
         want(next.rows, next.some);
         for (memory_rows& of : operands_) wanted_.want(std::exchange(of, {}));
       }
+      if (!next.only || j == any.begin) wanted_.pace(asks(next.only ? any : block_.rows()));
       for (std::int64_t c = 0; c < tiles_; ++c)
         at(c).absorb(memory_, block_, seen[c], c,
                      score_place{terms, slope, queries_.lanes.first + c * lanes, block_.rows(), sums});
@@ -178,6 +179,13 @@ class stack {
       of_next.some.end = smaller(of_next.some.end, own.begin);
     of_next.some.end = smaller(of_next.some.end, of_next.some.begin + kept_rows(call_.form));
     return of_next;
+  }
+
+  /// How often products ask while they go over some rows, at least.
+  [[nodiscard]] std::int64_t asks(range rows) const {
+    const std::int64_t vectors = (queries_.count + width<T> - 1) / width<T>;
+    constexpr std::int64_t single = 12, full = tile_shape<T>::rows * tile_shape<T>::vectors;
+    return rows.size() * vectors / (vectors >= tile_shape<T>::vectors ? full : single) * (call_.form.dim / line<T>);
   }
 
   /// Wants the rows `some` of a head.

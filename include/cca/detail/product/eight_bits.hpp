@@ -143,7 +143,7 @@ struct eight_bits {
   static void score(const stack_memory&, const staged_block& block, const whole_part& part, const tile_form& form,
                     const score_rule<float>& rule, const float* packed, const score_block<float> to,
                     wanted_memory& wanted) {
-    for (std::int64_t j = part.rows.begin; j < part.rows.end; j += 2) wanted.ask();
+    for (std::int64_t j = part.rows.begin; j < part.rows.end; ++j) wanted.ask();
     const bool finite = !block.has_infinite_keys(part.rows), shaped = rule.shapes();
     const float unit = shaped ? 1.0f : rule.unit_in_base_2();
     const float* exponents = block.value_scales(part.rows.begin).exponent;

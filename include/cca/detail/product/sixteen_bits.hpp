@@ -232,7 +232,7 @@ struct sixteen_bits {
                     const tile_form& form, const score_rule<float>&, const float* packed, const score_block<float> to,
                     wanted_memory& wanted) {
     for (std::int64_t j = part.rows.begin; j < part.rows.end; j += chunk_rows) {
-      for (std::int64_t i = 0; i < chunk_rows; i += 2) wanted.ask();
+      for (std::int64_t i = 0; i < chunk_rows; ++i) wanted.ask();
       multiply<Element>(memory.unit, block.keys(j), {reinterpret_cast<const packed_pair*>(packed), lanes},
                         to.at(j - part.rows.begin, 0), lanes, chunk_rows, lanes, form.dim);
     }
