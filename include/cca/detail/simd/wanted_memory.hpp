@@ -42,7 +42,7 @@ class wanted_memory {
   /// Makes `asks` calls of `ask` enough for all, if a core keeps that many lines in mind.
   void pace(std::int64_t asks) {
     const std::int64_t lines = (bytes_ + left_ * band_) / 64;
-    pace_ = std::clamp<std::int64_t>(lines / larger<std::int64_t>(asks, 1) + 1, 4, 24);
+    pace_ = std::clamp<std::int64_t>(lines / larger<std::int64_t>(asks, 1) + 1, 4, 32);
   }
 
   /// Asks for a line of each row of a band: side by side they were asked for faster than line after line of a row. (Inline: for
@@ -66,7 +66,8 @@ class wanted_memory {
     at_ = rows.first;
     stride_ = rows.stride;
     left_ = rows.bytes;
-    band_ = smaller(rows.count, pace_);
+    const std::int64_t bands = (rows.count + pace_ - 1) / pace_;
+    band_ = (rows.count + bands - 1) / bands;
     rows.first += rows.stride * static_cast<std::uintptr_t>(band_);
     bytes_ -= left_ * band_;
     if ((rows.count -= band_) == 0) ++next_;
