@@ -108,33 +108,40 @@ struct context_block {
   }
 };
 
+/// Where the last of the blocks of `R` rows of `[0, count)` ends. Of twelve and a rest of up to four, two blocks of eight are made:
+/// a block of few rows takes as long as one of eight, whose multiply-adds wait for nothing.
+template <std::int64_t R>
+[[nodiscard]] constexpr std::int64_t whole_blocks(std::int64_t count, std::int64_t least_rest) {
+  const std::int64_t rest = count % R, whole = count - rest;
+  return R == 12 && rest >= least_rest && rest <= 4 && whole > 0 ? whole - R : whole;
+}
+
 /// Calls `f(constant rows, i)` for the blocks of `R` rows of `[0, count)`, then for the remainder in powers of two: few
 /// kinds of blocks, since each is a kernel of its own to compile.
 template <std::int64_t R, class F>
 CCA_INLINE void for_row_blocks(std::int64_t count, const F& f) {
+  const std::int64_t whole = whole_blocks<R>(count, 4);
   std::int64_t i = 0;
-  for (; i + R <= count; i += R) f(std::integral_constant<std::int64_t, R>{}, i);
+  for (; i < whole; i += R) f(std::integral_constant<std::int64_t, R>{}, i);
   constexpr int powers = std::bit_width(static_cast<std::uint64_t>(R - 1));
   unroll<powers>([&](auto k) CCA_INLINE_LAMBDA {
     constexpr std::int64_t rest = std::int64_t{1} << (powers - 1 - k());
-    if (i + rest > count) return;
-    f(std::integral_constant<std::int64_t, rest>{}, i);
-    i += rest;
+    for (; i + rest <= count; i += rest) f(std::integral_constant<std::int64_t, rest>{}, i);
   });
 }
 
-/// The same of blocks that may take in rows twice, which has to change nothing: the rest of three rows and more takes one
-/// block of the next power of two, which begins before it, or two. A block of few rows takes as long as one of eight, whose
-/// multiply-adds wait for nothing.
+/// The same of blocks that may take in rows twice, which has to change nothing: the rest takes one block of the next power of
+/// two, which begins before it, or two.
 template <std::int64_t R, class F>
 CCA_INLINE void for_row_blocks_again(std::int64_t count, const F& f) {
   constexpr int powers = std::bit_width(static_cast<std::uint64_t>(R - 1));
+  const std::int64_t whole = whole_blocks<R>(count, 1);
   std::int64_t i = 0;
-  for (; i + R <= count; i += R) f(std::integral_constant<std::int64_t, R>{}, i);
+  for (; i < whole; i += R) f(std::integral_constant<std::int64_t, R>{}, i);
   while (i < count) {
     std::int64_t rows = 1;  // by hand: functions of the standard library may be shared with code of other instruction sets
     while (rows < count - i) rows *= 2;
-    if (rows > count || rows >= R) rows /= 2;
+    while (rows > count || rows >= R) rows /= 2;
     unroll<powers>([&](auto k) CCA_INLINE_LAMBDA {
       constexpr std::int64_t size = std::int64_t{1} << (powers - 1 - k());
       if (rows == size) f(std::integral_constant<std::int64_t, size>{}, smaller(i, count - size));

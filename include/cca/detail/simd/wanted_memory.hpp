@@ -50,14 +50,16 @@ class wanted_memory {
   CCA_INLINE void ask() {
     if (band_ == 0) return;
     std::uintptr_t at = at_;
-    for (std::int64_t i = 0; i < band_; ++i, at += stride_) prefetch(at);
+    for (std::int64_t i = 0; i < band_; i += together)
+      unroll<together>([&](auto) CCA_INLINE_LAMBDA { prefetch(at), at += stride_; });
     at_ += 64;
     left_ -= 64;
     if (left_ <= 0) begin_band();
   }
 
  private:
-  static constexpr std::int64_t most = 8;  ///< those of two sources, queries and outputs
+  static constexpr std::int64_t most = 8;      ///< those of two sources, queries and outputs
+  static constexpr std::int64_t together = 4;  ///< rows of a loop's step, and of a band a multiple: some behind are asked for, too
 
   CCA_INLINE void begin_band() {
     band_ = 0;
@@ -67,10 +69,10 @@ class wanted_memory {
     stride_ = rows.stride;
     left_ = rows.bytes;
     const std::int64_t bands = (rows.count + pace_ - 1) / pace_;
-    band_ = (rows.count + bands - 1) / bands;
+    band_ = ((rows.count + bands - 1) / bands + together - 1) / together * together;
     rows.first += rows.stride * static_cast<std::uintptr_t>(band_);
-    bytes_ -= left_ * band_;
-    if ((rows.count -= band_) == 0) ++next_;
+    bytes_ -= left_ * smaller(band_, rows.count);
+    if ((rows.count -= band_) <= 0) ++next_;
   }
 
   memory_rows rows_[most];
