@@ -126,7 +126,7 @@ struct sixteen_bits {
               scratch + row_chunks<Element>::size(rows, form.dim) + row_chunks<Element>::size(rows, form.value_dim),
               rows, form.dim) {}
 
-    void stage(const context_rows<Element, Element>& head, range rows, std::int64_t) {
+    void stage(const context_rows<Element, Element>& head, range rows) {
       rows_ = rows;
       keys_.stage({head.key, head.key_stride}, rows);
       values_.stage({head.value, head.value_stride}, rows);
