@@ -65,6 +65,24 @@ void run_tasks(const E& run, std::int64_t workers, std::int64_t count, const Tas
   });
 }
 
+/// The same of `task(worker, i, next)`, which is told what its worker runs next: `count` where nothing is known, as of the last
+/// tasks, which whoever is free first takes.
+template <executor E, class Task>
+void run_tasks_in_sight(const E& run, std::int64_t workers, std::int64_t count, const Task& task) {
+  if (count <= 0) return;
+  std::atomic<std::int64_t> free{0};
+  const auto claim = [&] { return smaller(free.fetch_add(1, std::memory_order_relaxed), count); };
+  run(smaller(workers, count), [&, mode = current_float_mode()](std::int64_t worker) {
+    const float_mode_scope scope(mode);
+    for (std::int64_t i = claim(); i < count;) {
+      const bool in_sight = workers == 1 || count - i > 4 * workers;
+      const std::int64_t next = in_sight ? claim() : count;
+      task(worker, i, next);
+      i = in_sight ? next : claim();
+    }
+  });
+}
+
 /// The first exception among calls that some threads make. It must leave neither the thread of a pool nor, while others
 /// still run, the function that they were called from: it waits here.
 class first_failure {

@@ -89,6 +89,28 @@ TEST(Executor, RunsEachTaskOnceAndOnePerWorker) {
     }
 }
 
+/// What a task is told of the next is what its worker runs next; and where tasks are few, none is held back.
+TEST(Executor, TellsWhichTaskAWorkerRunsNext) {
+  for (const auto& [name, run] : executors())
+    for (const std::int64_t count : {0, 1, 2, 5, 100}) {
+      const std::int64_t workers = run.concurrency();
+      std::vector<std::atomic<int>> runs(static_cast<std::size_t>(count));
+      std::vector<std::int64_t> told(static_cast<std::size_t>(workers), count);
+      std::atomic<int> wrong{0}, known{0};
+      detail::run_tasks_in_sight(run, workers, count, [&](std::int64_t worker, std::int64_t i, std::int64_t next) {
+        std::int64_t& last_told = told[static_cast<std::size_t>(worker)];
+        if (last_told < count && last_told != i) ++wrong;
+        if (workers > 1 && next < count && count - i <= 4 * workers) ++wrong;
+        known += next < count;
+        last_told = next;
+        ++runs[static_cast<std::size_t>(i)];
+      });
+      EXPECT_EQ(wrong, 0) << name;
+      EXPECT_GE(known, workers == 1 ? count - 1 : count - 5 * workers) << name;
+      for (const std::atomic<int>& times : runs) EXPECT_EQ(times, 1) << name << ", " << count << " tasks";
+    }
+}
+
 // ---------------------------------------------------------------------------------------------- batch composition
 
 /// The part of a view that is sequence `b`, and of it the heads `[first, last)`.

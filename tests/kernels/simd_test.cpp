@@ -2,6 +2,8 @@
 
 #include "support.hpp"
 
+#include <set>
+
 namespace cca::test {
 namespace {
 
@@ -297,6 +299,44 @@ TYPED_TEST(Simd, RowSoftmaxInPieces) {
     EXPECT_LE(distance(scaled, std::exp2(static_cast<exact_type<T>>(first) - softmax.maximum)),
               22 * std::numeric_limits<T>::epsilon());
   }
+}
+
+// ------------------------------------------------------------------------------------------------------------- memory
+
+/// Every line of the rows is asked for, at the pace that was set; beside them those of up to three rows behind a band.
+TEST(WantedMemory, AsksForAllLinesInTime) {
+  const std::vector<char> memory(1 << 20);
+  for (const std::int64_t rows : {1, 3, 4, 33, 128})
+    for (const std::int64_t dim : {1, 16, 33, 128})
+      for (const std::int64_t asks : {1, 64, 1000}) {
+        const auto* const data = reinterpret_cast<const float*>(memory.data());
+        wanted_memory wanted;
+        std::set<std::uintptr_t> missing;
+        for (const std::int64_t first : {0, 4096}) {
+          wanted.want({data + first, 192, dim, {2, 2 + rows}});
+          for (std::int64_t j = 2; j < 2 + rows; ++j)
+            for (std::int64_t d = 0; d < dim; d += 16) missing.insert(reinterpret_cast<std::uintptr_t>(data + first + j * 192 + d));
+        }
+        const auto lines = static_cast<std::int64_t>(missing.size());
+        wanted.pace(asks);
+        std::int64_t calls = 0, most = 0, asked = 0;
+        for (; !missing.empty() && calls < 10000; ++calls) {
+          const std::int64_t before = asked;
+          wanted.next_lines([&](std::uintptr_t line) {
+            ++asked;
+            missing.erase(line);
+          });
+          most = std::max(most, asked - before);
+        }
+        EXPECT_TRUE(missing.empty()) << rows << " rows of " << dim << " in " << asks << " calls";
+        EXPECT_LE(calls, std::max(asks, lines / 16 + 8)) << rows << " rows of " << dim << " in " << asks << " calls";
+        EXPECT_LE(most, 32);
+        wanted.next_lines([&](std::uintptr_t) { FAIL() << "asked for more"; });
+        wanted.want({data, 192, dim, {0, rows}});
+        wanted.pace(asks);
+        wanted.clear();
+        wanted.next_lines([&](std::uintptr_t) { FAIL() << "asked for what was forgotten"; });
+      }
 }
 
 }  // namespace

@@ -214,17 +214,15 @@ class forward {
       const range some = cuts(task.b).queries(task.items);
       return {{task.b, task.head, some.begin}, heads_, some.size()};
     };
-    run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
-      // Which task a worker takes next is known where there is one worker.
-      const bool known = workers_ == 1 && i + 1 < tasks.size();
-      attend_stack<Tile>(queries_of(i), known ? queries_of(i + 1) : stack_queries{}, query, out, lse, rule, scratch[worker],
-                         sources...);
+    run_tasks_in_sight(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i, std::int64_t next) {
+      attend_stack<Tile>(queries_of(i), next < tasks.size() ? queries_of(next) : stack_queries{}, query, out, lse, rule,
+                         scratch[worker], sources...);
     });
   }
 
   template <class Tile, class Query, class Out, class Lse, class... Source>
-  void attend_stack(const stack_queries& queries, const stack_queries& next, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
-                    const score_rule<T>& rule, T* scratch, const Source&... sources) const {
+  void attend_stack(const stack_queries& queries, const stack_queries& next, tensor_view<Query> query,
+                    tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule, T* scratch, const Source&... sources) const {
     // A mean of finite values is finite: where it is not, it may have overflowed on the way, and is taken again.
     for (const int headroom : {0, most_headroom}) {
       stack<Tile> stack(scratch, {form_, &rule, headroom}, queries, staged_);

@@ -32,26 +32,33 @@ class wanted_memory {
   void clear() { count_ = next_ = band_ = left_ = bytes_ = 0; }
 
   /// Appends rows. What a full queue has no place for is not asked for.
-  void want(const memory_rows& rows) {
+  void want(memory_rows rows) {
     if (rows.count <= 0 || rows.bytes <= 0 || count_ == most) return;
-    rows_[count_++] = rows;
+    rows.bytes = (rows.bytes + 63) / 64 * 64;
     bytes_ += rows.bytes * rows.count;
-    if (band_ == 0) begin_band();
+    rows_[count_++] = rows;
   }
 
-  /// Makes `asks` calls of `ask` enough for all, if a core keeps that many lines in mind.
+  /// Begins to ask for what was appended. `asks` calls of `ask` are enough for all, if a core keeps that many lines in mind.
   void pace(std::int64_t asks) {
     const std::int64_t lines = (bytes_ + left_ * band_) / 64;
     pace_ = std::clamp<std::int64_t>(lines / larger<std::int64_t>(asks, 1) + 1, 4, 32);
+    if (band_ == 0) begin_band();
   }
 
   /// Asks for a line of each row of a band: side by side they were asked for faster than line after line of a row. (Inline: for
   /// g++ a function that only asks for memory does nothing, and its calls go.)
   CCA_INLINE void ask() {
+    next_lines([](std::uintptr_t address) CCA_INLINE_LAMBDA { prefetch(address); });
+  }
+
+  /// Calls `f(address)` for the lines that `ask` asks for.
+  template <class F>
+  CCA_INLINE void next_lines(const F& f) {
     if (band_ == 0) return;
     std::uintptr_t at = at_;
     for (std::int64_t i = 0; i < band_; i += together)
-      unroll<together>([&](auto) CCA_INLINE_LAMBDA { prefetch(at), at += stride_; });
+      unroll<together>([&](auto) CCA_INLINE_LAMBDA { f(at), at += stride_; });
     at_ += 64;
     left_ -= 64;
     if (left_ <= 0) begin_band();
