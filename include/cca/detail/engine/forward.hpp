@@ -81,15 +81,19 @@ class forward {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
     sequence_tasks* const stacks = memory.take<sequence_tasks>(all_.table_size());
     const bool across = goes_across() && !rule.shifts();  // a tile has one slope, and one bias for each row
+    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
     with_product<Element, (of_elements<Element, Source> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
+          using tile = query_tile<Product>;
           const score_rule<T> scaled = Product::balances ? rule.balanced() : rule;
-          attend_many<query_tile<Product>>(query, out, lse, scaled, run, scratch, stacks, sources...);
-          if (across) attend_across<query_tile<Product>>(query, out, lse, scaled, run, scratch, stacks, sources...);
+          const auto attend = [&](std::int64_t worker, const stack_queries& queries) {
+            attend_stack<tile>(queries, query, out, lse, scaled, scratch[worker], sources...);
+          };
+          attend_many(measure, [&](std::int64_t b) { return lanes<tile>(measure(b)); }, attend, run, stacks);
+          if (across) attend_across(measure, most_across<tile>(), attend, run, stacks);
         });
     if (block_ <= most_few_of_block && !across)
       attend_lists(query, out, lse, rule.balanced(), run, scratch, stacks, sources...);
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
     const auto parts = [&](std::int64_t b) { return few_tasks(measure(b)); };
     const task_list tasks(all_, memory.take<sequence_tasks>(all_.table_size()), groups_, parts,
                           [](std::int64_t) { return 1; });
@@ -183,22 +187,21 @@ class forward {
     return s.few() ? element_count<T>(heads_, s.queries, s.parts, partial_result<T>::size(form_.value_dim)) : 0;
   }
 
-  /// A task is a stack of queries.
-  template <class Tile, class Query, class Out, class Lse, executor E, class... Source>
-  void attend_many(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
-                   const E& run, const worker_scratch<T>& scratch, sequence_tasks* table,
-                   const Source&... sources) const {
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
-    const auto cuts = [&](std::int64_t b) { return query_cuts(query.length(b), block_, lanes<Tile>(measure(b))); };
+  using sequence_of = function_ref<sequence(std::int64_t)>;
+  using stack_task = function_ref<void(std::int64_t, const stack_queries&)>;  ///< `attend(worker, queries)`
+
+  /// A task is a stack of queries, of `lanes(b)` at most.
+  template <executor E>
+  void attend_many(sequence_of measure, of_sequence lanes, stack_task attend, const E& run,
+                   sequence_tasks* table) const {
+    const auto cuts = [&](std::int64_t b) { return query_cuts(measure(b).queries, block_, lanes(b)); };
     const auto many = [&](std::int64_t b) { return !measure(b).few() && !measure(b).in_lists(); };
     const task_list tasks(
-        all_, table, heads_, [&](std::int64_t b) { return many(b) ? cuts(b).items() : 0; },
-        [&](std::int64_t b) { return lanes<Tile>(measure(b)); });
+        all_, table, heads_, [&](std::int64_t b) { return many(b) ? cuts(b).items() : 0; }, lanes);
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
       const task task = tasks.last_first(i);
       const range some = cuts(task.b).queries(task.items);
-      attend_stack<Tile>({{task.b, task.head, some.begin}, heads_, some.size()}, query, out, lse, rule, scratch[worker],
-                         sources...);
+      attend(worker, {{task.b, task.head, some.begin}, heads_, some.size()});
     });
   }
 
@@ -225,21 +228,20 @@ class forward {
     }
   }
 
-  /// A task is one query of the heads that share rows and lists, some of them that fit into a stack.
-  template <class Tile, class Query, class Out, class Lse, executor E, class... Source>
-  void attend_across(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
-                     const E& run, const worker_scratch<T>& scratch, sequence_tasks* table,
-                     const Source&... sources) const {
-    const std::int64_t most = most_across<Tile>(), stacks = (across_ + most - 1) / most;
+  /// A task is one query of the heads that share rows and lists, `most` of them, which fit into a stack.
+  template <executor E>
+  void attend_across(sequence_of measure, std::int64_t most, stack_task attend, const E& run,
+                     sequence_tasks* table) const {
+    const std::int64_t stacks = (across_ + most - 1) / most;
     const task_list tasks(
         all_, table, heads_ / across_,
-        [&](std::int64_t b) { return measured(query.length(b)).in_lists() ? query.length(b) * stacks : 0; },
+        [&](std::int64_t b) { return measure(b).in_lists() ? measure(b).queries * stacks : 0; },
         [](std::int64_t) { return 1; });
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = tasks.last_first(place);
       const std::int64_t head = task.head * across_, first = head + task.items.begin % stacks * most;
-      attend_stack<Tile>({{task.b, first, task.items.begin / stacks, true}, heads_, smaller(most, head + across_ - first)},
-                         query, out, lse, rule, scratch[worker], sources...);
+      attend(worker,
+             {{task.b, first, task.items.begin / stacks, true}, heads_, smaller(most, head + across_ - first)});
     });
   }
 
