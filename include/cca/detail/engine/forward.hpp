@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 
 #include "../../element.hpp"
@@ -33,9 +34,9 @@ class forward {
   /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
   /// the sources' heads. `queries(b)` and each of `rows(b)` are how many queries per head sequence `b` has, and how
   /// many rows of a source a query sees at most.
-  template <class Queries, class... Rows>
   forward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups,
-          const piece_form& pieces, bool staged, std::int64_t workers, const Queries& queries, const Rows&... rows)
+          const piece_form& pieces, bool staged, std::int64_t workers, of_sequence queries,
+          std::initializer_list<of_sequence> rows)
       : all_(all),
         heads_(heads),
         form_(form),
@@ -47,7 +48,9 @@ class forward {
     std::int64_t most_tasks = 0;
     const auto plan = [&]<class Tile>(std::type_identity<Tile>) {
       for (std::int64_t b = 0; b < all_.distinct(); ++b) {
-        const sequence s = measured(queries(b), rows(b)...);
+        std::int64_t parts = 0;
+        for (const of_sequence& of_source : rows) parts += count_parts(of_source(b));
+        const sequence s = measured(queries(b), parts);
         if (s.few()) worker_size_ = larger(worker_size_, few_size(s.queries));
         if (!s.few() || s.alone)  // a context may turn out to be shorter than planned for
           worker_size_ = larger(worker_size_, s.in_lists() ? list_size<Tile>()
@@ -81,7 +84,9 @@ class forward {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
     sequence_tasks* const stacks = memory.take<sequence_tasks>(all_.table_size());
     const bool across = goes_across() && !rule.shifts();  // a tile has one slope, and one bias for each row
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
+    const auto measure = [&](std::int64_t b) {
+      return measured(query.length(b), (count_parts(sources.most_seen(b)) + ... + 0));
+    };
     with_product<Element, (of_elements<Element, Source> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
           using tile = query_tile<Product>;
@@ -99,7 +104,7 @@ class forward {
                           [](std::int64_t) { return 1; });
     const sequence_offsets first_partial(all_, memory.take<std::int64_t>(all_.table_size()),
                                          [&](std::int64_t b) { return partials_of(measure(b)); });
-    const few_memory few{tasks, first_partial, memory.take<T>(partials_), form_.value_dim};
+    const few_memory few{measure, tasks, first_partial, memory.take<T>(partials_), form_.value_dim};
     if (tasks.size() == 0) return;
     for (const int headroom : {0, most_headroom})
       if (attend_few(few, query, out, lse, rule.balanced(), headroom, run, scratch, sources...)) return;
@@ -115,14 +120,15 @@ class forward {
     /// Whether the few queries of each list go by themselves.
     [[nodiscard]] bool in_lists() const { return queries > block && block <= most_few_of_block; }
   };
-  template <class... Rows>
-  [[nodiscard]] sequence measured(std::int64_t queries, Rows... rows) const {
+  using sequence_of = function_ref<sequence(std::int64_t)>;
+  [[nodiscard]] sequence measured(std::int64_t queries, std::int64_t parts) const {
     const bool alone = form_.unit == matrix_unit::none && groups_ == heads_ && queries >= least_in_lanes<T>;
-    return {queries, block_, larger<std::int64_t>((count_parts(rows) + ... + 0), 1), alone};
+    return {queries, block_, larger<std::int64_t>(parts, 1), alone};
   }
 
   /// What few queries work with beside the scratch of each worker.
   struct few_memory {
+    sequence_of measure;
     const task_list& tasks;
     const sequence_offsets& first;
     T* partials;
@@ -187,7 +193,6 @@ class forward {
     return s.few() ? element_count<T>(heads_, s.queries, s.parts, partial_result<T>::size(form_.value_dim)) : 0;
   }
 
-  using sequence_of = function_ref<sequence(std::int64_t)>;
   using stack_task = function_ref<void(std::int64_t, const stack_queries&)>;  ///< `attend(worker, queries)`
 
   /// A task is a stack of queries, of `lanes(b)` at most.
@@ -251,11 +256,10 @@ class forward {
   bool attend_few(const few_memory& few, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
                   const score_rule<T>& rule, int headroom, const E& run, const worker_scratch<T>& scratch,
                   const Source&... sources) const {
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
     run_tasks(run, workers_, few.tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = few.tasks[place];
       const std::int64_t b = task.b, part = task.items.begin;
-      const sequence s = measure(b);
+      const sequence s = few.measure(b);
       const range heads = heads_of_group(task.head);
       few_queries<T> queries(scratch[worker], queries_per_group(s.queries), form_.dim, form_.value_dim, staged_, rule,
                              headroom);
@@ -279,7 +283,7 @@ class forward {
     std::atomic<bool> finite{true};
     run_tasks(run, workers_, all_.batch * heads_, [&](std::int64_t, std::int64_t place) {
       const std::int64_t b = place / heads_, h = place % heads_;
-      const sequence s = measure(b);
+      const sequence s = few.measure(b);
       for (std::int64_t i = 0; s.few() && i < s.queries; ++i)
         if (!merge_parts(few, s, b, h, i, out, lse, rule, headroom)) finite = false;
     });
@@ -315,7 +319,7 @@ class forward {
                     const Source&... sources) const {
     const task_list tasks(
         all_, table, groups_,
-        [&](std::int64_t b) { return measured(query.length(b)).in_lists() ? query.length(b) : 0; },
+        [&](std::int64_t b) { return measured(query.length(b), 1).in_lists() ? query.length(b) : 0; },
         [&](std::int64_t) { return block_; });
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = tasks.last_first(place);
