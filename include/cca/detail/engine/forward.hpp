@@ -201,8 +201,7 @@ class forward {
                    sequence_tasks* table) const {
     const auto cuts = [&](std::int64_t b) { return query_cuts(measure(b).queries, block_, lanes(b)); };
     const auto many = [&](std::int64_t b) { return !measure(b).few() && !measure(b).in_lists(); };
-    const task_list tasks(
-        all_, table, heads_, [&](std::int64_t b) { return many(b) ? cuts(b).items() : 0; }, lanes);
+    const task_list tasks(all_, table, heads_, [&](std::int64_t b) { return many(b) ? cuts(b).items() : 0; }, lanes);
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i) {
       const task task = tasks.last_first(i);
       const range some = cuts(task.b).queries(task.items);
@@ -238,15 +237,12 @@ class forward {
   void attend_across(sequence_of measure, std::int64_t most, stack_task attend, const E& run,
                      sequence_tasks* table) const {
     const std::int64_t stacks = (across_ + most - 1) / most;
-    const task_list tasks(
-        all_, table, heads_ / across_,
-        [&](std::int64_t b) { return measure(b).in_lists() ? measure(b).queries * stacks : 0; },
-        [](std::int64_t) { return 1; });
+    const auto count = [&](std::int64_t b) { return measure(b).in_lists() ? measure(b).queries * stacks : 0; };
+    const task_list tasks(all_, table, heads_ / across_, count, [](std::int64_t) { return 1; });
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = tasks.last_first(place);
       const std::int64_t head = task.head * across_, first = head + task.items.begin % stacks * most;
-      attend(worker,
-             {{task.b, first, task.items.begin / stacks, true}, heads_, smaller(most, head + across_ - first)});
+      attend(worker, {{task.b, first, task.items.begin / stacks, true}, heads_, smaller(most, head + across_ - first)});
     });
   }
 
