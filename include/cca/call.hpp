@@ -6,6 +6,7 @@
 #include <span>
 #include <type_traits>
 
+#include "detail/base/function_ref.hpp"
 #include "detail/base/target.hpp"
 #include "element.hpp"
 #include "executor.hpp"
@@ -30,8 +31,8 @@ class execution {
   requires(!std::same_as<E, execution>) execution(const E& run, std::span<std::byte> workspace = {})
       : concurrency_(detail::concurrency(run)),
         self_(&run),
-        call_([](const void* self, std::int64_t n, const void* task, void (*call)(const void*, std::int64_t)) {
-          (*static_cast<const E*>(self))(n, [=](std::int64_t i) { call(task, i); });
+        call_([](const void* self, std::int64_t n, detail::function_ref<void(std::int64_t)> f) {
+          (*static_cast<const E*>(self))(n, f);
         }),
         workspace_(workspace) {}
 
@@ -41,17 +42,14 @@ class execution {
   [[nodiscard]] std::span<std::byte> workspace() const { return workspace_; }
 
   /// Runs `f(i)` for i in `[0, n)`.
-  template <class F>
-  void operator()(std::int64_t n, const F& f) const {
-    call_(self_, n, &f, [](const void* task, std::int64_t i) { (*static_cast<const F*>(task))(i); });
-  }
+  void operator()(std::int64_t n, detail::function_ref<void(std::int64_t)> f) const { call_(self_, n, f); }
 
  private:
   static constexpr serial_executor serial{};
 
   std::int64_t concurrency_;
   const void* self_;
-  void (*call_)(const void*, std::int64_t, const void*, void (*)(const void*, std::int64_t));
+  void (*call_)(const void*, std::int64_t, detail::function_ref<void(std::int64_t)>);
   std::span<std::byte> workspace_;
 };
 

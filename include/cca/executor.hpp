@@ -12,6 +12,7 @@
 #endif
 
 #include "detail/base/float_mode.hpp"
+#include "detail/base/function_ref.hpp"
 #include "detail/base/numbers.hpp"
 #include "detail/base/refuse.hpp"
 #include "detail/base/target.hpp"
@@ -55,8 +56,9 @@ std::int64_t worker_count(const E& run, std::int64_t tasks) {
 
 /// Runs `task(worker, i)` once for every i in `[0, count)`. Calls with the same `worker` in `[0, workers)` never
 /// overlap, so each worker can have scratch memory of its own. Tasks are begun in order: put the long ones first.
-template <executor E, class Task>
-void run_tasks(const E& run, std::int64_t workers, std::int64_t count, const Task& task) {
+template <executor E>
+void run_tasks(const E& run, std::int64_t workers, std::int64_t count,
+               function_ref<void(std::int64_t, std::int64_t)> task) {
   if (count <= 0) return;
   std::atomic<std::int64_t> next{0};
   run(smaller(workers, count), [&, mode = current_float_mode()](std::int64_t worker) {
@@ -67,8 +69,9 @@ void run_tasks(const E& run, std::int64_t workers, std::int64_t count, const Tas
 
 /// The same of `task(worker, i, next)`, which is told what its worker runs next: `count` where nothing is known, as of the last
 /// tasks, which whoever is free first takes.
-template <executor E, class Task>
-void run_tasks_in_sight(const E& run, std::int64_t workers, std::int64_t count, const Task& task) {
+template <executor E>
+void run_tasks_in_sight(const E& run, std::int64_t workers, std::int64_t count,
+                        function_ref<void(std::int64_t, std::int64_t, std::int64_t)> task) {
   if (count <= 0) return;
   std::atomic<std::int64_t> free{0};
   const auto claim = [&] { return smaller(free.fetch_add(1, std::memory_order_relaxed), count); };

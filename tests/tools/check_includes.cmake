@@ -5,7 +5,7 @@ cmake_minimum_required(VERSION 3.25)
 
 set(order
     # Words that callers use: no arithmetic on data yet.
-    detail/base/language.hpp version.hpp detail/base/target.hpp detail/base/numbers.hpp detail/base/refuse.hpp
+    detail/base/language.hpp version.hpp detail/base/target.hpp detail/base/function_ref.hpp detail/base/numbers.hpp detail/base/refuse.hpp
     detail/base/float_mode.hpp element.hpp tensor_view.hpp partition.hpp options.hpp executor.hpp call.hpp
     # Words that kernels use, and the checks of what callers say.
     detail/base/processor.hpp detail/product/choose_unit.hpp

@@ -116,6 +116,17 @@ template <std::int64_t R>
   return R == 12 && rest >= least_rest && rest <= 4 && whole > 0 ? whole - R : whole;
 }
 
+/// Calls `f(constant size)` for the powers of two below `R`, downwards. (No fold over lambdas: whatever they are inlined into,
+/// compilers optimise the blocks once more there.)
+template <std::int64_t R, class F>
+CCA_INLINE void for_powers_below(const F& f) {
+  static_assert(R <= 16);
+  if constexpr (R > 8) f(std::integral_constant<std::int64_t, 8>{});
+  if constexpr (R > 4) f(std::integral_constant<std::int64_t, 4>{});
+  if constexpr (R > 2) f(std::integral_constant<std::int64_t, 2>{});
+  if constexpr (R > 1) f(std::integral_constant<std::int64_t, 1>{});
+}
+
 /// Calls `f(constant rows, i)` for the blocks of `R` rows of `[0, count)`, then for the remainder in powers of two: few
 /// kinds of blocks, since each is a kernel of its own to compile.
 template <std::int64_t R, class F>
@@ -123,10 +134,8 @@ CCA_INLINE void for_row_blocks(std::int64_t count, const F& f) {
   const std::int64_t whole = whole_blocks<R>(count, 4);
   std::int64_t i = 0;
   for (; i < whole; i += R) f(std::integral_constant<std::int64_t, R>{}, i);
-  constexpr int powers = std::bit_width(static_cast<std::uint64_t>(R - 1));
-  unroll<powers>([&](auto k) CCA_INLINE_LAMBDA {
-    constexpr std::int64_t rest = std::int64_t{1} << (powers - 1 - k());
-    for (; i + rest <= count; i += rest) f(std::integral_constant<std::int64_t, rest>{}, i);
+  for_powers_below<R>([&](auto rest) CCA_INLINE_LAMBDA {
+    for (; i + rest <= count; i += rest) f(rest, i);
   });
 }
 
@@ -134,7 +143,6 @@ CCA_INLINE void for_row_blocks(std::int64_t count, const F& f) {
 /// two, which begins before it, or two.
 template <std::int64_t R, class F>
 CCA_INLINE void for_row_blocks_again(std::int64_t count, const F& f) {
-  constexpr int powers = std::bit_width(static_cast<std::uint64_t>(R - 1));
   const std::int64_t whole = whole_blocks<R>(count, 1);
   std::int64_t i = 0;
   for (; i < whole; i += R) f(std::integral_constant<std::int64_t, R>{}, i);
@@ -142,9 +150,8 @@ CCA_INLINE void for_row_blocks_again(std::int64_t count, const F& f) {
     std::int64_t rows = 1;  // by hand: functions of the standard library may be shared with code of other instruction sets
     while (rows < count - i) rows *= 2;
     while (rows > count || rows >= R) rows /= 2;
-    unroll<powers>([&](auto k) CCA_INLINE_LAMBDA {
-      constexpr std::int64_t size = std::int64_t{1} << (powers - 1 - k());
-      if (rows == size) f(std::integral_constant<std::int64_t, size>{}, smaller(i, count - size));
+    for_powers_below<R>([&](auto size) CCA_INLINE_LAMBDA {
+      if (rows == size) f(size, smaller(i, count - size));
     });
     i += rows;
   }

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../../partition.hpp"
+#include "../base/function_ref.hpp"
 #include "../base/numbers.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -51,21 +52,8 @@ struct sequences {
   [[nodiscard]] std::int64_t table_size() const { return alike ? 0 : batch; }
 };
 
-/// A number of each sequence, from a callable that outlives it: what plans for sequences is compiled once for all callables.
-class of_sequence {
- public:
-  template <class F>
-  of_sequence(const F& f)
-      : self_(&f), call_([](const void* self, std::int64_t b) -> std::int64_t {
-          return (*static_cast<const F*>(self))(b);
-        }) {}
-
-  std::int64_t operator()(std::int64_t b) const { return call_(self_, b); }
-
- private:
-  const void* self_;
-  std::int64_t (*call_)(const void*, std::int64_t);
-};
+/// A number of each sequence.
+using of_sequence = function_ref<std::int64_t(std::int64_t)>;
 
 /// Where the share of each sequence begins in what sequences have one after the other.
 class sequence_offsets {

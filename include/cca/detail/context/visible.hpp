@@ -80,22 +80,26 @@ struct lane_mask {
   }
 };
 
-/// Rows of a block that `vectors` vectors of a tile, from vector `first` on, take in together.
-template <class T, std::int64_t N, class Mask>
+/// Rows of a block that `vectors` vectors of a tile, from vector `first` on, take in together. Several see all of them; of one
+/// `mask` says what it sees where it `hides` some from some lanes. (At run time: what multiplies is compiled once for both.)
+template <class T, std::int64_t N>
 struct tile_part {
   static constexpr std::int64_t vectors = N;
-  static constexpr bool masked = !std::is_same_v<Mask, unmasked>;
   std::int64_t first;
   range rows;
-  Mask mask;
+  bool hides = false;
+  lane_mask<T> mask{};
 
   /// Whether every lane sees every row.
-  static constexpr bool all_seen() { return !masked; }
+  [[nodiscard]] bool all_seen() const { return N > 1 || !hides; }
 
   /// Calls `f` with the mask of vector `n` of them.
   template <class F>
   CCA_INLINE void with_mask(std::int64_t, const F& f) const {
-    f(mask);
+    if (all_seen())
+      f(unmasked{});
+    else
+      f(mask);
   }
 };
 
@@ -127,18 +131,18 @@ CCA_INLINE void for_each_part(range block, const lane_ranges<T>& visible, std::i
       const range part = intersection(rows, visible.any[v]);
       if (part.empty()) continue;
       if (intersection(part, visible.all[v]) == part)  // lanes without a query compute what nobody reads
-        f(tile_part<T, 1, unmasked>{v, part, {}});
+        f(tile_part<T, 1>{v, part});
       else
-        f(tile_part<T, 1, lane_mask<T>>{v, part, {visible.lane + v * W, part}});
+        f(tile_part<T, 1>{v, part, true, {visible.lane + v * W, part}});
     }
   };
   edge({block.begin, common.begin});
   if (!common.empty()) {
     if (vectors == shape::vectors) {
-      f(tile_part<T, shape::vectors, unmasked>{0, common, {}});
+      f(tile_part<T, shape::vectors>{0, common});
     } else if constexpr (shape::vectors == 4) {  // two of four, or three
-      f(tile_part<T, 2, unmasked>{0, common, {}});
-      if (vectors == 3) f(tile_part<T, 1, unmasked>{2, common, {}});
+      f(tile_part<T, 2>{0, common});
+      if (vectors == 3) f(tile_part<T, 1>{2, common});
     }
   }
   edge({common.end, block.end});

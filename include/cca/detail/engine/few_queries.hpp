@@ -332,7 +332,7 @@ class few_queries {
     std::int64_t q = queries.begin;
     for (; q + queries_sharing <= queries.end; q += queries_sharing)
       share(std::integral_constant<std::int64_t, queries_sharing>{}, q);
-    unroll<queries_sharing - 1>([&](auto i) {  // not 2 and 1 for 3, which would take longer than 4
+    for_constants<queries_sharing - 1>([&](auto i) {  // not 2 and 1 for 3, which would take longer than 4
       if (queries.end - q == i + 1) share(std::integral_constant<std::int64_t, i + 1>{}, q);
     });
   }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 
 #include "../../element.hpp"
@@ -33,9 +34,9 @@ class forward {
   /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
   /// the sources' heads. `queries(b)` and each of `rows(b)` are how many queries per head sequence `b` has, and how
   /// many rows of a source a query sees at most.
-  template <class Queries, class... Rows>
   forward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups,
-          const piece_form& pieces, bool staged, std::int64_t workers, const Queries& queries, const Rows&... rows)
+          const piece_form& pieces, bool staged, std::int64_t workers, of_sequence queries,
+          std::initializer_list<of_sequence> rows)
       : all_(all),
         heads_(heads),
         form_(form),
@@ -47,7 +48,9 @@ class forward {
     std::int64_t most_tasks = 0;
     const auto plan = [&]<class Tile>(std::type_identity<Tile>) {
       for (std::int64_t b = 0; b < all_.distinct(); ++b) {
-        const sequence s = measured(queries(b), rows(b)...);
+        std::int64_t parts = 0;
+        for (const of_sequence& of_source : rows) parts += count_parts(of_source(b));
+        const sequence s = measured(queries(b), parts);
         if (s.few()) worker_size_ = larger(worker_size_, few_size(s.queries));
         if (!s.few() || s.alone)  // a context may turn out to be shorter than planned for
           worker_size_ = larger(worker_size_, s.in_lists() ? list_size<Tile>()
@@ -81,21 +84,31 @@ class forward {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
     sequence_tasks* const stacks = memory.take<sequence_tasks>(all_.table_size());
     const bool across = goes_across() && !rule.shifts();  // a tile has one slope, and one bias for each row
+    const auto measure = [&](std::int64_t b) {
+      return measured(query.length(b), (count_parts(sources.most_seen(b)) + ... + 0));
+    };
     with_product<Element, (of_elements<Element, Source> && ...)>(
         form_.unit, [&]<class Product>(std::type_identity<Product>) {
+          using tile = query_tile<Product>;
           const score_rule<T> scaled = Product::balances ? rule.balanced() : rule;
-          attend_many<query_tile<Product>>(query, out, lse, scaled, run, scratch, stacks, sources...);
-          if (across) attend_across<query_tile<Product>>(query, out, lse, scaled, run, scratch, stacks, sources...);
+          const auto attend = [&](std::int64_t worker, const stack_queries& queries, const stack_queries& next) {
+            attend_stack<tile>(queries, next, query, out, lse, scaled, scratch[worker], sources...);
+          };
+          const auto per_stack = [&](std::int64_t b) {
+            const std::int64_t seen = (seen_by_last(sources, b, query.length(b)) + ... + 0);
+            return smaller(lanes<tile>(measure(b)), most_lanes<tile>(seen));
+          };
+          attend_many(measure, per_stack, attend, run, stacks);
+          if (across) attend_across(measure, most_across<tile>(), attend, run, stacks);
         });
     if (block_ <= most_few_of_block && !across)
       attend_lists(query, out, lse, rule.balanced(), run, scratch, stacks, sources...);
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
     const auto parts = [&](std::int64_t b) { return few_tasks(measure(b)); };
     const task_list tasks(all_, memory.take<sequence_tasks>(all_.table_size()), groups_, parts,
                           [](std::int64_t) { return 1; });
     const sequence_offsets first_partial(all_, memory.take<std::int64_t>(all_.table_size()),
                                          [&](std::int64_t b) { return partials_of(measure(b)); });
-    const few_memory few{tasks, first_partial, memory.take<T>(partials_), form_.value_dim};
+    const few_memory few{measure, tasks, first_partial, memory.take<T>(partials_), form_.value_dim};
     if (tasks.size() == 0) return;
     for (const int headroom : {0, most_headroom})
       if (attend_few(few, query, out, lse, rule.balanced(), headroom, run, scratch, sources...)) return;
@@ -111,14 +124,15 @@ class forward {
     /// Whether the few queries of each list go by themselves.
     [[nodiscard]] bool in_lists() const { return queries > block && block <= most_few_of_block; }
   };
-  template <class... Rows>
-  [[nodiscard]] sequence measured(std::int64_t queries, Rows... rows) const {
+  using sequence_of = function_ref<sequence(std::int64_t)>;
+  [[nodiscard]] sequence measured(std::int64_t queries, std::int64_t parts) const {
     const bool alone = form_.unit == matrix_unit::none && groups_ == heads_ && queries >= least_in_lanes<T>;
-    return {queries, block_, larger<std::int64_t>((count_parts(rows) + ... + 0), 1), alone};
+    return {queries, block_, larger<std::int64_t>(parts, 1), alone};
   }
 
   /// What few queries work with beside the scratch of each worker.
   struct few_memory {
+    sequence_of measure;
     const task_list& tasks;
     const sequence_offsets& first;
     T* partials;
@@ -196,33 +210,31 @@ class forward {
     return s.few() ? element_count<T>(heads_, s.queries, s.parts, partial_result<T>::size(form_.value_dim)) : 0;
   }
 
-  /// A task is a stack of queries.
-  template <class Tile, class Query, class Out, class Lse, executor E, class... Source>
-  void attend_many(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
-                   const E& run, const worker_scratch<T>& scratch, sequence_tasks* table,
-                   const Source&... sources) const {
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
-    const auto per_stack = [&](std::int64_t b) {
-      return smaller(lanes<Tile>(measure(b)), most_lanes<Tile>((seen_by_last(sources, b, query.length(b)) + ...)));
-    };
-    const auto cuts = [&](std::int64_t b) { return query_cuts(query.length(b), block_, per_stack(b)); };
+  /// `attend(worker, queries, next)`: the queries of a stack, and those of the worker's next one, no queries where that is
+  /// not known.
+  using stack_task = function_ref<void(std::int64_t, const stack_queries&, const stack_queries&)>;
+
+  /// A task is a stack of queries, of `lanes(b)` at most.
+  template <executor E>
+  void attend_many(sequence_of measure, of_sequence lanes, stack_task attend, const E& run,
+                   sequence_tasks* table) const {
+    const auto cuts = [&](std::int64_t b) { return query_cuts(measure(b).queries, block_, lanes(b)); };
     const auto many = [&](std::int64_t b) { return !measure(b).few() && !measure(b).in_lists(); };
-    const task_list tasks(
-        all_, table, heads_, [&](std::int64_t b) { return many(b) ? cuts(b).items() : 0; }, per_stack);
+    const task_list tasks(all_, table, heads_, [&](std::int64_t b) { return many(b) ? cuts(b).items() : 0; }, lanes);
     const auto queries_of = [&](std::int64_t i) -> stack_queries {
       const task task = tasks.last_first(i);
       const range some = cuts(task.b).queries(task.items);
       return {{task.b, task.head, some.begin}, heads_, some.size()};
     };
     run_tasks_in_sight(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t i, std::int64_t next) {
-      attend_stack<Tile>(queries_of(i), next < tasks.size() ? queries_of(next) : stack_queries{}, query, out, lse, rule,
-                         scratch[worker], sources...);
+      attend(worker, queries_of(i), next < tasks.size() ? queries_of(next) : stack_queries{});
     });
   }
 
   template <class Tile, class Query, class Out, class Lse, class... Source>
   void attend_stack(const stack_queries& queries, const stack_queries& next, tensor_view<Query> query,
-                    tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule, T* scratch, const Source&... sources) const {
+                    tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule, T* scratch,
+                    const Source&... sources) const {
     // A mean of finite values is finite: where it is not, it may have overflowed on the way, and is taken again.
     for (const int headroom : {0, most_headroom}) {
       stack<Tile> stack(scratch, {form_, &rule, headroom}, queries, staged_);
@@ -244,21 +256,17 @@ class forward {
     }
   }
 
-  /// A task is one query of the heads that share rows and lists, some of them that fit into a stack.
-  template <class Tile, class Query, class Out, class Lse, executor E, class... Source>
-  void attend_across(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
-                     const E& run, const worker_scratch<T>& scratch, sequence_tasks* table,
-                     const Source&... sources) const {
-    const std::int64_t most = most_across<Tile>(), stacks = (across_ + most - 1) / most;
-    const task_list tasks(
-        all_, table, heads_ / across_,
-        [&](std::int64_t b) { return measured(query.length(b)).in_lists() ? query.length(b) * stacks : 0; },
-        [](std::int64_t) { return 1; });
+  /// A task is one query of the heads that share rows and lists, `most` of them, which fit into a stack.
+  template <executor E>
+  void attend_across(sequence_of measure, std::int64_t most, stack_task attend, const E& run,
+                     sequence_tasks* table) const {
+    const std::int64_t stacks = (across_ + most - 1) / most;
+    const auto count = [&](std::int64_t b) { return measure(b).in_lists() ? measure(b).queries * stacks : 0; };
+    const task_list tasks(all_, table, heads_ / across_, count, [](std::int64_t) { return 1; });
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = tasks.last_first(place);
       const std::int64_t head = task.head * across_, first = head + task.items.begin % stacks * most;
-      attend_stack<Tile>({{task.b, first, task.items.begin / stacks, true}, heads_, smaller(most, head + across_ - first)},
-                         {}, query, out, lse, rule, scratch[worker], sources...);
+      attend(worker, {{task.b, first, task.items.begin / stacks, true}, heads_, smaller(most, head + across_ - first)}, {});
     });
   }
 
@@ -268,11 +276,10 @@ class forward {
   bool attend_few(const few_memory& few, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
                   const score_rule<T>& rule, int headroom, const E& run, const worker_scratch<T>& scratch,
                   const Source&... sources) const {
-    const auto measure = [&](std::int64_t b) { return measured(query.length(b), sources.most_seen(b)...); };
     run_tasks(run, workers_, few.tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = few.tasks[place];
       const std::int64_t b = task.b, part = task.items.begin;
-      const sequence s = measure(b);
+      const sequence s = few.measure(b);
       const range heads = heads_of_group(task.head);
       few_queries<T> queries(scratch[worker], queries_per_group(s.queries), form_.dim, form_.value_dim, staged_, rule,
                              headroom);
@@ -296,7 +303,7 @@ class forward {
     std::atomic<bool> finite{true};
     run_tasks(run, workers_, all_.batch * heads_, [&](std::int64_t, std::int64_t place) {
       const std::int64_t b = place / heads_, h = place % heads_;
-      const sequence s = measure(b);
+      const sequence s = few.measure(b);
       for (std::int64_t i = 0; s.few() && i < s.queries; ++i)
         if (!merge_parts(few, s, b, h, i, out, lse, rule, headroom)) finite = false;
     });
@@ -332,7 +339,7 @@ class forward {
                     const Source&... sources) const {
     const task_list tasks(
         all_, table, groups_,
-        [&](std::int64_t b) { return measured(query.length(b)).in_lists() ? query.length(b) : 0; },
+        [&](std::int64_t b) { return measured(query.length(b), 1).in_lists() ? query.length(b) : 0; },
         [&](std::int64_t) { return block_; });
     run_tasks(run, workers_, tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = tasks.last_first(place);

@@ -43,7 +43,8 @@ forward<Element> plan(const sequences& all, const tensor_view<Query>& query, std
   if (unit == matrix_unit::vnni && query.dim() > most_of_bytes)
     refuse("query", {"the dim ", query.dim()}, {"at most ", most_of_bytes, " with options.unit vnni"});
   const tile_form form{query.dim(), value_dim, chosen_unit<Element>(unit)};
-  return {all, query.heads(), form, head_groups, pieces, staged, run.concurrency(), lengths_of(query), rows...};
+  return {all,    query.heads(),     form,              head_groups, pieces,
+          staged, run.concurrency(), lengths_of(query), {rows...}};
 }
 
 /// Whether what is planned for one of the sequences of these views holds for all.

@@ -107,8 +107,7 @@ struct observer_rows {
       return dot_shared_rows<observers_at_once>(queries, padded<T>(dim), keys, dim, rows, scores + place, row_block,
                                                rows_ahead<T>(dim));
     for (std::int64_t q = 0; q < count; ++q)
-      dot_shared_rows<1>(queries + q * padded<T>(dim), padded<T>(dim), keys, dim, rows, scores + q * row_block + place,
-                         row_block, rows_ahead<T>(dim));
+      dot_rows(queries + q * padded<T>(dim), keys, dim, rows, scores + q * row_block + place);
   }
 };
 

@@ -144,6 +144,12 @@ auto* unrounded([[maybe_unused]] Row* row, [[maybe_unused]] T* whole) {
     return row;
 }
 
+/// What a pooling says of a group: what turns its sums into the core, and the entropy of its weights where that is asked for.
+template <class T>
+struct pooled {
+  T share, entropy = T(0);
+};
+
 /// Pools the groups `[groups(b).begin, groups(b).end)` of every sequence and core head.
 /// `absorb(pooling, b, kv_head, tokens)` feeds a group's rows, `query(b, h, token)` is a row of queries,
 /// `core(b, h, group)` the `core_place` to write; `observers` are for a pooling that asks them.
@@ -153,8 +159,7 @@ void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim
                  const pool_memory<T>& memory, const observers_ref<T>& observers = {}) {
   const partition partition = partition_of(options);
   const score_rule<T> rule = pooling_rule<T>(options, dim);
-  const auto pool_group = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head, std::int64_t h,
-                                             std::int64_t c) {
+  const auto pool_group = [&](std::int64_t worker, std::int64_t b, std::int64_t kv_head, std::int64_t h, std::int64_t c) {
     const range tokens = partition.group(c);
     group_rows<T> group(memory.workers[worker], dim, value_dim, rule);
     const auto place = core(b, h, c);
@@ -166,18 +171,21 @@ void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim
     // A mean of finite rows is finite: where it is not, it may have overflowed on the way, and is taken again.
     for (const int headroom : {0, most_headroom}) {
       group.clear_sums();
-      Pooling pooling(group, headroom);
       if (uses_last_query(options.pool))
         load_mean_query(group, h, heads.query_heads / heads.core_heads,
                         [&](std::int64_t q) { return query(b, q, tokens.end - 1); });
-      absorb(pooling, b, kv_head, tokens);
-      const T share = pooling.share(tokens.size());
+      const auto [share, entropy] = with_pooling<T>(options.pool, [&]<class Pooling>() {
+        Pooling pooling(group, headroom);
+        absorb(pooling, b, kv_head, tokens);
+        pooled<T> result{pooling.share(tokens.size())};
+        if constexpr (Pooling::has_weights)
+          if (group.with_entropy) result.entropy = pooling.entropy(tokens.size());
+        return result;
+      });
       if (headroom == 0) {
         scale_row(group.core.key, dim, share, key);
         scale_row(group.core.value, value_dim, share, value);
-        if constexpr (Pooling::has_weights)
-          if (bias != nullptr)
-            *bias = static_cast<std::remove_reference_t<decltype(*bias)>>(pooling.entropy(tokens.size()));
+        if (bias != nullptr) *bias = static_cast<std::remove_reference_t<decltype(*bias)>>(entropy);
       }
       const bool finite_key = replace_infinite(group.core.key, 1, dim, share, key);
       if (replace_infinite(group.core.value, 1, value_dim, share, value) && finite_key) break;
@@ -187,9 +195,7 @@ void pool_groups(const pool_heads& heads, const Groups& groups, std::int64_t dim
       *place.value_scale = round_to_q8(value, value_dim, place.value);
     }
   };
-  for_each_group(heads, groups, options.group_size, run, memory, [&](auto... where) {
-    with_pooling<T>(options.pool, [&]<class Pooling>() { pool_group.template operator()<Pooling>(where...); });
-  });
+  for_each_group(heads, groups, options.group_size, run, memory, pool_group);
 }
 
 /// All rows of each sequence of a view.
@@ -275,8 +281,8 @@ void add_group_gradients(const pool_heads& heads, const Groups& groups, const Fi
                          const pool_memory<T>& memory, const observers_ref<T>& observers = {}) {
   const partition partition = partition_of(options);
   const score_rule<T> forward_rule = pooling_rule<T>(options, dim);
-  const auto differentiate = [&]<class Pooling>(std::int64_t worker, std::int64_t b, std::int64_t kv_head,
-                                                std::int64_t h, std::int64_t c) {
+  const auto differentiate = [&](std::int64_t worker, std::int64_t b, std::int64_t kv_head, std::int64_t h,
+                                 std::int64_t c) {
     const range tokens = partition.group(c);
     const std::int64_t sharing = heads.query_heads / heads.core_heads;
     group_rows<T> group(memory.workers[worker], dim, value_dim, forward_rule);
@@ -288,13 +294,13 @@ void add_group_gradients(const pool_heads& heads, const Groups& groups, const Fi
     if (observes(options.pool)) group.observers = observers_of_group(observers, heads, options, b, h, c);
     if (uses_last_query(options.pool))
       load_mean_query(group, h, sharing, [&](std::int64_t q) { return query_row(b, q, tokens.end - 1); });
-    Pooling(group).differentiate(rows(b, kv_head), grad_rows(b, kv_head), shifted(tokens, -first(b)));
+    with_pooling<T>(options.pool, [&]<class Pooling>() {
+      Pooling(group).differentiate(rows(b, kv_head), grad_rows(b, kv_head), shifted(tokens, -first(b)));
+    });
     for (std::int64_t q = h * sharing; uses_last_query(options.pool) && q < (h + 1) * sharing; ++q)
       add_scaled_row(group.grad_query, dim, T(1) / static_cast<T>(sharing), grad_query_row(b, q, tokens.end - 1));
   };
-  for_each_group(heads, groups, options.group_size, run, memory, [&](auto... where) {
-    with_pooling<T>(options.pool, [&]<class Pooling>() { differentiate.template operator()<Pooling>(where...); });
-  });
+  for_each_group(heads, groups, options.group_size, run, memory, differentiate);
 }
 
 /// The same of all groups of views that have gradients.

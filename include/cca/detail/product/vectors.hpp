@@ -234,21 +234,20 @@ struct vectors {
       constexpr std::int64_t R = rows();
       vec<T> sum[extent(R)][extent(N)];
       unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
-      const std::int64_t asked = form.dim - form.dim % line<T>;
-      const auto add = [&](std::int64_t d, auto steps) CCA_INLINE_LAMBDA {
-        accumulate(sum, keys.row(j) + d, keys.stride, adjacent{}, packed + part.first * W + d * lanes, lanes, steps);
-      };
-      for (std::int64_t d = 0; d < asked; d += line<T>) {
+      for (std::int64_t d = 0; d < form.dim; d += line<T>) {
         wanted.ask();
-        add(d, std::integral_constant<std::int64_t, line<T>>{});
+        accumulate(sum, keys.row(j) + d, keys.stride, adjacent{}, packed + part.first * W + d * lanes, lanes,
+                   smaller(line<T>, form.dim - d));
       }
-      add(asked, form.dim - asked);
+      if (!part.all_seen())
+        unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA {
+          sum[i / N][i % N] = part.mask.select(j + i / N, sum[i / N][i % N], vec<T>(-infinity<T>));
+        });
       unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
         vec<T> maximum = vec<T>::load_aligned(to.maximum + n * W);
         unroll<R>([&](auto r) CCA_INLINE_LAMBDA {
-          const vec<T> score = part.mask.select(j + r, sum[r][n], vec<T>(-infinity<T>));
-          score.store_aligned(to.at(j + r, n));
-          maximum = (xsimd::max)(maximum, score);
+          sum[r][n].store_aligned(to.at(j + r, n));
+          maximum = (xsimd::max)(maximum, sum[r][n]);
         });
         maximum.store_aligned(to.maximum + n * W);
       });
@@ -272,30 +271,32 @@ struct vectors {
   template <class Memory, class Part>
   static void add(const Memory&, const Part& part, const columns& from, std::int64_t dim, const score_block<T> weights,
                   const T* rescale, T* sum) {
-    const std::int64_t count = part.rows.size();
-    if (!Part::masked || from.block->all_finite())
-      add_runs(part, from.rows, dim, weights, rescale, sum, [&](const auto& run, const auto&) CCA_INLINE_LAMBDA {
-        run(range{0, count});
-      });
-    else
-      add_runs(part, from.rows, dim, weights, rescale, sum, [&](const auto& run, const auto& row) CCA_INLINE_LAMBDA {
-        for_each_finite_run(from.rows, dim, {0, count}, run, row);
-      });
+    constexpr std::int64_t N = Part::vectors;
+    const range all{0, part.rows.size()};
+    if (part.all_seen() || from.block->all_finite())
+      return add_runs<N, shape::template rows_of<N>>(
+          part.first, unmasked{}, from.rows, dim, weights, rescale, sum,
+          [all](const auto& run, const auto&) CCA_INLINE_LAMBDA { run(all); });
+    if constexpr (N == 1)  // it hides something; few rows at a time, since it is rare
+      add_runs<1, 2>(part.first, part.mask, from.rows, dim, weights, rescale, sum,
+                     [&](const auto& run, const auto& row) CCA_INLINE_LAMBDA {
+                       for_each_finite_run(from.rows, dim, all, run, row);
+                     });
   }
 
  private:
-  /// `for_each_run(run, row)` calls `run(rows)` for ranges of rows that are multiplied for all lanes, and `row(j)` for those
-  /// that are added to the lanes alone that see them, in order: so no other sum changes by a bit.
-  template <class Part, class Runs>
-  static void add_runs(const Part& part, row_span<T> columns, std::int64_t dim, const score_block<T> weights,
-                       const T* rescale, T* sum, const Runs& for_each_run) {
-    constexpr std::int64_t N = Part::vectors;
-    T* to = sum + part.first * W;
+  /// Of `N` vectors from `first` on, `Rows` dims at a time. `for_each_run(run, row)` calls `run(rows)` for ranges of rows that
+  /// are multiplied for all lanes, and `row(j)` for those that are added to the lanes alone that see them, in order: so no
+  /// other sum changes by a bit.
+  template <std::int64_t N, std::int64_t Rows, class Mask, class Runs>
+  static CCA_INLINE void add_runs(std::int64_t first, const Mask mask, row_span<T> columns, std::int64_t dim,
+                       const score_block<T> weights, const T* rescale, T* sum, const Runs& for_each_run) {
+    T* to = sum + first * W;
     vec<T> factor[extent(N)];
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
-      factor[n] = rescale != nullptr ? vec<T>::load_aligned(rescale + (part.first + n) * W) : vec<T>(T(1));
+      factor[n] = rescale != nullptr ? vec<T>::load_aligned(rescale + (first + n) * W) : vec<T>(T(1));
     });
-    for_row_blocks<shape::template rows_of<N>>(dim, [&](auto r, std::int64_t d) CCA_INLINE_LAMBDA {
+    for_row_blocks<Rows>(dim, [&](auto r, std::int64_t d) CCA_INLINE_LAMBDA {
       constexpr std::int64_t R = r();
       vec<T> products[extent(R)][extent(N)];
       unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { products[i / N][i % N] = vec<T>(T(0)); });
@@ -307,7 +308,7 @@ struct vectors {
         unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA {
           vec<T>& product = products[i / N][i % N];
           const vec<T> value(columns.row(j)[d + i / N]), weight = vec<T>::load_aligned(weights.at(j, i % N));
-          product = part.mask.select(j, fma<T>(value, weight, product), product);
+          product = mask.select(j, fma<T>(value, weight, product), product);
         });
       };
       for_each_run(run, row);

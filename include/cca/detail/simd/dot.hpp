@@ -95,13 +95,13 @@ CCA_INLINE vec<T> dot_lanes(const T* query, const Element* key, std::int64_t str
   constexpr std::int64_t W = width<T>, steps = 4;
   const std::int64_t full = dim - dim % W;
   vec<T> sum(T(0));
-  const auto add = [&](std::int64_t d, auto i) CCA_INLINE_LAMBDA {
+  const auto add = [&](std::int64_t d, std::int64_t i) CCA_INLINE_LAMBDA {
     if (i % vectors_asked<T, Element> == 0) ask_ahead(key, ahead, stride, d);
     sum = fma<T>(load_as<T>(key + d), vec<T>::load_aligned(query + d), sum);
   };
   std::int64_t d = 0;
   for (; d + steps * W <= full; d += steps * W) unroll<steps>([&](auto i) CCA_INLINE_LAMBDA { add(d + i * W, i); });
-  for (; d < full; d += W) add(d, std::integral_constant<std::int64_t, 0>{});
+  for (; d < full; d += W) add(d, 0);
   if (full < dim) sum = fma<T>(load_as<T>(key + full, dim - full), vec<T>::load_aligned(query + full), sum);
   return sum;
 }
@@ -139,19 +139,17 @@ inline constexpr std::int64_t shared_rows = tile_shape<T>::vectors;
 
 /// `logits[q * logit_stride + j] = query_q . key_j` for `Queries` queries `query_stride` apart, j in `[0, count)`. A load of
 /// a row serves all queries: from four of them on products bound it, not memory, which is asked for `ahead` rows ahead.
+/// The rows behind whole register blocks are few, and each query takes them by itself.
 template <std::int64_t Queries, class T, class Element>
 void dot_shared_rows(const T* query, std::int64_t query_stride, row_span<Element> keys, std::int64_t dim,
                      std::int64_t count, T* logits, std::int64_t logit_stride, std::int64_t ahead) {
-  constexpr std::int64_t W = width<T>, n = sums_at_a_time<T>;
+  constexpr std::int64_t W = width<T>, R = shared_rows<T>, n = sums_at_a_time<T>;
+  constexpr std::int64_t columns = (R + n - 1) / n * n;  // what is behind the last row fills up a sum of several
   const std::int64_t full = dim - dim % W;
-  for_row_blocks<shared_rows<T>>(count, [&](auto rows, std::int64_t j) CCA_INLINE_LAMBDA {
-    constexpr std::int64_t R = rows();
-    // Rows of a query lie side by side; what is behind the last fills up a sum of several.
-    vec<T> sum[extent(Queries)][extent((R + n - 1) / n * n)];
-    unroll<Queries*((R + n - 1) / n * n)>([&](auto i) CCA_INLINE_LAMBDA {
-      constexpr std::int64_t columns = (R + n - 1) / n * n;
-      sum[i / columns][i % columns] = vec<T>(T(0));
-    });
+  std::int64_t j = 0;
+  for (; j + R <= count; j += R) {
+    vec<T> sum[extent(Queries)][extent(columns)];
+    unroll<Queries * columns>([&](auto i) CCA_INLINE_LAMBDA { sum[i / columns][i % columns] = vec<T>(T(0)); });
     const auto add = [&](std::int64_t d, auto load) CCA_INLINE_LAMBDA {
       vec<T> row[extent(R)];
       unroll<R>([&](auto r) CCA_INLINE_LAMBDA { row[r] = load(keys.row(j + r) + d); });
@@ -166,15 +164,16 @@ void dot_shared_rows(const T* query, std::int64_t query_stride, row_span<Element
     }
     if (full < dim) add(full, [&](const Element* from) CCA_INLINE_LAMBDA { return load_as<T>(from, dim - full); });
     unroll<Queries>([&](auto q) CCA_INLINE_LAMBDA {
-      unroll<(R + n - 1) / n>([&](auto part) CCA_INLINE_LAMBDA {
+      unroll<columns / n>([&](auto part) CCA_INLINE_LAMBDA {
         alignas(alignment<T>) T sums[extent(n)];
         reduce_add_each<T>(sum[q] + part * n, sums);
-        unroll<n>([&](auto i) CCA_INLINE_LAMBDA {
-          if constexpr (part() * n + i() < R) logits[q * logit_stride + j + part * n + i] = sums[i];
-        });
+        copy_n(sums, smaller(n, R - part * n), logits + q * logit_stride + j + part * n);
       });
     });
-  });
+  }
+  if (j == count) return;
+  for (std::int64_t q = 0; q < Queries; ++q)
+    dot_rows(query + q * query_stride, keys.from(j), dim, count - j, logits + q * logit_stride + j, ahead);
 }
 
 /// `sum[d] = sum[d] * rescale + sum_j weights[j] * rows[j][d]` for d in `[0, dim)`, j in `[0, count)`.

@@ -38,14 +38,26 @@ inline constexpr std::size_t alignment = vec<T>::arch_type::alignment();
 template <class T>
 inline constexpr T infinity = std::numeric_limits<T>::infinity();
 
-/// Calls `f(constant 0), .. f(constant N-1)`: a loop that is unrolled at any optimisation level, so that the arrays
-/// which it indexes live in registers.
+/// Calls `f(constant 0), .. f(constant N-1)`, where what is called is compiled for each number.
 template <std::int64_t N, class F>
-CCA_INLINE void unroll(const F& f) {
+CCA_INLINE void for_constants(const F& f) {
   const auto each = [&]<std::int64_t... Index>(std::integer_sequence<std::int64_t, Index...>) CCA_INLINE_LAMBDA {
     (f(std::integral_constant<std::int64_t, Index>{}), ...);
   };
   each(std::make_integer_sequence<std::int64_t, N>{});
+}
+
+/// Calls `f(0), .. f(N-1)`: a loop that is unrolled, so that the arrays which it indexes live in registers; by g++ from -O2
+/// on. (`for_constants` would do so at any level, and takes twice as long to compile.)
+template <std::int64_t N, class F>
+CCA_INLINE void unroll(const F& f) {
+  static_assert(N <= 64);
+#if defined(__clang__)
+#pragma clang loop unroll(full)
+#else
+#pragma GCC unroll 64
+#endif
+  for (std::int64_t i = 0; i < N; ++i) f(i);
 }
 
 /// `a * b + c` in one rounding where the processor can. xsimd 8.1 has no AVX-512 one: its product and sum are fused by
