@@ -167,7 +167,7 @@ struct eight_bits {
                   std::int64_t dim, const byte_weights& weights, const float* rescale, float* sum) {
     const std::int64_t begin = columns.j;
     const staged_bytes& block = *columns.of;
-    add_bytes(block.columns(begin), weights, rescale, sum, dim, part.rows.size() / 4);
+    add_bytes(block.columns(begin), weights, {sum, rescale, part.rows.size() / 4}, dim);
     block.for_each_infinite_value(part.rows, [&](std::int64_t j, std::int64_t d, float x) {
       const std::int64_t i = j - begin;
       const float value = x * (255.0f * block.value_scales(j - j % 4).inverse[j % 4]);
