@@ -53,11 +53,11 @@ class staged_bytes {
         quad_(reinterpret_cast<std::int8_t*>(columns_ + rows / 4 * quad_stride(form.value_dim))),
         numbers_(reinterpret_cast<float*>(quad_ + 4 * row_bytes(form.value_dim))) {}
 
-  /// Takes in the rows `rows` of a head, which the rows from `following` on follow.
+  /// Takes in the rows `rows` of a head. Nothing is asked for of those that follow: the tiles of a stack, which take turns
+  /// first, leave no room for it in second-level cache.
   template <class Key, class Value>
-  void stage(const context_rows<Key, Value>& head, range rows, std::int64_t following) {
+  void stage(const context_rows<Key, Value>& head, range rows, std::int64_t) {
     rows_ = rows;
-    following_ = following - rows.begin;
     key_memory_ = as_bytes(head.key, head.key_stride);
     value_memory_ = as_bytes(head.value, head.value_stride);
     key_size_ = form_.dim * static_cast<std::int64_t>(sizeof(Key));
@@ -100,12 +100,6 @@ class staged_bytes {
     return {exponent_ + place_of(j), inverse_ + place_of(j)};
   }
   /// @}
-
-  /// As in `vectors`.
-  CCA_INLINE void ask_behind(std::int64_t j) const {
-    prefetch_row(key_memory_, j + following_, key_size_);
-    prefetch_row(value_memory_, j + following_, value_size_);
-  }
 
   /// @{
   /// Whether any of these rows is left out, and calls `f(j, d, x)` for the elements of those that are.
@@ -173,7 +167,7 @@ class staged_bytes {
 
   /// Returns the sum of the bytes. Those behind the row are zeros.
   template <class Element>
-  static std::int32_t put_row(const Element* row, std::int64_t dim, const byte_scale& as, std::int8_t* to) {
+  static CCA_INLINE std::int32_t put_row(const Element* row, std::int64_t dim, const byte_scale& as, std::int8_t* to) {
     const std::int64_t written = as.finite ? padded<float>(dim) : 0;
     fill(to + written, to + row_bytes(dim), std::int8_t{0});
     return as.finite ? put_bytes(row, dim, as.factor(), to) : 0;
@@ -189,7 +183,7 @@ class staged_bytes {
   range rows_, infinite_keys_, infinite_values_;
   float_rows key_rows_, value_rows_;
   row_span<std::int8_t> key_memory_, value_memory_;
-  std::int64_t key_size_ = 0, value_size_ = 0, following_ = 0;
+  std::int64_t key_size_ = 0, value_size_ = 0;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail
