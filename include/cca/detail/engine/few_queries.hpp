@@ -220,8 +220,7 @@ class few_queries {
     return std::clamp(slices_ahead(queries) * rows_ahead<T>(larger(dim, value_dim)) / n * n, n, row_block);
   }
 
-  /// How far ahead memory is asked for, in times of 4 KiB: a slice. Every query asks, since a core that waits for as many
-  /// lines as it can keep in mind drops what it is asked for.
+  /// Slices in times of 4 KiB. Every query asks for memory: a core that waits for many lines drops what it is asked for.
   static constexpr std::int64_t slices_ahead(std::int64_t queries) { return queries > queries_sharing ? 2 : 1; }
 
   /// Queries that ride in lanes at a time.
@@ -247,7 +246,8 @@ class few_queries {
     const row_span<Element> some = rows.from(slice.begin);
     if constexpr (loads_as<T, Element>)
       if (in_place<T, Element> || queries.size() == 1)
-        return f(some, slices_ahead(queries.size()) * rows_ahead<Element>(dim));
+        return f(some, queries.size() > queries_sharing ? slices_ahead(queries.size()) * rows_ahead<Element>(dim)
+                                                        : rows_asked<Element>(dim));
     if constexpr (!in_place<T, Element>) {
       for (std::int64_t i = 0; i < slice.size(); ++i) prefetch_row(some, i + rows_ahead<Element>(dim), dim);
       f(stage(some.data, some.stride, dim, slice.size(), staged), std::int64_t{0});
