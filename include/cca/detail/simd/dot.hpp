@@ -25,13 +25,6 @@ template <class Element>
   return larger<std::int64_t>(4096 / (dim * static_cast<std::int64_t>(sizeof(Element))), 1);
 }
 
-/// How many rows ahead the few queries that are bound by memory ask for it: 6 KiB. What comes from the third-level cache or
-/// behind it is not there yet within a slice of 4 KiB: one step of decoding is 1.04 to 1.15 times as fast.
-template <class Element>
-[[nodiscard]] constexpr std::int64_t rows_asked(std::int64_t dim) {
-  return rows_ahead<Element>(dim) * 3 / 2;
-}
-
 /// Asks for the line of element `d` of the row that is `ahead` rows of `stride` behind one. It comes to the first-level cache: a
 /// few rows are read meanwhile.
 template <class T>
