@@ -21,9 +21,10 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// Scores of `R` rows from `row` on by `N` vectors of 8 lanes from `lane` on.
 template <std::int64_t R, std::int64_t N>
-__attribute__((target("avx2,fma"))) void score_half_vectors(const byte_keys& all_keys, const byte_queries& all_queries,
-                                                            const byte_scores& all_scores, std::int64_t row,
-                                                            std::int64_t lane) {
+__attribute__((noinline, target("avx2,fma"))) void score_half_vectors(const byte_keys& all_keys,
+                                                                      const byte_queries& all_queries,
+                                                                      const byte_scores& all_scores, std::int64_t row,
+                                                                      std::int64_t lane) {
   byte_keys keys = all_keys.from(row);
   byte_queries queries = all_queries.from(lane);
   const byte_scores to = all_scores.from(row, lane);
@@ -66,9 +67,10 @@ __attribute__((target("avx2,fma"))) void score_half_vectors(const byte_keys& all
 
 /// Adds `R` rows of sums from `d` on by `N` vectors of 8 lanes from `lane` on.
 template <std::int64_t R, std::int64_t N>
-__attribute__((target("avx2,fma"))) void add_half_vectors(const byte_columns& all_columns,
-                                                          const byte_weights& all_weights, const byte_sums& all_sums,
-                                                          std::int64_t d, std::int64_t lane) {
+__attribute__((noinline, target("avx2,fma"))) void add_half_vectors(const byte_columns& all_columns,
+                                                                    const byte_weights& all_weights,
+                                                                    const byte_sums& all_sums, std::int64_t d,
+                                                                    std::int64_t lane) {
   byte_columns columns = all_columns.from(d);
   byte_weights weights = all_weights.from(lane);
   const byte_sums to{all_sums.data + d * weights.stride + lane, all_sums.rescale + lane, all_sums.steps};

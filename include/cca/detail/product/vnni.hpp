@@ -22,14 +22,16 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 // one uninitialised.
 
 // Operands come by reference, with the row and the lane to begin at: copies of them for each block of rows, stored in pieces
-// and loaded in others, waited for those stores, 4 to 8 % of the whole.
+// and loaded in others, waited for those stores, 4 to 8 % of the whole. None is inlined: g++ 12 puts accumulators into memory
+// where several of them meet in one function.
 
 /// Scores of `R` rows from `row` on by `N` vectors of 16 lanes from `lane` on.
 template <std::int64_t R, std::int64_t N>
-__attribute__((target("avx512f,avx512bw,avx512vnni"))) void score_vectors(const byte_keys& all_keys,
-                                                                          const byte_queries& all_queries,
-                                                                          const byte_scores& all_scores,
-                                                                          std::int64_t row, std::int64_t lane) {
+__attribute__((noinline, target("avx512f,avx512bw,avx512vnni"))) void score_vectors(const byte_keys& all_keys,
+                                                                                    const byte_queries& all_queries,
+                                                                                    const byte_scores& all_scores,
+                                                                                    std::int64_t row,
+                                                                                    std::int64_t lane) {
   byte_keys keys = all_keys.from(row);
   byte_queries queries = all_queries.from(lane);
   const byte_scores to = all_scores.from(row, lane);
@@ -77,10 +79,10 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) void score_vectors(const 
 
 /// Adds `R` rows of sums from `d` on by `N` vectors of 16 lanes from `lane` on.
 template <std::int64_t R, std::int64_t N>
-__attribute__((target("avx512f,avx512bw,avx512vnni"))) void add_vectors(const byte_columns& all_columns,
-                                                                        const byte_weights& all_weights,
-                                                                        const byte_sums& all_sums, std::int64_t d,
-                                                                        std::int64_t lane) {
+__attribute__((noinline, target("avx512f,avx512bw,avx512vnni"))) void add_vectors(const byte_columns& all_columns,
+                                                                                  const byte_weights& all_weights,
+                                                                                  const byte_sums& all_sums,
+                                                                                  std::int64_t d, std::int64_t lane) {
   byte_columns columns = all_columns.from(d);
   byte_weights weights = all_weights.from(lane);
   const byte_sums to{all_sums.data + d * weights.stride + lane, all_sums.rescale + lane, all_sums.steps};
