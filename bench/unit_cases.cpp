@@ -72,7 +72,7 @@ inline double byte_peak() {
   for (std::int64_t i = 0; i < depth / 4 * lanes; ++i) b[i] = static_cast<packed_quad>(i) * 2654435761u;
   const double time = best_seconds(5, [&] {
     for (std::int64_t i = 0; i < times; ++i) {
-      add_bytes({a, rows}, {b, lanes, share}, rescale, c, rows, depth / 4);
+      add_bytes({a, rows}, {b, lanes, share}, {c, rescale, depth / 4}, rows);
       benchmark::DoNotOptimize(c[0]);
       benchmark::ClobberMemory();
     }

@@ -285,6 +285,36 @@ TYPED_TEST(VnniTest, Zeros) {
   rules.expect();
 }
 
+/// Logits that differ by denormal numbers, where those count as zeros and where not, with values in the scale 1: all rows weigh
+/// alike.
+TEST(VnniDenormals, AreNoDifference) {
+  if (!detail::has_unit<float>(vnni)) GTEST_SKIP() << "no VNNI";
+  constexpr std::int64_t n = 16, dim = 16;
+  const std::vector<float> query(n, 0x1p-50f);
+  std::vector<float> key(n), value(n * dim), out(n * dim), lse(n);
+  for (std::int64_t j = 0; j < n; ++j) {
+    key[static_cast<std::size_t>(j)] = 0x1p-56f * (1 + static_cast<float>(j) * 0x1p-23f);
+    for (std::int64_t d = 0; d < dim; ++d)
+      value[static_cast<std::size_t>(j * dim + d)] = static_cast<float>(d == 0 ? 127 : (j * 37 + d * 11) % 255 - 127);
+  }
+  for (const detail::float_mode mode : {0x0u, 0x40u, 0x8040u}) {
+    {
+      const detail::float_mode_scope scope(mode);
+      attend_to<float>(bhsd(query.data(), 1, 1, n, 1), bhsd(key.data(), 1, 1, n, 1), bhsd(value.data(), 1, 1, n, dim),
+                       bhsd(out.data(), 1, 1, n, dim), bhs(lse.data(), 1, 1, n),
+                       {.lookahead = unlimited, .softmax_scale = 1.0});
+    }
+    for (std::int64_t i = 0; i < n; ++i) {
+      EXPECT_NEAR(lse[static_cast<std::size_t>(i)], std::log(static_cast<double>(n)), 1e-5) << mode;
+      for (std::int64_t d = 0; d < dim; ++d) {
+        double mean = 0;
+        for (std::int64_t j = 0; j < n; ++j) mean += value[static_cast<std::size_t>(j * dim + d)];
+        EXPECT_NEAR(out[static_cast<std::size_t>(i * dim + d)], mean / n, 1e-4) << mode;
+      }
+    }
+  }
+}
+
 /// Rows of 8 bits with scales of any sign, 0 among them, are to the bit the floats that they stand for. A scale that is NaN
 /// reaches those who see its row.
 TEST(VnniRowsOf8Bits, AreTheFloatsThatTheyStandFor) {
@@ -596,7 +626,8 @@ TEST(Vnni, Refusals) {
     const tensor<float, 3> grad_lse({1, 1, 16});
     for (const entry entry : unit_entries) {
       const unit_call<bfloat16> one(example(entry, {.queries = 16, .keys = 16, .dim = 4, .value_dim = 4}), random);
-      EXPECT_EQ(refusal_of([&] { static_cast<void>(one.gradient(vnni, one.forward(vnni), grad_out, grad_lse)); }), wanted);
+      EXPECT_EQ(refusal_of([&] { static_cast<void>(one.gradient(vnni, one.forward(vnni), grad_out, grad_lse)); }),
+                wanted);
     }
     EXPECT_EQ(refusal_of([&] { static_cast<void>(gradient_workspace_size(c.in(), {.unit = vnni})); }), wanted);
     std::vector<float> wide(2 * 65537);

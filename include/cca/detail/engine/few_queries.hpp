@@ -218,12 +218,12 @@ class few_queries {
   /// 16 bits have the slices of floats.)
   static constexpr std::int64_t slice_rows(std::int64_t queries, std::int64_t dim, std::int64_t value_dim) {
     constexpr std::int64_t n = sums_at_a_time<T>;
-    return std::clamp(slices_ahead(queries) * rows_ahead<T>(larger(dim, value_dim)) / n * n, n, row_block);
+    return std::clamp(halves_ahead(queries) / 2 * rows_ahead<T>(larger(dim, value_dim)) / n * n, n, row_block);
   }
 
-  /// How far ahead memory is asked for, in times of 4 KiB: a slice. Every query asks, since a core that waits for as many
-  /// lines as it can keep in mind drops what it is asked for.
-  static constexpr std::int64_t slices_ahead(std::int64_t queries) { return queries > queries_sharing ? 2 : 1; }
+  /// How far ahead memory is asked for, in halves of 4 KiB: a slice, and half of one more where a few go through it side by
+  /// side. Every query asks, since a core that waits for as many lines as it can keep in mind drops what it is asked for.
+  static constexpr std::int64_t halves_ahead(std::int64_t n) { return n > queries_sharing ? 4 : n > 1 ? 3 : 2; }
 
   /// Queries that ride in lanes at a time.
   static constexpr std::int64_t most_in_lanes = lane_tile::most * lane_tile::lanes;
@@ -248,7 +248,7 @@ class few_queries {
     const row_span<Element> some = rows.from(slice.begin);
     if constexpr (loads_as<T, Element>)
       if (in_place<T, Element> || queries.size() == 1)
-        return f(some, slices_ahead(queries.size()) * rows_ahead<Element>(dim));
+        return f(some, halves_ahead(queries.size()) * rows_ahead<Element>(dim) / 2);
     if constexpr (!in_place<T, Element>) {
       for (std::int64_t i = 0; i < slice.size(); ++i) prefetch_row(some, i + rows_ahead<Element>(dim), dim);
       f(stage(some.data, some.stride, dim, slice.size(), staged), std::int64_t{0});

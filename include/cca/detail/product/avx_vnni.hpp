@@ -19,9 +19,15 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 // The kernels of vnni.hpp in 16 registers of 256 bits, for processors that have AVX-VNNI alone. The prefix keeps assemblers
 // from the form that only AVX-512 has.
 
-/// Scores of `R` rows by `N` vectors of 8 lanes.
+/// Scores of `R` rows from `row` on by `N` vectors of 8 lanes from `lane` on.
 template <std::int64_t R, std::int64_t N>
-__attribute__((target("avx2,fma"))) void score_half_vectors(byte_keys keys, byte_queries queries, byte_scores to) {
+__attribute__((noinline, target("avx2,fma"))) void score_half_vectors(const byte_keys& all_keys,
+                                                                      const byte_queries& all_queries,
+                                                                      const byte_scores& all_scores, std::int64_t row,
+                                                                      std::int64_t lane) {
+  byte_keys keys = all_keys.from(row);
+  byte_queries queries = all_queries.from(lane);
+  const byte_scores to = all_scores.from(row, lane);
   __m256i sum[extent(R)][extent(N)];
 #pragma GCC unroll 16
   for (std::int64_t r = 0; r < R; ++r)
@@ -59,16 +65,21 @@ __attribute__((target("avx2,fma"))) void score_half_vectors(byte_keys keys, byte
   }
 }
 
-/// `R` rows of a sum by `N` vectors of 8 lanes, `[R][stride of the weights]`.
+/// Adds `R` rows of sums from `d` on by `N` vectors of 8 lanes from `lane` on.
 template <std::int64_t R, std::int64_t N>
-__attribute__((target("avx2,fma"))) void add_half_vectors(byte_columns columns, byte_weights weights,
-                                                          const float* rescale, float* to, std::int64_t steps) {
+__attribute__((noinline, target("avx2,fma"))) void add_half_vectors(const byte_columns& all_columns,
+                                                                    const byte_weights& all_weights,
+                                                                    const byte_sums& all_sums, std::int64_t d,
+                                                                    std::int64_t lane) {
+  byte_columns columns = all_columns.from(d);
+  byte_weights weights = all_weights.from(lane);
+  const byte_sums to{all_sums.data + d * weights.stride + lane, all_sums.rescale + lane, all_sums.steps};
   __m256i sum[extent(R)][extent(N)];
 #pragma GCC unroll 16
   for (std::int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (std::int64_t n = 0; n < N; ++n) sum[r][n] = _mm256_setzero_si256();
-  for (std::int64_t i = 0; i < steps; ++i, columns.data += columns.stride, weights.data += weights.stride) {
+  for (std::int64_t i = 0; i < to.steps; ++i, columns.data += columns.stride, weights.data += weights.stride) {
     __m256i operand[extent(N)];
 #pragma GCC unroll 4
     for (std::int64_t n = 0; n < N; ++n)
@@ -83,10 +94,10 @@ __attribute__((target("avx2,fma"))) void add_half_vectors(byte_columns columns, 
   }
 #pragma GCC unroll 4
   for (std::int64_t n = 0; n < N; ++n) {
-    const __m256 factor = _mm256_load_ps(rescale + n * 8), share = _mm256_load_ps(weights.share + n * 8);
+    const __m256 factor = _mm256_load_ps(to.rescale + n * 8), share = _mm256_load_ps(weights.share + n * 8);
 #pragma GCC unroll 16
     for (std::int64_t r = 0; r < R; ++r) {
-      float* const at = to + r * weights.stride + n * 8;
+      float* const at = to.data + r * weights.stride + n * 8;
       const __m256 more = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[r][n]), share);
       _mm256_store_ps(at, _mm256_fmadd_ps(_mm256_load_ps(at), factor, more));
     }

@@ -63,6 +63,7 @@ struct eight_bits {
     float *const scales = to + quads_of(dim) * lanes, factors[lanes];
     fill_n(scales, lanes, 0.0f);
     for (std::int64_t i = 0; i < count; ++i) {
+      prefetch_row(row_span<Row>{rows, stride}, i + 8, dim);
       const byte_scale scale = scale_of(rows + i * stride, dim, 0x1p-100f);
       factors[i] = scale.factor();
       scales[i] = scale.finite ? scale.scale * factor : not_a_number<float>;
@@ -139,28 +140,32 @@ struct eight_bits {
 
   // ------------------------------------------------------------------------------------------------------- products
 
-  /// As `vectors::score`, but for what the scores are where the rule does not shape them: see `scaled_softmax`.
+  /// As `vectors::score`, but for what the scores are where the rule does not shape them, see `scaled_softmax`; and nothing is
+  /// asked for.
   static void score(const stack_memory&, const staged_block& block, const whole_part& part, const tile_form& form,
-                    const score_rule<float>& rule, const float* packed, const score_block<float> to,
-                    wanted_memory& wanted) {
-    for (std::int64_t j = part.rows.begin; j < part.rows.end; ++j) wanted.ask();
+                    const score_rule<float>& rule, const float* packed, const score_block<float> to, wanted_memory&) {
     const bool finite = !block.has_infinite_keys(part.rows), shaped = rule.shapes();
     const float unit = shaped ? 1.0f : rule.unit_in_base_2();
-    const float* exponents = block.value_scales(part.rows.begin).exponent;
     const byte_queries queries{reinterpret_cast<const packed_quad*>(packed), lanes, whole_quads(form.dim) / 4,
                                packed + quads_of(form.dim) * lanes};
+    const auto score_rows = [&](range rows, float* scores, float* maxima) {
+      static constexpr float none[shape::block] = {};
+      const float* exponents = shaped ? none : block.value_scales(rows.begin).exponent;
+      score_bytes(block.keys(rows.begin), queries, {scores, lanes, maxima, exponents, unit}, rows.size());
+    };
     fill_n(to.maximum, lanes, -infinity<float>);
-    static constexpr float none[shape::block] = {};
-    score_bytes(block.keys(part.rows.begin), queries,
-                {to.data, lanes, to.maximum, shaped ? none : exponents, unit}, part.rows.size());
-    if (!finite) score_infinite(block, part, queries, to, unit);
-    const std::int64_t count = part.rows.size();
-    if (part.all_seen() && finite) return;
-    constexpr std::int64_t N = smaller<std::int64_t>(whole_part::vectors, 4);  // as many as registers hold
-    for (std::int64_t n = 0; n < whole_part::vectors; n += N) {
-      lane_mask<float> masks[extent(N)];
-      for (std::int64_t i = 0; i < N; ++i) masks[i] = {part.seen->lane + (n + i) * W, part.rows};
-      find_maxima<N>(to, count, n, masks, [](vector x, std::int64_t) { return x; });
+    // Rows that all see have maxima as they are scored, others when it is hidden who does not see them.
+    range common = finite ? intersection(part.rows, part.seen->seen_by_all()) : range{};
+    if (common.empty()) common = {part.rows.end, part.rows.end};
+    score_rows(common, to.at(common.begin - part.rows.begin, 0), to.maximum);
+    for (const range edge : {range{part.rows.begin, common.begin}, range{common.end, part.rows.end}}) {
+      if (edge.empty()) continue;
+      const score_block<float> scores{to.at(edge.begin - part.rows.begin, 0), lanes, to.maximum};
+      alignas(scratch_alignment) float of_all[lanes];
+      fill_n(of_all, lanes, 0.0f);
+      score_rows(edge, scores.data, of_all);
+      if (!finite) score_infinite(block, part, queries, to, unit);
+      hide_unseen(part, edge, scores);
     }
   }
 
@@ -169,7 +174,7 @@ struct eight_bits {
                   std::int64_t dim, const byte_weights& weights, const float* rescale, float* sum) {
     const std::int64_t begin = columns.j;
     const staged_bytes& block = *columns.of;
-    add_bytes(block.columns(begin), weights, rescale, sum, dim, part.rows.size() / 4);
+    add_bytes(block.columns(begin), weights, {sum, rescale, part.rows.size() / 4}, dim);
     block.for_each_infinite_value(part.rows, [&](std::int64_t j, std::int64_t d, float x) {
       const std::int64_t i = j - begin;
       const float value = x * (255.0f * block.value_scales(j - j % 4).inverse[j % 4]);
@@ -184,6 +189,16 @@ struct eight_bits {
  private:
   /// Quads of a row, in whole steps.
   static constexpr std::int64_t quads_of(std::int64_t dim) { return (dim + step - 1) / step * (step / 4); }
+
+  /// Raises the maxima to those of what is seen of these rows.
+  static void hide_unseen(const whole_part& part, range rows, const score_block<float>& scores) {
+    constexpr std::int64_t N = smaller<std::int64_t>(whole_part::vectors, 4);  // as many as registers hold
+    for (std::int64_t n = 0; n < whole_part::vectors; n += N) {
+      lane_mask<float> masks[extent(N)];
+      for (std::int64_t i = 0; i < N; ++i) masks[i] = {part.seen->lane + (n + i) * W, rows};
+      raise_maxima<N>(scores, rows.size(), n, masks, [](vector x, std::int64_t) { return x; });
+    }
+  }
 
   /// Adds the scores of keys that are not finite, times `unit`, by what queries are rounded to.
   static void score_infinite(const staged_block& block, const whole_part& part, const byte_queries& queries,

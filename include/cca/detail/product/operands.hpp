@@ -47,6 +47,10 @@ struct byte_keys {
   std::int64_t stride = 0;
   const float* scale = nullptr;
   const std::int32_t* start = nullptr;
+
+  [[nodiscard]] constexpr byte_keys from(std::int64_t row) const {
+    return {data + row * stride, stride, scale + row, start + row};
+  }
 };
 
 /// Queries in lanes, `[steps][stride]`, and what turns the product of a lane into numbers.
@@ -54,6 +58,10 @@ struct byte_queries {
   const packed_quad* data = nullptr;
   std::int64_t stride = 0, steps = 0;
   const float* scale = nullptr;
+
+  [[nodiscard]] constexpr byte_queries from(std::int64_t lane) const {
+    return {data + lane, stride, steps, scale + lane};
+  }
 };
 
 /// Where `unit * score + exponent[row]` goes, `[row][stride]`, and the largest of it in each lane.
@@ -63,12 +71,18 @@ struct byte_scores {
   float* maximum = nullptr;
   const float* exponent = nullptr;
   float unit = 1;
+
+  [[nodiscard]] constexpr byte_scores from(std::int64_t row, std::int64_t lane) const {
+    return {data + row * stride + lane, stride, maximum + lane, exponent + row, unit};
+  }
 };
 
 /// Columns of values, signed, `[steps][stride]`: a quad holds element `d` of four consecutive values.
 struct byte_columns {
   const packed_quad* data = nullptr;
   std::int64_t stride = 0;
+
+  [[nodiscard]] constexpr byte_columns from(std::int64_t d) const { return {data + d, stride}; }
 };
 
 /// Weights in lanes, unsigned, four rows in a quad, `[rows / 4][stride]`; and what turns sums of each lane into numbers.
@@ -76,6 +90,15 @@ struct byte_weights {
   packed_quad* data = nullptr;
   std::int64_t stride = 0;
   float* share = nullptr;
+
+  [[nodiscard]] constexpr byte_weights from(std::int64_t lane) const { return {data + lane, stride, share + lane}; }
+};
+
+/// Where `to * rescale + share * (columns weights)` goes, `[d][stride of the weights]`; `steps` quads are added up.
+struct byte_sums {
+  float* data = nullptr;
+  const float* rescale = nullptr;
+  std::int64_t steps = 0;
 };
 
 }}}  // namespace cca::CCA_TARGET::detail

@@ -53,7 +53,8 @@ class staged_bytes {
         quad_(reinterpret_cast<std::int8_t*>(columns_ + rows / 4 * quad_stride(form.value_dim))),
         numbers_(reinterpret_cast<float*>(quad_ + 4 * row_bytes(form.value_dim))) {}
 
-  /// Takes in the rows `rows` of a head.
+  /// Takes in the rows `rows` of a head. Nothing is asked for of those that follow: the tiles of a stack, which take turns
+  /// first, leave no room for it in second-level cache.
   template <class Key, class Value>
   void stage(const context_rows<Key, Value>& head, range rows) {
     rows_ = rows;
@@ -166,7 +167,7 @@ class staged_bytes {
 
   /// Returns the sum of the bytes. Those behind the row are zeros.
   template <class Element>
-  static std::int32_t put_row(const Element* row, std::int64_t dim, const byte_scale& as, std::int8_t* to) {
+  static CCA_INLINE std::int32_t put_row(const Element* row, std::int64_t dim, const byte_scale& as, std::int8_t* to) {
     const std::int64_t written = as.finite ? padded<float>(dim) : 0;
     fill(to + written, to + row_bytes(dim), std::int8_t{0});
     return as.finite ? put_bytes(row, dim, as.factor(), to) : 0;

@@ -21,10 +21,20 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 // accumulator, at half the speed. Conversions and maxima are those with a mask, of all lanes: g++ 12 finds those without
 // one uninitialised.
 
-/// Scores of `R` rows by `N` vectors of 16 lanes.
+// Operands come by reference, with the row and the lane to begin at: copies of them for each block of rows, stored in pieces
+// and loaded in others, waited for those stores, 4 to 8 % of the whole. None is inlined: g++ 12 puts accumulators into memory
+// where several of them meet in one function.
+
+/// Scores of `R` rows from `row` on by `N` vectors of 16 lanes from `lane` on.
 template <std::int64_t R, std::int64_t N>
-__attribute__((target("avx512f,avx512bw,avx512vnni"))) void score_vectors(byte_keys keys, byte_queries queries,
-                                                                          byte_scores to) {
+__attribute__((noinline, target("avx512f,avx512bw,avx512vnni"))) void score_vectors(const byte_keys& all_keys,
+                                                                                    const byte_queries& all_queries,
+                                                                                    const byte_scores& all_scores,
+                                                                                    std::int64_t row,
+                                                                                    std::int64_t lane) {
+  byte_keys keys = all_keys.from(row);
+  byte_queries queries = all_queries.from(lane);
+  const byte_scores to = all_scores.from(row, lane);
   __m512i sum[extent(R)][extent(N)];
 #pragma GCC unroll 16
   for (std::int64_t r = 0; r < R; ++r)
@@ -57,8 +67,8 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) void score_vectors(byte_k
     const __m512 key_scale = _mm512_set1_ps(keys.scale[r]), exponent = _mm512_set1_ps(to.exponent[r]);
 #pragma GCC unroll 4
     for (std::int64_t n = 0; n < N; ++n) {
-      const __m512 score = _mm512_fmadd_ps(_mm512_maskz_cvtepi32_ps(all, sum[r][n]), _mm512_mul_ps(scale[n], key_scale),
-                                           exponent);
+      const __m512 score =
+          _mm512_fmadd_ps(_mm512_maskz_cvtepi32_ps(all, sum[r][n]), _mm512_mul_ps(scale[n], key_scale), exponent);
       _mm512_store_ps(to.data + r * to.stride + n * 16, score);
       maximum[n] = _mm512_maskz_max_ps(all, maximum[n], score);
     }
@@ -67,17 +77,21 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) void score_vectors(byte_k
   for (std::int64_t n = 0; n < N; ++n) _mm512_store_ps(to.maximum + n * 16, maximum[n]);
 }
 
-/// `R` rows of a sum by `N` vectors of 16 lanes, `[R][stride of the weights]`.
+/// Adds `R` rows of sums from `d` on by `N` vectors of 16 lanes from `lane` on.
 template <std::int64_t R, std::int64_t N>
-__attribute__((target("avx512f,avx512bw,avx512vnni"))) void add_vectors(byte_columns columns, byte_weights weights,
-                                                                        const float* rescale, float* to,
-                                                                        std::int64_t steps) {
+__attribute__((noinline, target("avx512f,avx512bw,avx512vnni"))) void add_vectors(const byte_columns& all_columns,
+                                                                                  const byte_weights& all_weights,
+                                                                                  const byte_sums& all_sums,
+                                                                                  std::int64_t d, std::int64_t lane) {
+  byte_columns columns = all_columns.from(d);
+  byte_weights weights = all_weights.from(lane);
+  const byte_sums to{all_sums.data + d * weights.stride + lane, all_sums.rescale + lane, all_sums.steps};
   __m512i sum[extent(R)][extent(N)];
 #pragma GCC unroll 16
   for (std::int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (std::int64_t n = 0; n < N; ++n) sum[r][n] = _mm512_setzero_si512();
-  for (std::int64_t i = 0; i < steps; ++i, columns.data += columns.stride, weights.data += weights.stride) {
+  for (std::int64_t i = 0; i < to.steps; ++i, columns.data += columns.stride, weights.data += weights.stride) {
     __m512i operand[extent(N)];
 #pragma GCC unroll 4
     for (std::int64_t n = 0; n < N; ++n) operand[n] = _mm512_load_si512(weights.data + n * 16);
@@ -93,14 +107,14 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) void add_vectors(byte_col
   __m512 factor[extent(N)], share[extent(N)];
 #pragma GCC unroll 4
   for (std::int64_t n = 0; n < N; ++n) {
-    factor[n] = _mm512_load_ps(rescale + n * 16);
+    factor[n] = _mm512_load_ps(to.rescale + n * 16);
     share[n] = _mm512_load_ps(weights.share + n * 16);
   }
 #pragma GCC unroll 16
   for (std::int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (std::int64_t n = 0; n < N; ++n) {
-      float* const at = to + r * weights.stride + n * 16;
+      float* const at = to.data + r * weights.stride + n * 16;
       const __m512 more = _mm512_mul_ps(_mm512_maskz_cvtepi32_ps(all, sum[r][n]), share[n]);
       _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_load_ps(at), factor[n], more));
     }
@@ -115,43 +129,33 @@ CCA_INLINE void for_byte_blocks(std::int64_t rows, std::int64_t lanes, const F& 
 
 /// Scores of `rows` rows in all lanes. The maxima are raised.
 inline void score_bytes(const byte_keys& keys, const byte_queries& queries, const byte_scores& to, std::int64_t rows) {
-  const auto block = [&](std::int64_t i, std::int64_t lane, const auto& kernel) CCA_INLINE_LAMBDA {
-    kernel(byte_keys{keys.data + i * keys.stride, keys.stride, keys.scale + i, keys.start + i},
-           byte_queries{queries.data + lane, queries.stride, queries.steps, queries.scale + lane},
-           byte_scores{to.data + i * to.stride + lane, to.stride, to.maximum + lane, to.exponent + i, to.unit});
-  };
   if (present_units().avx512_vnni)
     for_byte_blocks<64>(rows, to.stride, [&](auto r, std::int64_t i, std::int64_t lane) {
-      block(i, lane, score_vectors<r(), 4>);
+      score_vectors<r(), 4>(keys, queries, to, i, lane);
     });
   else
     for_byte_blocks<16>(rows, to.stride, [&](auto r, std::int64_t i, std::int64_t lane) {
-      block(i, lane, score_half_vectors<r(), 2>);
+      score_half_vectors<r(), 2>(keys, queries, to, i, lane);
     });
 }
 
-/// `to = to * rescale + share * columns weights`, `[rows][lanes]`, of `steps` quads of values.
-inline void add_bytes(const byte_columns& columns, const byte_weights& weights, const float* rescale, float* to,
-                      std::int64_t rows, std::int64_t steps) {
-  const auto block = [&](std::int64_t i, std::int64_t lane, const auto& kernel) CCA_INLINE_LAMBDA {
-    kernel(byte_columns{columns.data + i, columns.stride},
-           byte_weights{weights.data + lane, weights.stride, weights.share + lane}, rescale + lane,
-           to + i * weights.stride + lane, steps);
-  };
+/// Adds `rows` rows of sums in all lanes.
+inline void add_bytes(const byte_columns& columns, const byte_weights& weights, const byte_sums& to,
+                      std::int64_t rows) {
   if (present_units().avx512_vnni)
     for_byte_blocks<64>(rows, weights.stride, [&](auto r, std::int64_t i, std::int64_t lane) {
-      block(i, lane, add_vectors<r(), 4>);
+      add_vectors<r(), 4>(columns, weights, to, i, lane);
     });
   else
     for_byte_blocks<16>(rows, weights.stride, [&](auto r, std::int64_t i, std::int64_t lane) {
-      block(i, lane, add_half_vectors<r(), 2>);
+      add_half_vectors<r(), 2>(columns, weights, to, i, lane);
     });
 }
 
 #else
 
 inline void score_bytes(const byte_keys&, const byte_queries&, const byte_scores&, std::int64_t) {}
-inline void add_bytes(const byte_columns&, const byte_weights&, const float*, float*, std::int64_t, std::int64_t) {}
+inline void add_bytes(const byte_columns&, const byte_weights&, const byte_sums&, std::int64_t) {}
 
 #endif
 

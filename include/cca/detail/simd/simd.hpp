@@ -296,16 +296,18 @@ CCA_INLINE vec<float> exp2_rounded(vec<float> x, const exp2_range<float>& range 
   return p * cast_bits<float>(cast_bits<std::int32_t>(shifted) << exp2_constants<float>::mantissa_bits);
 }
 
-/// 255 * 2^x for x <= 0, for weights that are rounded to 8 bits: within 3e-6, exactly 255 for 0, NaN for NaN.
+/// 255 * 2^x for x <= 0, for weights that are rounded to 8 bits: within 3e-6, exactly 255 for 0, NaN for NaN. No denormal
+/// number: where those count as zeros, one of the instructions still takes them for what they are.
 CCA_INLINE vec<float> exp2_bytes(vec<float> x) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-  constexpr float polynomial[] = {0x1.38c8cap+1f, 0x1.c83248p+3f, 0x1.ea1774p+5f, 0x1.617e4cp+7f, 255.0f};
-  // With masks, of all lanes: g++ 12 finds the intrinsics without one uninitialised. The rest of -inf is 0.
-  const vec<float> f = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  constexpr float polynomial[] = {0x1.b6404ap+1f, 0x1.aa4b8cp+3f, 0x1.ec3668p+5f, 0x1.6173ecp+7f, 255.0f};
+  // What x is above the whole number below it, since scaling by a power of x takes that number. The rest of -inf is 0. With
+  // masks, of all lanes: g++ 12 finds the intrinsics without one uninitialised.
+  const vec<float> f = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   vec<float> p(polynomial[0]);
   unroll<std::ssize(polynomial) - 1>([&](auto i)
                                          CCA_INLINE_LAMBDA { p = fma<float>(p, f, vec<float>(polynomial[i + 1])); });
-  return _mm512_maskz_scalef_ps(0xffff, p, x - f);
+  return _mm512_maskz_scalef_ps(0xffff, p, x);
 #else
   return exp2_rounded(x) * vec<float>(255.0f);
 #endif

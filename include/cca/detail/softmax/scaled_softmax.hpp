@@ -18,15 +18,16 @@ struct scaled_rows {
   const float* inverse = nullptr;
 };
 
-/// Hides what `N` vectors of a part from `n` on do not see, and finds the largest of each lane. `value(x, j)` is what a score
-/// of row `j` becomes before.
+/// Hides what `N` vectors of `count` rows from `n` on do not see, and raises the maxima to the largest of each lane.
+/// `value(x, j)` is what a score of row `j` becomes before.
 template <std::int64_t N, class Mask, class Value>
-void find_maxima(const score_block<float> scores, std::int64_t count, std::int64_t n, const Mask (&mask)[extent(N)],
-                 const Value& value) {
+void raise_maxima(const score_block<float> scores, std::int64_t count, std::int64_t n, const Mask (&mask)[extent(N)],
+                  const Value& value) {
   using vector = vec<float>;
   const vector none(-infinity<float>);
   vector maximum[extent(N)];
-  unroll<N>([&](auto i) CCA_INLINE_LAMBDA { maximum[i] = none; });
+  unroll<N>([&](auto i)
+                CCA_INLINE_LAMBDA { maximum[i] = vector::load_aligned(scores.maximum + (n + i) * width<float>); });
   for (std::int64_t j = 0; j < count; ++j)
     unroll<N>([&](auto i) CCA_INLINE_LAMBDA {
       const vector x = mask[i].select(j, value(vector::load_aligned(scores.at(j, n + i)), j), none);
@@ -42,9 +43,8 @@ inline constexpr unmasked everything[extent(N)]{};
 
 /// Makes scores those of the values' scales: `unit * score + exponent`, in base 2.
 inline auto in_scales(const float* exponent, float unit) {
-  return [exponent, unit = vec<float>(unit)](vec<float> x, std::int64_t j) CCA_INLINE_LAMBDA {
-    return fma<float>(x, unit, vec<float>(exponent[j]));
-  };
+  return [exponent, unit = vec<float>(unit)](vec<float> x, std::int64_t j)
+             CCA_INLINE_LAMBDA { return fma<float>(x, unit, vec<float>(exponent[j])); };
 }
 
 /// The online softmax of rows in scales of their own, whose weights are rounded to 8 bits: a weight takes the row's scale in,
@@ -66,14 +66,21 @@ class scaled_softmax : public lane_softmax<float> {
     constexpr std::int64_t N = smaller<std::int64_t>(Part::vectors, 4);  // as many as registers hold
     static_assert(Part::vectors % N == 0);
     for (std::int64_t n = 0; n < Part::vectors; n += N) {
-      if (rule().shapes())
-        find_maxima<N>(scores, part.rows.size(), n, everything<N>,
-                       in_scales(weights.rows.exponent, rule().unit_in_base_2()));
+      if (rule().shapes()) {
+        fill_n(scores.maximum + n * W, N * W, -infinity<float>);
+        raise_maxima<N>(scores, part.rows.size(), n, everything<N>,
+                        in_scales(weights.rows.exponent, rule().unit_in_base_2()));
+      }
       absorb_vectors<N>(n, part, scores, weights);
     }
   }
 
  private:
+  /// What scores may be relative to instead of so small a number, whose differences from others could be denormal.
+  static CCA_INLINE vector not_near_zero(vector base) {
+    return xsimd::select(xsimd::abs(base) < vector(0x1p-100f), vector(-0x1p-60f), base);
+  }
+
   template <std::int64_t N, class Part, class Weights>
   CCA_INLINE void absorb_vectors(std::int64_t first, const Part& part, const score_block<float> scores,
                                  const Weights weights) {
@@ -83,7 +90,7 @@ class scaled_softmax : public lane_softmax<float> {
     vector base[extent(N)], share[extent(N)], sum[extent(N)];
     unroll<N>([&](auto n) CCA_INLINE_LAMBDA {
       const vector maximum = vector::load_aligned(scores.maximum + (first + n) * W);
-      base[n] = or_zero(maximum);
+      base[n] = not_near_zero(or_zero(maximum));
       share[n] = detail::exp2<float>(maximum - raise(lane + n * W, maximum), range);
       sum[n] = vector(0.0f);
     });
