@@ -54,6 +54,15 @@ std::int64_t worker_count(const E& run, std::int64_t tasks) {
   return std::clamp<std::int64_t>(tasks, 1, concurrency(run));
 }
 
+/// Runs `work(worker)` on each of some workers, in the calling thread's treatment of numbers.
+template <executor E>
+void run_workers(const E& run, std::int64_t workers, function_ref<void(std::int64_t)> work) {
+  run(workers, [&, mode = current_float_mode()](std::int64_t worker) {
+    const float_mode_scope scope(mode);
+    work(worker);
+  });
+}
+
 /// Runs `task(worker, i)` once for every i in `[0, count)`. Calls with the same `worker` in `[0, workers)` never
 /// overlap, so each worker can have scratch memory of its own. Tasks are begun in order: put the long ones first.
 template <executor E>
@@ -61,8 +70,7 @@ void run_tasks(const E& run, std::int64_t workers, std::int64_t count,
                function_ref<void(std::int64_t, std::int64_t)> task) {
   if (count <= 0) return;
   std::atomic<std::int64_t> next{0};
-  run(smaller(workers, count), [&, mode = current_float_mode()](std::int64_t worker) {
-    const float_mode_scope scope(mode);
+  run_workers(run, smaller(workers, count), [&](std::int64_t worker) {
     for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(worker, i);
   });
 }
@@ -75,8 +83,7 @@ void run_tasks_in_sight(const E& run, std::int64_t workers, std::int64_t count,
   if (count <= 0) return;
   std::atomic<std::int64_t> free{0};
   const auto claim = [&] { return smaller(free.fetch_add(1, std::memory_order_relaxed), count); };
-  run(smaller(workers, count), [&, mode = current_float_mode()](std::int64_t worker) {
-    const float_mode_scope scope(mode);
+  run_workers(run, smaller(workers, count), [&](std::int64_t worker) {
     for (std::int64_t i = claim(); i < count;) {
       const bool in_sight = workers == 1 || count - i > 4 * workers;
       const std::int64_t next = in_sight ? claim() : count;

@@ -91,7 +91,7 @@ class few_queries {
         seen_(reinterpret_cast<range*>(scratch)),
         query_(scratch + ranges_size(queries)),
         scores_(query_ + queries * padded<T>(dim)),
-        lanes_(scores_ + queries * row_block),  // in whole vectors from here, as what comes next need not be
+        lanes_(scores_ + queries * row_block),  // in whole vectors from here on
         staged_keys_(lanes_ + lanes_size(queries, {dim, value_dim}, staged)),
         staged_values_(staged_keys_ + slice_rows(queries, dim, value_dim) * dim),
         gathered_(scratch + size(queries, dim, value_dim, staged, false), dim, value_dim) {}
@@ -104,8 +104,7 @@ class few_queries {
     fill(to + dim_, to + padded<T>(dim_), T(0));
   }
 
-  /// Lets the queries, which are at `places`, absorb the rows `part` of what they see of a source, counted from its
-  /// first.
+  /// Lets the queries, at `places`, absorb the rows `part` of what they see of a source, counted from its first.
   template <class Source>
   void absorb(const Source& source, const few_places& places, range part, const few_results<T>& results) {
     const range heads = places.heads;
@@ -174,8 +173,8 @@ class few_queries {
                                               lane[i] = intersection(seen_[lanes.begin + first + i], rows);
                                           }};
       });
-      stack.absorb_rows(rows_of_head, source.terms(places.b, head), seen,
-                        expected_rows{rows_of_head, {next, next + lane_tile::block_rows}}, nothing_after_blocks{});
+      const expected_rows behind{rows_of_head, {next, next + lane_tile::block_rows}};
+      stack.absorb_rows(rows_of_head, source.terms(places.b, head), seen, behind, nothing_after_blocks{});
     });
     const std::int64_t size = partial_result<T>::size(value_dim_);
     T* const sums = lanes_ + lane_stack::size(lanes.size(), form, staged_, false);

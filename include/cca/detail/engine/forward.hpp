@@ -18,6 +18,7 @@
 #include "../softmax/score_rule.hpp"
 #include "few_queries.hpp"
 #include "query_tile.hpp"
+#include "sequence.hpp"
 #include "stack.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -56,7 +57,7 @@ class forward {
           worker_size_ = larger(worker_size_, s.in_lists() ? list_size<Tile>()
                                                            : stack<Tile>::size(lanes<Tile>(s), form_, staged_, pieces_));
         partials_ = s.few() ? element_count<T>(partials_ + partials_of(s)) : partials_;
-        most_tasks += s.few() ? few_tasks(s) * groups_ : s.in_lists() ? lists(s) * heads_ : most_stacks(s) * heads_;
+        most_tasks += s.few() ? s.few_tasks() * groups_ : (s.in_lists() ? s.lists() : s.most_stacks(vectors<T>::lanes)) * heads_;
       }
     };
     of_tile(plan);
@@ -103,47 +104,21 @@ class forward {
         });
     if (block_ <= most_few_of_block && !across)
       attend_lists(query, out, lse, rule.balanced(), run, scratch, stacks, sources...);
-    const auto parts = [&](std::int64_t b) { return few_tasks(measure(b)); };
+    const auto parts = [&](std::int64_t b) { return measure(b).few_tasks(); };
     const task_list tasks(all_, memory.take<sequence_tasks>(all_.table_size()), groups_, parts,
                           [](std::int64_t) { return 1; });
     const sequence_offsets first_partial(all_, memory.take<std::int64_t>(all_.table_size()),
                                          [&](std::int64_t b) { return partials_of(measure(b)); });
-    const few_memory few{measure, tasks, first_partial, memory.take<T>(partials_), form_.value_dim};
+    const few_memory<T> few{measure, tasks, first_partial, memory.take<T>(partials_), form_.value_dim};
     if (tasks.size() == 0) return;
     for (const int headroom : {0, most_headroom})
       if (attend_few(few, query, out, lse, rule.balanced(), headroom, run, scratch, sources...)) return;
   }
 
-  /// How long a sequence is: its queries, per head, those of them that share lists, and the parts of its context, which few
-  /// queries' is cut into. `alone`: each head fills lanes of its own, which after a context of one part go as a stack.
-  struct sequence {
-    std::int64_t queries, block, parts;
-    bool alone;
-
-    [[nodiscard]] bool few() const { return queries <= smaller(most_few_queries, block) && !(alone && parts == 1); }
-    /// Whether the few queries of each list go by themselves.
-    [[nodiscard]] bool in_lists() const { return queries > block && block <= most_few_of_block; }
-  };
-  using sequence_of = function_ref<sequence(std::int64_t)>;
   [[nodiscard]] sequence measured(std::int64_t queries, std::int64_t parts) const {
     const bool alone = form_.unit == matrix_unit::none && groups_ == heads_ && queries >= least_in_lanes<T>;
     return {queries, block_, larger<std::int64_t>(parts, 1), alone};
   }
-
-  /// What few queries work with beside the scratch of each worker.
-  struct few_memory {
-    sequence_of measure;
-    const task_list& tasks;
-    const sequence_offsets& first;
-    T* partials;
-    std::int64_t value_dim;
-
-    /// What the queries of sequence `b` have seen of a part, from the first of a head on.
-    [[nodiscard]] few_results<T> results(std::int64_t b, const sequence& s, std::int64_t head, std::int64_t part) const {
-      const std::int64_t size = partial_result<T>::size(value_dim);
-      return {partials + first[b] + (head * s.queries * s.parts + part) * size, s.parts * size, value_dim};
-    }
-  };
 
   template <class F>
   void of_tile(const F& f) const {
@@ -160,20 +135,6 @@ class forward {
   [[nodiscard]] std::int64_t most_lanes(std::int64_t seen) const {
     return seen <= stack<Tile>::kept_rows(form_) / 2 ? Tile::stack_lanes(unlimited, 0, form_) : unlimited;
   }
-  /// Rows of a source that the last query of a sequence sees.
-  template <class Source>
-  [[nodiscard]] static std::int64_t seen_by_last(const Source& source, std::int64_t b, std::int64_t queries) {
-    range seen{0, unlimited};
-    if (!source.in_pieces() && queries > 0) source.visible(b, 0, {queries - 1, queries}, seen, &seen);
-    return seen.size();
-  }
-  /// Stacks of many queries of a head, if every tile were one of its own. How many tiles a stack has depends on the
-  /// context, and a workspace is sized for more of that than some entry points have.
-  [[nodiscard]] static std::int64_t most_stacks(const sequence& s) {
-    return (query_cuts(s.queries, s.block, vectors<T>::lanes).items() + vectors<T>::lanes - 1) / vectors<T>::lanes;
-  }
-  /// Tasks of few queries, for each group of heads.
-  [[nodiscard]] static std::int64_t few_tasks(const sequence& s) { return s.few() && s.queries > 0 ? s.parts : 0; }
   /// Whether heads that share rows and lists are enough to fill half a vector of lanes. `few_queries` gets 0.3 of what
   /// a stack gets that fills them all.
   [[nodiscard]] bool goes_across() const { return block_ == 1 && 2 * across_ >= width<T>; }
@@ -189,8 +150,6 @@ class forward {
         goes_across() ? stack<Tile>::size(smaller(across_, most_across<Tile>()), form_, staged_, pieces_) : 0;
     return larger(few_size(block_) + list_partials(), stack_size);
   }
-  /// Lists of a sequence.
-  [[nodiscard]] static std::int64_t lists(const sequence& s) { return (s.queries + s.block - 1) / s.block; }
   [[nodiscard]] std::int64_t queries_per_group(std::int64_t queries) const {
     return groups_ > 0 ? heads_ / groups_ * queries : 0;
   }
@@ -273,7 +232,7 @@ class forward {
   /// A task is the queries of the heads that share rows, over a part of one source; then the parts are merged. Returns
   /// whether all was finite; with a headroom only what is not finite yet is written.
   template <class Query, class Out, class Lse, executor E, class... Source>
-  bool attend_few(const few_memory& few, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
+  bool attend_few(const few_memory<T>& few, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
                   const score_rule<T>& rule, int headroom, const E& run, const worker_scratch<T>& scratch,
                   const Source&... sources) const {
     run_tasks(run, workers_, few.tasks.size(), [&](std::int64_t worker, std::int64_t place) {
@@ -312,7 +271,7 @@ class forward {
 
   /// Writes the answer of one query from its parts. Returns whether it was finite.
   template <class Out, class Lse>
-  bool merge_parts(const few_memory& few, const sequence& s, std::int64_t b, std::int64_t h, std::int64_t i,
+  bool merge_parts(const few_memory<T>& few, const sequence& s, std::int64_t b, std::int64_t h, std::int64_t i,
                    tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule, int headroom) const {
     partial_result<T> whole = few.results(b, s, h, 0)[i];
     for (std::int64_t part = 1; part < s.parts; ++part)
