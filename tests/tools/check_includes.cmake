@@ -13,7 +13,7 @@ set(order
     detail/base/validate.hpp
     detail/base/scratch.hpp detail/base/turn.hpp detail/base/checked_stream.hpp
     # Vectors.
-    detail/simd/arch.hpp detail/simd/simd.hpp detail/simd/convert.hpp detail/simd/transpose.hpp detail/context/row_span.hpp
+    detail/simd/arch.hpp detail/simd/simd.hpp detail/simd/convert.hpp detail/simd/wanted_memory.hpp detail/simd/transpose.hpp detail/context/row_span.hpp
     detail/simd/register_block.hpp detail/simd/dot.hpp
     # Who sees which rows, and which task does what.
     detail/context/source.hpp detail/context/far_visible.hpp detail/context/sources.hpp detail/context/visible.hpp detail/context/row_store.hpp
@@ -32,7 +32,7 @@ set(order
     detail/pool/last_query.hpp detail/pool/max.hpp detail/pool/mean.hpp detail/pool/select.hpp detail/pool/pooler.hpp
     # The kernels of queries, and the engines around them.
     detail/engine/gathered_rows.hpp detail/engine/partial_result.hpp detail/engine/query_tile.hpp
-    detail/engine/stack.hpp detail/engine/few_queries.hpp detail/engine/forward.hpp
+    detail/engine/stack.hpp detail/engine/few_queries.hpp detail/engine/sequence.hpp detail/engine/forward.hpp
     detail/engine/gradient_tile.hpp detail/engine/backward.hpp detail/engine/bias_sums.hpp
     # What users call.
     pooling.hpp detail/engine/plan.hpp attention.hpp merge.hpp detail/engine/gradient_plan.hpp gradient.hpp cache_shape.hpp
