@@ -32,7 +32,7 @@ set(order
     detail/pool/last_query.hpp detail/pool/max.hpp detail/pool/mean.hpp detail/pool/select.hpp detail/pool/pooler.hpp
     # The kernels of queries, and the engines around them.
     detail/engine/gathered_rows.hpp detail/engine/partial_result.hpp detail/engine/query_tile.hpp
-    detail/engine/stack.hpp detail/engine/few_queries.hpp detail/engine/sequence.hpp detail/engine/forward.hpp
+    detail/engine/stack.hpp detail/engine/few_queries.hpp detail/engine/sequence_shape.hpp detail/engine/forward.hpp
     detail/engine/gradient_tile.hpp detail/engine/backward.hpp detail/engine/bias_sums.hpp
     # What users call.
     pooling.hpp detail/engine/plan.hpp attention.hpp merge.hpp detail/engine/gradient_plan.hpp gradient.hpp cache_shape.hpp

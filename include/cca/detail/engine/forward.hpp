@@ -18,7 +18,7 @@
 #include "../softmax/score_rule.hpp"
 #include "few_queries.hpp"
 #include "query_tile.hpp"
-#include "sequence.hpp"
+#include "sequence_shape.hpp"
 #include "stack.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
@@ -51,7 +51,7 @@ class forward {
       for (std::int64_t b = 0; b < all_.distinct(); ++b) {
         std::int64_t parts = 0;
         for (const of_sequence& of_source : rows) parts += count_parts(of_source(b));
-        const sequence s = measured(queries(b), parts);
+        const sequence_shape s = measured(queries(b), parts);
         if (s.few()) worker_size_ = larger(worker_size_, few_size(s.queries));
         if (!s.few() || s.alone)  // a context may turn out to be shorter than planned for
           worker_size_ = larger(worker_size_, s.in_lists() ? list_size<Tile>()
@@ -115,7 +115,7 @@ class forward {
       if (attend_few(few, query, out, lse, rule.balanced(), headroom, run, scratch, sources...)) return;
   }
 
-  [[nodiscard]] sequence measured(std::int64_t queries, std::int64_t parts) const {
+  [[nodiscard]] sequence_shape measured(std::int64_t queries, std::int64_t parts) const {
     const bool alone = form_.unit == matrix_unit::none && groups_ == heads_ && queries >= least_in_lanes<T>;
     return {queries, block_, larger<std::int64_t>(parts, 1), alone};
   }
@@ -126,7 +126,7 @@ class forward {
         form_.unit, [&]<class Product>(std::type_identity<Product>) { f(std::type_identity<query_tile<Product>>{}); });
   }
   template <class Tile>
-  [[nodiscard]] std::int64_t lanes(const sequence& s) const {
+  [[nodiscard]] std::int64_t lanes(const sequence_shape& s) const {
     return Tile::stack_lanes(smaller(s.queries, block_), larger(s.queries, s.parts * part_rows), form_);
   }
   /// Queries of a stack that each see `seen` rows, at most: where the next stack finds those rows in a cache, small stacks read no
@@ -165,7 +165,7 @@ class forward {
   [[nodiscard]] std::int64_t list_partials() const {
     return element_count<T>(queries_per_group(block_), partial_result<T>::size(form_.value_dim));
   }
-  [[nodiscard]] std::int64_t partials_of(const sequence& s) const {
+  [[nodiscard]] std::int64_t partials_of(const sequence_shape& s) const {
     return s.few() ? element_count<T>(heads_, s.queries, s.parts, partial_result<T>::size(form_.value_dim)) : 0;
   }
 
@@ -175,7 +175,7 @@ class forward {
 
   /// A task is a stack of queries, of `lanes(b)` at most.
   template <executor E>
-  void attend_many(sequence_of measure, of_sequence lanes, stack_task attend, const E& run,
+  void attend_many(shape_of_sequence measure, of_sequence lanes, stack_task attend, const E& run,
                    sequence_tasks* table) const {
     const auto cuts = [&](std::int64_t b) { return query_cuts(measure(b).queries, block_, lanes(b)); };
     const auto many = [&](std::int64_t b) { return !measure(b).few() && !measure(b).in_lists(); };
@@ -217,7 +217,7 @@ class forward {
 
   /// A task is one query of the heads that share rows and lists, `most` of them, which fit into a stack.
   template <executor E>
-  void attend_across(sequence_of measure, std::int64_t most, stack_task attend, const E& run,
+  void attend_across(shape_of_sequence measure, std::int64_t most, stack_task attend, const E& run,
                      sequence_tasks* table) const {
     const std::int64_t stacks = (across_ + most - 1) / most;
     const auto count = [&](std::int64_t b) { return measure(b).in_lists() ? measure(b).queries * stacks : 0; };
@@ -238,7 +238,7 @@ class forward {
     run_tasks(run, workers_, few.tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = few.tasks[place];
       const std::int64_t b = task.b, part = task.items.begin;
-      const sequence s = few.measure(b);
+      const sequence_shape s = few.measure(b);
       const range heads = heads_of_group(task.head);
       few_queries<T> queries(scratch[worker], queries_per_group(s.queries), form_.dim, form_.value_dim, staged_, rule,
                              headroom);
@@ -262,7 +262,7 @@ class forward {
     std::atomic<bool> finite{true};
     run_tasks(run, workers_, all_.batch * heads_, [&](std::int64_t, std::int64_t place) {
       const std::int64_t b = place / heads_, h = place % heads_;
-      const sequence s = few.measure(b);
+      const sequence_shape s = few.measure(b);
       for (std::int64_t i = 0; s.few() && i < s.queries; ++i)
         if (!merge_parts(few, s, b, h, i, out, lse, rule, headroom)) finite = false;
     });
@@ -271,7 +271,7 @@ class forward {
 
   /// Writes the answer of one query from its parts. Returns whether it was finite.
   template <class Out, class Lse>
-  bool merge_parts(const few_memory<T>& few, const sequence& s, std::int64_t b, std::int64_t h, std::int64_t i,
+  bool merge_parts(const few_memory<T>& few, const sequence_shape& s, std::int64_t b, std::int64_t h, std::int64_t i,
                    tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule, int headroom) const {
     partial_result<T> whole = few.results(b, s, h, 0)[i];
     for (std::int64_t part = 1; part < s.parts; ++part)

@@ -13,7 +13,7 @@ namespace cca { inline namespace CCA_TARGET { namespace detail {
 
 /// How long a sequence is: its queries, per head, those of them that share lists, and the parts of its context, which few
 /// queries' is cut into. `alone`: each head fills lanes of its own, which after a context of one part go as a stack.
-struct sequence {
+struct sequence_shape {
   std::int64_t queries, block, parts;
   bool alone;
 
@@ -31,19 +31,19 @@ struct sequence {
     return (query_cuts(queries, block, lanes).items() + lanes - 1) / lanes;
   }
 };
-using sequence_of = function_ref<sequence(std::int64_t)>;
+using shape_of_sequence = function_ref<sequence_shape(std::int64_t)>;
 
 /// What few queries work with beside the scratch of each worker.
 template <class T>
 struct few_memory {
-  sequence_of measure;
+  shape_of_sequence measure;
   const task_list& tasks;
   const sequence_offsets& first;
   T* partials;
   std::int64_t value_dim;
 
   /// What the queries of sequence `b` have seen of a part, from the first of a head on.
-  [[nodiscard]] few_results<T> results(std::int64_t b, const sequence& s, std::int64_t head, std::int64_t part) const {
+  [[nodiscard]] few_results<T> results(std::int64_t b, const sequence_shape& s, std::int64_t head, std::int64_t part) const {
     const std::int64_t size = partial_result<T>::size(value_dim);
     return {partials + first[b] + (head * s.queries * s.parts + part) * size, s.parts * size, value_dim};
   }
