@@ -42,21 +42,20 @@ template <class Element>
 /// The time of `steps` multiply-adds in each of 16 registers, of pairs of bfloat16 or of floats.
 template <bool Pairs>
 __attribute__((target("avx512f,avx512bw,avx512bf16"))) std::int64_t multiply_add_time(std::int64_t steps) {
-  constexpr int registers = 16;
-  __m512 sum[registers];
+  __m512 sum[16];
 #pragma GCC unroll 16
-  for (int r = 0; r < registers; ++r) sum[r] = _mm512_setzero_ps();
+  for (__m512& of : sum) of = _mm512_setzero_ps();
   __m512 factor = _mm512_set1_ps(1.0f);
   const auto begin = std::chrono::steady_clock::now();
   for (std::int64_t i = 0; i < steps; ++i) {
     asm volatile("" : "+v"(factor));
 #pragma GCC unroll 16
-    for (int r = 0; r < registers; ++r)
-      sum[r] = Pairs ? _mm512_dpbf16_ps(sum[r], reinterpret_cast<__m512bh>(factor), reinterpret_cast<__m512bh>(factor))
-                     : _mm512_fmadd_ps(factor, factor, sum[r]);
+    for (__m512& of : sum)
+      of = Pairs ? _mm512_dpbf16_ps(of, reinterpret_cast<__m512bh>(factor), reinterpret_cast<__m512bh>(factor))
+                 : _mm512_fmadd_ps(factor, factor, of);
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < registers; ++r) asm volatile("" : : "v"(sum[r]));
+  for (const __m512& of : sum) asm volatile("" : : "v"(of));
   return (std::chrono::steady_clock::now() - begin).count();
 }
 

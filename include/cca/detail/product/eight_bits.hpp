@@ -154,7 +154,7 @@ struct eight_bits {
     if (!finite) score_infinite(block, part, queries, to, unit);
     const std::int64_t count = part.rows.size();
     if (part.all_seen() && finite) return;
-    constexpr std::int64_t N = smaller<std::int64_t>(whole_part::vectors, 4);  // as many as registers hold
+    constexpr auto N = smaller<std::int64_t>(whole_part::vectors, 4);  // as many as registers hold
     for (std::int64_t n = 0; n < whole_part::vectors; n += N) {
       lane_mask<float> masks[extent(N)];
       for (std::int64_t i = 0; i < N; ++i) masks[i] = {part.seen->lane + (n + i) * W, part.rows};
