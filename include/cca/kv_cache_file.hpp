@@ -92,7 +92,7 @@ struct cache_file_header_1 {
     return all;
   }
 };
-static_assert(sizeof(cache_shape) == 7 * 8 && sizeof(cache_file_start) == 16 &&
+static_assert(sizeof(cache_shape) == 7 * sizeof(std::int64_t) && sizeof(cache_file_start) == 16 &&
                   sizeof(cache_file_header) == 8 + sizeof(cache_shape) && sizeof(cache_file_option) == 24 + 16 &&
                   sizeof(cache_file_header_1) == 16 + 3 * 8 + sizeof(cache_shape),
               "no padding: it would be written, and differ");

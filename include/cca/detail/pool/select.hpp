@@ -76,12 +76,12 @@ struct masses_of_observers {
     const group_observers<T>& observers = group.observers;
     fill_n(masses, count, T(0));
     for (std::int64_t i = 0; i < observers.count(); i += observers_at_once) {
-      const std::int64_t queries = smaller(observers_at_once, observers.count() - i);
-      for (std::int64_t q = 0; q < queries; ++q)
+      const std::int64_t some = smaller(observers_at_once, observers.count() - i);
+      for (std::int64_t q = 0; q < some; ++q)
         group.observer.load(observers.all, observers.b, observers.head(i + q), observers.observer(i + q), group.dim,
                             group.rule.query_factor(), q);
-      group.observer.score(queries, keys, group.dim, count);
-      for (std::int64_t q = 0; q < queries; ++q) {
+      group.observer.score(some, keys, group.dim, count);
+      for (std::int64_t q = 0; q < some; ++q) {
         const auto [maximum, inverse] =
             observers.all.sum(observers.b, observers.head(i + q), observers.observer(i + q));
         T* const weights = group.observer.scores + q * row_block;
