@@ -1,9 +1,10 @@
 # cca::mpi: cca::cca with MPI, for cca/mpi.hpp. Headers alone, as cca::cca: what it adds is where MPI is; and cca::c_mpi, a
 # shared library of it for C, built only where a target links it. For the project and for its installed package alike.
 
-# cca_add_mpi(): defines cca::mpi where the target MPI::MPI_CXX is.
+# cca_add_mpi(): defines cca::mpi where find_package(MPI) has found MPI. Its target says nothing: CMake makes an empty one
+# where there is no MPI.
 function(cca_add_mpi)
-  if(TARGET cca::mpi OR NOT TARGET MPI::MPI_CXX)
+  if(TARGET cca::mpi OR NOT MPI_CXX_FOUND)
     return()
   endif()
   add_library(cca_mpi INTERFACE)

@@ -88,13 +88,13 @@ struct cache_file_header_1 {
                      .window = window,
                      .pool = static_cast<pooling>(pool),
                      .core_heads = static_cast<core_heads>(cores)};
-    if (has_scale) all.softmax_scale = softmax_scale;
+    if (has_scale != 0) all.softmax_scale = softmax_scale;
     return all;
   }
 };
-static_assert(sizeof(cache_shape) == 7 * 8 && sizeof(cache_file_start) == 16 &&
-                  sizeof(cache_file_header) == 8 + 7 * 8 && sizeof(cache_file_option) == 24 + 16 &&
-                  sizeof(cache_file_header_1) == 16 + 3 * 8 + 7 * 8,
+static_assert(sizeof(cache_shape) == 7 * sizeof(std::int64_t) && sizeof(cache_file_start) == 16 &&
+                  sizeof(cache_file_header) == 8 + sizeof(cache_shape) && sizeof(cache_file_option) == 24 + 16 &&
+                  sizeof(cache_file_header_1) == 16 + 3 * 8 + sizeof(cache_shape),
               "no padding: it would be written, and differ");
 
 /// What of a cache goes into a file and how it comes back.

@@ -16,17 +16,29 @@ for compiler in g++-{12,13,14,15,16} clang++-{14,15,16,17,18,19,20,21}; do
 done
 [[ " ${compilers[*]}" == *" g++-"* ]] || compilers+=(g++)
 
-declare -A flags=(
-  [sse2]="-march=x86-64"
-  [sse4_2]="-march=x86-64 -msse4.2"
-  [avx2_fma]="-march=x86-64-v3"
-  [avx512]="-march=x86-64-v4")
 warnings=(-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror)
 
 scratch=$(mktemp -d)
 trap 'rm -r "$scratch"' EXIT
+declare -A flags  # those of cca::dispatch, which refuses any others
+cat >"$scratch/flags.cmake" <<END
+include(cmake/dispatch.cmake)
+foreach(architecture sse2 sse4_2 avx2_fma avx512)
+  list(JOIN cca_dispatch_flags_\${architecture} " " flags)
+  message("\${architecture} \${flags}")
+endforeach()
+END
+while read -r architecture options; do flags[$architecture]=$options; done < <(cmake -P "$scratch/flags.cmake" 2>&1)
+# Those across ranks where Open MPI is installed.
+mpi=() names=(-name "*.hpp")
+if folders=$(mpicxx --showme:incdirs 2>/dev/null); then
+  mpi=(-DOMPI_SKIP_MPICXX)
+  for folder in $folders; do mpi+=(-isystem "$folder"); done
+else
+  names+=(! -path "cca/mpi*")
+fi
 {
-  (cd include && find cca -name '*.hpp' | sort | sed 's/.*/#include <&>/')
+  (cd include && find cca "${names[@]}" | sort | sed 's/.*/#include <&>/')
   echo 'int main() {}'
 } >"$scratch/headers.cpp"
 
@@ -61,8 +73,8 @@ check_all() {
         -isystem "${EIGEN_INCLUDE:-/usr/include/eigen3}" -Iinclude "-DCCA_DISPATCH_TARGET=\"$architecture\"" \
         include/cca/dispatch/kernels.cpp
     done
-    check "$compiler $standard headers $*" "$compiler" -std=$standard -fsyntax-only "${warnings[@]}" "${quiet[@]}" "$@" \
-      -isystem "${EIGEN_INCLUDE:-/usr/include/eigen3}" -Iinclude "$scratch/headers.cpp"
+    check "$compiler $standard headers $*" "$compiler" -std=$standard -fsyntax-only "${warnings[@]}" "${quiet[@]}" "${mpi[@]}" \
+      "$@" -isystem "${EIGEN_INCLUDE:-/usr/include/eigen3}" -Iinclude "$scratch/headers.cpp"
   done
 }
 

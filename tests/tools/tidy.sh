@@ -11,8 +11,19 @@ flags=(-std=c++20 -Iinclude -Itests/flags -DUNIT=older_unit)
 for folder in /usr/include/eigen3 /usr/local/include/eigen3; do [[ -d $folder ]] && flags+=(-isystem "$folder"); done
 [[ $(uname -m) == x86_64 ]] && flags+=(-march=x86-64-v3)
 
+# The header across ranks where MPI is installed: what comes behind a header that is not found would be misread.
+left_out=
+if folders=$(mpicxx --showme:incdirs 2>/dev/null); then
+  for folder in $folders; do flags+=(-isystem "$folder"); done
+else
+  left_out=include/cca/mpi.hpp
+  echo "without $left_out, which needs Open MPI (libopenmpi-dev)"
+fi
+
 unit=$(mktemp --suffix=.cpp)
 trap 'rm -f "$unit"' EXIT
-for header in include/cca/*.hpp; do echo "#include <cca/${header##*/}>"; done >"$unit"
+for header in include/cca/*.hpp; do
+  [[ $header == "$left_out" ]] || echo "#include <cca/${header##*/}>"
+done >"$unit"
 
 "$tidy" --quiet --config-file=.clang-tidy "$unit" tests/flags/unit.cpp -- "${flags[@]}" "$@"

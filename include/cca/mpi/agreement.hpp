@@ -86,7 +86,7 @@ class agreement {
     if (form == number_form::for_heads || form == number_form::either)
       for (std::int64_t b = 0; b < view.batch(); ++b)
         for (std::int64_t h = 0; h < view.heads(); ++h) {
-          double number = static_cast<double>(*view.row(b, h, 0));
+          const auto number = static_cast<double>(*view.row(b, h, 0));
           hash = mixed(hash, __builtin_bit_cast(std::uint64_t, number));
         }
     add(name, static_cast<std::int64_t>(hash >> 1), hidden_number);
@@ -170,7 +170,7 @@ class agreement {
     if (rank == ranks.rank()) {
       for (std::size_t i = 0; i + 1 < sizeof message.text && reason_.c_str()[i] != 0; ++i)
         message.text[i] = reason_.c_str()[i];
-      message.refused = refused_;
+      message.refused = refused_ ? 1 : 0;
     }
     check(MPI_Bcast(&message, sizeof message, MPI_BYTE, rank, ranks.get()), "sharing a refusal");
     const text said{"cca: rank ", rank, ": ", static_cast<const char*>(message.text)};

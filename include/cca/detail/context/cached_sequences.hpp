@@ -159,8 +159,8 @@ struct cached_sequences {
 
   /// Those of batch entry `b` of a step, of as many sequences and new tokens as its queries.
   template <class T, class Query>
-  auto observers_of_step(const sequence& s, const tensor_view<Query>& query, std::int64_t b,
-                         const pool_memory<T>& memory) const {
+  [[nodiscard]] auto observers_of_step(const sequence& s, const tensor_view<Query>& query, std::int64_t b,
+                                       const pool_memory<T>& memory) const {
     return step_observers<T, bias, Query>{s.observers, grid(), s.length, query.sequence(b),
                                           memory.sums + b * shape.heads * (query.length() / grid().stride + 1)};
   }

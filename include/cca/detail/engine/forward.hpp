@@ -83,7 +83,7 @@ class forward {
   void attend(tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
               const E& run, scratch& memory, const Source&... sources) const {
     const worker_scratch<T> scratch(memory, workers_, worker_size_);
-    sequence_tasks* const stacks = memory.take<sequence_tasks>(all_.table_size());
+    auto* const stacks = memory.take<sequence_tasks>(all_.table_size());
     const bool across = goes_across() && !rule.shifts();  // a tile has one slope, and one bias for each row
     const auto measure = [&](std::int64_t b) {
       return measured(query.length(b), (count_parts(sources.most_seen(b)) + ... + 0));
@@ -232,9 +232,9 @@ class forward {
   /// A task is the queries of the heads that share rows, over a part of one source; then the parts are merged. Returns
   /// whether all was finite; with a headroom only what is not finite yet is written.
   template <class Query, class Out, class Lse, executor E, class... Source>
-  bool attend_few(const few_memory<T>& few, tensor_view<Query> query, tensor_view<Out> out, lse_view<Lse> lse,
-                  const score_rule<T>& rule, int headroom, const E& run, const worker_scratch<T>& scratch,
-                  const Source&... sources) const {
+  [[nodiscard]] bool attend_few(const few_memory<T>& few, tensor_view<Query> query, tensor_view<Out> out,
+                                lse_view<Lse> lse, const score_rule<T>& rule, int headroom, const E& run,
+                                const worker_scratch<T>& scratch, const Source&... sources) const {
     run_tasks(run, workers_, few.tasks.size(), [&](std::int64_t worker, std::int64_t place) {
       const task task = few.tasks[place];
       const std::int64_t b = task.b, part = task.items.begin;
@@ -271,8 +271,9 @@ class forward {
 
   /// Writes the answer of one query from its parts. Returns whether it was finite.
   template <class Out, class Lse>
-  bool merge_parts(const few_memory<T>& few, const sequence_shape& s, std::int64_t b, std::int64_t h, std::int64_t i,
-                   tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule, int headroom) const {
+  [[nodiscard]] bool merge_parts(const few_memory<T>& few, const sequence_shape& s, std::int64_t b, std::int64_t h,
+                                 std::int64_t i, tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule,
+                                 int headroom) const {
     partial_result<T> whole = few.results(b, s, h, 0)[i];
     for (std::int64_t part = 1; part < s.parts; ++part)
       whole.merge(few.results(b, s, h, part)[i], rule.unit_in_base_2());
@@ -281,8 +282,8 @@ class forward {
 
   /// Writes the answer of one query.
   template <class Out, class Lse>
-  bool write(const partial_result<T>& whole, std::int64_t b, std::int64_t h, std::int64_t i, tensor_view<Out> out,
-             lse_view<Lse> lse, const score_rule<T>& rule, int headroom) const {
+  [[nodiscard]] bool write(const partial_result<T>& whole, std::int64_t b, std::int64_t h, std::int64_t i,
+                           tensor_view<Out> out, lse_view<Lse> lse, const score_rule<T>& rule, int headroom) const {
     const T share = whole.share(rule.sink_sum(b, h, i), rule.unit_in_base_2(), headroom);
     if (headroom == 0) {
       scale_row(whole.out(), form_.value_dim, share, out.row(b, h, i));

@@ -100,13 +100,13 @@ struct observer_rows {
     fill_n(to + dim, padded<T>(dim) - dim, T(0));
   }
 
-  /// Scores of the first `count` queries and `rows` keys, query by query `row_block` apart, from `place` on in each. A score
+  /// Scores of the first `some` queries and `rows` keys, query by query `row_block` apart, from `place` on in each. A score
   /// is the same to the bit whichever others are computed beside it.
-  void score(std::int64_t count, row_span<T> keys, std::int64_t dim, std::int64_t rows, std::int64_t place = 0) const {
-    if (count == observers_at_once)
+  void score(std::int64_t some, row_span<T> keys, std::int64_t dim, std::int64_t rows, std::int64_t place = 0) const {
+    if (some == observers_at_once)
       return dot_shared_rows<observers_at_once>(queries, padded<T>(dim), keys, dim, rows, scores + place, row_block,
                                                rows_ahead<T>(dim));
-    for (std::int64_t q = 0; q < count; ++q)
+    for (std::int64_t q = 0; q < some; ++q)
       dot_rows(queries + q * padded<T>(dim), keys, dim, rows, scores + q * row_block + place);
   }
 };

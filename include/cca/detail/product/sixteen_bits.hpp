@@ -190,7 +190,7 @@ struct sixteen_bits {
         : at(memory.weights) {}
 
     static CCA_INLINE vector exp2(vector x, const exp2_range<float>& range) { return exp2_rounded(x, range); }
-    CCA_INLINE vector put(std::int64_t j, std::int64_t n, const vector (&weight)[2]) const {
+    [[nodiscard]] CCA_INLINE vector put(std::int64_t j, std::int64_t n, const vector (&weight)[2]) const {
       const vec<packed_pair> both = round_to_pairs<Element>(weight[0], weight[1]);
       both.store_aligned(at + j / 2 * lanes + n * W);
       return elements_of<Element>(both, false) + elements_of<Element>(both, true);

@@ -40,7 +40,7 @@ class lane_softmax {
   /// vectors might change what those refer to, for all that a compiler knows.)
   template <class Part, class Weights>
   void absorb(const Part& part, const score_block<T> scores, const Weights weights) {
-    constexpr std::int64_t N = smaller<std::int64_t>(Part::vectors, 4);  // as many as registers hold
+    constexpr auto N = smaller<std::int64_t>(Part::vectors, 4);  // as many as registers hold
     static_assert(Part::vectors % N == 0);
     for (std::int64_t n = 0; n < Part::vectors; n += N) absorb_vectors<N>(n, part, scores, weights);
   }
@@ -91,7 +91,7 @@ class lane_softmax {
 
   /// Raises the maxima of the lanes from `lane` on, and says how much they shrink by. Returns what weights are relative to: a
   /// lane that has seen nothing has the maximum -inf, and -inf - 0 is -inf where -inf - -inf were NaN.
-  CCA_INLINE vec<T> raise(std::int64_t lane, vec<T> maximum) const {
+  [[nodiscard]] CCA_INLINE vec<T> raise(std::int64_t lane, vec<T> maximum) const {
     const vec<T> old = vec<T>::load_aligned(maximum_ + lane);
     const vec<T> raised = (xsimd::max)(old, maximum);
     const vec<T> base = or_zero(raised);

@@ -63,7 +63,7 @@ class scaled_softmax : public lane_softmax<float> {
   /// those of all that was absorbed.
   template <class Part, class Weights>
   void absorb(const Part& part, const score_block<float> scores, const Weights weights) {
-    constexpr std::int64_t N = smaller<std::int64_t>(Part::vectors, 4);  // as many as registers hold
+    constexpr auto N = smaller<std::int64_t>(Part::vectors, 4);  // as many as registers hold
     static_assert(Part::vectors % N == 0);
     for (std::int64_t n = 0; n < Part::vectors; n += N) {
       if (rule().shapes()) {

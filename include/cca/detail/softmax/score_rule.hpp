@@ -135,7 +135,7 @@ struct score_rule {
 
   template <class Part, class Shift>
   void shape(const Part& part, const score_block<T> scores, vec<T> unseen, const Shift& shift) const {
-    constexpr std::int64_t N = smaller<std::int64_t>(Part::vectors, 4);  // as many as registers hold
+    constexpr auto N = smaller<std::int64_t>(Part::vectors, 4);  // as many as registers hold
     if (part.all_seen())
       for (std::int64_t n = 0; n < Part::vectors; n += N)
         shape_vectors<N>(n, part.rows.size(), scores, unmasked{}, unseen, shift, logit());

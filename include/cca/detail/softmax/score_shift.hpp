@@ -35,7 +35,7 @@ score_place(row_terms<Bias>, T, std::int64_t, range, shift_sums<T>) -> score_pla
 
 /// Logits to which nothing is added.
 struct unshifted {
-  [[nodiscard]] CCA_INLINE unshifted row(std::int64_t) const { return {}; }
+  [[nodiscard]] static CCA_INLINE unshifted row(std::int64_t) { return {}; }
   template <class V>
   CCA_INLINE V operator()(V x, std::int64_t) const {
     return x;
