@@ -31,7 +31,7 @@ struct tile_call {
 /// A stack of tiles reads its rows once, `lanes / 2` FLOP per byte of floats. With 256 queries a core of 118 GFLOP/s
 /// asks memory for 0.9 GB/s; with 64 it asks for 3.7, and loses 7 % at 16K rows and 10 % at 32K.
 /// Queries, keys, values and outputs, `2 (dim + value_dim)` elements per token, pass once besides: 1 % of the time of
-/// CCA attention at 32K tokens; of a window of 64 it would be a third, so the stack before asks for them.
+/// CCA attention at 32K tokens. A window of 64 waited for them for 0.3 of its time, so the stack before asks for them.
 /// So products bound prefill, edges and operands bound short windows and sequences, and reading bounds few queries
 /// (`few_queries`). bench/TUNING.md has what this predicts beside what was measured.
 ///
