@@ -67,7 +67,7 @@ double fma_peak() {
     const vec<T> a(factor), b(addend);
     vec<T> x[chains];
     // Different values, or the compiler would compute one chain for all.
-    unroll<chains>([&](auto i) CCA_INLINE_LAMBDA { x[i] = vec<T>(start + T(i())); });
+    unroll<chains>([&](auto i) CCA_INLINE_LAMBDA { x[i] = vec<T>(start + static_cast<T>(i)); });
     for (std::int64_t step = 0; step < steps; ++step)
       unroll<chains>([&](auto i) CCA_INLINE_LAMBDA { x[i] = cca::detail::fma<T>(x[i], a, b); });
     unroll<chains - 1>([&](auto i) CCA_INLINE_LAMBDA { x[0] += x[i + 1]; });
