@@ -28,6 +28,8 @@ struct expected_rows {
   range some{};
   bool only = false;  ///< the stack's own rows are in a cache: the stack before has asked for them
 };
+template <class Rows>
+expected_rows(Rows, range = {}) -> expected_rows<Rows>;
 
 /// What follows a block in a stack that leaves nothing behind with its rows.
 struct nothing_after_blocks {
