@@ -133,7 +133,7 @@ class forward {
   /// more memory, and it is known earlier what the next one reads.
   template <class Tile>
   [[nodiscard]] std::int64_t most_lanes(std::int64_t seen) const {
-    return seen <= stack<Tile>::kept_rows(form_) / 2 ? Tile::stack_lanes(unlimited, 0, form_) : unlimited;
+    return seen <= stack<Tile>::kept_rows(form_) / 2 ? Tile::stack_lanes(part_rows, 0, form_) : unlimited;
   }
   /// Whether heads that share rows and lists are enough to fill half a vector of lanes. `few_queries` gets 0.3 of what
   /// a stack gets that fills them all.
