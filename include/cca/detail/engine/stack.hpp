@@ -186,8 +186,9 @@ class stack {
   /// How often products ask while they go over some rows, at least.
   [[nodiscard]] std::int64_t asks(range rows) const {
     const std::int64_t vectors = (queries_.count + width<T> - 1) / width<T>;
-    constexpr std::int64_t single = 12, full = tile_shape<T>::rows * tile_shape<T>::vectors;
-    return rows.size() * vectors / (vectors >= tile_shape<T>::vectors ? full : single) * (call_.form.dim / line<T>);
+    using shape = tile_shape<T>;
+    constexpr std::int64_t full = shape::rows * shape::vectors;
+    return rows.size() * vectors / (vectors >= shape::vectors ? full : shape::single_rows) * (call_.form.dim / line<T>);
   }
 
   /// Wants the rows `some` of a head.
