@@ -120,15 +120,7 @@ class stack {
     for (std::int64_t j = any.begin; j < any.end; j += block_rows - j % block_rows) {
       const std::int64_t end = smaller(j + block_rows - j % block_rows, any.end);
       block_.stage(rows, {j, end});
-      if (!next.only) {
-        wanted_.clear();
-        want(rows, {end, smaller(end + block_rows, any.end)});
-      }
-      if (next.only ? j == any.begin : end == any.end) {
-        want(next.rows, next.some);
-        for (memory_rows& of : operands_) wanted_.want(std::exchange(of, {}));
-      }
-      if (!next.only || j == any.begin) wanted_.pace(asks(next.only ? any : block_.rows()));
+      if constexpr (!Tile::backward) want_behind(rows, any, next);  // gradients ask for nothing
       for (std::int64_t c = 0; c < tiles_; ++c)
         at(c).absorb(memory_, block_, seen[c], c,
                      score_place{terms, slope, queries_.lanes.first + c * lanes, block_.rows(), sums});
@@ -181,6 +173,23 @@ class stack {
       of_next.some.end = smaller(of_next.some.end, own.begin);
     of_next.some.end = smaller(of_next.some.end, of_next.some.begin + kept_rows(call_.form));
     return of_next;
+  }
+
+  /// Wants what follows the block in work, of the rows `any` that are seen: those of the next block, and behind the last what is
+  /// expected next; all of that with the first block where a cache has the stack's own rows.
+  template <class Rows>
+  void want_behind(const Rows& rows, range any, const expected_rows<Rows>& next) {
+    const range block = block_.rows();
+    if (next.only && block.begin != any.begin) return;
+    if (!next.only) {
+      wanted_.clear();
+      want(rows, {block.end, smaller(block.end + block_rows, any.end)});
+    }
+    if (next.only || block.end == any.end) {
+      want(next.rows, next.some);
+      for (memory_rows& of : operands_) wanted_.want(std::exchange(of, {}));
+    }
+    wanted_.pace(asks(next.only ? any : block));
   }
 
   /// How often products ask while they go over some rows, at least.
