@@ -108,7 +108,8 @@ class gradient_tile {
       Product::multiply_rows(part, block.values(j), form.value_dim, grad_out_, form.unit, grads);
       call_.rule->apply_softcap(part, scores);
       call_.rule->with_shift(part, at, [&](const auto& shift) { differentiate(part, scores, grads, factors, shift); });
-      Product::add(memory, part, block.key_columns(j), form.dim, factors.at, nullptr, grad_query_);
+      Product::add(memory, part, block.key_columns(j), form.dim, factors.at, nullptr, grad_query_,
+                   nothing_wanted{});
     });
   }
 

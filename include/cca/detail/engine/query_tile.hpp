@@ -97,7 +97,7 @@ class query_tile {
       call_.rule->apply(part, scores, at);
       softmax_.absorb(part, scores, weights);
       Product::add(memory, part, block.value_columns(part.rows.begin), call_.form.value_dim, weights.at,
-                   softmax_.rescale(), out_);
+                   softmax_.rescale(), out_, *call_.wanted);
     });
   }
 

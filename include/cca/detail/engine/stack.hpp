@@ -189,10 +189,10 @@ class stack {
       want(next.rows, next.some);
       for (memory_rows& of : operands_) wanted_.want(std::exchange(of, {}));
     }
-    wanted_.pace(asks(next.only ? any : block));
+    wanted_.pace(asks(next.only ? any : block), Tile::product::add_asks);
   }
 
-  /// How often products ask while they go over some rows, at least.
+  /// How often the products of scores ask while they go over some rows, at least.
   [[nodiscard]] std::int64_t asks(range rows) const {
     const std::int64_t vectors = (queries_.count + width<T> - 1) / width<T>;
     using shape = tile_shape<T>;

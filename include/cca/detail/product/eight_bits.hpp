@@ -170,8 +170,10 @@ struct eight_bits {
   }
 
   /// As `vectors::add`.
+  static constexpr bool add_asks = false;
   static void add(const stack_memory&, const whole_part& part, const staged_bytes::columns_from& columns,
-                  std::int64_t dim, const byte_weights& weights, const float* rescale, float* sum) {
+                  std::int64_t dim, const byte_weights& weights, const float* rescale, float* sum,
+                  const wanted_memory&) {
     const std::int64_t begin = columns.j;
     const staged_bytes& block = *columns.of;
     add_bytes(block.columns(begin), weights, {sum, rescale, part.rows.size() / 4}, dim);

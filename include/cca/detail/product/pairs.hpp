@@ -43,7 +43,7 @@ template <class Element>
     return cast_bits<packed_pair>(xsimd::select(x == x, cast_bits<float>(rounded), nan)) >> 16;
   } else {
 #if defined(__AVX512F__)
-    return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm512_cvtepu16_epi32(_mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
     // 2^-112 takes a float's exponent to that of a half, denormals included. What is too large becomes infinite there.
     const vec<float> magnitude = xsimd::abs(x);

@@ -250,9 +250,10 @@ struct sixteen_bits {
   }
 
   /// As `vectors::add`, of weights in pairs of rows.
-  template <class Memory>
+  static constexpr bool add_asks = false;
+  template <class Memory, class Wanted>
   static void add(const Memory& memory, const whole_part& part, const columns_from& columns, std::int64_t dim,
-                  const packed_pair* weights, const float* rescale, float* sum) {
+                  const packed_pair* weights, const float* rescale, float* sum, const Wanted&) {
     multiply<Element>(memory.unit, columns.of->columns(columns.j), {weights, lanes}, memory.products, lanes, dim, lanes,
                       part.rows.size());
     vector factor[extent(whole_part::vectors)];

@@ -267,16 +267,23 @@ struct vectors {
   }
 
   /// `sum = sum * rescale + columns^T weights` of a part, `[dim][lanes]`; without `rescale`, 1. The part is summed by
-  /// itself first: sums over long rows stay accurate.
-  template <class Memory, class Part>
+  /// itself first: sums over long rows stay accurate. Asks for memory that is `wanted`, most where it is in a hurry.
+  static constexpr bool add_asks = true;
+  template <class Memory, class Part, class Wanted>
   static void add(const Memory&, const Part& part, const columns& from, std::int64_t dim, const score_block<T> weights,
-                  const T* rescale, T* sum) {
+                  const T* rescale, T* sum, Wanted&& wanted) {
     constexpr std::int64_t N = Part::vectors;
     const range all{0, part.rows.size()};
-    if (part.all_seen() || from.block->all_finite())
-      return add_runs<N, shape::template rows_of<N>>(
-          part.first, unmasked{}, from.rows, dim, weights, rescale, sum,
-          [all](const auto& run, const auto&) CCA_INLINE_LAMBDA { run(all); });
+    if (part.all_seen() || from.block->all_finite()) {
+      const std::int64_t at_once = wanted.hurried() ? line<T> : all.end;
+      return add_runs<N, shape::template rows_of<N>>(part.first, unmasked{}, from.rows, dim, weights, rescale, sum,
+                                                     [&](const auto& run, const auto&) CCA_INLINE_LAMBDA {
+                                                       for (std::int64_t j = 0; j < all.end; j += at_once) {
+                                                         wanted.ask();
+                                                         run({j, smaller(j + at_once, all.end)});
+                                                       }
+                                                     });
+    }
     if constexpr (N == 1)  // it hides something; few rows at a time, since it is rare
       add_runs<1, 2>(part.first, part.mask, from.rows, dim, weights, rescale, sum,
                      [&](const auto& run, const auto& row) CCA_INLINE_LAMBDA {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "../../partition.hpp"
 #include "../base/numbers.hpp"
@@ -29,24 +30,29 @@ struct memory_rows {
 class wanted_memory {
  public:
   /// Forgets what was not asked for.
-  void clear() { count_ = next_ = band_ = left_ = bytes_ = 0; }
+  void clear() { count_ = next_ = left_ = bytes_ = 0; }
 
   /// Appends rows. What a full queue has no place for is not asked for.
   void want(memory_rows rows) {
     if (rows.count <= 0 || rows.bytes <= 0 || count_ == most) return;
+    if (rows.stride == static_cast<std::uintptr_t>(rows.bytes)) rows.bytes *= std::exchange(rows.count, 1);  // a long one
     rows.bytes = (rows.bytes + 63) / 64 * 64;
     bytes_ += rows.bytes * rows.count;
     rows_[count_++] = rows;
   }
 
-  /// Begins to ask for what was appended. `asks` calls of `ask` are enough for all, if a core keeps that many lines in mind.
-  void pace(std::int64_t asks) {
-    const std::int64_t lines = (bytes_ + left_ * band_) / 64;
-    pace_ = std::clamp<std::int64_t>(lines / larger<std::int64_t>(asks, 1) + 1, 4, 32);
-    if (band_ == 0) begin_band();
+  /// Begins to ask for what was appended. `asks` calls of `ask` are enough for all, if a core keeps that many lines in mind;
+  /// where that is more than a few lines each, twice as many are made, provided that there are others who ask in a hurry.
+  void pace(std::int64_t asks, bool others) {
+    const std::int64_t lines = (bytes_ + left_) / 64;
+    hurried_ = others && lines > least * asks;
+    pace_ = std::clamp<std::int64_t>(lines / larger<std::int64_t>(hurried_ ? 2 * asks : asks, 1) + 1, least, 32);
+    if (left_ == 0) begin_row();
   }
+  /// Whether they are needed.
+  [[nodiscard]] bool hurried() const { return hurried_; }
 
-  /// Asks for a line of each row of a band: side by side they were asked for faster than line after line of a row. (Inline: for
+  /// Asks for lines in the order in which they lie in memory: what a processor brings unasked is what follows. (Inline: for
   /// g++ a function that only asks for memory does nothing, and its calls go.)
   CCA_INLINE void ask() {
     next_lines([](std::uintptr_t address) CCA_INLINE_LAMBDA { prefetch(address); });
@@ -55,38 +61,40 @@ class wanted_memory {
   /// Calls `f(address)` for the lines that `ask` asks for.
   template <class F>
   CCA_INLINE void next_lines(const F& f) {
-    if (band_ == 0) return;
-    std::uintptr_t at = at_;
-    for (std::int64_t i = 0; i < band_; i += together)
-      unroll<together>([&](auto) CCA_INLINE_LAMBDA { f(at), at += stride_; });
-    at_ += 64;
-    left_ -= 64;
-    if (left_ <= 0) begin_band();
+    for (std::int64_t i = 0; i < pace_ && left_ > 0; ++i) {
+      f(at_);
+      at_ += 64;
+      left_ -= 64;
+      if (left_ == 0) begin_row();
+    }
   }
 
  private:
-  static constexpr std::int64_t most = 8;      ///< those of two sources, queries and outputs
-  static constexpr std::int64_t together = 4;  ///< rows of a loop's step, and of a band a multiple: some behind are asked for, too
+  static constexpr std::int64_t most = 8;   ///< those of two sources, queries and outputs
+  static constexpr std::int64_t least = 4;  ///< lines of an `ask`
 
-  CCA_INLINE void begin_band() {
-    band_ = 0;
+  CCA_INLINE void begin_row() {
     if (next_ == count_) return;
     memory_rows& rows = rows_[next_];
     at_ = rows.first;
-    stride_ = rows.stride;
     left_ = rows.bytes;
-    const std::int64_t bands = (rows.count + pace_ - 1) / pace_;
-    band_ = ((rows.count + bands - 1) / bands + together - 1) / together * together;
-    rows.first += rows.stride * static_cast<std::uintptr_t>(band_);
-    bytes_ -= left_ * smaller(band_, rows.count);
-    if ((rows.count -= band_) <= 0) ++next_;
+    bytes_ -= left_;
+    rows.first += rows.stride;
+    if (--rows.count == 0) ++next_;
   }
 
   memory_rows rows_[most];
-  std::int64_t count_ = 0, next_ = 0;    ///< entries, and the one that the next band is of
-  std::uintptr_t at_ = 0, stride_ = 0;   ///< the line of the band's first row, bytes from row to row
-  std::int64_t band_ = 0, left_ = 0;     ///< rows of the band, bytes of each that are not asked for yet
-  std::int64_t bytes_ = 0, pace_ = 8;    ///< bytes behind the band, lines of an `ask`
+  std::int64_t count_ = 0, next_ = 0;       ///< entries, and the one that the next row is of
+  std::uintptr_t at_ = 0;                   ///< the next line
+  std::int64_t left_ = 0, bytes_ = 0;       ///< bytes of its row that are not asked for yet, and behind the row
+  std::int64_t pace_ = least;               ///< lines of an `ask`
+  bool hurried_ = false;
+};
+
+/// In the place of `wanted_memory` where nobody knows what is wanted.
+struct nothing_wanted {
+  [[nodiscard]] static constexpr bool hurried() { return false; }
+  static void ask() {}
 };
 
 }}}  // namespace cca::CCA_TARGET::detail
