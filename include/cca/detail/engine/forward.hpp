@@ -41,7 +41,7 @@ class forward {
       : all_(all),
         heads_(heads),
         form_(form),
-        groups_(head_groups),
+        groups_(heads > 0 ? head_groups : 0),
         block_(pieces.block),
         across_(pieces.across),
         pieces_(pieces.given),
