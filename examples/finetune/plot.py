@@ -20,8 +20,8 @@ matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "cca", "font
 import matplotlib.pyplot as plt
 
 TABLE = Path(__file__).parent.parent / "smollm2" / "README.md"
-# A row of that table: | attention | perplexity | KV entries, % of dense |
-ROW = re.compile(r"\| ([^|]+) \| (\d+\.\d+) \| (\d+\.\d) \|")
+# A row of its first table: | attention | perplexity | KV entries, % of dense |. Those at equal bytes have more columns.
+ROW = re.compile(r"^\| ([^|]+) \| (\d+\.\d+) \| (\d+\.\d) \|$", re.MULTILINE)
 
 
 def family(label: str) -> str | None:

@@ -295,6 +295,8 @@ def test_rows_of_the_table_say_what_is_seen():
 
 def test_charts_take_the_last_evaluation_of_a_training():
     plot = pytest.importorskip("plot", reason="matplotlib", exc_type=ImportError)
+    labels = [label for label, *_ in plot.ROW.findall(plot.TABLE.read_text(encoding="utf-8"))]
+    assert len(labels) == len(set(labels)) > 1  # of one table
     found = [{"task": task, "distance": 64, "accuracy": accuracy} for task, accuracy in (("copy", 0.5), ("passkey", 1))]
     first, last = ({"step": step, "label": "dense", "recall": found} for step in (0, 20))
     assert plot.rows_of([{"settings": {}, "target": "dense"}, first, {"step": 1, "recall": 0.3}, last]) == [last]

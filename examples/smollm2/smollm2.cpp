@@ -85,7 +85,7 @@ row parse_row(std::string text, const config& model, std::int64_t tokens, std::i
 
 /// A line of the table, shown at once.
 void print_line(const std::array<std::string, 7>& cells) {
-  fmt::print("| {:<42} | {:>10} | {:>12} | {:>8} | {:>8} | {:>18} | {:>13} |\n", cells[0], cells[1], cells[2], cells[3],
+  fmt::print("| {:<45} | {:>10} | {:>12} | {:>8} | {:>8} | {:>18} | {:>13} |\n", cells[0], cells[1], cells[2], cells[3],
              cells[4], cells[5], cells[6]);
   std::fflush(stdout);
 }

@@ -1,4 +1,5 @@
-# cmake -P check_pages.cmake [folder of the project]: what the pages of Markdown link to is there, and the README is short.
+# cmake -P check_pages.cmake [folder of the project]: what the pages of Markdown link to is there, their tables have a header,
+# and the README is short.
 
 cmake_minimum_required(VERSION 3.25)
 
@@ -15,6 +16,9 @@ file(GLOB_RECURSE pages RELATIVE ${root} ${root}/README.md ${root}/.github/*.md 
 foreach(page IN LISTS pages)
   cmake_path(GET page PARENT_PATH folder)
   file(READ ${root}/${page} text)
+  if(text MATCHES "\n\n(\\|[-:| ]*-[-:| ]*\\|)\n")
+    list(APPEND faults "${page} has a table without a header: ${CMAKE_MATCH_1}")
+  endif()
   # A bracket would hold elements of a list together. A lambda expression, which looks alike, has spaces in its parameters.
   string(REPLACE "](" "\n@link " text "${text}")
   string(REGEX MATCHALL "\n@link [^ )]*\\)" links "${text}")
