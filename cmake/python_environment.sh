@@ -7,6 +7,7 @@ folder=$1 requirements=$2
 
 cmp -s "$requirements" "$folder/requirements.txt" && exit 0
 rm -rf "$folder"
+command -v python3 >/dev/null || exit 1
 python3 -m venv "$folder"
 "$folder/bin/pip" install --quiet --disable-pip-version-check --retries 1 --timeout 10 \
   --requirement "$requirements"
