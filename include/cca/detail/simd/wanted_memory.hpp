@@ -41,15 +41,15 @@ class wanted_memory {
     rows_[count_++] = rows;
   }
 
-  /// Begins to ask for what was appended. `asks` calls of `ask` are enough for all, if a core keeps that many lines in mind;
-  /// where that is more than a few lines each, twice as many are made, provided that there are others who ask in a hurry.
+  /// Begins to ask for what was appended. `asks` calls of `ask` are enough for all, if a core keeps that many lines in mind.
+  /// Where each would have to ask for more than `least` lines, and there are `others` who can ask, too, they ask as often.
   void pace(std::int64_t asks, bool others) {
     const std::int64_t lines = (bytes_ + left_) / 64;
     hurried_ = others && lines > least * asks;
     pace_ = std::clamp<std::int64_t>(lines / larger<std::int64_t>(hurried_ ? 2 * asks : asks, 1) + 1, least, 32);
     if (left_ == 0) begin_row();
   }
-  /// Whether they are needed.
+  /// Whether the others ask.
   [[nodiscard]] bool hurried() const { return hurried_; }
 
   /// Asks for lines in the order in which they lie in memory: what a processor brings unasked is what follows. (Inline: for
