@@ -168,6 +168,22 @@ TYPED_TEST(Memory, TheWorkspaceIsAsLargeAsSaid) {
       }
 }
 
+/// How many queries go together depends on how long their context is.
+TYPED_TEST(Memory, TheWorkspaceIsAsLargeAsLongContextsNeed) {
+  const guarded_arguments<TypeParam> guarded;
+  random_engine random(6);
+  for (const entry entry : TypeParam::entries) {
+    if (entry == entry::attention || entry == entry::pool || entry == entry::merge) continue;  // no more keys than queries
+    for (const std::int64_t keys : {16 * TypeParam::stack(), 32 * TypeParam::stack()}) {
+      const problem p = example(entry, {.heads = 2, .queries = TypeParam::stack(), .keys = keys, .dim = 1, .value_dim = 2});
+      auto plain = called<TypeParam>(p, random);
+      const auto a = guarded.place_all(plain, true, 0);
+      TypeParam::call(p, a, {}, guarded.workspace(true, TypeParam::workspace_size(p, a)));
+      ASSERT_TRUE(same_bits(a.results, plain.arguments().results)) << p;
+    }
+  }
+}
+
 TYPED_TEST(Memory, NothingIsAllocatedWhereThereIsAWorkspace) {
   random_engine random(3);
   for (const entry entry : TypeParam::entries)
@@ -181,6 +197,18 @@ TYPED_TEST(Memory, NothingIsAllocatedWhereThereIsAWorkspace) {
       TypeParam::call(p, a, run, workspace);
       EXPECT_EQ(allocation_count() - before, 0) << p;
     }
+}
+
+/// A step of decoding by a window is cut into parts of what it sees, not of all that lies before.
+TEST(MemoryOfFewQueries, IsThatOfTheirWindow) {
+  const auto size = [](std::int64_t queries, std::int64_t keys) {
+    random_engine random(5);
+    const operands<float> o =
+        random_operands<float>({.heads = 4, .kv_heads = 2, .queries = queries, .keys = keys, .dim = 3, .value_dim = 2}, random);
+    return cca::workspace_size({o.query.view(), o.key.view(), o.value.view()}, {.window = 7});
+  };
+  for (const std::int64_t queries : {std::int64_t{1}, detail::most_few_queries})
+    EXPECT_EQ(size(queries, 64 * detail::part_rows), size(queries, 40)) << queries << " queries";
 }
 
 // ------------------------------------------------------------------------------------------------- layouts and gaps

@@ -158,6 +158,8 @@ TEST(Partition, WithoutGroupsTokensAreSeenByTheirPlaces) {
               ASSERT_EQ(p.raw(t).contains(j), !first && near)
                   << s << " " << m << " " << ahead << " " << prefix << ", position " << t << ", token " << j;
               ASSERT_EQ(p.sink_count(exhaustive) > j, first && j < exhaustive);
+              ASSERT_GE(p.raw(t + 1).begin, p.raw(t).begin);
+              ASSERT_GE(p.raw(t + 1).end, p.raw(t).end);
             }
 }
 

@@ -95,7 +95,8 @@ struct source {
   std::int64_t heads;  ///< query heads share them evenly
   Length length;       ///< `length(b)`: rows of sequence `b`, at most
   Rows rows;           ///< `rows(b, head)`: the `context_rows` of sequence `b`
-  Visible visible;     ///< `visible(b, h, i)`: the half-open range of rows that query `i` of query head `h` sees; or pieces
+  Visible visible;     ///< `visible(b, h, i)`: the half-open range of rows that query `i` of query head `h` sees, and where
+                       ///< they lie within few rows of a long source, `most(b)` rows; or pieces
   Terms terms;         ///< `terms(b, h)`: the `row_terms` of sequence `b` for query head `h`
 };
 
@@ -129,19 +130,22 @@ class source_ref {
       next_ = [](const void* s, std::int64_t b, std::int64_t h, range queries, std::int64_t from) {
         return of<Source>(s).visible.next(b, h, queries, from);
       };
-      most_ = [](const void* s, std::int64_t b) { return of<Source>(s).visible.most(b); };
       whole_ = [](const void* s, std::int64_t b, range query_heads, range queries, range piece) {
         return of<Source>(s).visible.whole(b, query_heads, queries, piece);
       };
     }
+    if constexpr (requires { source.visible.most(std::int64_t{0}); })
+      most_ = [](const void* s, std::int64_t b) { return of<Source>(s).visible.most(b); };
   }
 
   [[nodiscard]] std::int64_t length(std::int64_t b) const { return length_(source_, b); }
   [[nodiscard]] context_rows<Key, Value> rows(std::int64_t b, std::int64_t head) const { return rows_(source_, b, head); }
   [[nodiscard]] row_terms<Bias> terms(std::int64_t b, std::int64_t h) const { return terms_(source_, b, h); }
   [[nodiscard]] bool in_pieces() const { return next_ != nullptr; }
-  /// Rows that a query sees, at most.
-  [[nodiscard]] std::int64_t most_seen(std::int64_t b) const { return most_ != nullptr ? most_(source_, b) : length(b); }
+  /// Rows that queries see, at most: of pieces one query, otherwise all of a sequence.
+  [[nodiscard]] std::int64_t most_seen(std::int64_t b) const {
+    return most_ != nullptr ? smaller(most_(source_, b), length(b)) : length(b);
+  }
 
   /// Calls `f(piece, the piece behind it)` for the pieces in which the queries `queries` of query head `h` see the
   /// rows, upwards. There is an empty one behind the last.

@@ -9,6 +9,7 @@
 #include "../base/numbers.hpp"
 #include "far_visible.hpp"
 #include "source.hpp"
+#include "tasks.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
@@ -22,18 +23,49 @@ auto first_positions(const Inputs& in, const options& options) {
   };
 }
 
-/// The tokens of the keys that query `i` sees raw as `which(partition, position)` says.
+/// Who sees the tokens of the keys: query `i` those of `which(partition, position)`. Its bounds never fall from one position to
+/// the next.
+template <class Query, class Key, class Which>
+class token_visible {
+ public:
+  token_visible(tensor_view<Query> query, tensor_view<Key> key, const options& options, Which which)
+      : query_(query), key_(key), options_(options), which_(which) {}
+
+  [[nodiscard]] range operator()(std::int64_t b, std::int64_t, std::int64_t i) const {
+    const range seen = bounds(b, i, i);
+    return seen.empty() ? range{} : seen;  // bounds of an unlimited prefix are none to count with
+  }
+
+  /// Tokens that are cut into parts: of few queries those from the first that one of them sees to the last, which with a window
+  /// are few, too.
+  [[nodiscard]] std::int64_t most(std::int64_t b) const {
+    const std::int64_t queries = query_.length(b);
+    if (queries > most_few_queries) return key_.length(b);
+    return queries == 0 ? 0 : bounds(b, 0, queries - 1).size();
+  }
+
+ private:
+  /// From the first token that query `first` sees to the last that query `last` sees.
+  [[nodiscard]] range bounds(std::int64_t b, std::int64_t first, std::int64_t last) const {
+    const partition partition = partition_of(options_);
+    const std::int64_t position = first_position(options_, query_.length(b), key_.length(b));
+    return intersection({which_(partition, position + first).begin, which_(partition, position + last).end},
+                        {0, key_.length(b)});
+  }
+
+  tensor_view<Query> query_;
+  tensor_view<Key> key_;
+  options options_;
+  Which which_;
+};
+
+/// The tokens that queries see raw as `which` says, see `token_visible`.
 template <class Inputs, class Which>
 auto token_source(const Inputs& in, const options& options, const Which& which) {
-  const auto first = first_positions(in, options);
-  return view_source(
-      row_views_of(in),
-      [which, partition = partition_of(options), first, keys = in.key](std::int64_t b, std::int64_t, std::int64_t i) {
-        const range seen = intersection(which(partition, first(b) + i), {0, keys.length(b)});
-        return seen.empty() ? range{} : seen;  // bounds of an unlimited prefix are none to count with
-      },
-      terms_of([first](std::int64_t b) { return row_positions{.first = -first(b), .step = 1}; }, in.key_bias,
-               in.query.heads()));
+  return view_source(row_views_of(in), token_visible(in.query, in.key, options, which),
+                     terms_of([first = first_positions(in, options)](
+                                  std::int64_t b) { return row_positions{.first = -first(b), .step = 1}; },
+                              in.key_bias, in.query.heads()));
 }
 
 /// Rows of `sink_source` of sequence `b`.
@@ -55,6 +87,12 @@ auto sink_source(const Inputs& in, const options& options) {
 template <class Inputs>
 auto raw_source(const Inputs& in, const options& options) {
   return token_source(in, options, [](const partition& p, std::int64_t t) { return p.raw(t); });
+}
+
+/// Rows of `raw_source` of sequence `b` that are cut into parts.
+template <class Inputs>
+auto raw_counts(const Inputs& in, const options& options) {
+  return [visible = raw_source(in, options).visible](std::int64_t b) { return visible.most(b); };
 }
 
 /// A caller's far rows.

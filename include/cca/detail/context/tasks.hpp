@@ -8,6 +8,9 @@
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
 
+/// Queries, per head, whose context is cut into parts, each a task: they are bound by memory. Of more each stack takes all.
+inline constexpr std::int64_t most_few_queries = 12;
+
 /// Some of the queries, or of the groups, of one head of a sequence.
 struct task {
   std::int64_t b, head;

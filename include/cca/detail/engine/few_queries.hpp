@@ -10,6 +10,7 @@
 #include "../base/scratch.hpp"
 #include "../context/row_span.hpp"
 #include "../context/source.hpp"
+#include "../context/tasks.hpp"
 #include "../product/vectors.hpp"
 #include "../simd/dot.hpp"
 #include "../softmax/score_rule.hpp"
@@ -19,9 +20,6 @@
 #include "stack.hpp"
 
 namespace cca { inline namespace CCA_TARGET { namespace detail {
-
-/// Queries, per head, of which a long context is cut into parts: they are bound by memory. Of more each stack takes all.
-inline constexpr std::int64_t most_few_queries = 12;
 
 /// Queries that share rows, of one head or of several, from which on they ride in lanes: fewer take rows along the dim. Where
 /// the two cross was measured (bench/TUNING.md): a vector of lanes takes as long whether it is full or not.

@@ -60,7 +60,7 @@ auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<Fa
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
       sequences_of(in.query, in.key, context.key), in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()),
       pieces_of(in, context), !in_place<T, Key, Value, FarKey, FarValue>, options.unit, run, sink_counts(in, options),
-      most_far_rows(context), lengths_of(in.key));
+      most_far_rows(context), raw_counts(in, options));
 }
 
 /// The cores of sequence `b` that some query sees: none where nothing is pooled.
@@ -160,7 +160,7 @@ struct cca_plan {
         pooler(plan_pooling<T>(in, options, run)),
         forward(plan<Element>(sequences_of(in.query, in.key), in.query, cores.value_dim, in.key.heads(), {},
                               !in_place<T, Key, Value, Core>, options.unit, run, sink_counts(in, options),
-                              core_counts(in, options), lengths_of(in.key))) {}
+                              core_counts(in, options), raw_counts(in, options))) {}
 
   [[nodiscard]] std::size_t bytes() const {
     return cores.bytes() + cores.template bias_bytes<T>() + cores.offset_bytes() + pooler.bytes() + forward.bytes();
