@@ -16,8 +16,8 @@ set(order
     detail/simd/arch.hpp detail/simd/simd.hpp detail/simd/convert.hpp detail/simd/wanted_memory.hpp detail/simd/transpose.hpp detail/context/row_span.hpp
     detail/simd/register_block.hpp detail/simd/dot.hpp
     # Who sees which rows, and which task does what.
-    detail/context/source.hpp detail/context/far_visible.hpp detail/context/sources.hpp detail/context/visible.hpp detail/context/row_store.hpp
-    detail/context/tasks.hpp
+    detail/context/source.hpp detail/context/far_visible.hpp detail/context/tasks.hpp detail/context/sources.hpp detail/context/visible.hpp
+    detail/context/row_store.hpp
     # From scores to weights.
     detail/softmax/row_softmax.hpp detail/softmax/score_shift.hpp detail/softmax/score_rule.hpp detail/softmax/lane_softmax.hpp
     detail/softmax/scaled_softmax.hpp
