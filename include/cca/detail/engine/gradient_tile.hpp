@@ -104,12 +104,11 @@ class gradient_tile {
       const score_block<number> scores = memory.scores(part, block.rows(), place);
       const score_block<number> grads = memory.grad_weights(part, block.rows(), place);
       const typename Product::factors factors(memory, part, block.rows(), place);
-      Product::multiply_rows(part, block.keys(j), form.dim, query_, form.unit, scores);
-      Product::multiply_rows(part, block.values(j), form.value_dim, grad_out_, form.unit, grads);
+      Product::multiply_rows(part, block.keys(j), form.dim, query_, form.unit, scores, *call_.wanted);
+      Product::multiply_rows(part, block.values(j), form.value_dim, grad_out_, form.unit, grads, *call_.wanted);
       call_.rule->apply_softcap(part, scores);
       call_.rule->with_shift(part, at, [&](const auto& shift) { differentiate(part, scores, grads, factors, shift); });
-      Product::add(memory, part, block.key_columns(j), form.dim, factors.at, nullptr, grad_query_,
-                   nothing_wanted{});
+      Product::add(memory, part, block.key_columns(j), form.dim, factors.at, nullptr, grad_query_, *call_.wanted);
     });
   }
 

@@ -120,7 +120,7 @@ class stack {
     for (std::int64_t j = any.begin; j < any.end; j += block_rows - j % block_rows) {
       const std::int64_t end = smaller(j + block_rows - j % block_rows, any.end);
       block_.stage(rows, {j, end});
-      if constexpr (!Tile::backward) want_behind(rows, any, next);  // gradients ask for nothing
+      want_behind(rows, any, next);
       for (std::int64_t c = 0; c < tiles_; ++c)
         at(c).absorb(memory_, block_, seen[c], c,
                      score_place{terms, slope, queries_.lanes.first + c * lanes, block_.rows(), sums});
@@ -192,12 +192,14 @@ class stack {
     wanted_.pace(asks(next.only ? any : block), Tile::product::add_asks);
   }
 
-  /// How often the products of scores ask while they go over some rows, at least.
+  /// How often the products of rows and lanes ask while they go over some rows, at least: where there are two, as backward, each
+  /// once for a register block, otherwise for each line of its rows.
   [[nodiscard]] std::int64_t asks(range rows) const {
     const std::int64_t vectors = (queries_.count + width<T> - 1) / width<T>;
     using shape = tile_shape<T>;
     constexpr std::int64_t full = shape::rows * shape::vectors;
-    return rows.size() * vectors / (vectors >= shape::vectors ? full : shape::single_rows) * (call_.form.dim / line<T>);
+    return rows.size() * vectors / (vectors >= shape::vectors ? full : shape::single_rows) *
+           (Tile::backward ? 2 : call_.form.dim / line<T>);
   }
 
   /// Wants the rows `some` of a head.

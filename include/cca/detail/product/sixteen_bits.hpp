@@ -243,17 +243,19 @@ struct sixteen_bits {
 
   /// As `vectors::multiply_rows`.
   static void multiply_rows(const whole_part& part, const row_chunks<Element>& rows, std::int64_t dim,
-                            const float* packed, matrix_unit unit, const score_block<float>& to) {
-    for (std::int64_t j = part.rows.begin; j < part.rows.end; j += chunk_rows)
+                            const float* packed, matrix_unit unit, const score_block<float>& to, wanted_memory& wanted) {
+    for (std::int64_t j = part.rows.begin; j < part.rows.end; j += chunk_rows) {
+      for (std::int64_t i = 0; i < chunk_rows; ++i) wanted.ask();
       multiply<Element>(unit, rows.chunk(j), {reinterpret_cast<const packed_pair*>(packed), lanes},
                         to.at(j - part.rows.begin, 0), lanes, chunk_rows, lanes, dim);
+    }
   }
 
   /// As `vectors::add`, of weights in pairs of rows.
   static constexpr bool add_asks = false;
-  template <class Memory, class Wanted>
+  template <class Memory>
   static void add(const Memory& memory, const whole_part& part, const columns_from& columns, std::int64_t dim,
-                  const packed_pair* weights, const float* rescale, float* sum, const Wanted&) {
+                  const packed_pair* weights, const float* rescale, float* sum, const wanted_memory&) {
     multiply<Element>(memory.unit, columns.of->columns(columns.j), {weights, lanes}, memory.products, lanes, dim, lanes,
                       part.rows.size());
     vector factor[extent(whole_part::vectors)];

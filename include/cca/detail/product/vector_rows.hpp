@@ -90,6 +90,8 @@ class vector_rows {
   template <std::int64_t R, std::int64_t N, class Runs>
   [[gnu::noinline]] static void add_block(row_span<T> factors, row_span<T> queries, T* to, std::int64_t to_stride,
                                      std::int64_t dims, const Runs& for_each_run) {
+    for (std::int64_t r = 0; r < R; ++r)  // they are added to behind the products
+      for (std::int64_t n = 0; n < N * W; n += line<T>) prefetch(place_in_memory(to, r, to_stride, n));
     vec<T> sum[extent(R)][extent(N)];
     unroll<R * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N] = vec<T>(T(0)); });
     const auto run = [&](range some) CCA_INLINE_LAMBDA {

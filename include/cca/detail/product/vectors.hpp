@@ -254,13 +254,14 @@ struct vectors {
     });
   }
 
-  /// `to = rows packed` of a part, `dim` elements each.
+  /// `to = rows packed` of a part, `dim` elements each. Asks for memory that is `wanted`.
   template <class Part>
   static void multiply_rows(const Part& part, row_span<T> rows, std::int64_t dim, const T* packed, matrix_unit,
-                            const score_block<T> to) {
+                            const score_block<T> to, wanted_memory& wanted) {
     constexpr std::int64_t N = Part::vectors;
     for_row_blocks_again<shape::template rows_of<N>>(part.rows.size(), [&](auto r, std::int64_t j) CCA_INLINE_LAMBDA {
       vec<T> sum[extent(r())][extent(N)];
+      wanted.ask();
       multiply(sum, rows.row(j), rows.stride, adjacent{}, packed + part.first * W, lanes, dim);
       unroll<r() * N>([&](auto i) CCA_INLINE_LAMBDA { sum[i / N][i % N].store_aligned(to.at(j + i / N, i % N)); });
     });
@@ -269,9 +270,9 @@ struct vectors {
   /// `sum = sum * rescale + columns^T weights` of a part, `[dim][lanes]`; without `rescale`, 1. The part is summed by
   /// itself first: sums over long rows stay accurate. Asks for memory that is `wanted`, most where it is in a hurry.
   static constexpr bool add_asks = true;
-  template <class Memory, class Part, class Wanted>
+  template <class Memory, class Part>
   static void add(const Memory&, const Part& part, const columns& from, std::int64_t dim, const score_block<T> weights,
-                  const T* rescale, T* sum, Wanted&& wanted) {
+                  const T* rescale, T* sum, wanted_memory& wanted) {
     constexpr std::int64_t N = Part::vectors;
     const range all{0, part.rows.size()};
     if (part.all_seen() || from.block->all_finite()) {

@@ -91,10 +91,4 @@ class wanted_memory {
   bool hurried_ = false;
 };
 
-/// In the place of `wanted_memory` where nobody knows what is wanted.
-struct nothing_wanted {
-  [[nodiscard]] static constexpr bool hurried() { return false; }
-  static void ask() {}
-};
-
 }}}  // namespace cca::CCA_TARGET::detail
