@@ -67,24 +67,38 @@ CCA_INLINE void for_each_finite_run(row_span<T> span, std::int64_t dim, range ro
 template <class T, class... Elements>
 inline constexpr bool in_place = (std::is_same_v<std::remove_const_t<Elements>, T> && ...);
 
-/// `count` rows of `dim` elements in the type that they are computed in: where they lie, or converted into `buffer`,
-/// once for all that read them. Rows of 8 bits stay without their scales.
+/// Whether each row is on a page of its own, as those of one of many heads in the layout `[batch, length, heads, dim]`. Products
+/// go over a block of rows many times, and such a one is more pages than a core keeps in mind, often in a few sets of its caches:
+/// where rows are put side by side first, prefill takes 0.8 to 0.9 of the time.
+template <class Element>
+[[nodiscard]] bool lie_apart(std::int64_t stride, std::int64_t dim) {
+  constexpr std::int64_t page = 4096 / static_cast<std::int64_t>(sizeof(Element));
+  const std::int64_t distance = stride < 0 ? -stride : stride;
+  return distance >= page && distance >= 2 * dim;
+}
+
+/// Whether blocks of rows of some of these views are converted or put side by side before they are multiplied.
+template <class T, class... View>
+[[nodiscard]] bool staged(const View&... views) {
+  return !in_place<T, typename View::element_type...> || (lie_apart<typename View::element_type>(views.stride[2], views.dim()) || ...);
+}
+
+/// `count` rows of `dim` elements in the type that they are computed in, once for all that read them: where they lie, or in
+/// `buffer`, converted or, where they lie apart, `side_by_side`. Rows of 8 bits stay without their scales.
 template <class T, class Element>
 [[nodiscard]] row_span<T> stage(const Element* from, std::int64_t stride, std::int64_t dim, std::int64_t count,
-                                [[maybe_unused]] T* buffer) {
-  if constexpr (in_place<T, Element>) {
-    return {from, stride};
-  } else {
-    for (std::int64_t i = 0; i < count; ++i) convert(from + i * stride, dim, buffer + i * dim);
-    return {buffer, dim};
-  }
+                                [[maybe_unused]] T* buffer, [[maybe_unused]] bool side_by_side = false) {
+  if constexpr (in_place<T, Element>)
+    if (!side_by_side || !lie_apart<Element>(stride, dim)) return {from, stride};
+  for (std::int64_t i = 0; i < count; ++i) convert(from + i * stride, dim, buffer + i * dim);
+  return {buffer, dim};
 }
 
 /// The same of the numbers that rows stand for.
 template <class T, class Element>
 [[nodiscard]] row_span<T> stage_numbers(const Element* from, std::int64_t stride, [[maybe_unused]] row_scales scales,
-                                        std::int64_t dim, std::int64_t count, T* buffer) {
-  const row_span<T> rows = stage(from, stride, dim, count, buffer);
+                                        std::int64_t dim, std::int64_t count, T* buffer, bool side_by_side = false) {
+  const row_span<T> rows = stage(from, stride, dim, count, buffer, side_by_side);
   for (std::int64_t i = 0; is_q8<Element> && i < count; ++i) {
     T* const row = buffer + i * dim;
     const T scale = static_cast<T>(scales[i]);

@@ -127,7 +127,7 @@ class forward {
   }
   template <class Tile>
   [[nodiscard]] std::int64_t lanes(const sequence_shape& s) const {
-    return Tile::stack_lanes(smaller(s.queries, block_), larger(s.queries, s.parts * part_rows), form_);
+    return Tile::stack_lanes(smaller(s.queries, block_), larger(s.queries, s.parts * part_rows), form_, all_.batch * heads_);
   }
   /// Queries of a stack that each see `seen` rows, at most: where the next stack finds those rows in a cache, small stacks read no
   /// more memory, and it is known earlier what the next one reads.

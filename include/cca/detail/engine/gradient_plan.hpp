@@ -70,7 +70,7 @@ auto attend_backward(const inputs<Query, Key, Value, Sink>& in, const far_contex
                      matrix_unit unit, const execution& run) {
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return attend_gradient_plan<product_type<Query, Key, Value, FarKey, FarValue>>(
-      in, context, !in_place<T, Key, Value, FarKey, FarValue>, unit, run);
+      in, context, staged<T>(in.key, in.value, context.key, context.value), unit, run);
 }
 
 /// Scratch of the gradient of CCA attention: cores and their gradients, what pools them, and the engine.
@@ -87,7 +87,7 @@ struct cca_gradient_plan {
       : cores(in, options),
         pooler(plan_pooling<T>(in, options, run)),
         backward(backward_plan<Element>(in.query, cores.value_dim, in.key.heads(), {},
-                                        !in_place<T, Key, Value, Core>, options.unit, run)),
+                                        !in_place<T, Core> || staged<T>(in.key, in.value), options.unit, run)),
         key_bias(sums_of<T>(in.key_bias, in.query.batch(), in.key.heads())) {
     if (cores.biased) core_bias = {cores.all.batch, in.key.heads(), cores.heads, cores.longest};
   }

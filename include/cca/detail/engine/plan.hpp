@@ -59,7 +59,7 @@ auto attend_plan(const inputs<Query, Key, Value, Sink>& in, const far_context<Fa
   using T = compute_type<Query, Key, Value, FarKey, FarValue>;
   return plan<product_type<Query, Key, Value, FarKey, FarValue>>(
       sequences_of(in.query, in.key, context.key), in.query, in.value.dim(), gcd(in.key.heads(), context.key.heads()),
-      pieces_of(in, context), !in_place<T, Key, Value, FarKey, FarValue>, options.unit, run, sink_counts(in, options),
+      pieces_of(in, context), staged<T>(in.key, in.value, context.key, context.value), options.unit, run, sink_counts(in, options),
       most_far_rows(context), raw_counts(in, options));
 }
 
@@ -159,7 +159,7 @@ struct cca_plan {
       : cores(in, options),
         pooler(plan_pooling<T>(in, options, run)),
         forward(plan<Element>(sequences_of(in.query, in.key), in.query, cores.value_dim, in.key.heads(), {},
-                              !in_place<T, Key, Value, Core>, options.unit, run, sink_counts(in, options),
+                              !in_place<T, Core> || staged<T>(in.key, in.value), options.unit, run, sink_counts(in, options),
                               core_counts(in, options), raw_counts(in, options))) {}
 
   [[nodiscard]] std::size_t bytes() const {

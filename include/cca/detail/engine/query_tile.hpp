@@ -53,12 +53,13 @@ class query_tile {
     return Product::packed_size(form.dim) + form.value_dim * lanes + Product::softmax::size(lanes);
   }
 
-  /// Queries of a stack for `length` queries per head over `rows` of context: the more, the less memory traffic. Where
-  /// every row is a query, too, some 64 stacks should be there for threads to share; few queries after a long context
-  /// are worth as large a stack, since each stack reads all of it. Scratch should stay within a budget.
-  static std::int64_t stack_lanes(std::int64_t length, std::int64_t rows, const tile_form& form) {
+  /// Queries of a stack for `length` queries of each of `heads` heads over `rows` of context: the more, the less memory
+  /// traffic. Where every row is a query, too, some 64 stacks should be there for threads to share, of a head 4 at least, whose
+  /// last ones take longest; few queries after a long context are worth as large a stack, since each stack reads all of it.
+  /// Scratch should stay within a budget.
+  static std::int64_t stack_lanes(std::int64_t length, std::int64_t rows, const tile_form& form, std::int64_t heads = 1) {
     using shape = typename Product::shape;
-    constexpr std::int64_t tasks = 64;
+    const std::int64_t tasks = std::clamp<std::int64_t>(64 / larger<std::int64_t>(heads, 1), 4, 64);
     const std::int64_t affordable = shape::budget / (size(form) * static_cast<std::int64_t>(sizeof(number)));
     const std::int64_t wanted = std::clamp(rows / (tasks * lanes), shape::least_stack, shape::stack);
     const std::int64_t needed = larger((length + lanes - 1) / lanes, shape::least_stack);

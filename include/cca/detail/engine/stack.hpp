@@ -46,7 +46,7 @@ class stack {
   static constexpr std::int64_t lanes = Tile::lanes, block_rows = Tile::block_rows;
 
  public:
-  /// Scratch elements for `count` queries; `staged` where rows are converted, `pieces` where a source has some.
+  /// Scratch elements for `count` queries; `staged` where rows are converted or put side by side, `pieces` where a source has some.
   static constexpr std::int64_t size(std::int64_t count, const tile_form& form, bool staged, bool pieces) {
     const std::int64_t tiles = (count + lanes - 1) / lanes;
     return tiles * Tile::size(form) + Tile::stack_memory::size(form, tiles) +
@@ -62,7 +62,7 @@ class stack {
         tile_memory_(scratch),
         memory_(tile_memory_ + tiles_ * Tile::size(call.form), call.form, tiles_),
         block_(tile_memory_ + tiles_ * Tile::size(call.form) + Tile::stack_memory::size(call.form, tiles_), call.form,
-               block_rows),
+               block_rows, staged),
         gathered_(tile_memory_ + size(queries.count, call.form, staged, false), call.form.dim, call.form.value_dim) {
     call_.wanted = &wanted_;
   }

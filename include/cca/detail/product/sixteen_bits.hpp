@@ -89,7 +89,7 @@ struct sixteen_bits {
       return row_chunks<Element>::size(rows, form.dim) + column_chunks<Element>::size(rows, form.value_dim);
     }
 
-    staged_block(float* scratch, const tile_form& form, std::int64_t rows)
+    staged_block(float* scratch, const tile_form& form, std::int64_t rows, bool)
         : form_(form),
           keys_(scratch, form.dim),
           values_(scratch + row_chunks<Element>::size(rows, form.dim), rows, form.value_dim) {}
@@ -119,7 +119,7 @@ struct sixteen_bits {
              column_chunks<Element>::size(rows, form.dim);
     }
 
-    staged_gradient_block(float* scratch, const tile_form& form, std::int64_t rows)
+    staged_gradient_block(float* scratch, const tile_form& form, std::int64_t rows, bool)
         : keys_(scratch, form.dim),
           values_(scratch + row_chunks<Element>::size(rows, form.dim), form.value_dim),
           columns_(

@@ -42,7 +42,7 @@ class staged_bytes {
            padded<float>(larger(form.dim, form.value_dim));
   }
 
-  staged_bytes(float* scratch, const tile_form& form, std::int64_t rows)
+  staged_bytes(float* scratch, const tile_form& form, std::int64_t rows, bool)
       : form_(form),
         key_scale_(scratch),
         exponent_(key_scale_ + rows),

@@ -74,15 +74,15 @@ struct vectors {
     const whole_block* block;
   };
 
-  /// A block of keys and values, for all tiles of a stack: where they lie, or converted.
+  /// A block of keys and values, for all tiles of a stack: where they lie, or, if `staged`, converted or side by side.
   class staged_block {
    public:
     static constexpr std::int64_t size(const tile_form& form, std::int64_t rows, bool staged) {
       return staged ? rows * (form.dim + form.value_dim) : 0;
     }
 
-    staged_block(T* scratch, const tile_form& form, std::int64_t rows)
-        : form_(form), staged_keys_(scratch), staged_values_(scratch + rows * form.dim) {}
+    staged_block(T* scratch, const tile_form& form, std::int64_t rows, bool staged)
+        : form_(form), staged_(staged), staged_keys_(scratch), staged_values_(scratch + rows * form.dim) {}
 
     /// Takes in the rows `rows` of a head.
     template <class Key, class Value>
@@ -90,9 +90,10 @@ struct vectors {
       const std::int64_t j = rows.begin, count = rows.size();
       rows_ = rows;
       const context_rows<Key, Value> from = head.from(j);
-      keys_ = {stage_numbers(from.key, from.key_stride, from.key_scales, form_.dim, count, staged_keys_), form_.dim,
-               count};
-      values_ = {stage_numbers(from.value, from.value_stride, from.value_scales, form_.value_dim, count, staged_values_),
+      keys_ = {stage_numbers(from.key, from.key_stride, from.key_scales, form_.dim, count, staged_keys_, staged_),
+               form_.dim, count};
+      values_ = {stage_numbers(from.value, from.value_stride, from.value_scales, form_.value_dim, count, staged_values_,
+                               staged_),
                  form_.value_dim, count};
     }
 
@@ -107,6 +108,7 @@ struct vectors {
 
    private:
     tile_form form_;
+    bool staged_;
     T *staged_keys_, *staged_values_;
     whole_block keys_, values_;
     range rows_;
