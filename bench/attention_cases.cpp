@@ -32,7 +32,7 @@ struct attention_case {
   std::int64_t batch = 1, heads = 1, kv_heads = 0, queries = 0, length = 0, dim = 128;
   std::int64_t group_size = 0, window = cca::unlimited;
   int threads = 1;
-  bool lse = false;
+  bool lse = false, heads_last = false;
 
   [[nodiscard]] std::int64_t kv_head_count() const { return kv_heads ? kv_heads : heads; }
   [[nodiscard]] std::int64_t query_length() const { return queries ? queries : length; }
@@ -59,7 +59,7 @@ struct attention_case {
     name.add("L", length);
     name.add({group_size, window});
     if (threads > 1) name.add("threads", threads);
-    return lse ? name.text + "/lse" : name.text;
+    return name.text + (lse ? "/lse" : "") + (heads_last ? "/bshd" : "");
   }
 };
 
@@ -67,10 +67,10 @@ struct attention_case {
 template <class T>
 void call(const attention_case& c, operands<T>& data, Eigen::ThreadPool& helpers) {
   const cca::thread_pool_executor run(helpers);
-  const auto q = std::as_const(data.query).view();
-  const auto k = std::as_const(data.key).view(), v = std::as_const(data.value).view();
-  if (c.what == kernel::eigen_cca) return eigen_attention<T>(q, k, v, data.out.view(), c.options());
-  cca::results to{data.out.view(), cca::lse_view<float>{}};
+  const auto q = data.view(std::as_const(data.query)), k = data.view(std::as_const(data.key)),
+             v = data.view(std::as_const(data.value));
+  if (c.what == kernel::eigen_cca) return eigen_attention<T>(q, k, v, data.view(data.out), c.options());
+  cca::results to{data.view(data.out), cca::lse_view<float>{}};
   if (c.lse) to.lse = data.lse_view();
   cca::attention(cca::inputs{q, k, v}, to, c.options(), run);
 }
@@ -78,6 +78,7 @@ void call(const attention_case& c, operands<T>& data, Eigen::ThreadPool& helpers
 template <class T>
 void attention(benchmark::State& state, const attention_case& c) {
   operands<T> data(c.batch, c.heads, c.kv_head_count(), c.query_length(), c.length, c.dim);
+  data.heads_last = c.heads_last;
   Eigen::ThreadPool helpers(c.threads - 1);
   const auto run = [&](Eigen::ThreadPool& pool) { call(c, data, pool); };
 
@@ -88,7 +89,7 @@ void attention(benchmark::State& state, const attention_case& c) {
 
   const timing best = time<T>(state, run, helpers);
   count_flops(state, best, c.flops(), c.threads);
-  if (c.query_length() < 64) count_bytes(state, best, data.key, data.value);
+  if (c.query_length() < 64 && c.window == cca::unlimited) count_bytes(state, best, data.key, data.value);
   state.counters["token/s"] = static_cast<double>(c.batch * c.query_length()) / best.seconds;
   if (c.what == kernel::eigen_cca) return;
   const std::int64_t cores =
@@ -190,6 +191,11 @@ void add_attention_cases() {
   for (std::int64_t queries = 1; queries <= 512; queries *= 2)
     add_attention<float>({.what = dense, .queries = queries, .length = 32 * K});
   add_attention<float>({.what = dense, .heads = 32, .kv_heads = 8, .queries = 1, .length = 8 * K});
+  add_attention<float>({.what = local, .heads = 64, .kv_heads = 8, .queries = 1, .length = 32 * K, .dim = 64, .window = 128});
+
+  // Heads side by side, as projections leave them.
+  for (const bool heads_last : {false, true})
+    add_attention<float>({.what = dense, .heads = 32, .kv_heads = 8, .length = K, .heads_last = heads_last});
 
   add_attention<float>({.what = cca, .length = 32 * K, .group_size = 16, .window = 1024, .threads = 2});
   add_attention<float>({.what = cca, .heads = 32, .length = 4 * K, .group_size = 16, .window = 1024, .threads = 2});
@@ -215,6 +221,9 @@ void add_attention_shape(shape of, std::string_view kind) {
                    .length = of.take("L", 4096),
                    .dim = of.take("D", 128)};
   c.threads = static_cast<int>(of.take("threads", 1));
+  const std::string layout = of.take_text("layout", "bhsd");
+  if (layout != "bhsd" && layout != "bshd") of.refuse("layout", layout, "bhsd or bshd");
+  c.heads_last = layout == "bshd";
   const std::vector<context> contexts = take_contexts(of, kind);
   of.finish();
   for (const context& seen : contexts) {

@@ -37,6 +37,7 @@ template <class T>
 struct operands {
   tensor<T> query, key, value, out;
   tensor<float> lse;
+  bool heads_last = false;  ///< in memory `[batch, length, heads, dim]`, not `[batch, heads, length, dim]`
 
   operands(std::int64_t batch, std::int64_t heads, std::int64_t kv_heads, std::int64_t queries, std::int64_t length,
            std::int64_t dim)
@@ -50,6 +51,11 @@ struct operands {
     fill(value, 3);
   }
 
+  /// One of the tensors in this layout.
+  template <class Tensor>
+  [[nodiscard]] auto view(Tensor& of) const {
+    return heads_last ? cca::bshd(of.data.data(), of.extent[0], of.extent[2], of.extent[1], of.extent[3]) : of.view();
+  }
   [[nodiscard]] auto lse_view() { return cca::bhs(lse.data.data(), lse.extent[0], lse.extent[1], lse.extent[2]); }
 };
 
@@ -123,8 +129,8 @@ auto textbook(const tensor<T>& queries, const std::vector<std::int64_t>& positio
 /// Checks sampled rows of the first and the last head of `out`.
 template <class T>
 bool check(const operands<T>& data, bool with_cores, const cca::options& options) {
-  const auto query = data.query.view(), out = data.out.view();
-  const auto key = data.key.view(), value = data.value.view();
+  const auto query = data.view(data.query), out = data.view(data.out);
+  const auto key = data.view(data.key), value = data.view(data.value);
   const std::int64_t heads = query.heads(), sharing = heads / key.heads(), first = key.length() - query.length();
   const std::vector<std::int64_t> rows = sample(query.length(), first, options);
   const auto count = static_cast<std::int64_t>(rows.size());

@@ -29,11 +29,16 @@ ROWS = [
     ("32 heads on 8, a draft of 4 after 8K", "dense:H=32,Hkv=8,Lq=4,L=8192", "full"),
     ("32 heads on 8, a draft of 8 after 8K", "dense:H=32,Hkv=8,Lq=8,L=8192", "full"),
     ("128 heads on 1, one token after 8K", "dense:H=128,Hkv=1,Lq=1,L=8192", "full"),
+    ("64 heads on 8, D=64, one token, window of 128 of 32K", "local:H=64,Hkv=8,Lq=1,L=32768,D=64,s=128", None),
     ("decode, 32 on 8, cores per kv head, 32K", "decode:H=32,Hkv=8,L=32768,g=16,s=1024,cores=kv_head", None),
     ("decode, 32 on 8, cores per query head, 32K", "decode:H=32,Hkv=8,L=32768,g=16,s=1024", None),
     *((f"window of {s}, 32K", f"local:L=32768,s={s}", None) for s in (64, 128, 256)),
     ("window of 128, 4K", "local:L=4096,s=128", "mask"),
     *((f"64 heads of {n}", f"dense:H=64,L={n}", "causal") for n in (64, 128, 512)),
+    *(
+        (f"prefill of 1K, 32 heads on 8, {layout}", f"dense:H=32,Hkv=8,L=1024,layout={layout}", given)
+        for layout, given in (("bhsd", "causal"), ("bshd", None))
+    ),
     ("dense, 4K", "dense:L=4096", "causal"),
     ("dense, 4K, bfloat16, matrix_unit::best", "dense:L=4096,dtype=bf16,unit=best", "causal"),
     ("CCA, g=16, s=1024, 32K", "cca:L=32768,g=16,s=1024", None),

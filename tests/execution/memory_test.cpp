@@ -184,6 +184,22 @@ TYPED_TEST(Memory, TheWorkspaceIsAsLargeAsLongContextsNeed) {
   }
 }
 
+/// Blocks of rows that lie a page and more apart are put side by side there.
+TYPED_TEST(Memory, TheWorkspaceIsAsLargeAsRowsThatLieApartNeed) {
+  using T = typename TypeParam::element;
+  const guarded_arguments<TypeParam> guarded;
+  random_engine random(7);
+  for (const entry entry : TypeParam::entries)
+    for (const std::int64_t length : {std::int64_t{3}, TypeParam::lanes() + 1, TypeParam::stack() + 1}) {
+      if (entry == entry::merge) continue;  // which needs none
+      const problem p = example(entry, {.heads = 2, .queries = length, .keys = length, .dim = 5, .value_dim = 3});
+      auto plain = called<TypeParam>(p, random);
+      const auto a = guarded.place_all(plain, true, 4096 / static_cast<std::int64_t>(sizeof(T)));
+      TypeParam::call(p, a, {}, guarded.workspace(true, TypeParam::workspace_size(p, a)));
+      ASSERT_TRUE(same_bits(a.results, plain.arguments().results)) << p;
+    }
+}
+
 TYPED_TEST(Memory, NothingIsAllocatedWhereThereIsAWorkspace) {
   random_engine random(3);
   for (const entry entry : TypeParam::entries)

@@ -144,7 +144,7 @@ CCA_INLINE vec<T> load_as(const Element* from, std::int64_t n) {
 template <class From, class To>
 void convert(const From* from, std::int64_t count, To* to) {
   std::int64_t i = 0;
-  if constexpr (std::is_same_v<To, From>) {
+  if constexpr (std::is_same_v<To, From> && std::is_floating_point_v<To>) {
     for (; i + width<To> <= count; i += width<To>) vec<To>::load_unaligned(from + i).store_unaligned(to + i);
   } else if constexpr (std::is_same_v<To, float> && widens_in_registers<From>) {
     for (; i + width<To> <= count; i += width<To>) load_as<To>(from + i).store_unaligned(to + i);
