@@ -33,8 +33,8 @@ class forward {
 
  public:
   /// The query heads fall into `head_groups` of which no two share rows of any source: the greatest common divisor of
-  /// the sources' heads. `queries(b)` and each of `rows(b)` are how many queries per head sequence `b` has, and how
-  /// many rows of a source a query sees at most.
+  /// the sources' heads. `queries(b)` and each of `rows(b)` are how many queries per head sequence `b` has, and what
+  /// `most_seen` of a source says.
   forward(const sequences& all, std::int64_t heads, const tile_form& form, std::int64_t head_groups,
           const piece_form& pieces, bool staged, std::int64_t workers, of_sequence queries,
           std::initializer_list<of_sequence> rows)

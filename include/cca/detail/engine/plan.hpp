@@ -33,8 +33,8 @@ decltype(auto) with_core_type(matrix_unit unit, const F& f) {
   return f(std::type_identity<compute_type<Element>>{});
 }
 
-/// The engine for these queries and sources, of whose heads `head_groups` is the greatest common divisor and `rows(b)` the
-/// rows that a query sees, at most. `Element` is the operands' `product_type`.
+/// The engine for these queries and sources, of whose heads `head_groups` is the greatest common divisor and `rows(b)` what
+/// their `most_seen` says. `Element` is the operands' `product_type`.
 template <class Element, class Query, class... Rows>
 forward<Element> plan(const sequences& all, const tensor_view<Query>& query, std::int64_t value_dim,
                       std::int64_t head_groups, const piece_form& pieces, bool staged, matrix_unit unit,
