@@ -192,7 +192,7 @@ TYPED_TEST(Memory, TheWorkspaceIsAsLargeAsRowsThatLieApartNeed) {
   for (const entry entry : TypeParam::entries)
     for (const std::int64_t length : {std::int64_t{3}, TypeParam::lanes() + 1, TypeParam::stack() + 1}) {
       if (entry == entry::merge) continue;  // which needs none
-      const problem p = example(entry, {.heads = 2, .queries = length, .keys = length, .dim = 5, .value_dim = 3});
+      const problem p = example(entry, {.queries = length, .keys = length, .dim = 5, .value_dim = 3});
       auto plain = called<TypeParam>(p, random);
       const auto a = guarded.place_all(plain, true, 4096 / static_cast<std::int64_t>(sizeof(T)));
       TypeParam::call(p, a, {}, guarded.workspace(true, TypeParam::workspace_size(p, a)));
