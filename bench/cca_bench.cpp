@@ -12,9 +12,8 @@
 // Beside Google Benchmark's options: --shape KIND:KEY=VALUE,... (again and again) runs cases of that shape alone. KIND
 // is dense, local, cca, one of these behind gradient/, or decode. Keys: B and H sequences and heads, Hkv heads of keys, L
 // tokens, Lq queries, D head size, g group size, s window, threads, dtype (float, double, bf16, half), unit (best, vnni);
-// for decode cores (query_head, kv_head); without gradient/, of float and double, layout (bhsd, bshd). `dense` with g or s has what
-// they make beside it. ratios.py compares two files of
-// --benchmark_out.
+// for decode cores (query_head, kv_head); without gradient/, of float and double, layout (bhsd, bshd). `dense` with g or s
+// has what they make beside it. ratios.py compares two files of --benchmark_out.
 
 #include <algorithm>
 #include <atomic>
